@@ -1,0 +1,49 @@
+# The two lines of the README: `make demo` and `make test`. Everything lives in $(VENV), made once.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_PROCESSES ?= 2
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test lint types clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.runs
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
+	$(BIN)/python -m converters.random_weights $(DEMO)/published --config configs/tiny.json --seed 0
+	$(BIN)/python -m converters.convert $(DEMO)/published $(DEMO)/checkpoint --verify
+	$(BIN)/python -m gptoss_jax.generate --checkpoint $(DEMO)/checkpoint --prompt "Why is the sky blue?" --max-new-tokens 48
+	@echo
+	@echo "The demo's weights are RANDOM: the text above is noise, and that is what it should be."
+
+test: lint types
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+
+lint: $(VENV)/.develops
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.develops
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find gptoss_jax pallas_kernels converters tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: each is written last, so what was interrupted is done again, and a changed pyproject.toml is installed again.
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed: name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runs: $(VENV)/.created pyproject.toml
+	@echo "Installing gptoss-jax and what it needs into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.develops: $(VENV)/.created pyproject.toml
+	@echo "Installing gptoss-jax and its development tools into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

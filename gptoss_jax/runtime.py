@@ -1,0 +1,238 @@
+"""Where config, mesh, checkpoint, kernels and engine meet: `load`, and the flags that every command shares."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from converters import source
+from gptoss_jax import checkpoint, kv_cache, model, sharding
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.engine import Engine, EngineConfig, Event, Request, RequestError
+from gptoss_jax.model import Kernels, Model, Params
+from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.sharding import Sharding
+from pallas_kernels import attention as attention_op
+from pallas_kernels import expert_mlp as expert_op
+
+LOGITS_CHUNK_TOKENS = 256
+
+
+@dataclasses.dataclass
+class LanguageModel:
+    """A gpt-oss model with its weights, laid out over a mesh.
+
+    Attributes:
+        config: the architecture.
+        sharding: the mesh and its rules.
+        params: weights, a nested dict of arrays as stored (bfloat16, uint8).
+        model: the declaration that `gptoss_jax.model.step` runs.
+        policy: which number format holds what.
+        kernels: for each op, the implementation chosen and why.
+        source: what the weights were read from, in words.
+        load_seconds: from the call of `load` to weights on the devices.
+    """
+
+    config: ModelConfig
+    sharding: Sharding
+    params: Params
+    model: Model
+    policy: model.DtypePolicy
+    kernels: str
+    source: str
+    load_seconds: float
+    _engine: Engine | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.sharding.mesh
+
+    def engine(self, engine_config: EngineConfig = EngineConfig()) -> Engine:
+        """An engine over this model's weights; its programs are compiled here."""
+        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config)
+
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_new_tokens: int | None = 256,
+        temperature: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        max_context_tokens: int = 4096,
+    ) -> Iterator[Event]:
+        """Events with the tokens that follow `token_ids`, as they come; the last one says why it ended.
+
+        The engine is compiled at the first call and kept; it is compiled anew for another `max_context_tokens`.
+
+        Raises:
+            RequestError: ids outside the vocabulary, or more tokens than the context holds.
+        """
+        engine_config = EngineConfig(max_context_tokens=max_context_tokens)
+        if self._engine is None or self._engine.engine_config != engine_config or not self._engine.is_idle:
+            self._engine = self.engine(engine_config)
+        self._engine.submit(
+            Request(
+                tuple(map(int, token_ids)),
+                tuple(self.config.stop_ids if stop_ids is None else stop_ids),
+                max_new_tokens,
+                SamplingParams(temperature, seed),
+            )
+        )
+        return self._engine.run()
+
+    def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
+        """The logits that follow each of `token_ids`, teacher-forced, float32 on the host.
+
+        Runs in chunks through the same cache as generation; lengths are rounded up to powers of two of a chunk, so
+        that few programs are compiled.
+
+        Raises:
+            RequestError: ids outside the vocabulary.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise RequestError(f"logits of {ids}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
+        width, rows = LOGITS_CHUNK_TOKENS, self.sharding.size("rows")  # one row per data shard, all alike
+        chunks = -(-ids.size // width)
+        cache = self._row_cache(rows, width << (chunks - 1).bit_length())
+        tokens = np.zeros(chunks * width, np.int32)
+        tokens[: ids.size] = ids
+        pieces = []
+        for first in range(0, ids.size, width):
+            count = min(width, ids.size - first)
+            chunk = np.broadcast_to(tokens[first : first + width], (rows, width))
+            logits, cache = self._all_logits(self.params, chunk, np.full(rows, count, np.int32), cache)
+            pieces.append(np.asarray(logits[0, :count]))
+        return np.concatenate(pieces)
+
+    def _row_cache(self, rows: int, tokens: int) -> kv_cache.KVCache:
+        """A cache in which each row owns its shard's pages, in order."""
+        pages = kv_cache.num_pages(tokens)
+        cache = kv_cache.allocate(
+            self.config,
+            self.sharding,
+            rows=rows,
+            pages=rows * pages,
+            max_context_tokens=tokens,
+            dtype=self.policy.cache,
+        )
+        table = np.broadcast_to(np.arange(pages, dtype=np.int32), (rows, pages))
+        return cache._replace(page_table=jax.device_put(table, cache.page_table.sharding))
+
+    @functools.cached_property
+    def _all_logits(self) -> Any:
+        layouts = self.sharding.named(("rows", None, None)), kv_cache.layout(self.config, self.sharding)
+        return jax.jit(functools.partial(model.all_logits, self.model), donate_argnums=3, out_shardings=layouts)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: str | Path | Mesh | Sharding | None = None,
+    dtype: str = "bfloat16",
+    kernels: str = "auto",
+) -> LanguageModel:
+    """The model at `path`, ready to run.
+
+    Args:
+        path: a converted (Orbax) checkpoint, or a folder of safetensors in any published layout, read as it is.
+        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
+        dtype: "bfloat16", or "float32" to compute in float32 throughout.
+        kernels: "auto", or the name of an implementation of the ops, which then runs or raises.
+
+    Raises:
+        ConfigError: the checkpoint's config.json is not a gpt-oss model.
+        MeshError: the mesh does not fit the devices or the model.
+        CheckpointError: the checkpoint is absent, incomplete, or not of this model.
+        ValueError: an unknown dtype or kernel.
+    """
+    began = time.perf_counter()
+    if dtype not in model.DTYPE_POLICIES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(model.DTYPE_POLICIES)}")
+    policy = model.DTYPE_POLICIES[dtype]
+    laid_out = sharding.make(mesh)
+    chosen, reason = choose_kernels(kernels, laid_out.mesh.devices.flat[0].platform)
+    config, described, read = _open(Path(path))
+    laid_out.check(config, rows=laid_out.size("rows"))
+    declared = model.declare(config, laid_out, chosen, policy)
+    params = model.nest(read(declared.leaves, laid_out))
+    jax.block_until_ready(params)
+    return LanguageModel(config, laid_out, params, declared, policy, reason, described, time.perf_counter() - began)
+
+
+def choose_kernels(name: str, platform: str) -> tuple[Kernels, str]:
+    """Each op's implementation on `platform`, and one line that says which and why.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    attention_name, attention, attention_reason = attention_op.choose(name, platform)
+    experts_name, experts, experts_reason = expert_op.choose(name, platform)
+    line = f"attention {attention_name} ({attention_reason}), experts {experts_name} ({experts_reason})"
+    return Kernels(attention, experts), line
+
+
+def _open(path: Path) -> tuple[ModelConfig, str, Callable[[dict[str, model.Leaf], Sharding], dict[str, jax.Array]]]:
+    """What lies at `path`: its config, its description, and how to read its leaves."""
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.read_config(path), "Orbax checkpoint", functools.partial(checkpoint.restore, path)
+    published = source.open_source(path)
+    return published.config, f"safetensors, {published.layout}", functools.partial(source.load, published)
+
+
+# ---- for commands ----
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a folder of published safetensors.")
+MESH = flags.DEFINE_string("mesh", "", 'Devices, as "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
+KERNELS = flags.DEFINE_string("kernels", "auto", "Implementation of the ops, by name; it then runs or raises.")
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "Folder for compiled programs [default: in the user's cache folder]; empty: none."
+)
+
+
+def load_from_flags() -> LanguageModel:
+    """`load` with the shared flags, compiled programs being kept across processes.
+
+    Raises:
+        ValueError: --checkpoint is missing; and as `load`.
+    """
+    if not CHECKPOINT.value:
+        raise ValueError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
+    keep_compiled_programs(COMPILATION_CACHE.value)
+    return load(CHECKPOINT.value, mesh=MESH.value or None, dtype=DTYPE.value, kernels=KERNELS.value)
+
+
+def keep_compiled_programs(folder: str | None) -> None:
+    """Lets XLA keep its programs in `folder` (None: gptoss_jax/xla in the user's cache folder; "": nowhere)."""
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(base, "gptoss_jax", "xla")
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def read_bandwidth(device: Any, num_bytes: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes per second that `device` reads from its memory: the best of a few sums over an array that no cache holds."""
+    x = jax.device_put(np.ones((256, num_bytes // 1024), np.float32), device)
+    total = jax.jit(lambda a: jnp.sum(a, axis=1)).lower(x).compile()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        total(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return num_bytes / min(seconds)

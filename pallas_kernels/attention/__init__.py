@@ -1,0 +1,72 @@
+"""Attention with a sink per query head, over a paged pool or over a ring: what it takes and promises, who can do it.
+
+B rows, T query tokens, N query heads, K key/value heads (query head n reads head n // (N / K)), H head size, P pages of
+S tokens, M pages per row, W slots of the ring (the window). A query's `positions` count from the start of its row; -1
+says padding, whose output is 0. The sink is one more logit per query head in the softmax, unscaled, with no value.
+A back end is one file beside this one with functions of the same signatures, and one entry in `IMPLEMENTATIONS`.
+"""
+
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.attention import reference
+
+
+class PagedAttention(Protocol):
+    """Every key up to the query's own position, which the pool already holds. Memory is O(block), not O(context)."""
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k_pages: Float[Array, "P S K H"],
+        v_pages: Float[Array, "P S K H"],
+        page_table: Int32[Array, "B M"],
+        positions: Int32[Array, "B T"],
+        sinks: Float[Array, "N"],
+    ) -> Float[Array, "B T N H"]: ...
+
+
+class BandedAttention(Protocol):
+    """The last W keys up to the query's own position: T new ones, and those that the ring held before them.
+
+    Position p lives in slot p % W; the ring is as it was before the new keys, and `start` counts the tokens behind it.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B T N H"],
+        k_ring: Float[Array, "B W K H"],
+        v_ring: Float[Array, "B W K H"],
+        k_new: Float[Array, "B T K H"],
+        v_new: Float[Array, "B T K H"],
+        start: Int32[Array, "B"],
+        positions: Int32[Array, "B T"],
+        sinks: Float[Array, "N"],
+    ) -> Float[Array, "B T N H"]: ...
+
+
+class Attention(NamedTuple):
+    """One implementation of both forms."""
+
+    paged: PagedAttention
+    banded: BandedAttention
+
+
+IMPLEMENTATIONS: dict[str, Attention] = {"reference": Attention(reference.paged_attention, reference.banded_attention)}
+
+
+def choose(name: str, platform: str) -> tuple[str, Attention, str]:
+    """The implementation for `name` ("auto" or a key of IMPLEMENTATIONS) on `platform`, and the reason in words.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    if name == "auto":
+        return "reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+    return name, IMPLEMENTATIONS[name], "asked for by name"
+
+
+__all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]

@@ -1,0 +1,120 @@
+"""What attention means, in jnp: a softmax over keys taken block by block, each query head's sink entering once.
+
+Portable and right rather than fast; the kernels are tested against it.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+KEYS_PER_BLOCK = 512
+
+
+class Softmax(NamedTuple):
+    """A softmax-weighted sum under way (Milakov and Gimelshein, arXiv:1805.02867): what the keys so far amount to."""
+
+    top: Float[Array, "B K G T"]  # largest logit
+    total: Float[Array, "B K G T"]  # sum of exp(logit - top)
+    value: Float[Array, "B K G T H"]  # sum of exp(logit - top) * value
+
+    @classmethod
+    def of_sinks(cls, sinks: Float[Array, "N"], q: Float[Array, "B T K G H"]) -> "Softmax":
+        """Before any key: the sink is the only logit, and it has no value."""
+        b, t, k, g, h = q.shape
+        top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, k, g, 1), (b, k, g, t))
+        return cls(top, jnp.ones((b, k, g, t), jnp.float32), jnp.zeros((b, k, g, t, h), jnp.float32))
+
+    def add(
+        self,
+        q: Float[Array, "B T K G H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        visible: Bool[Array, "B T S"],
+    ) -> "Softmax":
+        """Takes in one block of keys and values, those that are visible to each query."""
+        logits = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest", preferred_element_type=jnp.float32)
+        logits = jnp.where(visible[:, None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+        top = jnp.maximum(self.top, logits.max(-1))
+        weights = jnp.exp(logits - top[..., None])
+        shrink = jnp.exp(self.top - top)
+        value = jnp.einsum("bkgts,bskh->bkgth", weights, v.astype(jnp.float32), precision="highest")
+        return Softmax(top, self.total * shrink + weights.sum(-1), self.value * shrink[..., None] + value)
+
+    def output(self) -> Float[Array, "B T N H"]:
+        """The weighted mean of the values taken in, the sink's share going to none."""
+        b, k, g, t, h = self.value.shape
+        return (self.value / self.total[..., None]).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+
+
+def _grouped(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
+    return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    k_pages: Float[Array, "P S K H"],
+    v_pages: Float[Array, "P S K H"],
+    page_table: Int32[Array, "B M"],
+    positions: Int32[Array, "B T"],
+    sinks: Float[Array, "N"],
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.attention.PagedAttention`. Reads as many blocks as the longest row has keys."""
+    (_, page_tokens, num_kv_heads, _), (rows, num_pages) = k_pages.shape, page_table.shape
+    q = _grouped(q, num_kv_heads)
+    pages_per_block = max(1, KEYS_PER_BLOCK // page_tokens)
+    block = pages_per_block * page_tokens
+
+    def add_block(i: Int32[Array, ""], softmax: Softmax) -> Softmax:
+        page = i * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
+        at = page_table[:, jnp.minimum(page, num_pages - 1)]  # a repeated last page lies beyond every position
+        k = k_pages[at].reshape(rows, block, *k_pages.shape[2:])
+        v = v_pages[at].reshape(rows, block, *v_pages.shape[2:])
+        key_positions = i * block + jnp.arange(block, dtype=jnp.int32)
+        return softmax.add(q, k, v, key_positions <= positions[..., None])
+
+    num_blocks = (jnp.max(positions) + block) // block
+    return lax.fori_loop(0, num_blocks, add_block, Softmax.of_sinks(sinks, q)).output()
+
+
+def banded_attention(
+    q: Float[Array, "B T N H"],
+    k_ring: Float[Array, "B W K H"],
+    v_ring: Float[Array, "B W K H"],
+    k_new: Float[Array, "B T K H"],
+    v_new: Float[Array, "B T K H"],
+    start: Int32[Array, "B"],
+    positions: Int32[Array, "B T"],
+    sinks: Float[Array, "N"],
+) -> Float[Array, "B T N H"]:
+    """See `pallas_kernels.attention.BandedAttention`. Queries go in blocks of at most W, so that work is O(T W)."""
+    tokens, window = q.shape[1], k_ring.shape[1]
+    block = min(tokens, window)
+    padding = -tokens % block
+    k = _pad_tokens(jnp.concatenate([_in_order(k_ring, start), k_new], axis=1), padding)
+    v = _pad_tokens(jnp.concatenate([_in_order(v_ring, start), v_new], axis=1), padding)
+    q = _pad_tokens(q, padding)
+    positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
+    key_positions = start[:, None] - window + jnp.arange(window + tokens + padding, dtype=jnp.int32)
+
+    outputs = []
+    for first in range(0, tokens, block):
+        keys, queries = slice(first, first + block + window), slice(first, first + block)
+        distance = positions[:, queries, None] - key_positions[:, None, keys]
+        visible = (distance >= 0) & (distance < window) & (key_positions[:, None, keys] >= 0)
+        q_block = _grouped(q[:, queries], k_ring.shape[2])
+        softmax = Softmax.of_sinks(sinks, q_block).add(q_block, k[:, keys], v[:, keys], visible)
+        outputs.append(softmax.output())
+    return jnp.concatenate(outputs, axis=1)[:, :tokens]
+
+
+def _in_order(ring: Float[Array, "B W K H"], start: Int32[Array, "B"]) -> Float[Array, "B W K H"]:
+    """The ring from its oldest slot, position start - W, to its newest, start - 1."""
+    window = ring.shape[1]
+    slots = (start[:, None] + jnp.arange(window, dtype=jnp.int32)) % window
+    return jnp.take_along_axis(ring, slots[:, :, None, None], axis=1)
+
+
+def _pad_tokens(x: Float[Array, "B T *rest"], tokens: int) -> Float[Array, "B U *rest"]:
+    return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0)))

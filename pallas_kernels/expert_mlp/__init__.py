@@ -1,0 +1,50 @@
+"""The chosen experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
+
+A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
+"""
+
+from typing import Protocol
+
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.expert_mlp import reference
+from pallas_kernels.expert_mlp.reference import ExpertWeights
+
+
+class ExpertMlp(Protocol):
+    """One implementation.
+
+    Takes x [T, D], the experts that each token chose and their weights, [T, X], and the layer's `ExpertWeights`; gives
+    sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias), float32 [T, D]. Matrix products take operands of x's dtype
+    and accumulate in float32. A choice outside [0, E) is skipped: that is how padding, and experts that live on
+    another device, are said.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        expert_ids: Int32[Array, "T X"],
+        expert_weights: Float[Array, "T X"],
+        weights: ExpertWeights,
+        *,
+        limit: float,
+    ) -> Float[Array, "T D"]: ...
+
+
+IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp}
+
+
+def choose(name: str, platform: str) -> tuple[str, ExpertMlp, str]:
+    """The implementation for `name` ("auto" or a key of IMPLEMENTATIONS) on `platform`, and the reason in words.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    if name == "auto":
+        return "reference", reference.expert_mlp, f"no fused kernel for {platform} yet"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"expert_mlp kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+    return name, IMPLEMENTATIONS[name], "asked for by name"
+
+
+__all__ = ["IMPLEMENTATIONS", "ExpertMlp", "ExpertWeights", "choose"]

@@ -1,0 +1,106 @@
+"""What expert_mlp means, in jnp: tiles of rows that share an expert, each dequantising just that expert.
+
+Portable and right rather than fast; the kernels are tested against it. Work and memory follow the experts that were
+chosen: a token costs X experts, whatever E is, and one expert's weights are unpacked at a time.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt8
+
+from pallas_kernels import mxfp4
+
+ALPHA = 1.702  # sigmoid's slope in the SwiGLU (openai/gpt-oss torch/model.py, swiglu)
+MAX_TILE_ROWS = 128
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of one layer, as published: E experts, D hidden, F expert hidden, blocks of 32 along the input.
+
+    Rows of gate_up are interleaved: even rows are the gate, odd rows the linear part.
+    """
+
+    gate_up_blocks: UInt8[Array, "E F2 DB 16"]
+    gate_up_scales: UInt8[Array, "E F2 DB"]
+    gate_up_bias: Float[Array, "E F2"]
+    down_blocks: UInt8[Array, "E D FB 16"]
+    down_scales: UInt8[Array, "E D FB"]
+    down_bias: Float[Array, "E D"]
+
+
+def swiglu(h: Float[Array, "M F2"], limit: float) -> Float[Array, "M F"]:
+    """gate * sigmoid(1.702 gate) * (linear + 1): gate from even columns, clamped above only; linear both ways."""
+    gate = jnp.minimum(h[:, 0::2], limit)
+    linear = jnp.clip(h[:, 1::2], -limit, limit)
+    return gate * jax.nn.sigmoid(ALPHA * gate) * (linear + 1)
+
+
+class Tiles(NamedTuple):
+    """Choices sorted by expert and cut into tiles of at most M rows of one expert each."""
+
+    choices: Int32[Array, "A"]  # the flat (token, x) choices, in order of their expert
+    first_choice: Int32[Array, "E"]  # where each expert's run begins in `choices`
+    end_choice: Int32[Array, "E"]
+    first_tile: Int32[Array, "E"]
+    end_tile: Int32[Array, "E"]
+
+    @classmethod
+    def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "Tiles":
+        """Cuts; counts by comparing, which compiles to far less than scatters and cumulative sums do."""
+        flat, expert = expert_ids.reshape(-1), jnp.arange(num_experts, dtype=jnp.int32)
+        flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # skipped ones sort last
+        first = jnp.sum(flat < expert[:, None], axis=1, dtype=jnp.int32)
+        end = jnp.sum(flat <= expert[:, None], axis=1, dtype=jnp.int32)
+        tiles = (end - first + rows - 1) // rows
+        end_tile = jnp.sum(jnp.where(expert <= expert[:, None], tiles, 0), axis=1, dtype=jnp.int32)
+        return cls(jnp.argsort(flat, stable=True).astype(jnp.int32), first, end, end_tile - tiles, end_tile)
+
+
+def tile_rows(num_choices: int, num_experts: int) -> int:
+    """Rows per tile: a power of two near the mean run of an expert, so that few rows are padding."""
+    mean = max(1, num_choices // num_experts)
+    return min(MAX_TILE_ROWS, 1 << (mean - 1).bit_length())
+
+
+def expert_mlp(
+    x: Float[Array, "T D"],
+    expert_ids: Int32[Array, "T X"],
+    expert_weights: Float[Array, "T X"],
+    weights: ExpertWeights,
+    *,
+    limit: float,
+) -> Float[Array, "T D"]:
+    """See `pallas_kernels.expert_mlp.ExpertMlp`."""
+    num_experts = weights.gate_up_blocks.shape[0]
+    per_token = expert_ids.shape[1]
+    rows = tile_rows(expert_ids.size, num_experts)
+    tiles = Tiles.of(expert_ids, num_experts, rows)
+    flat_weights = expert_weights.reshape(-1)
+
+    def add_tile(tile: Int32[Array, ""], out: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        expert = jnp.sum(tiles.end_tile <= tile, dtype=jnp.int32)
+        of_expert = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)
+        at = tiles.first_choice[expert] + (tile - tiles.first_tile[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
+        choice = tiles.choices.at[at].get(mode="clip")
+        y = one_expert(x[choice // per_token], of_expert, limit)
+        y = jnp.where((at < tiles.end_choice[expert])[:, None], y * flat_weights[choice][:, None], 0)
+        return out.at[choice // per_token].add(y)
+
+    return lax.fori_loop(0, tiles.end_tile[-1], add_tile, jnp.zeros(x.shape, jnp.float32))
+
+
+def one_expert(x: Float[Array, "M D"], weights: ExpertWeights, limit: float) -> Float[Array, "M D"]:
+    """down(swiglu(gate_up(x))) of one expert, whose `weights` have no leading E; float32."""
+    gate_up = mxfp4.dequantize(weights.gate_up_blocks, weights.gate_up_scales, x.dtype)
+    h = _matmul(x, gate_up) + weights.gate_up_bias.astype(jnp.float32)
+    down = mxfp4.dequantize(weights.down_blocks, weights.down_scales, x.dtype)
+    return _matmul(swiglu(h, limit).astype(x.dtype), down) + weights.down_bias.astype(jnp.float32)
+
+
+def _matmul(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    return lax.dot_general(
+        x, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,48 @@
+"""The test session is stricter than production: eight CPU devices, strict dtype promotion, no network."""
+
+import os
+import socket
+import sys
+
+import hypothesis
+
+if "jax" in sys.modules:
+    raise RuntimeError(
+        "jax was imported before tests/conftest.py could configure it; find the pytest plugin that did"
+    )
+
+# Environment rather than jax.config, so that commands which tests start as processes are held to it too.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+# Compiled extensions (openai-harmony is one) and child processes do not pass through Python's sockets; a
+# proxy at which nobody listens stops those that speak HTTP.
+for _name in ("http_proxy", "https_proxy", "all_proxy"):
+    os.environ[_name] = os.environ[_name.upper()] = "http://127.0.0.1:9"
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ.pop(_name, None)
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile(
+    "session", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("session")
+
+
+def _local_only(connect):
+    """Wrap a connecting method of `socket.socket`: Unix sockets pass (asyncio needs them), others raise."""
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX:
+            raise RuntimeError(f"tests may not use the network: connection to {address!r}")
+        return connect(self, address)
+
+    return guarded
+
+
+def pytest_configure():
+    """Before anything is collected, so that code run by imports is held to it too."""
+    socket.socket.connect = _local_only(socket.socket.connect)
+    socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
