@@ -11,18 +11,19 @@ import functools
 import hashlib
 import json
 import math
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from gptoss_jax import command
+from gptoss_jax.config import read_config
 
 LAYOUTS = ("huggingface", "openai", "huggingface-bf16")
 SHARD_BYTES = 4_800_000_000  # the published 20b has files of this size
@@ -263,9 +264,7 @@ def _openai_entries(config: dict, seed: int) -> dict[str, Entry]:
     entries = {name: _entry([tensors[part] for part in parts], seed) for name, parts in _OPENAI_MODEL.items()}
     for i in range(config["num_hidden_layers"]):
         for name, parts in _OPENAI_LAYER.items():
-            entries[f"block.{i}.{name}"] = _entry(
-                [tensors[f"model.layers.{i}.{part}"] for part in parts], seed
-            )
+            entries[f"block.{i}.{name}"] = _entry([tensors[f"model.layers.{i}.{part}"] for part in parts], seed)
     return entries
 
 
@@ -292,9 +291,7 @@ def _generation_config(config: dict) -> dict:
 
 def _openai_config(config: dict) -> dict:
     """The same numbers in the spelling of the published `original/config.json`."""
-    same = (
-        "num_hidden_layers experts_per_token vocab_size hidden_size intermediate_size swiglu_limit head_dim"
-    )
+    same = "num_hidden_layers experts_per_token vocab_size hidden_size intermediate_size swiglu_limit head_dim"
     same += " num_attention_heads num_key_value_heads sliding_window initial_context_length rope_theta"
     yarn = config["rope_scaling"]
     return {name: config[name] for name in same.split()} | {
@@ -413,9 +410,7 @@ def write_checkpoint(
 
 
 def _define_flags():
-    flags.DEFINE_string(
-        "config", None, "config.json of the model, in the Hugging Face spelling", required=True
-    )
+    flags.DEFINE_string("config", None, "config.json of the model, in the Hugging Face spelling", required=True)
     flags.DEFINE_enum("layout", "huggingface", LAYOUTS, "published layout to write")
     flags.DEFINE_integer("seed", 0, "seed of the weights; all layouts of one seed hold the same model")
     flags.DEFINE_integer("vocab_size", None, "vocabulary size in place of the config's", lower_bound=3)
@@ -427,52 +422,38 @@ def _define_flags():
     )
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with --two-words as well as --two_words, flags after DST, and one line for a mistake."""
-    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
-    flags.FLAGS.set_gnu_getopt(True)
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _refuse(" ".join(str(error).split()))
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"random_weights: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(argv: list[str]):
-    """Writes what the flags say; a mistake in them is one line and exit code 2."""
+def main(arguments: list[str]):
+    """Writes what the flags say."""
     options = flags.FLAGS
-    if len(argv) != 2:
-        _refuse(f"expected one folder to write, DST, got {argv[1:] or 'none'}")
+    if len(arguments) != 1:
+        raise ValueError(f"expected one folder to write, DST, got {arguments or 'none'}")
     if options.layout == "openai" and options.shard_bytes is not None:
-        _refuse("--shard-bytes is for the Hugging Face layouts: --layout openai is one file")
+        raise ValueError("--shard-bytes is for the Hugging Face layouts: --layout openai is one file")
     started = time.monotonic()
-    try:
-        config = json.loads(Path(options.config).read_text())
-        if options.vocab_size is not None:
-            config = with_vocab_size(config, options.vocab_size)
-        shard_bytes = options.shard_bytes or SHARD_BYTES
-        size = write_checkpoint(
-            argv[1], config, layout=options.layout, seed=options.seed, shard_bytes=shard_bytes
-        )
-    except json.JSONDecodeError as error:
-        _refuse(f"{options.config}: not JSON: {error}")
-    except KeyError as error:
-        _refuse(f"{options.config}: {error.args[0]} is missing; expected the Hugging Face spelling")
-    except (OSError, ValueError) as error:
-        _refuse(str(error))
+    config = _read_config(Path(options.config), options.vocab_size)
+    size = write_checkpoint(
+        arguments[0],
+        config,
+        layout=options.layout,
+        seed=options.seed,
+        shard_bytes=options.shard_bytes or SHARD_BYTES,
+    )
     seconds = time.monotonic() - started
     what = f"{options.layout} layout, {size:,} bytes of random weights, seed {options.seed}"
-    print(f"{argv[1]}: {what}, {seconds:.1f} s")
+    print(f"{arguments[0]}: {what}, {seconds:.1f} s")
+
+
+def _read_config(path: Path, vocab_size: int | None) -> dict:
+    """The raw config, checked by the product's own reader."""
+    read_config(path)
+    config = json.loads(path.read_text())
+    return config if vocab_size is None else with_vocab_size(config, vocab_size)
 
 
 def cli():
     """Entry point of the command."""
     _define_flags()
-    app.run(main, flags_parser=_parse)
+    command.run(main)
 
 
 if __name__ == "__main__":

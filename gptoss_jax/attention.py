@@ -43,6 +43,7 @@ class Attention(nnx.Module):
     def __call__(
         self, residual: Float[Array, "B T D"], step: Step, cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """What attention adds to the residual stream, and the cache with these tokens in it."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps).astype(self.dtype)
         q = rope.rotate(self.q(x), step.cosine, step.sine).astype(self.dtype)
         k = rope.rotate(self.k(x), step.cosine, step.sine).astype(self.dtype)

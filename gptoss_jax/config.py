@@ -236,12 +236,12 @@ def _from_openai(raw: Mapping[str, Any]) -> ModelConfig:
     faults = _unknown(raw, _OPENAI) + _missing(raw, _OPENAI)
     if faults:
         raise ConfigError("; ".join(faults))
-    values = {field: raw[key] for key, field in _OPENAI.items()}
+    values = _typed({field: raw[key] for key, field in _OPENAI.items()})
     stop_ids, pad_id = _special_ids(raw["vocab_size"], None, None)
     return ModelConfig(
         **values,
         rms_norm_eps=_OPENAI_RMS_NORM_EPS,
-        max_context_tokens=round(raw["initial_context_length"] * raw["rope_scaling_factor"]),
+        max_context_tokens=round(values["initial_context_length"] * values["rope_scaling_factor"]),
         stop_ids=stop_ids,
         pad_id=pad_id,
     )
@@ -264,8 +264,10 @@ def _from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     faults += _rope_faults(rope, rope_key)
     if faults:
         raise ConfigError("; ".join(faults))
-    values = {field: flat[key] for key, field in _HUGGINGFACE.items()}
-    values |= {field: rope[key] for key, field in _HUGGINGFACE_ROPE.items()}
+    values = _typed(
+        {field: flat[key] for key, field in _HUGGINGFACE.items()}
+        | {field: rope[key] for key, field in _HUGGINGFACE_ROPE.items()}
+    )
     stop_ids, pad_id = _special_ids(flat["vocab_size"], flat.get("eos_token_id"), flat.get("pad_token_id"))
     config = ModelConfig(**values, stop_ids=stop_ids, pad_id=pad_id)
     if flat.get("layer_types", config.layer_types) != config.layer_types:
@@ -279,6 +281,19 @@ def _rope_faults(rope: Mapping[str, Any], name: str) -> list[str]:
     return _unknown(rope, known, f"{name}.") + [
         f"{name}.{key} is {rope.get(key)!r}, expected {want!r}" for key, want in fixed.items() if rope.get(key) != want
     ]
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as their fields' types: JSON writes 7 for 7.0, but 2880.5 heads or "2880" are mistakes."""
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    faults = [
+        f"{name} is {value!r}, expected {'a whole number' if types[name] is int else 'a number'}"
+        for name, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, int if types[name] is int else (int, float))
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return {name: float(value) if types[name] is float else value for name, value in values.items()}
 
 
 def _unknown(raw: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -80,7 +80,7 @@ class Request:
     token_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
     max_new_tokens: int | None = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
 
 class Event(NamedTuple):
@@ -123,7 +123,7 @@ class Engine:
         config: ModelConfig,
         sharding: Sharding,
         cache_dtype: jnp.dtype,
-        engine_config: EngineConfig = EngineConfig(),
+        engine_config: EngineConfig,
     ):
         sharding.check(config, engine_config.rows)
         self.config, self.engine_config, self.sharding, self.params = config, engine_config, sharding, params
@@ -221,7 +221,7 @@ class Engine:
             )
         if kv_cache.num_pages(len(ids) + limit) > self._pages_per_shard:
             raise RequestError(
-                f"{len(ids) + limit} tokens exceed a page pool of {self._pages_per_shard * kv_cache.PAGE_TOKENS} tokens: "
+                f"{len(ids) + limit} tokens exceed a page pool of {self._pages_per_shard * kv_cache.PAGE_TOKENS}: "
                 "shorten the request, or raise pool_tokens"
             )
         request_id = next(self._ids)

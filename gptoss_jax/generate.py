@@ -1,4 +1,6 @@
-"""Answers one prompt: python -m gptoss_jax.generate --checkpoint DIR --prompt "Why is the sky blue?"
+"""Answers one prompt.
+
+    python -m gptoss_jax.generate --checkpoint DIR --prompt "Why is the sky blue?"
 
 Text goes to stdout as it comes, statistics to stderr. With --json one JSON document goes to stdout instead.
 Exit codes: 0 the answer is complete or reached --max-new-tokens (stderr says which), 2 bad input, 130 interrupted.
@@ -7,7 +9,7 @@ Exit codes: 0 the answer is complete or reached --max-new-tokens (stderr says wh
 import json
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -16,18 +18,21 @@ from gptoss_jax.engine import Event
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
 
-PROMPT = flags.DEFINE_string("prompt", None, "What the user says; rendered as a harmony conversation.")
-TOKEN_IDS = flags.DEFINE_string("token_ids", None, "The prompt as token ids in place of text, as 1,2,3.")
-REASONING_EFFORT = flags.DEFINE_enum(
-    "reasoning_effort", "medium", list(harmony.REASONING_EFFORTS), "How long the model is asked to think."
-)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Length of the answer at most.")
-MAX_CONTEXT = flags.DEFINE_integer("max_context_tokens", 4096, "Prompt and answer at most; memory follows it.")
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.")
-SEED = flags.DEFINE_integer("seed", 0, "Same seed, prompt and settings: same tokens.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON document: settings, ids, logprobs, text, statistics.")
-VOCAB = flags.DEFINE_string("vocab", None, "Vocabulary file in place of the packaged o200k_base.tiktoken.")
-flags.adopt_module_key_flags(runtime)
+
+def define_flags() -> None:
+    """This command's flags, the shared ones among them."""
+    flags.DEFINE_string("prompt", None, "What the user says; rendered as a harmony conversation.")
+    flags.DEFINE_string("token_ids", None, "The prompt as token ids in place of text: 1,2,3.")
+    efforts = list(harmony.REASONING_EFFORTS)
+    flags.DEFINE_enum("reasoning_effort", "medium", efforts, "How long the model is asked to think.")
+    flags.DEFINE_integer("max_new_tokens", 256, "Length of the answer at most.")
+    flags.DEFINE_integer("max_context_tokens", 4096, "Prompt and answer at most; memory follows it.")
+    flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.")
+    flags.DEFINE_integer("seed", 0, "Same seed, prompt and settings: same tokens.")
+    flags.DEFINE_bool("json", False, "Print one JSON document: settings, ids, logprobs, text, statistics.")
+    flags.DEFINE_string("vocab", None, "Vocabulary file in place of the packaged o200k_base.tiktoken.")
+    runtime.define_flags()
+    flags.adopt_module_key_flags(runtime)
 
 
 class Answer(NamedTuple):
@@ -42,40 +47,42 @@ class Answer(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """See the module's docstring."""
+    options = flags.FLAGS
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}: the prompt goes behind --prompt, in quotes")
-    words = tokenizer.load_tokenizer(VOCAB.value)
-    sampling = SamplingParams(TEMPERATURE.value, SEED.value)
-    prompt = prompt_ids()
-    language_model = runtime.load_from_flags()
+    words = tokenizer.load_tokenizer(options.vocab)
+    sampling = SamplingParams(options.temperature, options.seed)
+    prompt = prompt_ids(options)
+    language_model = runtime.load_from_flags(options)
     _say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s; {language_model.kernels}")
     if language_model.weights_are_random:
-        _say("these weights are random: the text is noise, not an answer")
-    runner = language_model.engine(engine.EngineConfig(max_context_tokens=MAX_CONTEXT.value))
-    request = engine.Request(tuple(prompt), language_model.config.stop_ids, MAX_NEW_TOKENS.value, sampling)
-    runner.submit(request)
+        _say("these weights are RANDOM: the text is noise, not an answer")
+    runner = language_model.engine(engine.EngineConfig(max_context_tokens=options.max_context_tokens))
+    runner.submit(engine.Request(tuple(prompt), language_model.config.stop_ids, options.max_new_tokens, sampling))
     _say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt)} tokens")
-    answer = stream(runner, tokenizer.StreamDecoder(words), echo=not JSON.value)
-    statistics = measure(language_model, runner, prompt, answer)
-    if JSON.value:
-        print(json.dumps(document(prompt, answer, words.decode(answer.token_ids), statistics), indent=2))
+    answer = stream(runner, tokenizer.StreamDecoder(words), echo=not options.json)
+    statistics = measure(language_model, runner, len(prompt), answer)
+    if options.json:
+        print(json.dumps(document(options, prompt, answer, words.decode(answer.token_ids), statistics), indent=2))
     report(answer, statistics)
 
 
-def prompt_ids() -> list[int]:
+def prompt_ids(options: flags.FlagValues) -> list[int]:
     """The prompt that the flags name.
 
     Raises:
         ValueError: not exactly one of --prompt and --token-ids, or ids that are no numbers.
     """
-    if (PROMPT.value is None) == (TOKEN_IDS.value is None):
+    if (options.prompt is None) == (options.token_ids is None):
         raise ValueError("expected one of --prompt TEXT and --token-ids 1,2,3")
-    if TOKEN_IDS.value is None:
-        return harmony.render_prompt(PROMPT.value, reasoning_effort=REASONING_EFFORT.value, vocab_path=VOCAB.value)
+    if options.prompt is not None:
+        return harmony.render_prompt(
+            options.prompt, reasoning_effort=options.reasoning_effort, vocab_path=options.vocab
+        )
     try:
-        return [int(part) for part in TOKEN_IDS.value.split(",")]
+        return [int(part) for part in options.token_ids.split(",")]
     except ValueError:
-        raise ValueError(f"--token-ids is {TOKEN_IDS.value!r}, expected whole numbers such as 1,2,3") from None
+        raise ValueError(f"--token-ids is {options.token_ids!r}, expected whole numbers such as 1,2,3") from None
 
 
 def stream(runner: engine.Engine, decoder: tokenizer.StreamDecoder, *, echo: bool) -> Answer:
@@ -99,7 +106,9 @@ def _print_text(event: Event, decoder: tokenizer.StreamDecoder) -> None:
     print("".join(map(decoder.feed, event.token_ids)), end="", flush=True)
 
 
-def measure(language_model: LanguageModel, runner: engine.Engine, prompt: list[int], answer: Answer) -> dict:
+def measure(
+    language_model: LanguageModel, runner: engine.Engine, prompt_tokens: int, answer: Answer
+) -> dict[str, float | None]:
     """Seconds, rates, and the share of what memory bandwidth allows by the cost model."""
     steps = len(answer.token_ids) - 1
     rate = steps / answer.decode_seconds if steps > 0 else None
@@ -112,25 +121,19 @@ def measure(language_model: LanguageModel, runner: engine.Engine, prompt: list[i
     if rate:
         devices = language_model.mesh.devices.flat
         bandwidth = runtime.read_bandwidth(devices[0]) * len(devices)
-        step_bytes = language_model.config.decode_bytes(1, len(prompt) + steps // 2)
+        step_bytes = language_model.config.decode_bytes(1, prompt_tokens + steps // 2)
         statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
         statistics["share_of_bandwidth_limit"] = round(rate * step_bytes / bandwidth, 4)
     return statistics
 
 
-def document(prompt: list[int], answer: Answer, text: str, statistics: dict) -> dict:
+def document(
+    options: flags.FlagValues, prompt: list[int], answer: Answer, text: str, statistics: dict[str, float | None]
+) -> dict[str, Any]:
     """What --json prints."""
+    echoed = ("checkpoint", "mesh", "dtype", "kernels", "prompt", "reasoning_effort", "temperature", "seed")
     return {
-        "settings": {
-            "checkpoint": runtime.CHECKPOINT.value,
-            "prompt": PROMPT.value,
-            "reasoning_effort": REASONING_EFFORT.value if PROMPT.value is not None else None,
-            "temperature": TEMPERATURE.value,
-            "seed": SEED.value,
-            "max_new_tokens": MAX_NEW_TOKENS.value,
-            "dtype": runtime.DTYPE.value,
-            "mesh": runtime.MESH.value,
-        },
+        "settings": {name: options[name].value for name in (*echoed, "max_new_tokens", "max_context_tokens")},
         "prompt_token_ids": prompt,
         "token_ids": answer.token_ids,
         "logprobs": answer.logprobs,
@@ -140,7 +143,7 @@ def document(prompt: list[int], answer: Answer, text: str, statistics: dict) -> 
     }
 
 
-def report(answer: Answer, statistics: dict) -> None:
+def report(answer: Answer, statistics: dict[str, Any]) -> None:
     """One line of statistics; and one more if the answer was cut."""
     rate = statistics["decode_tokens_per_second"]
     line = f"first token after {answer.first_token_seconds:.2f} s; {len(answer.token_ids)} tokens"
@@ -160,6 +163,7 @@ def _say(line: str) -> None:
 
 def cli() -> None:
     """The console script."""
+    define_flags()
     command.run(main)
 
 

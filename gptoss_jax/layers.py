@@ -9,9 +9,10 @@ from jaxtyping import Array, Float
 from gptoss_jax.sharding import Axes
 
 Shape = tuple[int, ...]
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = jnp.dtype(jnp.bfloat16)) -> nnx.Param:
+def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = BFLOAT16) -> nnx.Param:
     """A declaration: shape, dtype as stored, logical axes. Allocates nothing."""
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} cannot have the axes {axes}")
@@ -33,6 +34,7 @@ class Linear(nnx.Module):
         self.bias = weight(out, out_axes)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """y, float32; the matrix product takes operands of x's dtype."""
         return contract(x, self.weight[...], self.num_inputs) + self.bias[...].astype(jnp.float32)
 
 

@@ -56,6 +56,7 @@ class Layer(nnx.Module):
         self.moe = MixtureOfExperts(config, sharding, kernels.expert_mlp, policy.activations)
 
     def __call__(self, x: Float[Array, "B T D"], step: Step, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The residual stream behind this layer, and the cache with this layer's keys and values."""
         with jax.named_scope("attention"):
             added, cache = self.attention(x, step, cache)
             x = x + added.astype(x.dtype)

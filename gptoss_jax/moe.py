@@ -1,4 +1,7 @@
-"""The mixture of experts: a router picks a few of many MLPs for each token (openai/gpt-oss torch/model.py, MLPBlock)."""
+"""The mixture of experts: a router picks a few of many MLPs for each token.
+
+openai/gpt-oss torch/model.py, MLPBlock: softmax over the chosen logits alone, SwiGLU, biases before weighting.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +44,7 @@ class MixtureOfExperts(nnx.Module):
         self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
 
     def __call__(self, residual: Float[Array, "B T D"], is_token: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the chosen experts add to the residual stream; padding, which is no token, chooses none."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         ids, weights = route(self.router(x), self.config.experts_per_token)
         ids = jnp.where(is_token[..., None], ids, -1)  # padding chooses no expert

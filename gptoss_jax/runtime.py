@@ -19,7 +19,7 @@ from converters import source
 from gptoss_jax import checkpoint, kv_cache, model, sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import Engine, EngineConfig, Event, Request, RequestError
-from gptoss_jax.model import Kernels, Model, Params
+from gptoss_jax.model import DtypePolicy, Kernels, Model, Params
 from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.sharding import Sharding
 from pallas_kernels import attention as attention_op
@@ -47,7 +47,7 @@ class LanguageModel:
     sharding: Sharding
     params: Params
     model: Model
-    policy: model.DtypePolicy
+    policy: DtypePolicy
     kernels: str
     source: str
     load_seconds: float
@@ -58,7 +58,7 @@ class LanguageModel:
         """The devices."""
         return self.sharding.mesh
 
-    def engine(self, engine_config: EngineConfig = EngineConfig()) -> Engine:
+    def engine(self, engine_config: EngineConfig) -> Engine:
         """An engine over this model's weights; its programs are compiled here."""
         return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config)
 
@@ -150,7 +150,7 @@ def load(
         path: a converted (Orbax) checkpoint, or a folder of safetensors in any published layout, read as it is.
         mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
-        kernels: "auto", or the name of an implementation of the ops, which then runs or raises.
+        kernels: "auto", or implementations by name, which then run or raise: see `choose_kernels`.
 
     Raises:
         ConfigError: the checkpoint's config.json is not a gpt-oss model.
@@ -172,16 +172,23 @@ def load(
     return LanguageModel(config, laid_out, params, declared, policy, reason, described, time.perf_counter() - began)
 
 
-def choose_kernels(name: str, platform: str) -> tuple[Kernels, str]:
+def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
     """Each op's implementation on `platform`, and one line that says which and why.
 
+    Args:
+        names: one name for every op ("auto", "reference"), or "attention=NAME,expert_mlp=NAME" (left out: auto).
+        platform: of the devices, as JAX calls it.
+
     Raises:
-        ValueError: no implementation has that name.
+        ValueError: no op or no implementation has that name.
     """
-    attention_name, attention, attention_reason = attention_op.choose(name, platform)
-    experts_name, experts, experts_reason = expert_op.choose(name, platform)
-    line = f"attention {attention_name} ({attention_reason}), experts {experts_name} ({experts_reason})"
-    return Kernels(attention, experts), line
+    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose}
+    asked = dict(part.partition("=")[::2] for part in names.split(",")) if "=" in names else dict.fromkeys(ops, names)
+    for op in asked.keys() - ops.keys():
+        raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
+    chosen = {op: choose(asked.get(op, "auto"), platform) for op, choose in ops.items()}
+    line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
+    return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
 
 
 def _open(path: Path) -> tuple[ModelConfig, str, Callable[[dict[str, model.Leaf], Sharding], dict[str, jax.Array]]]:
@@ -194,25 +201,30 @@ def _open(path: Path) -> tuple[ModelConfig, str, Callable[[dict[str, model.Leaf]
 
 # ---- for commands ----
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a folder of published safetensors.")
-MESH = flags.DEFINE_string("mesh", "", 'Devices, as "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
-KERNELS = flags.DEFINE_string("kernels", "auto", "Implementation of the ops, by name; it then runs or raises.")
-COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", None, "Folder for compiled programs [default: in the user's cache folder]; empty: none."
-)
+
+def define_flags() -> None:
+    """The flags that every command which runs a model shares; `load_from_flags` reads them."""
+    flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a folder of published safetensors.")
+    flags.DEFINE_string("mesh", "", 'Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
+    flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
+    flags.DEFINE_string(
+        "kernels", "auto", "auto, or implementations by name, as attention=reference,expert_mlp=reference."
+    )
+    flags.DEFINE_string(
+        "compilation_cache", None, "Folder for compiled programs (default: in the user's cache folder); empty: none."
+    )
 
 
-def load_from_flags() -> LanguageModel:
+def load_from_flags(options: flags.FlagValues) -> LanguageModel:
     """`load` with the shared flags, compiled programs being kept across processes.
 
     Raises:
         ValueError: --checkpoint is missing; and as `load`.
     """
-    if not CHECKPOINT.value:
+    if not options.checkpoint:
         raise ValueError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
-    keep_compiled_programs(COMPILATION_CACHE.value)
-    return load(CHECKPOINT.value, mesh=MESH.value or None, dtype=DTYPE.value, kernels=KERNELS.value)
+    keep_compiled_programs(options.compilation_cache)
+    return load(options.checkpoint, mesh=options.mesh or None, dtype=options.dtype, kernels=options.kernels)
 
 
 def keep_compiled_programs(folder: str | None) -> None:
@@ -227,7 +239,7 @@ def keep_compiled_programs(folder: str | None) -> None:
 
 
 def read_bandwidth(device: Any, num_bytes: int = 1 << 28, repeats: int = 5) -> float:
-    """Bytes per second that `device` reads from its memory: the best of a few sums over an array that no cache holds."""
+    """Bytes per second that `device` reads from its memory: best of a few sums over a large array."""
     x = jax.device_put(np.ones((256, num_bytes // 1024), np.float32), device)
     total = jax.jit(lambda a: jnp.sum(a, axis=1)).lower(x).compile()
     seconds = []

@@ -130,11 +130,12 @@ def is_axes(x: Any) -> bool:
 
 
 def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any] | None = None) -> Sharding:
-    """A Sharding over `devices` (default: all, or one where `mesh` is None).
+    """A Sharding over the first of `devices`, as many as `mesh` asks for.
 
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
             with the axes of MESH_AXES; or None for a single device.
+        devices: all of this process's by default.
 
     Raises:
         MeshError: unknown axis, malformed text, or more devices wanted than there are.

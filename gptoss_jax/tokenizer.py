@@ -210,9 +210,7 @@ def _read_vocabulary(vocab_path: str | Path | None) -> bytes:
     try:
         vocabulary = lzma.decompress(stored) if stored.startswith(_XZ_MAGIC) else stored
     except lzma.LZMAError as error:
-        found = (
-            f"{hashlib.sha256(stored).hexdigest()} (of the xz file, which cannot be decompressed: {error})"
-        )
+        found = f"{hashlib.sha256(stored).hexdigest()} (of the xz file, which cannot be decompressed: {error})"
         raise ValueError(_altered(path, found, remedy)) from error
     found = hashlib.sha256(vocabulary).hexdigest()
     if found != VOCABULARY_SHA256:
@@ -222,8 +220,7 @@ def _read_vocabulary(vocab_path: str | Path | None) -> bytes:
 
 def _altered(path: Path, found: str, remedy: str) -> str:
     return (
-        f"vocabulary file {path} is truncated or altered: "
-        f"expected sha256 {VOCABULARY_SHA256}, found {found}; {remedy}"
+        f"vocabulary file {path} is truncated or altered: expected sha256 {VOCABULARY_SHA256}, found {found}; {remedy}"
     )
 
 

@@ -3,20 +3,18 @@
 import os
 import socket
 import sys
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 if "jax" in sys.modules:
-    raise RuntimeError(
-        "jax was imported before tests/conftest.py could configure it; find the pytest plugin that did"
-    )
+    raise RuntimeError("jax was imported before tests/conftest.py could configure it; find the pytest plugin that did")
 
 # Environment rather than jax.config, so that commands which tests start as processes are held to it too.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # Compiled extensions (openai-harmony is one) and child processes do not pass through Python's sockets; a
 # proxy at which nobody listens stops those that speak HTTP.
 for _name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -25,10 +23,12 @@ for _name in ("no_proxy", "NO_PROXY"):
     os.environ.pop(_name, None)
 
 # How long an example takes says how busy the machine is, not whether the code is right.
-hypothesis.settings.register_profile(
-    "session", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+hypothesis.settings.register_profile("session", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("session")
+
+
+from tests.gate import TinyModel  # noqa: E402  (jax reads the environment)
+from tests.goldens.make import tiny_config  # noqa: E402
 
 
 def _local_only(connect):
@@ -46,3 +46,15 @@ def pytest_configure():
     """Before anything is collected, so that code run by imports is held to it too."""
     socket.socket.connect = _local_only(socket.socket.connect)
     socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyModel:
+    """The golden model: configs/tiny.json with a vocabulary of 512, random weights of seed 0."""
+    return TinyModel(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model as a published checkpoint, Hugging Face layout."""
+    return tiny.write(tmp_path_factory.mktemp("tiny"))

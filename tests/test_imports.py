@@ -67,10 +67,7 @@ KERNELS_IMPORT = {"jax", "jaxtyping", "numpy", "ml_dtypes"}
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of all first-party modules."""
     files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in files
-    }
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
 def imports(source: str, package: str, known: set[str]) -> Iterator[str]:
@@ -138,17 +135,13 @@ def test_module_imports_what_the_house_allows(name):
     assert len(rows) == 1, f"{name} needs exactly one row in the table of tests/test_imports.py, has {rows}"
     first_party = {target for target in imports_of(name) if target.split(".")[0] in PACKAGES}
     wrong = sorted(t for t in first_party if not any(matches(t, entry) for entry in ALLOWED[rows[0]]))
-    assert wrong == [], (
-        f"{name} may not import {wrong}; if it should, change docs/architecture.md and the table"
-    )
+    assert wrong == [], f"{name} may not import {wrong}; if it should, change docs/architecture.md and the table"
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name in KNOW_NO_JAX])
 def test_words_and_ids_know_no_jax(name):
     """Text handling that pulls in jax, flax or orbax, and so cannot start in a tenth of a second."""
-    assert {target.split(".")[0] for target in imports_of(name)}.isdisjoint(
-        {"jax", "flax", "orbax", "jaxtyping"}
-    )
+    assert {target.split(".")[0] for target in imports_of(name)}.isdisjoint({"jax", "flax", "orbax", "jaxtyping"})
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if matches(name, "pallas_kernels.*")])

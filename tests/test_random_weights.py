@@ -136,9 +136,7 @@ def test_memory_is_bounded(layout):
     assert next(largest.stream()).nbytes <= 64 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)]
-)
+@pytest.mark.parametrize(("name", "size"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
 def test_true_sizes(name, size):
     """Guards the configs and the shapes: the bytes are those of the published checkpoints' index files."""
     entries = random_weights._huggingface_entries(config_of(name), 0)

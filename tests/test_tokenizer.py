@@ -256,8 +256,6 @@ def test_harmony_works_without_a_cache_folder(monkeypatch, tmp_path):
 
 def test_tokenizer_starts_without_jax():
     """A jax import that creeps in and adds a second to every command that only handles text."""
-    code = (
-        "import gptoss_jax.tokenizer, sys; print(sorted({'jax', 'flax', 'openai_harmony'} & {*sys.modules}))"
-    )
+    code = "import gptoss_jax.tokenizer, sys; print(sorted({'jax', 'flax', 'openai_harmony'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

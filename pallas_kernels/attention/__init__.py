@@ -6,17 +6,18 @@ says padding, whose output is 0. The sink is one more logit per query head in th
 A back end is one file beside this one with functions of the same signatures, and one entry in `IMPLEMENTATIONS`.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention import reference
 
 
+@runtime_checkable
 class PagedAttention(Protocol):
     """Every key up to the query's own position, which the pool already holds. Memory is O(block), not O(context)."""
 
-    def __call__(
+    def __call__(  # noqa: D102
         self,
         q: Float[Array, "B T N H"],
         k_pages: Float[Array, "P S K H"],
@@ -27,13 +28,14 @@ class PagedAttention(Protocol):
     ) -> Float[Array, "B T N H"]: ...
 
 
+@runtime_checkable
 class BandedAttention(Protocol):
     """The last W keys up to the query's own position: T new ones, and those that the ring held before them.
 
     Position p lives in slot p % W; the ring is as it was before the new keys, and `start` counts the tokens behind it.
     """
 
-    def __call__(
+    def __call__(  # noqa: D102
         self,
         q: Float[Array, "B T N H"],
         k_ring: Float[Array, "B W K H"],
@@ -56,17 +58,25 @@ class Attention(NamedTuple):
 IMPLEMENTATIONS: dict[str, Attention] = {"reference": Attention(reference.paged_attention, reference.banded_attention)}
 
 
-def choose(name: str, platform: str) -> tuple[str, Attention, str]:
-    """The implementation for `name` ("auto" or a key of IMPLEMENTATIONS) on `platform`, and the reason in words.
+class Choice(NamedTuple):
+    """An implementation, and why it was taken."""
+
+    name: str
+    implementation: Attention
+    reason: str
+
+
+def choose(name: str, platform: str) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `platform`.
 
     Raises:
         ValueError: no implementation has that name.
     """
     if name == "auto":
-        return "reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet"
+        return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return name, IMPLEMENTATIONS[name], "asked for by name"
+    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
 
 
-__all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "Choice", "PagedAttention", "choose"]

@@ -3,7 +3,7 @@
 A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
@@ -11,6 +11,7 @@ from pallas_kernels.expert_mlp import reference
 from pallas_kernels.expert_mlp.reference import ExpertWeights
 
 
+@runtime_checkable
 class ExpertMlp(Protocol):
     """One implementation.
 
@@ -20,7 +21,7 @@ class ExpertMlp(Protocol):
     another device, are said.
     """
 
-    def __call__(
+    def __call__(  # noqa: D102
         self,
         x: Float[Array, "T D"],
         expert_ids: Int32[Array, "T X"],
@@ -34,17 +35,25 @@ class ExpertMlp(Protocol):
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp}
 
 
-def choose(name: str, platform: str) -> tuple[str, ExpertMlp, str]:
-    """The implementation for `name` ("auto" or a key of IMPLEMENTATIONS) on `platform`, and the reason in words.
+class Choice(NamedTuple):
+    """An implementation, and why it was taken."""
+
+    name: str
+    implementation: ExpertMlp
+    reason: str
+
+
+def choose(name: str, platform: str) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `platform`.
 
     Raises:
         ValueError: no implementation has that name.
     """
     if name == "auto":
-        return "reference", reference.expert_mlp, f"no fused kernel for {platform} yet"
+        return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"expert_mlp kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return name, IMPLEMENTATIONS[name], "asked for by name"
+    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
 
 
-__all__ = ["IMPLEMENTATIONS", "ExpertMlp", "ExpertWeights", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "ExpertMlp", "ExpertWeights", "choose"]
