@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> None:
     _say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s; {language_model.kernels}")
     if language_model.weights_are_random:
         _say("these weights are RANDOM: the text is noise, not an answer")
-    runner = language_model.engine(engine.EngineConfig(max_context_tokens=options.max_context_tokens))
+    rows = language_model.sharding.size("rows")
+    runner = language_model.engine(engine.EngineConfig(rows=rows, max_context_tokens=options.max_context_tokens))
     runner.submit(engine.Request(tuple(prompt), language_model.config.stop_ids, options.max_new_tokens, sampling))
     _say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt)} tokens")
     answer = stream(runner, tokenizer.StreamDecoder(words), echo=not options.json)

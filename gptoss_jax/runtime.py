@@ -79,7 +79,7 @@ class LanguageModel:
         Raises:
             RequestError: ids outside the vocabulary, or more tokens than the context holds.
         """
-        engine_config = EngineConfig(max_context_tokens=max_context_tokens)
+        engine_config = EngineConfig(rows=self.sharding.size("rows"), max_context_tokens=max_context_tokens)
         if self._engine is None or self._engine.engine_config != engine_config or not self._engine.is_idle:
             self._engine = self.engine(engine_config)
         self._engine.submit(
