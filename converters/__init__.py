@@ -1,0 +1,1 @@
+"""Published checkpoints in, Orbax checkpoints out: readers, tables, and the command."""

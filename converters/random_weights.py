@@ -453,7 +453,7 @@ def _read_config(path: Path, vocab_size: int | None) -> dict:
 def cli():
     """Entry point of the command."""
     _define_flags()
-    command.run(main)
+    command.run(main, "random_weights")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int32
 from gptoss_jax import kv_cache, layers, rope
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kv_cache import KVCache
+from gptoss_jax.layers import Kernels
 from gptoss_jax.sharding import Sharding
-from pallas_kernels import attention as op
 
 
 class Step(NamedTuple):
@@ -28,17 +28,18 @@ class Step(NamedTuple):
 class Attention(nnx.Module):
     """One layer's attention, from the residual stream to what is added to it."""
 
-    def __init__(self, config: ModelConfig, layer: int, sharding: Sharding, kernel: op.Attention, dtype: jnp.dtype):
-        self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernel, dtype
+    def __init__(self, config: ModelConfig, layer: int, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
+        self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.attention, dtype
         self.layer = layer
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        hidden = (config.hidden_size,)
+        hidden, by_head = (config.hidden_size,), ("heads", None)
+        on = (sharding, kernels.linear)
         self.norm = layers.weight(hidden, (None,))
-        self.q = layers.Linear(heads, ("heads", None), hidden, (None,))
-        self.k = layers.Linear(kv_heads, ("heads", None), hidden, (None,))
-        self.v = layers.Linear(kv_heads, ("heads", None), hidden, (None,))
+        self.q = layers.Linear(heads, by_head, hidden, (None,), *on)
+        self.k = layers.Linear(kv_heads, by_head, hidden, (None,), *on)
+        self.v = layers.Linear(kv_heads, by_head, hidden, (None,), *on)
         self.sinks = layers.weight((config.num_heads,), ("heads",))
-        self.out = layers.Linear(hidden, (None,), heads, ("heads", None))
+        self.out = layers.Linear(hidden, (None,), heads, by_head, *on)
 
     def __call__(
         self, residual: Float[Array, "B T D"], step: Step, cache: KVCache

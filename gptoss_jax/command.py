@@ -3,42 +3,44 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 EXIT_CODE = 2
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], name: str) -> None:
     """Runs `main` on the command line's positional arguments.
 
     `--two-words` and `--two_words` are the same flag, and flags may follow positional arguments. A ValueError or
-    OSError that `main` raises becomes one line on stderr per problem and exit code 2; Ctrl-C exit code 130. Anything
-    else is a fault of ours and keeps its traceback.
+    OSError that `main` raises becomes a line on stderr per problem, behind `name`, and exit code 2; Ctrl-C exit code
+    130. Anything else is a fault of ours and keeps its traceback.
     """
-    app.run(lambda argv: _guard(main, argv[1:]), flags_parser=_parse)
+    app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=lambda argv: _parse(argv, name))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def refuse(message: str, name: str) -> NoReturn:
+    """Says what is wrong, line by line, and exits with 2."""
+    for line in message.splitlines():
+        print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
+
+
+def _parse(argv: Sequence[str], name: str) -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
-    words = [re.sub(r"^--?[a-zA-Z][\w-]*", lambda name: name[0].replace("-", "_"), word) for word in argv[1:]]
-    words = [re.sub(r"^_+", lambda dashes: "-" * len(dashes[0]), word) for word in words]
+    logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     try:
-        return flags.FLAGS([argv[0], *words])
+        return flags.FLAGS(words)
     except flags.Error as error:
-        sys.exit(_report(f"{error} (--help lists the flags)"))
+        refuse(f"{' '.join(str(error).split())} (--help lists the flags)", name)
 
 
-def _guard(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -> None:
     try:
         main(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(_report(str(error)))
+        refuse(str(error), name)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _report(message: str) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return EXIT_CODE

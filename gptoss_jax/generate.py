@@ -165,7 +165,7 @@ def _say(line: str) -> None:
 def cli() -> None:
     """The console script."""
     define_flags()
-    command.run(main)
+    command.run(main, "generate")
 
 
 if __name__ == "__main__":

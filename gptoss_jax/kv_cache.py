@@ -80,10 +80,10 @@ def write_pages(
     page_table: Int32[Array, "B M"],
     positions: Int32[Array, "B T"],
 ) -> Float[Array, "P S K H"]:
-    """The pool with `new` at its `positions`; position -1 (padding) is not written."""
-    at = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
-    at = jnp.where(positions < 0, pages.shape[0], at)  # beyond the pool: dropped
-    return pages.at[at, positions % PAGE_TOKENS].set(new.astype(pages.dtype), mode="drop")
+    """The pool with `new` at its `positions`; position -1 (padding, behind a row's tokens) is not written."""
+    page = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
+    end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    return _write(pages, new, page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)
 
 
 def write_ring(
@@ -91,8 +91,41 @@ def write_ring(
 ) -> Float[Array, "B W K H"]:
     """The ring with the last W of `new` at their `positions`; position -1 (padding) is not written."""
     rows, window = ring.shape[:2]
-    newest = jnp.max(positions, axis=1, keepdims=True)
-    kept = (positions >= 0) & (positions > newest - window)  # an older one would fight for a newer one's slot
-    slot = jnp.where(kept, positions % window, window)
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return ring.at[row, slot].set(new.astype(ring.dtype), mode="drop")
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], positions.shape)
+    end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    first = jnp.maximum(end - window, 0)  # an older token would fight for a newer one's slot
+    return _write(ring, new, row, positions % window, first, end)
+
+
+def _write(
+    stored: Float[Array, "Z Y K H"],
+    new: Float[Array, "B T K H"],
+    major: Int32[Array, "B T"],
+    minor: Int32[Array, "B T"],
+    first: Int32[Array, "B"],
+    end: Int32[Array, "B"],
+) -> Float[Array, "Z Y K H"]:
+    """`stored` with tokens `first` to `end` of each row of `new` at [major, minor]."""
+    new = new.astype(stored.dtype)
+    return jax.lax.platform_dependent(
+        stored, new, major, minor, first, end, cpu=_write_slices, default=_write_scattered
+    )
+
+
+def _write_scattered(stored, new, major, minor, first, end):
+    ordinal = jnp.arange(new.shape[1], dtype=jnp.int32)
+    written = (ordinal >= first[:, None]) & (ordinal < end[:, None])
+    major = jnp.where(written, major, stored.shape[0])  # beyond the array: dropped
+    return stored.at[major, minor].set(new, mode="drop")
+
+
+def _write_slices(stored, new, major, minor, first, end):
+    """Token by token, in place: XLA:CPU scatters bfloat16 through a float32 copy of the whole cache."""
+
+    def write_token(row, token, stored):
+        return stored.at[major[row, token], minor[row, token]].set(new[row, token])
+
+    def write_row(row, stored):
+        return jax.lax.fori_loop(first[row], end[row], functools.partial(write_token, row), stored)
+
+    return jax.lax.fori_loop(0, new.shape[0], write_row, stored)

@@ -15,10 +15,9 @@ from gptoss_jax import layers, rope
 from gptoss_jax.attention import Attention, Step
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kv_cache import KVCache
+from gptoss_jax.layers import Kernels
 from gptoss_jax.moe import MixtureOfExperts
 from gptoss_jax.sharding import Axes, Sharding
-from pallas_kernels import attention as attention_op
-from pallas_kernels import expert_mlp as expert_op
 
 
 class DtypePolicy(NamedTuple):
@@ -41,19 +40,12 @@ DTYPE_POLICIES = {
 }
 
 
-class Kernels(NamedTuple):
-    """The implementation of each op that this model runs with."""
-
-    attention: attention_op.Attention = attention_op.IMPLEMENTATIONS["reference"]
-    expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
-
-
 class Layer(nnx.Module):
     """Attention, then experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, sharding: Sharding, kernels: Kernels, policy: DtypePolicy):
-        self.attention = Attention(config, layer, sharding, kernels.attention, policy.activations)
-        self.moe = MixtureOfExperts(config, sharding, kernels.expert_mlp, policy.activations)
+        self.attention = Attention(config, layer, sharding, kernels, policy.activations)
+        self.moe = MixtureOfExperts(config, sharding, kernels, policy.activations)
 
     def __call__(self, x: Float[Array, "B T D"], step: Step, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """The residual stream behind this layer, and the cache with this layer's keys and values."""
@@ -74,6 +66,9 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([Layer(config, i, sharding, kernels, policy) for i in range(config.num_layers)])
         self.norm = layers.weight((config.hidden_size,), (None,))
         self.unembedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None))
+        self.unembed = layers.Product(
+            (config.vocab_size,), ("vocab",), (config.hidden_size,), (None,), sharding, kernels.linear
+        )
 
     def __call__(
         self, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
@@ -82,17 +77,17 @@ class Transformer(nnx.Module):
         ordinal = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
         step = Step(positions, *rope.rotation(self.config, positions))
-        x = self.embedding[...][tokens].astype(self.policy.residual)
+        x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x, cache = layer(self.sharding.constrain(x, ("rows", None, None)), step, cache)
         return x, cache._replace(lengths=cache.lengths + counts)
 
-    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits from the final residual stream, float32."""
         x = layers.rms_norm(x, self.norm[...], self.config.rms_norm_eps).astype(self.policy.activations)
         with jax.named_scope("unembedding"):
-            return layers.contract(x, self.unembedding[...])
+            return self.unembed(x, self.unembedding[...])
 
 
 # ---- the declaration, as others read it ----
@@ -153,7 +148,7 @@ def step(
     transformer = model.bind(params)
     x, cache = transformer(tokens, counts, cache)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    return transformer.logits(last[:, 0]), cache
+    return transformer.logits(last)[:, 0], cache
 
 
 def all_logits(

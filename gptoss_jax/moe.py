@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from gptoss_jax import layers
 from gptoss_jax.config import MXFP4_BLOCK, ModelConfig
+from gptoss_jax.layers import Kernels
 from gptoss_jax.sharding import Sharding
 from pallas_kernels import expert_mlp as op
 
@@ -35,11 +36,11 @@ class Mxfp4Linear(nnx.Module):
 class MixtureOfExperts(nnx.Module):
     """One layer's router and experts, from the residual stream to what is added to it."""
 
-    def __init__(self, config: ModelConfig, sharding: Sharding, kernel: op.ExpertMlp, dtype: jnp.dtype):
-        self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernel, dtype
+    def __init__(self, config: ModelConfig, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
+        self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.expert_mlp, dtype
         hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
         self.norm = layers.weight((hidden,), (None,))
-        self.router = layers.Linear((experts,), (None,), (hidden,), (None,))
+        self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear)
         self.gate_up = Mxfp4Linear(experts, 2 * inner, hidden, "expert_hidden", None)
         self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
 

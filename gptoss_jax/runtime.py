@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from converters import source
 from gptoss_jax import checkpoint, kv_cache, model, sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import Engine, EngineConfig, Event, Request, RequestError
-from gptoss_jax.model import DtypePolicy, Kernels, Model, Params
+from gptoss_jax.layers import Kernels
+from gptoss_jax.model import DtypePolicy, Model, Params
 from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.sharding import Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import linear as linear_op
 
 LOGITS_CHUNK_TOKENS = 256
 
@@ -40,6 +42,7 @@ class LanguageModel:
         policy: which number format holds what.
         kernels: for each op, the implementation chosen and why.
         source: what the weights were read from, in words.
+        weights_are_random: whether the files say that nobody trained them.
         load_seconds: from the call of `load` to weights on the devices.
     """
 
@@ -50,6 +53,7 @@ class LanguageModel:
     policy: DtypePolicy
     kernels: str
     source: str
+    weights_are_random: bool
     load_seconds: float
     _engine: Engine | None = None
 
@@ -164,26 +168,36 @@ def load(
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
     chosen, reason = choose_kernels(kernels, laid_out.mesh.devices.flat[0].platform)
-    config, described, read = _open(Path(path))
-    laid_out.check(config, rows=laid_out.size("rows"))
-    declared = model.declare(config, laid_out, chosen, policy)
-    params = model.nest(read(declared.leaves, laid_out))
-    jax.block_until_ready(params)
-    return LanguageModel(config, laid_out, params, declared, policy, reason, described, time.perf_counter() - began)
+    stored = _open(Path(path))
+    laid_out.check(stored.config, rows=laid_out.size("rows"))
+    declared = model.declare(stored.config, laid_out, chosen, policy)
+    params = jax.block_until_ready(model.nest(stored.read(declared.leaves, laid_out)))
+    return LanguageModel(
+        config=stored.config,
+        sharding=laid_out,
+        params=params,
+        model=declared,
+        policy=policy,
+        kernels=reason,
+        source=stored.described,
+        weights_are_random=_are_random(stored.provenance),
+        load_seconds=time.perf_counter() - began,
+    )
 
 
 def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
     """Each op's implementation on `platform`, and one line that says which and why.
 
     Args:
-        names: one name for every op ("auto", "reference"), or "attention=NAME,expert_mlp=NAME" (left out: auto).
+        names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
         platform: of the devices, as JAX calls it.
 
     Raises:
         ValueError: no op or no implementation has that name.
     """
-    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose}
-    asked = dict(part.partition("=")[::2] for part in names.split(",")) if "=" in names else dict.fromkeys(ops, names)
+    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
+    pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
+    asked = {pair[0]: pair[-1] for pair in pairs}
     for op in asked.keys() - ops.keys():
         raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
     chosen = {op: choose(asked.get(op, "auto"), platform) for op, choose in ops.items()}
@@ -191,12 +205,31 @@ def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
     return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
 
 
-def _open(path: Path) -> tuple[ModelConfig, str, Callable[[dict[str, model.Leaf], Sharding], dict[str, jax.Array]]]:
-    """What lies at `path`: its config, its description, and how to read its leaves."""
+class _Stored(NamedTuple):
+    """Weights on disk, and how to read them."""
+
+    config: ModelConfig
+    described: str
+    provenance: dict[str, Any]
+    read: Callable[[dict[str, model.Leaf], Sharding], dict[str, jax.Array]]
+
+
+def _open(path: Path) -> _Stored:
+    """What lies at `path`."""
     if checkpoint.is_checkpoint(path):
-        return checkpoint.read_config(path), "Orbax checkpoint", functools.partial(checkpoint.restore, path)
+        read = functools.partial(checkpoint.restore, path)
+        return _Stored(checkpoint.read_config(path), "Orbax checkpoint", checkpoint.read_provenance(path), read)
     published = source.open_source(path)
-    return published.config, f"safetensors, {published.layout}", functools.partial(source.load, published)
+    metadata = {"source": {"files": [{"metadata": file.metadata} for file in published.files.values()]}}
+    return _Stored(
+        published.config, f"safetensors ({published.layout})", metadata, functools.partial(source.load, published)
+    )
+
+
+def _are_random(provenance: dict[str, Any]) -> bool:
+    """Whether the published files said of themselves that their weights are random."""
+    files = provenance.get("source", {}).get("files", [])
+    return any("random" in (file.get("metadata") or {}).get("weights", "") for file in files)
 
 
 # ---- for commands ----

@@ -7,6 +7,7 @@ is NaN, and 0 (2^-127, below float32's normal numbers) would be flushed to zero:
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 BLOCK = 32
@@ -24,7 +25,7 @@ def decode_scales(scales: UInt8[Array, "*shape"]) -> tuple[Float[Array, "*shape"
 
 
 def dequantize(
-    blocks: UInt8[Array, "*rows B 16"], scales: UInt8[Array, "*rows B"], dtype: jnp.dtype
+    blocks: UInt8[Array, "*rows B 16"], scales: UInt8[Array, "*rows B"], dtype: DTypeLike
 ) -> Float[Array, "*rows I"]:
     """The weights that `blocks` and `scales` stand for, I = 32 B along the last axis, exactly.
 

@@ -69,13 +69,19 @@ def paged_attention(
     def add_block(i: Int32[Array, ""], softmax: Softmax) -> Softmax:
         page = i * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
         at = page_table[:, jnp.minimum(page, num_pages - 1)]  # a repeated last page lies beyond every position
-        k = k_pages[at].reshape(rows, block, *k_pages.shape[2:])
-        v = v_pages[at].reshape(rows, block, *v_pages.shape[2:])
+        k = _take(k_pages, at).reshape(rows, block, *k_pages.shape[2:])
+        v = _take(v_pages, at).reshape(rows, block, *v_pages.shape[2:])
         key_positions = i * block + jnp.arange(block, dtype=jnp.int32)
         return softmax.add(q, k, v, key_positions <= positions[..., None])
 
     num_blocks = (jnp.max(positions) + block) // block
     return lax.fori_loop(0, num_blocks, add_block, Softmax.of_sinks(sinks, q)).output()
+
+
+def _take(pages: Float[Array, "P S K H"], at: Int32[Array, "B C"]) -> Float[Array, "B C S K H"]:
+    """pages[at]. The barrier ties the pool to what the loop changes: XLA:CPU would lift a float32 copy out of it."""
+    pages, at = lax.optimization_barrier((pages, at))
+    return pages[at]
 
 
 def banded_attention(

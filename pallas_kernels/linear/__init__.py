@@ -1,0 +1,47 @@
+"""Matrix products with dense (bfloat16) weights: what the operation takes and promises, and who can do it.
+
+A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.linear import reference, streamed
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """x [T, I] times w [O, I] transposed: operands in x's dtype, sums and result in float32."""
+
+    def __call__(self, x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:  # noqa: D102
+        ...
+
+
+IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear}
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it was taken."""
+
+    name: str
+    implementation: Linear
+    reason: str
+
+
+def choose(name: str, platform: str) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `platform`.
+
+    Raises:
+        ValueError: no implementation has that name.
+    """
+    if name == "auto":
+        if platform == "cpu":
+            return Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
+        return Choice("reference", reference.linear, f"XLA's own product is best on {platform}")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"linear kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
+
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "Linear", "choose"]
