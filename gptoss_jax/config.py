@@ -307,14 +307,13 @@ def _missing(raw: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 def _special_ids(vocab_size: int, eos: int | list[int] | None, pad: int | None) -> tuple[tuple[int, ...], int]:
     """Stop and pad ids: harmony's where the vocabulary has them, else what the config says.
 
-    The published config.json lists only <|return|> as eos; a tool call ends the turn as well.
+    The published config.json lists only <|return|> as eos; a tool call ends the turn as well. OpenAI's config lists
+    none, so a smaller vocabulary in its layout stops at no token.
     """
     if vocab_size > max(STOP_IDS):
         return STOP_IDS, pad if pad is not None else 199_999
-    stops = [eos] if isinstance(eos, int) else list(eos or [])
-    if not stops:
-        raise ConfigError(f"missing key eos_token_id (a vocabulary of {vocab_size} has no harmony stop ids)")
-    return tuple(stops), pad if pad is not None else stops[0]
+    stops = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    return stops, pad if pad is not None else vocab_size - 1
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:

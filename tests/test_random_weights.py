@@ -213,7 +213,7 @@ def test_command(checkpoints, tmp_path):
     ("arguments", "message"),
     [
         (["--config", "configs/tiny.json"], "expected one folder to write, DST, got none"),
-        (["DST", "--config", "absent.json"], "No such file or directory: 'absent.json'"),
+        (["DST", "--config", "absent.json"], "absent.json: no such file"),
         (["DST", "--config", "README.md"], "README.md: "),
         (
             ["DST", "--config", "configs/tiny.json", "--layout", "onnx"],
