@@ -126,7 +126,6 @@ REFUSED = {
         "intermediate_size 2890 is not a multiple of the MXFP4 block of 32",
     ),
     "zero": (changed(SMALL, num_hidden_layers=0), "num_layers is 0, expected a number above 0"),
-    "no stop ids": (changed(SMALL, vocab_size=512, eos_token_id=None), "missing key eos_token_id"),
     "stop id outside": (changed(SMALL, vocab_size=512), "special token id 200002 is outside the vocabulary of 512"),
     "openai unknown": (changed(OPENAI, qk_norm=True), "unknown key qk_norm"),
     "openai missing": (without(OPENAI, "rope_theta"), "missing key rope_theta"),
@@ -187,3 +186,10 @@ def test_decoding_reads_more_experts_the_more_rows():
     assert one == config.num_layers * config.experts_per_token * config.expert_bytes
     assert many == pytest.approx(config.num_layers * config.num_experts * config.expert_bytes, rel=1e-6)
     assert config.decode_bytes(2, 500) - config.decode_bytes(2, 0) == 2 * config.cache_bytes(500)
+
+
+def test_small_vocabulary_without_stop_ids():
+    """Guards OpenAI's layout, whose config names no stop ids: a small vocabulary has none, and that reads back."""
+    none = parse_config(changed(SMALL, vocab_size=512, eos_token_id=None, pad_token_id=None))
+    assert (none.stop_ids, none.pad_id) == ((), 511)
+    assert parse_config(to_huggingface(none)) == none
