@@ -98,7 +98,7 @@ def test_stop_ids_are_harmony_s():
     """The published config.json names <|return|> alone: generation would run on behind a tool call."""
     assert set(parse_config(SMALL).stop_ids) == {200_002, 200_012, 199_999}
     small = parse_config(changed(SMALL, vocab_size=512, eos_token_id=[510, 509], pad_token_id=None))
-    assert (small.stop_ids, small.pad_id) == ((510, 509), 510)
+    assert (small.stop_ids, small.pad_id) == ((510, 509), 511)
 
 
 REFUSED = {

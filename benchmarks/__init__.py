@@ -1,0 +1,1 @@
+"""Commands that measure what the documents claim; each prints a table, then one JSON line."""
