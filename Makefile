@@ -5,7 +5,7 @@ PYTEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test gates lint types clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.runs
@@ -19,6 +19,10 @@ demo: $(VENV)/.runs
 
 test: lint types
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+
+# What needs heavier wheels: the comparison with transformers, run live. (Any CPU build of torch will do.)
+gates: $(VENV)/.gates
+	$(BIN)/python -m pytest -m live
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .
@@ -46,4 +50,9 @@ $(VENV)/.runs: $(VENV)/.created pyproject.toml
 $(VENV)/.develops: $(VENV)/.created pyproject.toml
 	@echo "Installing gptoss-jax and its development tools into $(VENV); the first time this takes minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.gates: $(VENV)/.develops
+	@echo "Installing torch and transformers into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate
 	@touch $@

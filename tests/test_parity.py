@@ -52,6 +52,18 @@ def test_bfloat16_far_out(tiny_folder):
     assert ours.mean() <= theirs.mean()
 
 
+@pytest.mark.live
+def test_product_equals_transformers_live(tmp_path):
+    """Guards the goldens' reach: another seed's weights and tokens, through transformers on the spot."""
+    pytest.importorskip("torch", reason="the live comparison needs torch")
+    pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    published = TinyModel(golden.tiny_config(), seed=11).write(tmp_path)
+    tokens = golden.token_ids(400, seed=12)
+    theirs = golden.transformers_logits(golden.load_transformers(published, "float32"), tokens)
+    ours = gptoss_jax.load(published, dtype="float32").logits(tokens.tolist())
+    assert gate.failures(ours, theirs, np.arange(len(tokens))) == []
+
+
 # ---- the mutation suite ----
 
 # Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.

@@ -78,6 +78,7 @@ def test_goldens_are_whole(goldens, config):
     assert (goldens["range_bfloat16_kl"] > 1e-4).all() and (goldens["range_bfloat16_kl"] < 1e-3).all()
 
 
+@pytest.mark.live
 def test_transformers_reads_what_we_write(config, tensors, tmp_path):
     """Guards both Hugging Face layouts with another's reader, and the goldens against its other versions."""
     pytest.importorskip("torch", reason="the live comparison needs torch")
