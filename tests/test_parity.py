@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gptoss_jax
-from converters.random_weights import random_tensors
+from converters.random_weights import random_tensors, with_vocab_size
 from gptoss_jax import layers, moe, rope
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.runtime import LanguageModel
@@ -50,6 +50,18 @@ def test_bfloat16_far_out(tiny_folder):
     ours = golden.divergence(GOLDEN["long_float32"], logits)
     theirs = golden.divergence(GOLDEN["long_float32"], GOLDEN["long_bfloat16"])
     assert ours.mean() <= theirs.mean()
+
+
+@pytest.mark.slow
+def test_one_layer_at_true_width(tmp_path):
+    """Guards the true shapes (D = F = 2880, N = H = 64, K = G = 8), where an exchange of axes still fits."""
+    config = json.loads((golden.ROOT / "configs" / "gpt-oss-20b.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    wide = TinyModel(with_vocab_size(config, golden.VOCAB))
+    tokens = golden.token_ids(6, seed=4)
+    logits = gptoss_jax.load(wide.write(tmp_path), dtype="float32").logits(tokens.tolist())
+    expected = reference.forward(wide.tensors, wide.config, tokens)
+    assert gate.failures(logits, expected, np.arange(len(tokens))) == []
 
 
 @pytest.mark.live
