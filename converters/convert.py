@@ -1,6 +1,10 @@
 """The command that makes an Orbax checkpoint from published safetensors: checks all, then writes, resumes, verifies.
 
-python -m converters.convert SRC DST [--dry-run] [--verify] [--quantize-experts]
+    python -m converters.convert SRC DST [--dry-run] [--verify] [--quantize-experts]
+
+SRC is a folder as published: Hugging Face with MXFP4 experts, OpenAI's original/, or Hugging Face in BF16. DST must not
+exist. An interrupted run leaves DST.partial, and the same command goes on from there. Exit codes: 0 done, 2 refused
+(one line per problem), 130 interrupted.
 """
 
 import contextlib
@@ -171,7 +175,8 @@ def convert(source: Source, dst: Path, leaves: Leaves) -> None:
         try:
             reports = check(source, leaves, writer)
         except SourceError:
-            writer.discard()
+            if not writer.finished:
+                writer.discard()
             raise
         _print_rounding(reports)
         left = {path: leaf for path, leaf in leaves.items() if path not in writer.finished}
@@ -263,6 +268,9 @@ def run(options: Options) -> None:
     Raises:
         SourceError, CheckpointError, ConfigError, OSError: as `convert`.
     """
+    src, dst = options.src.resolve(), options.dst.resolve()
+    if dst == src or src in dst.parents or dst in src.parents:
+        raise SourceError(f"SRC {src} and DST {dst} lie in one another: name a folder of its own for the checkpoint")
     source = open_source(options.src, quantize_experts=options.quantize_experts)
     remark = f" ({source.remark})" if source.remark else ""
     print(f"{options.src}: layout {source.layout}{remark}, {len(source.files)} files, {len(source.tensors)} tensors")
@@ -271,6 +279,8 @@ def run(options: Options) -> None:
         if faults := source.problems(leaves):
             raise SourceError("\n".join(faults))
         print(plan(source, leaves, options.dst))
+        if os.path.lexists(options.dst) or checkpoint.partial_folder(options.dst).exists():
+            print(f"note          {options.dst} or its .partial is there already, and will not be replaced")
         return
     if os.path.lexists(options.dst):
         _accept_finished(source, options.dst, leaves)
@@ -296,11 +306,11 @@ def _accept_finished(source: Source, dst: Path, leaves: Leaves) -> None:
     shutil.rmtree(checkpoint.partial_folder(dst), ignore_errors=True)  # killed between the last rename and this
 
 
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be done, and touch nothing.")
-VERIFY = flags.DEFINE_bool("verify", False, "Read both sides again and compare every tensor's sha256.")
-QUANTIZE_EXPERTS = flags.DEFINE_bool(
-    "quantize_experts", False, "Round bfloat16 experts that are not on the MXFP4 grid to it."
-)
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_bool("dry_run", False, "Print what would be done, and touch nothing.")
+    flags.DEFINE_bool("verify", False, "Read both sides again and compare every tensor's sha256.")
+    flags.DEFINE_bool("quantize_experts", False, "Round bfloat16 experts that are not on the MXFP4 grid to it.")
 
 
 @contextlib.contextmanager
@@ -311,9 +321,11 @@ def _resumable(dst: str) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        command.refuse(f"{dst}: the disk is full: make room and {again}" if full else f"{error}: {again}", NAME)
+        resumable = f": {again}" if checkpoint.partial_folder(dst).is_dir() else ""
+        command.refuse(f"{dst}: the disk is full: make room and {again}" if full else f"{error}{resumable}", NAME)
     except KeyboardInterrupt:
-        command.refuse(f"{dst}: interrupted: {again}", NAME)
+        print(f"\n{NAME}: {dst}: interrupted: {again}", file=sys.stderr)
+        sys.exit(command.INTERRUPTED)
 
 
 def main(arguments: list[str]) -> None:
@@ -321,13 +333,15 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise SourceError(f"expected two folders, SRC DST, got {arguments or 'none'}")
     src, dst = arguments
-    options = Options(Path(src), Path(dst), DRY_RUN.value, VERIFY.value, QUANTIZE_EXPERTS.value)
+    asked = flags.FLAGS
+    options = Options(Path(src), Path(dst), asked.dry_run, asked.verify, asked.quantize_experts)
     with _resumable(dst):
         run(options)
 
 
 def cli() -> None:
     """Entry point of the command."""
+    define_flags()
     jax.config.update("jax_platforms", "cpu")  # only shapes are declared; leave accelerators to those who compute
     command.run(main, NAME)
 

@@ -22,7 +22,7 @@ class SourceError(ValueError):
     """A published checkpoint that cannot be taken as it is. One fault per line, each naming file and tensor."""
 
 
-_ITEMSIZES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+_ITEMSIZES: dict[str, int] = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
 _ITEMSIZES |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 2)
 _ITEMSIZES |= dict.fromkeys(("F32", "I32", "U32"), 4) | dict.fromkeys(("F64", "I64", "U64"), 8)
 
@@ -125,7 +125,7 @@ def _header(path: Path, size_bytes: int) -> tuple[list[tuple[str, Any]], int]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_Pairs)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"the header is not JSON ({error}): corrupt, or not safetensors") from None
     if not isinstance(header, _Pairs):
         raise ValueError("the header is not a JSON object: corrupt, or not safetensors")
@@ -141,7 +141,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry | str:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         return "its header entry is malformed, expected dtype, shape and data_offsets"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in _ITEMSIZES:
+    if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
         return f"unknown dtype {dtype!r}"
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         return f"malformed shape {shape!r} or data_offsets {offsets!r}"

@@ -100,6 +100,12 @@ class LeafRecord:
         return self.path.replace("/", ".")
 
     @property
+    def is_plausible(self) -> bool:
+        """Whether each field is of its type: a manifest is a file, and files get damaged."""
+        whole = all(isinstance(number, int) for number in (*self.shape, self.file_bytes))
+        return isinstance(self.path, str) and isinstance(self.sha256, str) and self.dtype in DTYPES and whole
+
+    @property
     def file(self) -> str:
         """The data file, relative to the checkpoint: zarr3's only chunk."""
         return f"{self.folder}/" + ".".join(["c", *("0" for _ in self.shape)])
@@ -137,6 +143,8 @@ class Manifest:
                     f"{file}: format version {raw['format_version']!r}, expected {FORMAT_VERSION}: convert again"
                 )
             records = [_record(leaf) for leaf in raw["leaves"]]
+            if faulty := [record.path for record in records if not record.is_plausible]:
+                raise CheckpointError(f"{file}: damaged (leaf {faulty[0]!r}): convert again")
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: damaged ({error!r}): convert again") from None
         return cls({record.path: record for record in records})
@@ -175,8 +183,15 @@ def partial_folder(dst: str | Path) -> Path:
     return dst.with_name(dst.name + ".partial")
 
 
+def is_unfinished(path: str | Path) -> bool:
+    """Whether a checkpoint at `path` was begun and not finished: there, or in the folder where it is written."""
+    path = Path(os.path.abspath(path))
+    begun = path.name.endswith(".partial") or path.parent.name.endswith(".partial") or partial_folder(path).exists()
+    return not is_checkpoint(path) and (begun or (path / ORBAX_METADATA).exists())
+
+
 def _why_absent(path: Path) -> str:
-    if path.name.endswith(".partial") or (path / _JOURNAL).exists():
+    if path.name.endswith(".partial") or path.parent.name.endswith(".partial"):
         return f"{path}: an unfinished checkpoint: run the command that writes it again, it resumes"
     if partial_folder(path).exists():
         return f"{path}: not finished (see {partial_folder(path)}): run the command that writes it again, it resumes"
@@ -351,7 +366,7 @@ class Writer:
         self.finished, self.notes = {}, {}
         if os.path.lexists(self.dst):
             raise CheckpointError(f"{self.dst}: exists; remove it or name another folder")
-        self._open(json.loads(json.dumps(identity)), resume)
+        self._open(json.loads(json.dumps({"format_version": FORMAT_VERSION, **identity})), resume)
 
     def __enter__(self) -> "Writer":
         return self
@@ -446,7 +461,8 @@ class Writer:
         return self.dst
 
     def discard(self) -> None:
-        """Removes `<dst>.partial` and all in it."""
+        """Removes `<dst>.partial` and all in it; the journal after what it vouches for, should this be interrupted."""
+        shutil.rmtree(self.tree, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
 

@@ -221,7 +221,9 @@ def read_config(path: Path) -> ModelConfig:
         return parse_config(json.loads(Path(path).read_text()))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a checkpoint's folder holds its config.json") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -229,6 +231,8 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The model that `raw`, a parsed config.json in either published spelling, describes."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"expected an object of keys and values, got {type(raw).__name__}")
     return _from_openai(raw) if "rope_ntk_beta" in raw else _from_huggingface(raw)
 
 
@@ -250,6 +254,8 @@ def _from_openai(raw: Mapping[str, Any]) -> ModelConfig:
 def _from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     rope_key = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
     rope = raw.get(rope_key) or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{rope_key} is {rope!r}, expected an object of keys and values")
     flat = {k: v for k, v in raw.items() if k != rope_key}
     if "rope_theta" in rope:  # transformers 5 moved it there
         flat["rope_theta"] = rope["rope_theta"]
@@ -271,7 +277,9 @@ def _from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     stop_ids, pad_id = _special_ids(flat["vocab_size"], flat.get("eos_token_id"), flat.get("pad_token_id"))
     config = ModelConfig(**values, stop_ids=stop_ids, pad_id=pad_id)
     if flat.get("layer_types", config.layer_types) != config.layer_types:
-        raise ConfigError(f"layer_types is {flat['layer_types']!r}, expected sliding_attention on the even layers")
+        raise ConfigError(
+            f"layer_types is {flat['layer_types']!r}, expected {config.num_layers}, sliding_attention on the even ones"
+        )
     return config
 
 
@@ -289,7 +297,9 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     faults = [
         f"{name} is {value!r}, expected {'a whole number' if types[name] is int else 'a number'}"
         for name, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, int if types[name] is int else (int, float))
+        if isinstance(value, bool)
+        or not isinstance(value, int if types[name] is int else (int, float))
+        or not math.isfinite(value)
     ]
     if faults:
         raise ConfigError("; ".join(faults))
@@ -310,10 +320,13 @@ def _special_ids(vocab_size: int, eos: int | list[int] | None, pad: int | None) 
     The published config.json lists only <|return|> as eos; a tool call ends the turn as well. OpenAI's config lists
     none, so a smaller vocabulary in its layout stops at no token.
     """
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for name, ids in (("eos_token_id", listed), ("pad_token_id", [] if pad is None else [pad])):
+        if not all(isinstance(token, int) for token in ids):
+            raise ConfigError(f"{name} is {ids!r}, expected token ids")
     if vocab_size > max(STOP_IDS):
         return STOP_IDS, pad if pad is not None else 199_999
-    stops = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    return stops, pad if pad is not None else vocab_size - 1
+    return tuple(listed), pad if pad is not None else vocab_size - 1
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:

@@ -30,15 +30,15 @@ MAX_STEPS_PER_DISPATCH = 64
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
 NO_TOKEN = -2  # in place of a token: the row took no step
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 class RequestError(ValueError):
     """A request that this engine can never serve."""
 
 
-class NumericsError(RuntimeError):
-    """The model gave logits that are not finite."""
+class NumericsError(ValueError):
+    """The model gave logits that are not finite: its weights or a kernel are at fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,9 @@ class EngineConfig:
     pool_tokens: int | None = None
 
     def __post_init__(self):
-        if self.rows < 1 or self.max_context_tokens < 1:
-            raise ValueError(f"{self}: expected at least one row and one token")
+        for name in ("rows", "max_context_tokens", "pool_tokens"):
+            if (getattr(self, name) or 0) < 1 and not (name == "pool_tokens" and self.pool_tokens is None):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not self.prefill_widths or min(self.prefill_widths) < 1:
             raise ValueError(f"prefill_widths is {self.prefill_widths}, expected widths of at least 1")
 
@@ -82,6 +83,37 @@ class Request:
     max_new_tokens: int | None = None
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
+    def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
+        """How many tokens the answer may have at most.
+
+        Raises:
+            RequestError: no model of `config` in an engine of `engine_config` can serve this.
+        """
+        context = engine_config.max_context_tokens
+        if context > config.max_context_tokens:
+            raise RequestError(f"max_context_tokens is {context}, the model has {config.max_context_tokens} at most")
+        if not self.token_ids:
+            raise RequestError("the prompt has no tokens, expected at least one")
+        for position, token in enumerate(self.token_ids):
+            if not 0 <= token < config.vocab_size:
+                raise RequestError(
+                    f"token id {token} at position {position} is outside the vocabulary, "
+                    f"expected 0 to {config.vocab_size - 1}"
+                )
+        if len(self.stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"{len(self.stop_ids)} stop ids, expected at most {MAX_STOP_IDS}")
+        if any(not 0 <= stop < config.vocab_size for stop in self.stop_ids):
+            raise RequestError(f"stop ids {self.stop_ids}, expected ids from 0 to {config.vocab_size - 1}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        limit = self.max_new_tokens or context - len(self.token_ids)
+        if limit < 1 or len(self.token_ids) + limit > context:
+            raise RequestError(
+                f"a prompt of {len(self.token_ids)} tokens and an answer of up to {max(limit, 1)} exceed the context "
+                f"of {context} tokens: shorten them, or raise max_context_tokens"
+            )
+        return limit
+
 
 class Event(NamedTuple):
     """News of one request: tokens in the order drawn; the last event of a request says why it ended."""
@@ -90,6 +122,13 @@ class Event(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # natural logarithm, at temperature 1
     finish_reason: FinishReason | None
+
+
+class Programs(NamedTuple):
+    """What an engine runs on the devices, compiled for its shapes."""
+
+    prefill: dict[int, Any]  # by width
+    decode: Any
 
 
 class RowState(NamedTuple):
@@ -124,13 +163,16 @@ class Engine:
         sharding: Sharding,
         cache_dtype: jnp.dtype,
         engine_config: EngineConfig,
+        programs: Programs | None = None,
     ):
         sharding.check(config, engine_config.rows)
         self.config, self.engine_config, self.sharding, self.params = config, engine_config, sharding, params
         rows, context = engine_config.rows, engine_config.max_context_tokens
         self._pages_per_row = kv_cache.num_pages(context)
         self._shards = sharding.size("rows")
-        pool_pages = kv_cache.num_pages(engine_config.pool_tokens or rows * self._pages_per_row * kv_cache.PAGE_TOKENS)
+        pool_pages = rows * self._pages_per_row
+        if engine_config.pool_tokens is not None:
+            pool_pages = kv_cache.num_pages(engine_config.pool_tokens)
         self._pages_per_shard = -(-pool_pages // self._shards)
         self._free_pages = [list(range(self._pages_per_shard)) for _ in range(self._shards)]
         self._rows: list[_Row | None] = [None] * rows
@@ -140,21 +182,21 @@ class Engine:
         self._cache, self._state = self._allocate(cache_dtype)
         self._page_table = np.zeros((rows, self._pages_per_row), np.int32)
         began = time.perf_counter()
-        self._prefill, self._decode = self._compile(model)
+        self.programs = programs or self._compile(model)
         self.compile_seconds = time.perf_counter() - began
 
     # ---- set-up ----
 
     def _allocate(self, cache_dtype: jnp.dtype) -> tuple[KVCache, RowState]:
         rows = self.engine_config.rows
-        cache = kv_cache.allocate(
+        cache = kv_cache.allocator(
             self.config,
             self.sharding,
             rows=rows,
             pages=self._pages_per_shard * self._shards,
             max_context_tokens=self.engine_config.max_context_tokens,
             dtype=cache_dtype,
-        )
+        )()
         state = RowState(
             token=np.zeros(rows, np.int32),  # pyright: ignore[reportArgumentType]
             remaining=np.zeros(rows, np.int32),  # pyright: ignore[reportArgumentType]
@@ -168,7 +210,7 @@ class Engine:
         put = lambda x: jax.device_put(x, self.sharding.named(("rows", *(None,) * (np.ndim(x) - 1))))  # noqa: E731
         return jax.tree.map(put, tree)
 
-    def _compile(self, model: Model) -> tuple[dict[int, Any], Any]:
+    def _compile(self, model: Model) -> Programs:
         """The prefill program of each width, and the decoding program."""
         cache_sharding, state_sharding = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
         row = self.sharding.named(("rows",))
@@ -189,7 +231,7 @@ class Engine:
             tokens = np.zeros((self.engine_config.rows, width), np.int32)
             arguments = self._to_rows((tokens, counts))
             programs[width] = prefill.lower(self.params, self._cache, self._state.sampling, *arguments).compile()
-        return programs, decode.lower(self.params, self._cache, self._state, np.int32(1)).compile()
+        return Programs(programs, decode.lower(self.params, self._cache, self._state, np.int32(1)).compile())
 
     # ---- requests ----
 
@@ -199,29 +241,11 @@ class Engine:
         Raises:
             RequestError: it has no tokens, ids outside the vocabulary, or does not fit the context.
         """
-        ids = request.token_ids
-        context = self.engine_config.max_context_tokens
-        if not ids:
-            raise RequestError("the prompt has no tokens, expected at least one")
-        for position, token in enumerate(ids):
-            if not 0 <= token < self.config.vocab_size:
-                raise RequestError(
-                    f"token id {token} at position {position} is outside the vocabulary, "
-                    f"expected 0 to {self.config.vocab_size - 1}"
-                )
-        if len(request.stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"{len(request.stop_ids)} stop ids, expected at most {MAX_STOP_IDS}")
-        if request.max_new_tokens is not None and request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {request.max_new_tokens}, expected at least 1")
-        limit = request.max_new_tokens or context - len(ids)
-        if limit < 1 or len(ids) + limit > context:
+        limit = request.check(self.config, self.engine_config)
+        tokens = len(request.token_ids) + limit
+        if kv_cache.num_pages(tokens) > self._pages_per_shard:
             raise RequestError(
-                f"a prompt of {len(ids)} tokens and an answer of up to {max(limit, 1)} exceed the context of "
-                f"{context} tokens: shorten them, or raise max_context_tokens"
-            )
-        if kv_cache.num_pages(len(ids) + limit) > self._pages_per_shard:
-            raise RequestError(
-                f"{len(ids) + limit} tokens exceed a page pool of {self._pages_per_shard * kv_cache.PAGE_TOKENS}: "
+                f"{tokens} tokens exceed a page pool of {self._pages_per_shard * kv_cache.PAGE_TOKENS}: "
                 "shorten the request, or raise pool_tokens"
             )
         request_id = next(self._ids)
@@ -234,9 +258,30 @@ class Engine:
         return not self._waiting and not any(self._rows)
 
     def run(self) -> Iterator[Event]:
-        """Events until every submitted request has ended."""
+        """Events until every submitted request has ended.
+
+        Raises:
+            NumericsError: behind the events of the dispatch in which a request met logits that are not finite.
+        """
         while not self.is_idle:
-            yield from self.tick()
+            events = self.tick()
+            yield from events
+            for event in events:
+                if event.finish_reason == "error":
+                    raise NumericsError(
+                        f"request {event.request_id}: logits are not finite behind its last token; "
+                        "check the checkpoint (convert --verify) and the kernels"
+                    )
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request that nobody waits for any more; one that has ended already is left alone."""
+        self._waiting = collections.deque(entry for entry in self._waiting if entry[0] != request_id)
+        for i, row in enumerate(self._rows):
+            if row is not None and row.request_id == request_id:
+                self._release(i)
+                state = jax.tree.map(np.array, self._state)
+                state.remaining[i] = 0
+                self._state = self._to_rows(state)
 
     def tick(self) -> list[Event]:
         """Admits what fits, then does one dispatch: a prefill chunk where prompts wait, else decoding steps."""
@@ -296,7 +341,7 @@ class Engine:
     def _prefill_chunk(self, waiting: Sequence[int]) -> list[Event]:
         """One chunk of every waiting prompt; a prompt's last chunk draws its first token."""
         left = {i: len(self._row(i).request.token_ids) - self._row(i).prefilled for i in waiting}
-        widths = sorted(self._prefill)
+        widths = sorted(self.programs.prefill)
         width = next((w for w in widths if w >= max(left.values())), widths[-1])
         tokens = np.zeros((self.engine_config.rows, width), np.int32)
         counts = np.zeros(self.engine_config.rows, np.int32)
@@ -306,7 +351,9 @@ class Engine:
             tokens[i, : len(chunk)], counts[i] = chunk, len(chunk)
             row.prefilled += len(chunk)
         arguments = self._to_rows((tokens, counts))
-        token, logprob, self._cache = self._prefill[width](self.params, self._cache, self._state.sampling, *arguments)
+        token, logprob, self._cache = self.programs.prefill[width](
+            self.params, self._cache, self._state.sampling, *arguments
+        )
         done = [i for i in waiting if self._row(i).prefilled == len(self._row(i).request.token_ids)]
         return self._start_rows(done, np.asarray(token), np.asarray(logprob)) if done else []
 
@@ -326,7 +373,7 @@ class Engine:
         wanted = int(SECONDS_PER_DISPATCH / self._seconds_per_step)
         steps = max(1, min(wanted, MAX_STEPS_PER_DISPATCH))
         began = time.perf_counter()
-        tokens, logprobs, self._cache, self._state = self._decode(
+        tokens, logprobs, self._cache, self._state = self.programs.decode(
             self.params, self._cache, self._state, np.int32(steps)
         )
         tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
@@ -342,15 +389,14 @@ class Engine:
     def _event(self, i: int, tokens: np.ndarray, logprobs: np.ndarray) -> Event:
         """What row i drew, as an event; a row that ended is released."""
         row = self._row(i)
-        if (tokens == sampling.FAULTY).any():
-            step_number = row.generated + int(np.argmax(tokens == sampling.FAULTY))
-            raise NumericsError(
-                f"request {row.request_id}: logits are not finite at new token {step_number}; "
-                "check the checkpoint (convert --verify) and the kernels"
-            )
+        faulty = bool((tokens == sampling.FAULTY).any())
+        if faulty:
+            tokens, logprobs = tokens[:-1], logprobs[:-1]  # a fault ends the row: it is the last it drew
         row.generated += len(tokens)
         reason: FinishReason | None = None
-        if tokens.size and int(tokens[-1]) in row.request.stop_ids:
+        if faulty:
+            reason = "error"
+        elif tokens.size and int(tokens[-1]) in row.request.stop_ids:
             reason = "stop"
         elif row.generated >= row.limit:
             reason = "length"

@@ -9,11 +9,13 @@ Exit codes: 0 the answer is complete or reached --max-new-tokens (stderr says wh
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from gptoss_jax import command, engine, harmony, runtime, tokenizer
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import Event
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
@@ -48,24 +50,39 @@ class Answer(NamedTuple):
 def main(arguments: list[str]) -> None:
     """See the module's docstring."""
     options = flags.FLAGS
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}: the prompt goes behind --prompt, in quotes")
     words = tokenizer.load_tokenizer(options.vocab)
-    sampling = SamplingParams(options.temperature, options.seed)
+    SamplingParams(options.temperature, options.seed)  # refuses bad values before anything is read
     prompt = prompt_ids(options)
+    config = runtime.config_from_flags(options)
+    request = build_request(options, config, prompt)
     language_model = runtime.load_from_flags(options)
     _say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s; {language_model.kernels}")
     if language_model.weights_are_random:
         _say("these weights are RANDOM: the text is noise, not an answer")
     rows = language_model.sharding.size("rows")
     runner = language_model.engine(engine.EngineConfig(rows=rows, max_context_tokens=options.max_context_tokens))
-    runner.submit(engine.Request(tuple(prompt), language_model.config.stop_ids, options.max_new_tokens, sampling))
+    runner.submit(request)
     _say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt)} tokens")
-    answer = stream(runner, tokenizer.StreamDecoder(words), echo=not options.json)
+    answer = stream(runner.run(), tokenizer.StreamDecoder(words), echo=not options.json)
     statistics = measure(language_model, runner, len(prompt), answer)
     if options.json:
         print(json.dumps(document(options, prompt, answer, words.decode(answer.token_ids), statistics), indent=2))
     report(answer, statistics)
+
+
+def build_request(options: flags.FlagValues, config: ModelConfig, prompt: list[int]) -> engine.Request:
+    """What the engine is asked, checked against the model before its weights are read.
+
+    Raises:
+        RequestError: the model cannot serve it.
+    """
+    sampling = SamplingParams(options.temperature, options.seed)
+    request = engine.Request(tuple(prompt), config.stop_ids, options.max_new_tokens, sampling)
+    request.check(config, engine.EngineConfig(max_context_tokens=options.max_context_tokens))
+    return request
 
 
 def prompt_ids(options: flags.FlagValues) -> list[int]:
@@ -77,6 +94,8 @@ def prompt_ids(options: flags.FlagValues) -> list[int]:
     if (options.prompt is None) == (options.token_ids is None):
         raise ValueError("expected one of --prompt TEXT and --token-ids 1,2,3")
     if options.prompt is not None:
+        if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+            raise ValueError("--prompt is not valid UTF-8")
         return harmony.render_prompt(
             options.prompt, reasoning_effort=options.reasoning_effort, vocab_path=options.vocab
         )
@@ -86,11 +105,11 @@ def prompt_ids(options: flags.FlagValues) -> list[int]:
         raise ValueError(f"--token-ids is {options.token_ids!r}, expected whole numbers such as 1,2,3") from None
 
 
-def stream(runner: engine.Engine, decoder: tokenizer.StreamDecoder, *, echo: bool) -> Answer:
-    """Runs the one submitted request, printing its text as it comes if `echo`."""
+def stream(events: Iterator[Event], decoder: tokenizer.StreamDecoder, *, echo: bool) -> Answer:
+    """Takes one request's events in, printing its text as it comes if `echo`."""
     ids, logprobs, reason = [], [], ""
     began, first, last = time.perf_counter(), 0.0, 0.0
-    for event in runner.run():
+    for event in events:
         last = time.perf_counter()
         first = first or last
         ids += event.token_ids
@@ -121,8 +140,11 @@ def measure(
     }
     if rate:
         devices = language_model.mesh.devices.flat
-        bandwidth = runtime.read_bandwidth(devices[0]) * len(devices)
-        step_bytes = language_model.config.decode_bytes(1, prompt_tokens + steps // 2)
+        memories = 1 if devices[0].platform == "cpu" else len(devices)  # a CPU's devices share one
+        bandwidth = runtime.read_bandwidth(devices[0]) * memories
+        step_bytes = language_model.config.decode_bytes(
+            1, prompt_tokens + steps // 2, language_model.policy.cache.itemsize
+        )
         statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
         statistics["share_of_bandwidth_limit"] = round(rate * step_bytes / bandwidth, 4)
     return statistics

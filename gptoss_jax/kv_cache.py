@@ -5,6 +5,7 @@ ring of the last `sliding_window` tokens per row, whatever the context. Knows no
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -66,12 +67,12 @@ def layout(config: ModelConfig, sharding: Sharding) -> KVCache:
     return KVCache(layer, layer, table, lengths)  # pyright: ignore[reportArgumentType]
 
 
-def allocate(
+def allocator(
     config: ModelConfig, sharding: Sharding, *, rows: int, pages: int, max_context_tokens: int, dtype: jnp.dtype
-) -> KVCache:
-    """An `empty` cache, made on the devices that hold its pieces."""
+) -> Callable[[], KVCache]:
+    """Makes `empty` caches, each on the devices that hold its pieces."""
     make = functools.partial(empty, config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype)
-    return jax.jit(make, out_shardings=layout(config, sharding))()
+    return jax.jit(make, out_shardings=layout(config, sharding))
 
 
 def write_pages(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from converters import source
-from gptoss_jax import checkpoint, kv_cache, model, sharding
+from gptoss_jax import checkpoint, kv_cache, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine import Engine, EngineConfig, Event, Request, RequestError
+from gptoss_jax.engine import Engine, EngineConfig, Event, Programs, Request, RequestError
 from gptoss_jax.layers import Kernels
 from gptoss_jax.model import DtypePolicy, Model, Params
 from gptoss_jax.sampling import SamplingParams
@@ -56,15 +58,16 @@ class LanguageModel:
     weights_are_random: bool
     load_seconds: float
     _engine: Engine | None = None
+    _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
 
     @property
     def mesh(self) -> Mesh:
         """The devices."""
         return self.sharding.mesh
 
-    def engine(self, engine_config: EngineConfig) -> Engine:
-        """An engine over this model's weights; its programs are compiled here."""
-        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config)
+    def engine(self, engine_config: EngineConfig, programs: Programs | None = None) -> Engine:
+        """An engine over this model's weights; its programs are compiled here, or are those of one just like it."""
+        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, programs)
 
     def generate(
         self,
@@ -84,17 +87,18 @@ class LanguageModel:
             RequestError: ids outside the vocabulary, or more tokens than the context holds.
         """
         engine_config = EngineConfig(rows=self.sharding.size("rows"), max_context_tokens=max_context_tokens)
-        if self._engine is None or self._engine.engine_config != engine_config or not self._engine.is_idle:
-            self._engine = self.engine(engine_config)
-        self._engine.submit(
-            Request(
-                tuple(map(int, token_ids)),
-                tuple(self.config.stop_ids if stop_ids is None else stop_ids),
-                max_new_tokens,
-                SamplingParams(temperature, seed),
-            )
+        request = Request(
+            tuple(map(operator.index, token_ids)),
+            tuple(map(operator.index, self.config.stop_ids if stop_ids is None else stop_ids)),
+            max_new_tokens,
+            SamplingParams(temperature, seed),
         )
-        return self._engine.run()
+        request.check(self.config, engine_config)
+        if self._engine is None or self._engine.engine_config != engine_config:
+            self._engine = self.engine(engine_config)
+        elif not self._engine.is_idle:  # an iterator that is still held: it keeps its rows, we get rows of our own
+            self._engine = self.engine(engine_config, programs=self._engine.programs)
+        return _run_one(self._engine, request)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """The logits that follow each of `token_ids`, teacher-forced, float32 on the host.
@@ -105,33 +109,39 @@ class LanguageModel:
         Raises:
             RequestError: ids outside the vocabulary.
         """
-        ids = np.asarray(token_ids, np.int64)
-        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise RequestError(f"logits of {ids}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
+        ids = np.asarray(token_ids)
+        whole = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)
+        if not whole or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            got = f"{ids.dtype} of shape {ids.shape}" + (f", {ids.min()} to {ids.max()}" if whole else "")
+            raise RequestError(f"logits of {got}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
+        if ids.size > self.config.max_context_tokens:
+            raise RequestError(f"{ids.size} tokens, the model has {self.config.max_context_tokens} at most")
         width, rows = LOGITS_CHUNK_TOKENS, self.sharding.size("rows")  # one row per data shard, all alike
         chunks = -(-ids.size // width)
         cache = self._row_cache(rows, width << (chunks - 1).bit_length())
         tokens = np.zeros(chunks * width, np.int32)
         tokens[: ids.size] = ids
-        pieces = []
+        result = np.empty((ids.size, self.config.vocab_size), np.float32)
         for first in range(0, ids.size, width):
             count = min(width, ids.size - first)
             chunk = np.broadcast_to(tokens[first : first + width], (rows, width))
             logits, cache = self._all_logits(self.params, chunk, np.full(rows, count, np.int32), cache)
-            pieces.append(np.asarray(logits[0, :count]))
-        return np.concatenate(pieces)
+            result[first : first + count] = np.asarray(logits)[0, :count]
+        return result
 
     def _row_cache(self, rows: int, tokens: int) -> kv_cache.KVCache:
         """A cache in which each row owns its shard's pages, in order."""
         pages = kv_cache.num_pages(tokens)
-        cache = kv_cache.allocate(
-            self.config,
-            self.sharding,
-            rows=rows,
-            pages=rows * pages,
-            max_context_tokens=tokens,
-            dtype=self.policy.cache,
-        )
+        if tokens not in self._allocators:  # compiled once for each capacity
+            self._allocators[tokens] = kv_cache.allocator(
+                self.config,
+                self.sharding,
+                rows=rows,
+                pages=rows * pages,
+                max_context_tokens=tokens,
+                dtype=self.policy.cache,
+            )
+        cache = self._allocators[tokens]()
         table = np.broadcast_to(np.arange(pages, dtype=np.int32), (rows, pages))
         return cache._replace(page_table=jax.device_put(table, cache.page_table.sharding))
 
@@ -139,6 +149,19 @@ class LanguageModel:
     def _all_logits(self) -> Any:
         layouts = self.sharding.named(("rows", None, None)), kv_cache.layout(self.config, self.sharding)
         return jax.jit(functools.partial(model.all_logits, self.model), donate_argnums=3, out_shardings=layouts)
+
+
+def _run_one(engine: Engine, request: Request) -> Iterator[Event]:
+    """The events of a request; if the caller loses interest, the engine is free again."""
+    request_id = engine.submit(request)
+
+    def events() -> Iterator[Event]:
+        try:
+            yield from engine.run()
+        finally:
+            engine.cancel(request_id)
+
+    return events()
 
 
 def load(
@@ -198,6 +221,8 @@ def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
     ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
     pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
     asked = {pair[0]: pair[-1] for pair in pairs}
+    if len(asked) < len(pairs):
+        raise ValueError(f"kernels {names!r} names an op twice")
     for op in asked.keys() - ops.keys():
         raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
     chosen = {op: choose(asked.get(op, "auto"), platform) for op, choose in ops.items()}
@@ -216,7 +241,8 @@ class _Stored(NamedTuple):
 
 def _open(path: Path) -> _Stored:
     """What lies at `path`."""
-    if checkpoint.is_checkpoint(path):
+    if checkpoint.is_checkpoint(path) or checkpoint.is_unfinished(path):
+        checkpoint.Manifest.read(path)  # raises for an unfinished one, and says what to do
         read = functools.partial(checkpoint.restore, path)
         return _Stored(checkpoint.read_config(path), "Orbax checkpoint", checkpoint.read_provenance(path), read)
     published = source.open_source(path)
@@ -227,9 +253,16 @@ def _open(path: Path) -> _Stored:
 
 
 def _are_random(provenance: dict[str, Any]) -> bool:
-    """Whether the published files said of themselves that their weights are random."""
-    files = provenance.get("source", {}).get("files", [])
-    return any("random" in (file.get("metadata") or {}).get("weights", "") for file in files)
+    """Whether the published files said of themselves that their weights are random.
+
+    Raises:
+        CheckpointError: the record is not of the form that `Source.provenance` gives it.
+    """
+    try:
+        files = provenance.get("source", {}).get("files", [])
+        return any("random" in (file["metadata"] or {}).get("weights", "") for file in files)
+    except (AttributeError, KeyError, TypeError):
+        raise checkpoint.CheckpointError("provenance.json: damaged, convert again") from None
 
 
 # ---- for commands ----
@@ -248,27 +281,45 @@ def define_flags() -> None:
     )
 
 
+def config_from_flags(options: flags.FlagValues) -> ModelConfig:
+    """The architecture of --checkpoint, without its weights: what a request can be checked against at once.
+
+    Raises:
+        ValueError: --checkpoint is missing, unfinished, or no gpt-oss model.
+    """
+    if not options.checkpoint:
+        raise ValueError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
+    return _open(Path(options.checkpoint)).config
+
+
 def load_from_flags(options: flags.FlagValues) -> LanguageModel:
     """`load` with the shared flags, compiled programs being kept across processes.
 
     Raises:
-        ValueError: --checkpoint is missing; and as `load`.
+        ValueError: as `load`.
     """
-    if not options.checkpoint:
-        raise ValueError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
     keep_compiled_programs(options.compilation_cache)
     return load(options.checkpoint, mesh=options.mesh or None, dtype=options.dtype, kernels=options.kernels)
 
 
 def keep_compiled_programs(folder: str | None) -> None:
-    """Lets XLA keep its programs in `folder` (None: gptoss_jax/xla in the user's cache folder; "": nowhere)."""
+    """Lets XLA keep its programs in `folder` (None: xla/ in the user's cache folder; "": nowhere)."""
     if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(base, "gptoss_jax", "xla")
-    if folder:
+        folder = str(tokenizer.cache_folder() / "xla")
+    if folder and not _is_writable(Path(folder)):
+        print(f"compiled programs are not kept: cannot write to {folder} (--compilation-cache)", file=sys.stderr)
+    elif folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def read_bandwidth(device: Any, num_bytes: int = 1 << 28, repeats: int = 5) -> float:

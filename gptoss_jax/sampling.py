@@ -5,13 +5,13 @@ its per-row field to `SamplingParams` and `Sampling`, and its line to `sample`.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
 FAULTY = -1  # in place of a token: the row's logits were not finite
 
 
@@ -31,8 +31,8 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}, expected a finite number of at least 0")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 to {MAX_TEMPERATURE:g}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}, expected 0 to {2**32 - 1}")
 

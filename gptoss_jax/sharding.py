@@ -55,6 +55,11 @@ class Sharding:
             for axis in axes:
                 if axis not in self.mesh.axis_names:
                     raise MeshError(f"rule {logical}: unknown mesh axis {axis!r}, expected {self.mesh.axis_names}")
+        if self.mesh_axes("pages") != self.mesh_axes("rows"):
+            raise MeshError("rules cut pages and rows differently, but a row's pages lie on its own devices")
+        for logical in ("heads", "experts", "expert_hidden", "vocab"):
+            if shared := set(self.mesh_axes(logical)) & set(self.mesh_axes("rows")):
+                raise MeshError(f"rules cut both rows and {logical} by {', '.join(shared)}: sums would mix rows")
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes that cut `logical`."""
@@ -135,7 +140,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
             with the axes of MESH_AXES; or None for a single device.
-        devices: all of this process's by default.
+        devices: all that JAX has by default.
 
     Raises:
         MeshError: unknown axis, malformed text, or more devices wanted than there are.
@@ -143,7 +148,8 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     if isinstance(mesh, Sharding):
         return mesh
     if isinstance(mesh, Mesh):
-        return Sharding(mesh)
+        # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
+        return Sharding(Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim))
     if mesh is None or mesh == "":
         return _build({}, {}, (devices or jax.devices())[:1])
     if str(mesh).endswith(".json"):
@@ -155,18 +161,23 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
 
 def _parse(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not number.isdigit() for _, _, number in pairs):
+    if any(not (number.isascii() and number.isdigit()) for _, _, number in pairs):
         raise MeshError(f"mesh {text!r}, expected for example data=1,expert=4,tensor=2, or a .json file")
-    return {name.strip(): int(number) for name, _, number in pairs}
+    axes = {name.strip(): int(number) for name, _, number in pairs}
+    if len(axes) < len(pairs):
+        raise MeshError(f"mesh {text!r} names an axis twice")
+    return axes
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     try:
         raw = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise MeshError(f"mesh file {path}: {error}") from None
-    if not isinstance(raw, dict) or raw.keys() - {"axes", "rules"} or "axes" not in raw:
-        raise MeshError(f'mesh file {path}: expected {{"axes": {{...}}, "rules": {{...}}}}')
+    right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
+    right = right and all(isinstance(part, dict) for part in raw.values())
+    if not right or not all(isinstance(axes, list) for axes in raw.get("rules", {}).values()):
+        raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
     return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
 
 
@@ -174,7 +185,7 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
     for name, size in axes.items():
         if name not in MESH_AXES:
             raise MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise MeshError(f"mesh axis {name}={size!r}, expected a whole number of at least 1")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):

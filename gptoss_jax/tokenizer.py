@@ -235,7 +235,7 @@ def _parse_ranks(vocabulary: bytes) -> dict[bytes, int]:
 def _vocabulary_folder(vocabulary: bytes) -> Iterator[Path]:
     """A folder holding the uncompressed file: the user's cache folder, or a passing one."""
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         _store(vocabulary, folder)
     except (OSError, RuntimeError):
         # A read-only or full home, or none at all (containers run under user ids without an account, for
@@ -247,8 +247,8 @@ def _vocabulary_folder(vocabulary: bytes) -> Iterator[Path]:
         yield folder
 
 
-def _cache_folder() -> Path:
-    """XDG Base Directory Specification: a relative or empty XDG_CACHE_HOME counts as unset."""
+def cache_folder() -> Path:
+    """The user's, by the XDG Base Directory Specification: a relative or empty XDG_CACHE_HOME counts as unset."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "gptoss_jax"
 

@@ -42,7 +42,7 @@ def dequantize(
 def quantize(
     weights: Float[Array, "*rows I"],
 ) -> tuple[UInt8[Array, "*rows B 16"], UInt8[Array, "*rows B"]]:
-    """The nearest MXFP4 blocks and scales, by the rule of OCP MX v1.0, section 6.3.
+    """The nearest MXFP4 blocks and scales, by the rule of OCP MX v1.0, section 6.3 (the meaning of converters/packing).
 
     The scale's exponent is that of the block's largest magnitude less 2 (E2M1's own largest exponent); codes round to
     nearest, ties to even, and saturate at 6. Weights that lie on an MXFP4 grid come back exactly: such a block's

@@ -113,7 +113,7 @@ REFUSED = {
     "no attention bias": (changed(SMALL, attention_bias=False), "attention_bias is False, expected True"),
     "swapped layers": (
         changed(SMALL, layer_types=SMALL["layer_types"][::-1]),
-        "expected sliding_attention on the even layers",
+        "expected 24, sliding_attention on the even ones",
     ),
     "uneven heads": (
         changed(SMALL, num_key_value_heads=7),
@@ -127,6 +127,10 @@ REFUSED = {
     ),
     "zero": (changed(SMALL, num_hidden_layers=0), "num_layers is 0, expected a number above 0"),
     "stop id outside": (changed(SMALL, vocab_size=512), "special token id 200002 is outside the vocabulary of 512"),
+    "no object": ([1, 2], "expected an object of keys and values, got list"),
+    "rope no object": (changed(SMALL, rope_scaling="yarn"), "rope_scaling is 'yarn', expected an object"),
+    "infinite": (changed(SMALL, rope_theta=float("inf")), "rope_theta is inf, expected a number"),
+    "no token id": (changed(SMALL, eos_token_id=[1.5]), "eos_token_id is [1.5], expected token ids"),
     "openai unknown": (changed(OPENAI, qk_norm=True), "unknown key qk_norm"),
     "openai missing": (without(OPENAI, "rope_theta"), "missing key rope_theta"),
 }

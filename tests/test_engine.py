@@ -131,13 +131,32 @@ def test_a_small_pool_makes_requests_wait(model):
 
 
 def test_logits_that_are_not_finite_raise(folder):
-    """Guards against noise as an answer: the error names the request and the step."""
+    """Guards against noise as an answer, and against a fault that leaves the engine busy for ever."""
     broken = gptoss_jax.load(folder, dtype="float32")
-    broken.params["norm"] = broken.params["norm"] * np.nan
+    sound = broken.params["norm"]
+    broken.params["norm"] = sound * np.nan
     engine = broken.engine(EngineConfig(max_context_tokens=64, prefill_widths=(8,)))
     engine.submit(Request((1, 2, 3), (), 4, GREEDY))
-    with pytest.raises(NumericsError, match="request 0: logits are not finite at new token 0; check the checkpoint"):
+    with pytest.raises(NumericsError, match="request 0: logits are not finite behind its last token; check the check"):
         list(engine.run())
+    assert engine.is_idle
+    broken.params["norm"] = sound
+    engine.submit(Request((1, 2, 3), (), 4, GREEDY))
+    assert sum(len(event.token_ids) for event in engine.run()) == 4
+
+
+def test_cancelled_requests_free_their_rows(model):
+    """Guards abandoned streams: the row and its pages serve the next request, whose answer is its own."""
+    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
+    first, second = (engine.submit(Request(_prompt(n), (), 40, GREEDY)) for n in (100, 30))
+    events = engine.run()
+    next(events)
+    engine.cancel(first)
+    engine.cancel(second)
+    assert engine.is_idle
+    request = Request(_prompt(20), (), 10, GREEDY)
+    ((tokens, _),) = _answers(engine, [request])
+    assert tokens == _greedy(TinyModel(CONFIG).tensors, request.token_ids, tokens)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +169,7 @@ def test_logits_that_are_not_finite_raise(folder):
         (Request((1,) * 64, ()), "a prompt of 64 tokens and an answer of up to 1 exceed the context of 64 tokens"),
         (Request((1,), (), 0), "max_new_tokens is 0, expected at least 1"),
         (Request((1,), tuple(range(9)), 4), "9 stop ids, expected at most 8"),
+        (Request((1,), (2**40,), 4), "expected ids from 0 to 511"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(request_, message, refusing):
@@ -163,3 +183,12 @@ def test_requests_that_cannot_be_served_are_refused(request_, message, refusing)
 def refusing(model):
     """An engine of 64 tokens."""
     return model.engine(EngineConfig(max_context_tokens=64, prefill_widths=(8,)))
+
+
+def test_context_beyond_the_models_is_refused(model):
+    """Guards YaRN's range: an engine longer than the model's promise would answer nonsense without a word."""
+    with pytest.raises(RequestError, match="max_context_tokens is 131073, the model has 131072 at most"):
+        Request((1,), (), 4).check(model.config, EngineConfig(max_context_tokens=131_073))
+    for name in ("rows", "max_context_tokens", "pool_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+            EngineConfig(**{name: 0})

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 import gptoss_jax
 from converters import convert
-from gptoss_jax import runtime, tokenizer
-from gptoss_jax.engine import RequestError
+from gptoss_jax import generate, runtime, tokenizer
+from gptoss_jax.checkpoint import CheckpointError
+from gptoss_jax.config import parse_config
+from gptoss_jax.engine import Event, RequestError
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
@@ -121,6 +125,51 @@ def test_load_takes_every_published_layout(layout, tmp_path):
     assert sorted(path.name for path in published.rglob("*")) == before
 
 
+def test_request_is_what_the_flags_say():
+    """Guards the thin command: stop ids are the model's, sampling the flags'."""
+    values = flags.FlagValues()
+    for name, value in (("temperature", 0.5), ("seed", 9), ("max_new_tokens", 7), ("max_context_tokens", 64)):
+        flags.DEFINE_float(name, value, "", flag_values=values) if name == "temperature" else flags.DEFINE_integer(
+            name, value, "", flag_values=values
+        )
+    values.mark_as_parsed()
+    config = parse_config(WORDY)
+    request = generate.build_request(values, config, [1, 2])
+    assert request.stop_ids == (200_002, 200_012, 199_999)
+    assert (request.sampling.temperature, request.sampling.seed, request.max_new_tokens) == (0.5, 9, 7)
+
+
+def test_text_flows_as_tokens_come(capsys):
+    """Guards streaming: each event's text is out before the next event, and never half a character."""
+    words = tokenizer.load_tokenizer()
+    ids = words.encode("naïve 🙂 done")
+    seen = []
+
+    def events():
+        for token in ids:
+            yield Event(0, (token,), (-1.0,), None)
+            seen.append(capsys.readouterr().out)
+        yield Event(0, (tokenizer.RETURN,), (-1.0,), "stop")
+
+    answer = generate.stream(events(), tokenizer.StreamDecoder(words), echo=True)
+    assert "".join(seen) == "naïve 🙂 done"
+    assert sum(bool(text) for text in seen) >= 3
+    assert answer.token_ids == [*ids, tokenizer.RETURN]
+    assert answer.finish_reason == "stop"
+
+
+def test_unfinished_checkpoints_are_refused_with_the_reason(folder, tmp_path):
+    """Guards the first thing after a kill -9: what lies there is said to be unfinished, and how to go on."""
+    for moved in ("out.partial/checkpoint", "other"):
+        shutil.copytree(folder / "checkpoint", tmp_path / moved)
+        (tmp_path / moved / "manifest.json").unlink()
+    for path in ("out", "out.partial", "out.partial/checkpoint"):
+        with pytest.raises(CheckpointError, match="run the command that writes it again, it resumes"):
+            gptoss_jax.load(tmp_path / path)
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json, so it is no finished checkpoint"):
+        gptoss_jax.load(tmp_path / "other")
+
+
 BAD = {
     "no checkpoint": (["--prompt", "x"], "--checkpoint is missing"),
     "absent checkpoint": (["--prompt", "x", "--checkpoint", "absent"], "absent"),
@@ -135,6 +184,7 @@ BAD = {
         ["--checkpoint", "CHECKPOINT", "--prompt", "x " * 90, "--max-context-tokens", "100"],
         "exceed the context of 100 tokens: shorten them, or raise max_context_tokens",
     ),
+    "no tokens": (["--checkpoint", "CHECKPOINT", "--token-ids", "1", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "unquoted prompt": (["--prompt", "why", "is"], "unexpected argument 'is'"),
     "unknown flag": (["--promt", "x"], "Unknown command line flag 'promt'"),
     "bad temperature": (["--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
@@ -162,7 +212,9 @@ def test_bad_input_is_one_line_and_exit_code_2(name, folder):
 
 def test_help_lists_own_and_shared_flags(folder):
     """Guards --help: every flag a user can set is there."""
-    shown = _generate(folder, "--help").stdout
+    done = _generate(folder, "--help")
+    assert done.returncode == 0
+    shown = done.stdout
     for flag in ("--checkpoint", "--prompt", "--token_ids", "--mesh", "--temperature", "--max_new_tokens", "--json"):
         assert flag in shown
 

@@ -214,3 +214,17 @@ def test_params_are_a_plain_tree():
     tree = model.nest(leaves)
     assert tree["layers"][0]["attention"]["q"]["weight"] == leaves["layers/0/attention/q/weight"]
     assert {leaf.dtype for path, leaf in leaves.items() if path.endswith(("blocks", "scales"))} == {np.dtype(np.uint8)}
+
+
+def test_scattered_writes_equal_slices():
+    """Guards the cache off CPUs: accelerators scatter what CPUs write slice by slice."""
+    rng = np.random.default_rng(0)
+    stored = jnp.asarray(rng.standard_normal((5, 8, 2, 4)), jnp.bfloat16)
+    new = jnp.asarray(rng.standard_normal((3, 6, 2, 4)), jnp.bfloat16)
+    places = rng.permutation(40)[:18].reshape(3, 6)
+    major, minor = jnp.asarray(places // 8, jnp.int32), jnp.asarray(places % 8, jnp.int32)
+    first, end = jnp.array([0, 2, 3], jnp.int32), jnp.array([6, 5, 3], jnp.int32)
+    slices = kv_cache._write_slices(stored, new, major, minor, first, end)
+    scattered = kv_cache._write_scattered(stored, new, major, minor, first, end)
+    np.testing.assert_array_equal(np.asarray(slices), np.asarray(scattered))
+    assert int((np.asarray(slices) != np.asarray(stored)).any(axis=(2, 3)).sum()) == 9

@@ -84,8 +84,9 @@ def test_logits_that_are_not_finite_are_flagged(bad):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0, expected a finite number of at least 0"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected 0 to 10000"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e39}, "temperature is 1e.39, expected 0 to 10000"),
         ({"seed": 2**32}, "seed is 4294967296, expected 0 to 4294967295"),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 import gptoss_jax
 from gptoss_jax import sharding
 from gptoss_jax.config import parse_config
+from gptoss_jax.engine import EngineConfig, Request
+from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.sharding import MeshError
 from tests.gate import TinyModel
 from tests.goldens import make as golden
@@ -69,6 +71,52 @@ def test_generation_on_a_mesh_equals_one_device(folder):
     assert answers[0] == answers[1]
     logits = alone.logits(TOKENS[:150] + answers[0])
     assert logits.argmax(-1)[149:-1].tolist() == answers[0]
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "data=2,expert=2,tensor=2"])
+def test_rows_on_other_data_shards_do_not_mix(mesh, folder):
+    """Guards sums over the wrong mesh axis: rows with different prompts, which `logits` cannot show."""
+    prompts = [tuple(TOKENS[n : 2 * n]) for n in (40, 70, 90, 11)]
+    answers = []
+    for where in (None, mesh):
+        engine = gptoss_jax.load(folder, mesh=where, dtype="float32").engine(
+            EngineConfig(rows=4, max_context_tokens=128, prefill_widths=(64,))
+        )
+        for prompt in prompts:
+            engine.submit(Request(prompt, (), 8, SamplingParams(temperature=0.0)))
+        answers.append([(event.request_id, event.token_ids) for event in engine.run()])
+    assert _joined(answers[0]) == _joined(answers[1])
+
+
+def _joined(events) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = {}
+    for request_id, tokens in events:
+        answers.setdefault(request_id, []).extend(tokens)
+    return answers
+
+
+def test_a_mesh_as_jax_makes_it(folder, expected):
+    """Guards the public form: jax.make_mesh's axes are Explicit by default."""
+    model = gptoss_jax.load(folder, mesh=jax.make_mesh((1, 4, 2), sharding.MESH_AXES), dtype="float32")
+    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both rows and experts by data: sums would mix"),
+        ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and rows differently"),
+        ({"axes": [1]}, "expected"),
+        ({"axes": {}, "rules": {"heads": "expert"}}, "expected"),
+        ({"axes": {"expert": True}}, "mesh axis expert=True, expected a whole number"),
+        ({"axes": {}, "rules": {"head": []}}, "unknown logical axis 'head' in rules"),
+    ],
+)
+def test_bad_mesh_files_are_refused(content, message, tmp_path):
+    """Guards against rules that would mix rows, and against tracebacks."""
+    (tmp_path / "mesh.json").write_text(json.dumps(content))
+    with pytest.raises(MeshError, match=message):
+        sharding.make(tmp_path / "mesh.json")
 
 
 def test_weights_lie_where_the_table_says(folder):

@@ -39,7 +39,9 @@ class Softmax(NamedTuple):
         top = jnp.maximum(self.top, logits.max(-1))
         weights = jnp.exp(logits - top[..., None])
         shrink = jnp.exp(self.top - top)
-        value = jnp.einsum("bkgts,bskh->bkgth", weights, v.astype(jnp.float32), precision="highest")
+        seen = jnp.any(visible, axis=1)[..., None, None]  # what an earlier owner left in a page may be NaN
+        v = jnp.where(seen, v.astype(jnp.float32), 0)
+        value = jnp.einsum("bkgts,bskh->bkgth", weights, v, precision="highest")
         return Softmax(top, self.total * shrink + weights.sum(-1), self.value * shrink[..., None] + value)
 
     def output(self) -> Float[Array, "B T N H"]:
