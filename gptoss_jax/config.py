@@ -229,7 +229,7 @@ def read_config(path: Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+def parse_config(raw: Any) -> ModelConfig:
     """The model that `raw`, a parsed config.json in either published spelling, describes."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"expected an object of keys and values, got {type(raw).__name__}")
@@ -314,7 +314,7 @@ def _missing(raw: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
     return [f"missing key {prefix}{key}" for key in sorted(wanted.keys() - raw.keys())]
 
 
-def _special_ids(vocab_size: int, eos: int | list[int] | None, pad: int | None) -> tuple[tuple[int, ...], int]:
+def _special_ids(vocab_size: int, eos: Any, pad: Any) -> tuple[tuple[int, ...], int]:
     """Stop and pad ids: harmony's where the vocabulary has them, else what the config says.
 
     The published config.json lists only <|return|> as eos; a tool call ends the turn as well. OpenAI's config lists
