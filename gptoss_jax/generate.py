@@ -54,10 +54,10 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise ValueError(f"unexpected argument {arguments[0]!r}: the prompt goes behind --prompt, in quotes")
     words = tokenizer.load_tokenizer(options.vocab)
-    SamplingParams(options.temperature, options.seed)  # refuses bad values before anything is read
+    sampling = SamplingParams(options.temperature, options.seed)
     prompt = prompt_ids(options)
     config = runtime.config_from_flags(options)
-    request = build_request(options, config, prompt)
+    request = build_request(options, config, prompt, sampling)
     language_model = runtime.load_from_flags(options)
     _say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s; {language_model.kernels}")
     if language_model.weights_are_random:
@@ -73,13 +73,14 @@ def main(arguments: list[str]) -> None:
     report(answer, statistics)
 
 
-def build_request(options: flags.FlagValues, config: ModelConfig, prompt: list[int]) -> engine.Request:
+def build_request(
+    options: flags.FlagValues, config: ModelConfig, prompt: list[int], sampling: SamplingParams
+) -> engine.Request:
     """What the engine is asked, checked against the model before its weights are read.
 
     Raises:
         RequestError: the model cannot serve it.
     """
-    sampling = SamplingParams(options.temperature, options.seed)
     request = engine.Request(tuple(prompt), config.stop_ids, options.max_new_tokens, sampling)
     request.check(config, engine.EngineConfig(max_context_tokens=options.max_context_tokens))
     return request

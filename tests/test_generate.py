@@ -15,7 +15,8 @@ from converters import convert
 from gptoss_jax import generate, runtime, tokenizer
 from gptoss_jax.checkpoint import CheckpointError
 from gptoss_jax.config import parse_config
-from gptoss_jax.engine import Event, RequestError
+from gptoss_jax.engine import Event, Request, RequestError
+from gptoss_jax.sampling import SamplingParams
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
@@ -126,17 +127,14 @@ def test_load_takes_every_published_layout(layout, tmp_path):
 
 
 def test_request_is_what_the_flags_say():
-    """Guards the thin command: stop ids are the model's, sampling the flags'."""
+    """Guards the thin command: stop ids are the model's, limits and sampling the flags'."""
     values = flags.FlagValues()
-    for name, value in (("temperature", 0.5), ("seed", 9), ("max_new_tokens", 7), ("max_context_tokens", 64)):
-        flags.DEFINE_float(name, value, "", flag_values=values) if name == "temperature" else flags.DEFINE_integer(
-            name, value, "", flag_values=values
-        )
+    flags.DEFINE_integer("max_new_tokens", 7, "", flag_values=values)
+    flags.DEFINE_integer("max_context_tokens", 64, "", flag_values=values)
     values.mark_as_parsed()
-    config = parse_config(WORDY)
-    request = generate.build_request(values, config, [1, 2])
-    assert request.stop_ids == (200_002, 200_012, 199_999)
-    assert (request.sampling.temperature, request.sampling.seed, request.max_new_tokens) == (0.5, 9, 7)
+    sampling = SamplingParams(0.5, 9)
+    request = generate.build_request(values, parse_config(WORDY), [1, 2], sampling)
+    assert request == Request((1, 2), (200_002, 200_012, 199_999), 7, sampling)
 
 
 def test_text_flows_as_tokens_come(capsys):

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention import reference
+from pallas_kernels.choice import Choice, by_name
 
 
 @runtime_checkable
@@ -58,14 +59,6 @@ class Attention(NamedTuple):
 IMPLEMENTATIONS: dict[str, Attention] = {"reference": Attention(reference.paged_attention, reference.banded_attention)}
 
 
-class Choice(NamedTuple):
-    """An implementation, and why it was taken."""
-
-    name: str
-    implementation: Attention
-    reason: str
-
-
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
@@ -74,9 +67,7 @@ def choose(name: str, platform: str) -> Choice:
     """
     if name == "auto":
         return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
+    return by_name("attention", IMPLEMENTATIONS, name)
 
 
-__all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "Choice", "PagedAttention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]

@@ -3,10 +3,11 @@
 A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.choice import Choice, by_name
 from pallas_kernels.expert_mlp import reference
 from pallas_kernels.expert_mlp.reference import ExpertWeights
 
@@ -35,14 +36,6 @@ class ExpertMlp(Protocol):
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp}
 
 
-class Choice(NamedTuple):
-    """An implementation, and why it was taken."""
-
-    name: str
-    implementation: ExpertMlp
-    reason: str
-
-
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
@@ -51,9 +44,7 @@ def choose(name: str, platform: str) -> Choice:
     """
     if name == "auto":
         return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"expert_mlp kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
+    return by_name("expert_mlp", IMPLEMENTATIONS, name)
 
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "ExpertMlp", "ExpertWeights", "choose"]
+__all__ = ["IMPLEMENTATIONS", "ExpertMlp", "ExpertWeights", "choose"]

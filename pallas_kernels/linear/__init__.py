@@ -3,10 +3,11 @@
 A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.choice import Choice, by_name
 from pallas_kernels.linear import reference, streamed
 
 
@@ -21,14 +22,6 @@ class Linear(Protocol):
 IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear}
 
 
-class Choice(NamedTuple):
-    """An implementation, and why it was taken."""
-
-    name: str
-    implementation: Linear
-    reason: str
-
-
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
@@ -38,10 +31,8 @@ def choose(name: str, platform: str) -> Choice:
     if name == "auto":
         if platform == "cpu":
             return Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
-        return Choice("reference", reference.linear, f"XLA's own product is best on {platform}")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"linear kernel {name!r}, expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return Choice(name, IMPLEMENTATIONS[name], "asked for by name")
+        return Choice("reference", reference.linear, f"no kernel of our own for {platform}")
+    return by_name("linear", IMPLEMENTATIONS, name)
 
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "Linear", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Linear", "choose"]
