@@ -635,8 +635,16 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
     (tmp_path / "folder").mkdir()
     (line,) = refusals(capsys, broken, tmp_path / "folder")
     assert line.endswith("folder: exists and is no finished checkpoint; remove it or name another folder")
-    (line,) = refusals(capsys, broken, broken / "config.json")
+    (tmp_path / "file").write_text("")
+    (line,) = refusals(capsys, broken, tmp_path / "file")
     assert "exists and is no finished checkpoint" in line
+
+
+def test_source_and_destination_may_not_overlap(broken, capsys):
+    """A message that says of the only copy of the weights: remove it."""
+    for destination in (broken, broken / "checkpoint", broken.parent):
+        (line,) = refusals(capsys, broken, destination)
+        assert line.endswith("lie in one another: name a folder of its own for the checkpoint")
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
