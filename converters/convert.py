@@ -269,8 +269,8 @@ def run(options: Options) -> None:
         SourceError, CheckpointError, ConfigError, OSError: as `convert`.
     """
     src, dst = options.src.resolve(), options.dst.resolve()
-    if dst == src or src in dst.parents or dst in src.parents:
-        raise SourceError(f"SRC {src} and DST {dst} lie in one another: name a folder of its own for the checkpoint")
+    if dst == src or dst in src.parents:
+        raise SourceError(f"DST {dst} is or holds SRC: name a folder of its own for the checkpoint")
     source = open_source(options.src, quantize_experts=options.quantize_experts)
     remark = f" ({source.remark})" if source.remark else ""
     print(f"{options.src}: layout {source.layout}{remark}, {len(source.files)} files, {len(source.tensors)} tensors")

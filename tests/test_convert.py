@@ -640,11 +640,12 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
     assert "exists and is no finished checkpoint" in line
 
 
-def test_source_and_destination_may_not_overlap(broken, capsys):
+def test_destination_may_not_be_or_hold_the_source(broken, capsys):
     """A message that says of the only copy of the weights: remove it."""
-    for destination in (broken, broken / "checkpoint", broken.parent):
+    for destination in (broken, broken.parent):
         (line,) = refusals(capsys, broken, destination)
-        assert line.endswith("lie in one another: name a folder of its own for the checkpoint")
+        assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
+    assert command(broken, broken / "checkpoint") == 0
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
