@@ -61,8 +61,9 @@ class EngineConfig:
 
     def __post_init__(self):
         for name in ("rows", "max_context_tokens", "pool_tokens"):
-            if (getattr(self, name) or 0) < 1 and not (name == "pool_tokens" and self.pool_tokens is None):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if not self.prefill_widths or min(self.prefill_widths) < 1:
             raise ValueError(f"prefill_widths is {self.prefill_widths}, expected widths of at least 1")
 

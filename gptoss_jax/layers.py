@@ -53,7 +53,7 @@ class Linear(nnx.Module):
     def __init__(
         self, out: Shape, out_axes: Axes, inputs: Shape, in_axes: Axes, sharding: Sharding, kernel: linear_op.Linear
     ):
-        self.product = Product(out, out_axes, inputs, in_axes, sharding, kernel)
+        self.product = Product(out_axes, in_axes, sharding, kernel)
         self.weight = weight(out + inputs, out_axes + in_axes)
         self.bias = weight(out, out_axes)
 
@@ -66,9 +66,7 @@ class Linear(nnx.Module):
 class Product:
     """x W^T over several axes, on every device its own piece: W is [*out, *in], its axes named logically."""
 
-    out: Shape
     out_axes: Axes
-    inputs: Shape
     in_axes: Axes
     sharding: Sharding
     kernel: linear_op.Linear
@@ -82,8 +80,8 @@ class Product:
         return run(x, w)
 
     def _run_local(self, x: Float[Array, "B T ..."], w: Float[Array, "..."]) -> Float[Array, "B T ..."]:
-        rows, out = x.shape[:2], w.shape[: len(self.out)]
-        inputs = math.prod(w.shape[len(self.out) :])
+        rows, out = x.shape[:2], w.shape[: len(self.out_axes)]
+        inputs = math.prod(w.shape[len(self.out_axes) :])
         y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*rows, *out)
         for logical in filter(None, self.in_axes):  # each device summed over its piece of the inputs
             y = self.sharding.sum_over(y, logical)

@@ -66,9 +66,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([Layer(config, i, sharding, kernels, policy) for i in range(config.num_layers)])
         self.norm = layers.weight((config.hidden_size,), (None,))
         self.unembedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None))
-        self.unembed = layers.Product(
-            (config.vocab_size,), ("vocab",), (config.hidden_size,), (None,), sharding, kernels.linear
-        )
+        self.unembed = layers.Product(("vocab",), (None,), sharding, kernels.linear)
 
     def __call__(
         self, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
