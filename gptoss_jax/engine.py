@@ -3,32 +3,33 @@
 Knows no text. Rows are slots of a batch of fixed size; a request takes a free row and the pages that its prompt and
 answer can need, and gives both back when it ends, while other rows go on (continuous batching). All programs are
 compiled before the first token, so nothing compiles while requests of mixed lengths come and go.
+
+Deterministic engines run one row (of each data shard) at a time, so that a row's arithmetic has the same shapes
+whatever runs beside it; the others run all rows in one batch, where sums of other shapes round differently.
 """
 
 import collections
 import dataclasses
-import functools
 import itertools
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
 
-from gptoss_jax import kv_cache, sampling
+from gptoss_jax import kv_cache, programs, sampling
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kv_cache import KVCache
-from gptoss_jax.model import Model, Params, step
-from gptoss_jax.sampling import Sampling, SamplingParams
+from gptoss_jax.model import Model, Params
+from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN, RowState
+from gptoss_jax.sampling import Draw, SamplingParams
 from gptoss_jax.sharding import Sharding
 
 MAX_STOP_IDS = 8
-MAX_STEPS_PER_DISPATCH = 64
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
-NO_TOKEN = -2  # in place of a token: the row took no step
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -52,12 +53,15 @@ class EngineConfig:
             narrowest that holds it.
         pool_tokens: tokens that the full-attention layers can hold for all rows together; a request waits until its
             pages are free. None: enough for every row at its longest.
+        deterministic: a request's tokens and log probabilities are bitwise the same alone, in any company and in any
+            order; weights are then read once for every row. None: on CPUs, where batches gain little.
     """
 
     rows: int = 1
     max_context_tokens: int = 4096
     prefill_widths: tuple[int, ...] = (128,)
     pool_tokens: int | None = None
+    deterministic: bool | None = None
 
     def __post_init__(self):
         for name in ("rows", "max_context_tokens", "pool_tokens"):
@@ -77,12 +81,15 @@ class Request:
         stop_ids: ids after which the answer ends; the id itself is part of the answer.
         max_new_tokens: length of the answer at most; None: as far as the context goes.
         sampling: how tokens are drawn.
+        ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
+            only the caller's text can show). One request, one such function: it may keep state.
     """
 
     token_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
     max_new_tokens: int | None = None
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    ends_at: Callable[[int], bool] | None = None
 
     def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
         """How many tokens the answer may have at most.
@@ -107,6 +114,10 @@ class Request:
             raise RequestError(f"stop ids {self.stop_ids}, expected ids from 0 to {config.vocab_size - 1}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        try:
+            self.sampling.check(config.num_token_ids)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
         limit = self.max_new_tokens or context - len(self.token_ids)
         if limit < 1 or len(self.token_ids) + limit > context:
             raise RequestError(
@@ -123,22 +134,16 @@ class Event(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # natural logarithm, at temperature 1
     finish_reason: FinishReason | None
+    step: int = 0  # tokens of the answer before these
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for: id and logprob, best first
 
 
-class Programs(NamedTuple):
-    """What an engine runs on the devices, compiled for its shapes."""
+class Compiled(NamedTuple):
+    """The programs of an engine, compiled for its shapes."""
 
+    admit: Any
     prefill: dict[int, Any]  # by width
     decode: Any
-
-
-class RowState(NamedTuple):
-    """What decoding carries for B rows beside the cache. A row is active while it has tokens left to draw."""
-
-    token: Int32[Array, "B"]  # drawn, not yet in the cache
-    remaining: Int32[Array, "B"]
-    stop_ids: Int32[Array, "B Z"]
-    sampling: Sampling
 
 
 @dataclasses.dataclass
@@ -152,6 +157,11 @@ class _Row:
     prefilled: int = 0
     generated: int = 0
 
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not yet in the cache."""
+        return len(self.request.token_ids) - self.prefilled
+
 
 class Engine:
     """Runs requests. `submit` them, then `run` until all have ended, or call `tick` yourself."""
@@ -164,7 +174,7 @@ class Engine:
         sharding: Sharding,
         cache_dtype: jnp.dtype,
         engine_config: EngineConfig,
-        programs: Programs | None = None,
+        compiled: Compiled | None = None,
     ):
         sharding.check(config, engine_config.rows)
         self.config, self.engine_config, self.sharding, self.params = config, engine_config, sharding, params
@@ -180,10 +190,11 @@ class Engine:
         self._waiting: collections.deque[tuple[int, Request, int]] = collections.deque()
         self._ids = itertools.count()
         self._seconds_per_step = SECONDS_PER_DISPATCH
+        on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+        self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self._cache, self._state = self._allocate(cache_dtype)
-        self._page_table = np.zeros((rows, self._pages_per_row), np.int32)
         began = time.perf_counter()
-        self.programs = programs or self._compile(model)
+        self.programs = compiled or self._compile(model)
         self.compile_seconds = time.perf_counter() - began
 
     # ---- set-up ----
@@ -198,41 +209,39 @@ class Engine:
             max_context_tokens=self.engine_config.max_context_tokens,
             dtype=cache_dtype,
         )()
-        state = RowState(
-            token=np.zeros(rows, np.int32),  # pyright: ignore[reportArgumentType]
-            remaining=np.zeros(rows, np.int32),  # pyright: ignore[reportArgumentType]
-            stop_ids=np.full((rows, MAX_STOP_IDS), NO_TOKEN, np.int32),  # pyright: ignore[reportArgumentType]
-            sampling=Sampling(np.zeros(rows, np.float32), np.zeros(rows, np.uint32)),  # pyright: ignore
-        )
-        return cache, self._to_rows(state)
+        one = self._row_state(Request((), ()))
+        state = jax.tree.map(lambda x: np.broadcast_to(x, (rows, *np.shape(x))), one)
+        return cache, jax.device_put(state, self.sharding.named_tree(programs.STATE_AXES))
 
-    def _to_rows(self, tree: Any) -> Any:
+    def _row_state(self, request: Request) -> RowState:
+        """A row that has drawn nothing and is not active, on the host, without the leading axis."""
+        stop_ids = [*request.stop_ids, *[NO_TOKEN] * (MAX_STOP_IDS - len(request.stop_ids))]
+        config = self.config
+        drawn = sampling.row(request.sampling, request.token_ids, config.vocab_size, config.num_token_ids)
+        return RowState._make([np.int32(0), np.int32(0), np.array(stop_ids, np.int32), drawn])
+
+    def _to_rows(self, *arrays: np.ndarray) -> list[jax.Array]:
         """Host arrays with a leading row axis -> device arrays, each row on its data shard."""
-        put = lambda x: jax.device_put(x, self.sharding.named(("rows", *(None,) * (np.ndim(x) - 1))))  # noqa: E731
-        return jax.tree.map(put, tree)
+        return [jax.device_put(x, self.sharding.named(("rows", *(None,) * (x.ndim - 1)))) for x in arrays]
 
-    def _compile(self, model: Model) -> Programs:
-        """The prefill program of each width, and the decoding program."""
-        cache_sharding, state_sharding = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
-        row = self.sharding.named(("rows",))
-        num_token_ids = self.config.num_token_ids
-        prefill = jax.jit(
-            functools.partial(_prefill, model, num_token_ids),
-            donate_argnums=1,
-            out_shardings=(row, row, cache_sharding),
+    def _compile(self, model: Model) -> Compiled:
+        """The programs that admit, prefill (for each width) and decode."""
+        layouts = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
+        draws = self.sharding.named_tree(programs.DRAWS_AXES)
+        run = programs.Programs(model, self.config, self.sharding, self.deterministic)
+        admit = jax.jit(programs.admit, donate_argnums=(0, 1), out_shardings=layouts)
+        prefill = jax.jit(run.prefill, donate_argnums=(1, 2), out_shardings=(None, *layouts))
+        decode = jax.jit(run.decode, donate_argnums=(1, 2), out_shardings=(draws, *layouts))
+        carried = (self.params, self._cache, self._state)
+        pages = np.zeros(self._pages_per_row, np.int32)
+        return Compiled(
+            admit.lower(*carried[1:], np.int32(0), pages, self._row_state(Request((), ()))).compile(),
+            {
+                width: prefill.lower(*carried, *self._prefill_arguments(width, {})).compile()
+                for width in sorted(set(self.engine_config.prefill_widths))
+            },
+            decode.lower(*carried, np.int32(1)).compile(),
         )
-        decode = jax.jit(
-            functools.partial(_decode, model, num_token_ids),
-            donate_argnums=(1, 2),
-            out_shardings=(row, row, cache_sharding, state_sharding),
-        )
-        counts = np.zeros(self.engine_config.rows, np.int32)
-        programs = {}
-        for width in sorted(set(self.engine_config.prefill_widths)):
-            tokens = np.zeros((self.engine_config.rows, width), np.int32)
-            arguments = self._to_rows((tokens, counts))
-            programs[width] = prefill.lower(self.params, self._cache, self._state.sampling, *arguments).compile()
-        return Programs(programs, decode.lower(self.params, self._cache, self._state, np.int32(1)).compile())
 
     # ---- requests ----
 
@@ -270,7 +279,7 @@ class Engine:
             for event in events:
                 if event.finish_reason == "error":
                     raise NumericsError(
-                        f"request {event.request_id}: logits are not finite behind its last token; "
+                        f"request {event.request_id}, step {event.step + len(event.token_ids)}: logits are not finite; "
                         "check the checkpoint (convert --verify) and the kernels"
                     )
 
@@ -280,21 +289,17 @@ class Engine:
         for i, row in enumerate(self._rows):
             if row is not None and row.request_id == request_id:
                 self._release(i)
-                state = jax.tree.map(np.array, self._state)
-                state.remaining[i] = 0
-                self._state = self._to_rows(state)
+                self._halt([i])
 
     def tick(self) -> list[Event]:
         """Admits what fits, then does one dispatch: a prefill chunk where prompts wait, else decoding steps."""
-        self._admit()
-        waiting = [i for i, row in enumerate(self._rows) if row and row.prefilled < len(row.request.token_ids)]
-        if waiting:
-            return self._prefill_chunk(waiting)
+        self._admit_waiting()
+        if any(row and row.unread for row in self._rows):
+            return self._prefill_chunk()
         return self._decode_steps() if any(self._rows) else []
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         """Gives waiting requests, oldest first, a free row each, and its pages."""
-        admitted = []
         for i, row in enumerate(self._rows):
             if row is None and self._waiting:
                 request_id, request, limit = self._waiting[0]
@@ -303,27 +308,20 @@ class Engine:
                 if needed > len(free):
                     continue  # another shard may have them; else until a row ends
                 self._waiting.popleft()
-                pages = [free.pop() for _ in range(needed)]
-                self._rows[i] = _Row(request_id, request, limit, pages)
-                self._page_table[i, :needed] = pages
-                admitted.append(i)
-        if admitted:
-            lengths = np.array(self._cache.lengths)
-            lengths[admitted] = 0
-            table = self._to_rows(self._page_table)
-            self._cache = self._cache._replace(page_table=table, lengths=self._to_rows(lengths))
-            self._write_state(admitted)
+                self._rows[i] = _Row(request_id, request, limit, [free.pop() for _ in range(needed)])
+                pages = np.zeros(self._pages_per_row, np.int32)
+                pages[:needed] = self._row(i).pages
+                self._cache, self._state = self.programs.admit(
+                    self._cache, self._state, np.int32(i), pages, self._row_state(request)
+                )
 
-    def _write_state(self, admitted: Sequence[int]) -> None:
-        """Tells the device how the newly admitted rows sample and stop; they are inactive until their first token."""
-        state = jax.tree.map(np.array, self._state)
-        for i in admitted:
-            request = self._row(i).request
-            state.remaining[i] = 0
-            state.stop_ids[i] = [*request.stop_ids, *[NO_TOKEN] * (MAX_STOP_IDS - len(request.stop_ids))]
-            state.sampling.temperature[i] = request.sampling.temperature
-            state.sampling.seed[i] = request.sampling.seed
-        self._state = self._to_rows(state)
+    def _halt(self, rows: Sequence[int]) -> None:
+        """Tells the device that these rows draw no more."""
+        if not rows:
+            return
+        remaining = np.array(self._state.remaining)
+        remaining[rows] = 0
+        self._state = self._state._replace(remaining=self._to_rows(remaining)[0])
 
     def _row(self, i: int) -> _Row:
         row = self._rows[i]
@@ -333,121 +331,99 @@ class Engine:
     def _shard(self, row: int) -> int:
         return row * self._shards // self.engine_config.rows
 
+    def _slot(self, row: int) -> int:
+        """The row's place in what a prefill program takes and gives."""
+        return self._shard(row) if self.deterministic else row
+
     def _release(self, i: int) -> None:
         self._free_pages[self._shard(i)].extend(self._row(i).pages)
         self._rows[i] = None
 
     # ---- dispatches ----
 
-    def _prefill_chunk(self, waiting: Sequence[int]) -> list[Event]:
-        """One chunk of every waiting prompt; a prompt's last chunk draws its first token."""
-        left = {i: len(self._row(i).request.token_ids) - self._row(i).prefilled for i in waiting}
-        widths = sorted(self.programs.prefill)
-        width = next((w for w in widths if w >= max(left.values())), widths[-1])
-        tokens = np.zeros((self.engine_config.rows, width), np.int32)
-        counts = np.zeros(self.engine_config.rows, np.int32)
-        for i in waiting:
-            row = self._row(i)
-            chunk = row.request.token_ids[row.prefilled : row.prefilled + width]
-            tokens[i, : len(chunk)], counts[i] = chunk, len(chunk)
-            row.prefilled += len(chunk)
-        arguments = self._to_rows((tokens, counts))
-        token, logprob, self._cache = self.programs.prefill[width](
-            self.params, self._cache, self._state.sampling, *arguments
+    def _prefill_chunk(self) -> list[Event]:
+        """One chunk of prompts that wait; a prompt's last chunk draws its first token."""
+        unread = {i: row.unread for i, row in enumerate(self._rows) if row and row.unread}
+        width, chosen = self._choose_chunk(unread)
+        chunks = {i: self._row(i).request.token_ids[-unread[i] :][:width] for i in chosen}
+        draw, self._cache, self._state = self.programs.prefill[width](
+            self.params, self._cache, self._state, *self._prefill_arguments(width, chunks)
         )
-        done = [i for i in waiting if self._row(i).prefilled == len(self._row(i).request.token_ids)]
-        return self._start_rows(done, np.asarray(token), np.asarray(logprob)) if done else []
+        for i, chunk in chunks.items():
+            self._row(i).prefilled += len(chunk)
+        done = [i for i in chosen if not self._row(i).unread]
+        return self._events(draw, {i: np.s_[self._slot(i) : self._slot(i) + 1] for i in done})
 
-    def _start_rows(self, done: Sequence[int], token: np.ndarray, logprob: np.ndarray) -> list[Event]:
-        state = jax.tree.map(np.array, self._state)
-        events = []
-        for i in done:
-            limit = self._row(i).limit
-            events.append(self._event(i, token[i : i + 1], logprob[i : i + 1]))
-            state.token[i] = token[i]
-            state.remaining[i] = limit - 1 if self._rows[i] else 0
-        self._state = self._to_rows(state)
-        return events
+    def _choose_chunk(self, unread: dict[int, int]) -> tuple[int, list[int]]:
+        """The width of the next chunk, and the rows that take part in it.
+
+        A deterministic engine takes one row of each data shard, and a width that follows from that row alone.
+        """
+        widths = sorted(self.programs.prefill)
+        fitting = {i: next((w for w in widths if w >= left), widths[-1]) for i, left in unread.items()}
+        if not self.deterministic:
+            return max(fitting.values()), list(unread)
+        width = next(iter(fitting.values()))
+        first = {self._shard(i): i for i in reversed(unread) if fitting[i] == width}
+        return width, list(first.values())
+
+    def _prefill_arguments(self, width: int, chunks: dict[int, tuple[int, ...]]) -> list[jax.Array]:
+        """Tokens, how many, how many may be drawn behind them, and in which row of the shard: of `Programs.prefill`."""
+        slots = self._shards if self.deterministic else self.engine_config.rows
+        tokens, counts = np.zeros((slots, width), np.int32), np.zeros(slots, np.int32)
+        budget, at = np.zeros(slots, np.int32), np.zeros(self._shards, np.int32)
+        for i, chunk in chunks.items():
+            slot = self._slot(i)
+            tokens[slot, : len(chunk)], counts[slot] = chunk, len(chunk)
+            budget[slot] = self._row(i).limit if self._row(i).unread == len(chunk) else 0
+            at[self._shard(i)] = i % (self.engine_config.rows // self._shards)
+        return self._to_rows(tokens, counts, budget, at)
 
     def _decode_steps(self) -> list[Event]:
         """As many steps in one dispatch as take about SECONDS_PER_DISPATCH; none after every row has ended."""
         wanted = int(SECONDS_PER_DISPATCH / self._seconds_per_step)
         steps = max(1, min(wanted, MAX_STEPS_PER_DISPATCH))
         began = time.perf_counter()
-        tokens, logprobs, self._cache, self._state = self.programs.decode(
-            self.params, self._cache, self._state, np.int32(steps)
-        )
-        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-        taken = int((tokens != NO_TOKEN).any(axis=0).sum())
+        draws, self._cache, self._state = self.programs.decode(self.params, self._cache, self._state, np.int32(steps))
+        token = np.asarray(draws.token)
+        taken = int((token != NO_TOKEN).any(axis=0).sum())
         self._seconds_per_step = (time.perf_counter() - began) / max(taken, 1)
-        events = []
-        for i, row in enumerate(self._rows):
-            drawn = tokens[i] != NO_TOKEN
-            if row is not None:
-                events.append(self._event(i, tokens[i][drawn], logprobs[i][drawn]))
+        return self._events(draws, {i: np.s_[i, token[i] != NO_TOKEN] for i, row in enumerate(self._rows) if row})
+
+    def _events(self, draw: Draw, where: dict[int, Any]) -> list[Event]:
+        """What rows drew, as events; `where` says which elements of `draw` are a row's. Rows that ended are freed."""
+        asked = any(self._row(i).request.sampling.top_logprobs for i in where)
+        host = jax.tree.map(np.asarray, draw if asked else draw._replace(top_ids=None, top_logprobs=None))
+        events = [self._event(i, jax.tree.map(operator.itemgetter(at), host)) for i, at in where.items()]
+        self._halt([i for i, event in zip(where, events, strict=True) if event.finish_reason])
         return events
 
-    def _event(self, i: int, tokens: np.ndarray, logprobs: np.ndarray) -> Event:
-        """What row i drew, as an event; a row that ended is released."""
+    def _event(self, i: int, draw: Draw) -> Event:
+        """What row i drew, [steps], as an event; a row that ended is released."""
         row = self._row(i)
-        faulty = bool((tokens == sampling.FAULTY).any())
-        if faulty:
-            tokens, logprobs = tokens[:-1], logprobs[:-1]  # a fault ends the row: it is the last it drew
-        row.generated += len(tokens)
-        reason: FinishReason | None = None
-        if faulty:
-            reason = "error"
-        elif tokens.size and int(tokens[-1]) in row.request.stop_ids:
+        tokens = draw.token.tolist()
+        faulty = sampling.FAULTY in tokens  # a fault ends the row: it is the last it drew
+        tokens = tokens[: len(tokens) - faulty]
+        reason: FinishReason | None = "error" if faulty else None
+        for drawn, token in enumerate(tokens, 1):
+            if row.request.ends_at and row.request.ends_at(token):
+                tokens, reason = tokens[:drawn], "stop"
+                break
+        step, count = row.generated, len(tokens)
+        row.generated += count
+        if not reason and count and tokens[-1] in row.request.stop_ids:
             reason = "stop"
-        elif row.generated >= row.limit:
+        elif not reason and row.generated >= row.limit:
             reason = "length"
         if reason:
             self._release(i)
-        return Event(row.request_id, tuple(tokens.tolist()), tuple(logprobs.tolist()), reason)
+        top = _top(draw, row.request.sampling.top_logprobs, count)
+        return Event(row.request_id, tuple(tokens), tuple(draw.logprob[:count].tolist()), reason, step, top)
 
 
-# ---- the programs ----
-
-
-def _prefill(
-    model: Model,
-    num_token_ids: int,
-    params: Params,
-    cache: KVCache,
-    how: Sampling,
-    tokens: Int32[Array, "B T"],
-    counts: Int32[Array, "B"],
-) -> tuple[Int32[Array, "B"], Float[Array, "B"], KVCache]:
-    """A chunk of each row's prompt, and the token that each row would draw behind it."""
-    logits, cache = step(model, params, tokens, counts, cache)
-    token, logprob = sampling.sample(logits, how, cache.lengths, num_token_ids)
-    return token, logprob, cache
-
-
-def _decode(
-    model: Model, num_token_ids: int, params: Params, cache: KVCache, state: RowState, steps: Int32[Array, ""]
-) -> tuple[Int32[Array, "B Y"], Float[Array, "B Y"], KVCache, RowState]:
-    """Up to `steps` tokens of each active row, one column per step."""
-    rows = state.token.shape[0]
-
-    def goes_on(carry):
-        i, _, _, _, state = carry
-        return (i < steps) & jnp.any(state.remaining > 0)
-
-    def one_step(carry):
-        i, tokens, logprobs, cache, state = carry
-        active = state.remaining > 0
-        logits, cache = step(model, params, state.token[:, None], active.astype(jnp.int32), cache)
-        token, logprob = sampling.sample(logits, state.sampling, cache.lengths, num_token_ids)
-        ended = sampling.is_stop(token, state.stop_ids) | (token == sampling.FAULTY)
-        remaining = jnp.where(active & ~ended, state.remaining - 1, 0)
-        column = (jnp.arange(rows, dtype=jnp.int32), i)
-        tokens = tokens.at[column].set(jnp.where(active, token, NO_TOKEN))
-        logprobs = logprobs.at[column].set(logprob)
-        token = jnp.where(active, jnp.maximum(token, 0), state.token)
-        return i + 1, tokens, logprobs, cache, state._replace(token=token, remaining=remaining)
-
-    shape = (rows, MAX_STEPS_PER_DISPATCH)
-    carry = (jnp.int32(0), jnp.full(shape, NO_TOKEN, jnp.int32), jnp.zeros(shape, jnp.float32), cache, state)
-    _, tokens, logprobs, cache, state = jax.lax.while_loop(goes_on, one_step, carry)
-    return tokens, logprobs, cache, state
+def _top(draw: Draw, asked: int, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The likeliest ids, and their log probabilities, of each of `count` tokens."""
+    if not asked:
+        return ()
+    ids, logprobs = draw.top_ids[:count, :asked].tolist(), draw.top_logprobs[:count, :asked].tolist()
+    return tuple(tuple(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True))

@@ -57,14 +57,15 @@ def empty(config: ModelConfig, *, rows: int, pages: int, max_context_tokens: int
     )
 
 
+def axes(config: ModelConfig) -> KVCache:
+    """The logical axes of each array of a cache, as a KVCache of them."""
+    layer = tuple(("rows" if config.is_banded(i) else "pages", None, "heads", None) for i in range(config.num_layers))
+    return KVCache._make([layer, layer, ("rows", None), ("rows",)])
+
+
 def layout(config: ModelConfig, sharding: Sharding) -> KVCache:
     """Where each array of a cache lies on the mesh, as a KVCache of shardings."""
-    layer = tuple(
-        sharding.named(("rows" if config.is_banded(i) else "pages", None, "heads", None))
-        for i in range(config.num_layers)
-    )
-    table, lengths = sharding.named(("rows", None)), sharding.named(("rows",))
-    return KVCache(layer, layer, table, lengths)  # pyright: ignore[reportArgumentType]
+    return sharding.named_tree(axes(config))
 
 
 def allocator(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from converters import source
 from gptoss_jax import checkpoint, kv_cache, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine import Engine, EngineConfig, Event, Programs, Request, RequestError
+from gptoss_jax.engine import Compiled, Engine, EngineConfig, Event, Request, RequestError
 from gptoss_jax.layers import Kernels
 from gptoss_jax.model import DtypePolicy, Model, Params
 from gptoss_jax.sampling import SamplingParams
@@ -65,17 +65,18 @@ class LanguageModel:
         """The devices."""
         return self.sharding.mesh
 
-    def engine(self, engine_config: EngineConfig, programs: Programs | None = None) -> Engine:
+    def engine(self, engine_config: EngineConfig, compiled: Compiled | None = None) -> Engine:
         """An engine over this model's weights; its programs are compiled here, or are those of one just like it."""
-        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, programs)
+        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, compiled)
 
     def generate(
         self,
         token_ids: Sequence[int],
         *,
         max_new_tokens: int | None = 256,
-        temperature: float = 1.0,
-        seed: int = 0,
+        temperature: float | None = None,
+        seed: int | None = None,
+        sampling: SamplingParams | None = None,
         stop_ids: Sequence[int] | None = None,
         max_context_tokens: int = 4096,
     ) -> Iterator[Event]:
@@ -83,7 +84,17 @@ class LanguageModel:
 
         The engine is compiled at the first call and kept; it is compiled anew for another `max_context_tokens`.
 
+        Args:
+            token_ids: the prompt.
+            max_new_tokens: length of the answer at most; None: as far as the context goes.
+            temperature: 1 where left out; a short way to `sampling`, and so is `seed`, 0 where left out.
+            seed: see `SamplingParams`.
+            sampling: all options of drawing, in place of `temperature` and `seed`.
+            stop_ids: ids after which the answer ends; None: those of the model's config.json.
+            max_context_tokens: prompt and answer at most; memory follows it.
+
         Raises:
+            ValueError: a sampling option out of its range, or given twice.
             RequestError: ids outside the vocabulary, or more tokens than the context holds.
         """
         engine_config = EngineConfig(rows=self.sharding.size("rows"), max_context_tokens=max_context_tokens)
@@ -91,13 +102,13 @@ class LanguageModel:
             tuple(map(operator.index, token_ids)),
             tuple(map(operator.index, self.config.stop_ids if stop_ids is None else stop_ids)),
             max_new_tokens,
-            SamplingParams(temperature, seed),
+            _sampling(sampling, temperature, seed),
         )
         request.check(self.config, engine_config)
         if self._engine is None or self._engine.engine_config != engine_config:
             self._engine = self.engine(engine_config)
         elif not self._engine.is_idle:  # an iterator that is still held: it keeps its rows, we get rows of our own
-            self._engine = self.engine(engine_config, programs=self._engine.programs)
+            self._engine = self.engine(engine_config, compiled=self._engine.programs)
         return _run_one(self._engine, request)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
@@ -149,6 +160,15 @@ class LanguageModel:
     def _all_logits(self) -> Any:
         layouts = self.sharding.named(("rows", None, None)), kv_cache.layout(self.config, self.sharding)
         return jax.jit(functools.partial(model.all_logits, self.model), donate_argnums=3, out_shardings=layouts)
+
+
+def _sampling(sampling: SamplingParams | None, temperature: float | None, seed: int | None) -> SamplingParams:
+    """The options, given whole or as the two that are most used."""
+    if sampling is None:
+        return SamplingParams(temperature=1.0 if temperature is None else temperature, seed=seed or 0)
+    if temperature is not None or seed is not None:
+        raise ValueError("temperature and seed beside sampling: expected them inside it")
+    return sampling
 
 
 def _run_one(engine: Engine, request: Request) -> Iterator[Event]:

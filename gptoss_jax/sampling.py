@@ -1,80 +1,254 @@
-"""From logits to a token per row: temperature and seed, the same whatever the neighbours do.
+"""From logits to a token per row: penalties, bias, temperature, truncation, seed; the same whatever the neighbours do.
 
-Keys are folded from (request seed, position), so a row's draw depends on its own request alone. To add a sampler, add
-its per-row field to `SamplingParams` and `Sampling`, and its line to `sample`.
+Keys are folded from (request seed, position), so a row's draw depends on its own request alone. Every option is data:
+rows of any mixture share one program. To add a sampler, add its field to `SamplingParams`, to `Sampling` and `AXES`,
+and its line to `filter_logits`; then its flag in `generate.py`.
 """
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
+MAX_LOGIT_BIAS = 100  # as in OpenAI's API
+MAX_TOP_LOGPROBS = 20
 FAULTY = -1  # in place of a token: the row's logits were not finite
+
+# Field of SamplingParams -> lowest value, highest value. Penalties are bounded as in OpenAI's API and vLLM.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, MAX_TEMPERATURE),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "top_logprobs": (0, MAX_TOP_LOGPROBS),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one request draws its tokens.
+    """How one request draws its tokens. The options act in the order in which they stand here, seed last.
 
     Attributes:
+        repetition_penalty: of every id in the prompt or the answer, a positive logit is divided by this and a
+            negative one multiplied (CTRL, arXiv:1909.05858); 1 is off.
+        frequency_penalty: taken from an id's logit once for each time the answer holds it (OpenAI's API).
+        presence_penalty: taken once from the logit of every id that the answer holds.
+        logit_bias: added to the logits of these ids; -inf bans one.
+        banned_ids: never drawn.
         temperature: divides the logits; 0 takes the likeliest token, the lowest id among equals.
-        seed: 0 to 2^32 - 1; the same seed and prompt give the same tokens.
+        top_k: only the k likeliest ids can be drawn (and those equal to the k-th); 0 is off.
+        top_p: only the likeliest ids whose probabilities, among those that top_k leaves, first reach this sum (and
+            those equal to the last); at least one id; 1 is off.
+        min_p: only ids at least this share as likely as the likeliest; 0 is off.
+        top_logprobs: how many of the likeliest ids are reported beside the chosen one.
+        seed: the same seed, prompt and options give the same tokens.
+
+    Log probabilities are the model's own, before any of these. Ids that the vocabulary does not name are never drawn.
 
     Raises:
         ValueError: a value out of its range.
     """
 
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    banned_ids: tuple[int, ...] = ()
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_logprobs: int = 0
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 to {MAX_TEMPERATURE:g}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}, expected 0 to {2**32 - 1}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}, expected {low:.10g} to {high:.10g}")
+        for token, bias in self.logit_bias.items():
+            if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
+                raise ValueError(
+                    f"logit_bias of id {token} is {bias}, expected -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, "
+                    "or -inf to ban the id"
+                )
+
+    def check(self, num_token_ids: int) -> None:
+        """Raises ValueError where an id does not exist among `num_token_ids`, or nothing is left to draw."""
+        for name, ids in (("logit_bias", self.logit_bias), ("banned_ids", self.banned_ids)):
+            for token in ids:
+                if not 0 <= token < num_token_ids:
+                    raise ValueError(f"{name} names id {token}, expected ids from 0 to {num_token_ids - 1}")
+        banned = {*self.banned_ids, *(token for token, bias in self.logit_bias.items() if bias == -math.inf)}
+        if len(banned) == num_token_ids:
+            raise ValueError(f"all {num_token_ids} ids are banned, expected at least one that may be drawn")
 
 
 class Sampling(NamedTuple):
-    """The same for B rows, as arrays: a change of value compiles nothing."""
+    """The same for B rows, as arrays, and what each row has said: a change of value compiles nothing."""
 
+    repetition_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    presence_penalty: Float[Array, "B"]
+    bias: Float[Array, "B V"]  # -inf: never drawn
     temperature: Float[Array, "B"]
+    top_k: Int32[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    top_logprobs: Int32[Array, "B"]
     seed: UInt32[Array, "B"]
+    prompted: Bool[Array, "B V"]  # ids of the prompt
+    drawn: Int32[Array, "B V"]  # how often the answer holds each id
 
 
-def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"], num_token_ids: int
-) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
-    """Each row's token, and its log probability at temperature 1.
+AXES = Sampling._make(
+    ("rows", "vocab") if name in ("bias", "prompted", "drawn") else ("rows",) for name in Sampling._fields
+)
+"""The logical axes of each array."""
+
+
+class Draw(NamedTuple):
+    """What one step drew for B rows; Z is MAX_TOP_LOGPROBS."""
+
+    token: Int32[Array, "B"]  # FAULTY where the logits were not finite
+    logprob: Float[Array, "B"]  # natural logarithm, of the model's own distribution
+    top_ids: Int32[Array, "B Z"]  # the likeliest first; meaningless unless a row asks for any
+    top_logprobs: Float[Array, "B Z"]
+
+
+def row(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_token_ids: int) -> Sampling:
+    """One row's arrays on the host, without the leading axis: nothing drawn yet.
+
+    Args:
+        params: what the request asks for.
+        prompt: its token ids.
+        vocab_size: V, the width of the logits.
+        num_token_ids: ids from here on are padding of the embedding, and never drawn.
+    """
+    bias, prompted = np.zeros(vocab_size, np.float32), np.zeros(vocab_size, np.bool_)
+    for token, value in params.logit_bias.items():
+        bias[token] = value
+    bias[list(params.banned_ids)] = -np.inf
+    bias[num_token_ids:] = -np.inf
+    prompted[list(prompt)] = True
+    dtypes = {"top_k": np.int32, "top_logprobs": np.int32, "seed": np.uint32}
+    scalars: dict[str, Any] = {name: dtypes.get(name, np.float32)(getattr(params, name)) for name in _RANGES}
+    arrays: dict[str, Any] = {"bias": bias, "prompted": prompted, "drawn": np.zeros(vocab_size, np.int32)}
+    return Sampling(**scalars, **arrays)
+
+
+def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"], num_token_ids: int) -> Draw:
+    """Each row's token, with log probabilities.
 
     Args:
         logits: float32.
         sampling: each row's parameters.
         positions: where the token will stand in its row.
-        num_token_ids: ids from here on are padding of the embedding, and never drawn.
+        num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
     """
-    named = jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    named = jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids
     logits = jnp.where(named, logits, -jnp.inf)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = jax.lax.cond(jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, positions), lambda: greedy)
-    token = jnp.where(sampling.temperature > 0, drawn, greedy)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    return jnp.where(finite, token, FAULTY), logprob
+    scores = adjust_logits(logits, sampling)
+    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    draws = sampling.temperature > 0
+    drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
+    token = jnp.where(draws, drawn, greedy)
+    logprobs = jax.nn.log_softmax(logits)
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    top = jax.lax.cond(jnp.any(sampling.top_logprobs > 0), _top, _no_top, logprobs)
+    return Draw(jnp.where(finite, token, FAULTY), logprob, *top)
 
 
-def _draw(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
-    """A token from softmax(logits / temperature), by the Gumbel-max trick."""
+def record(sampling: Sampling, token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Sampling:
+    """`sampling` after the active rows said `token`."""
+    at = jnp.arange(token.shape[0], dtype=jnp.int32), jnp.maximum(token, 0)
+    return sampling._replace(drawn=sampling.drawn.at[at].add(active.astype(jnp.int32)))
+
+
+def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """`logits` under penalties and bias: what a greedy row takes the largest of."""
+    column = lambda x: x[:, None]  # noqa: E731
+    said = sampling.drawn > 0
+    penalty = jnp.where(said | sampling.prompted, column(sampling.repetition_penalty), 1.0)
+    logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = logits - sampling.drawn.astype(jnp.float32) * column(sampling.frequency_penalty)
+    logits = logits - jnp.where(said, column(sampling.presence_penalty), 0.0)
+    return logits + sampling.bias
+
+
+def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
+    temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
+    column = lambda x: x[:, None]  # noqa: E731
+    truncates = (sampling.top_k > 0) | (sampling.top_p < 1)
+    scores = jax.lax.cond(jnp.any(truncates), lambda: _top_k_top_p(scores, sampling), lambda: scores)
+    return jnp.where(scores >= jnp.log(column(sampling.min_p)), scores, -jnp.inf)  # the largest score is 0
+
+
+def _top_k_top_p(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    enough_ids = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[-1])
+    scores = _keep_likeliest(scores, jnp.ones_like(scores), enough_ids.astype(jnp.float32))
+    weights = jnp.exp(scores)
+    enough_weight = sampling.top_p * jnp.sum(weights, axis=-1)
+    filtered = _keep_likeliest(scores, weights, enough_weight)
+    return jnp.where((sampling.top_p < 1)[:, None], filtered, scores)
+
+
+def _keep_likeliest(
+    scores: Float[Array, "B V"], weights: Float[Array, "B V"], enough: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """The largest scores (at most 0) whose weights first sum to `enough`, at least one; -inf for the others.
+
+    Finds the threshold bit by bit instead of sorting: the bits of a float that is not positive, read as an integer,
+    grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
+    """
+    keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
+
+    def kept_weight(threshold: Int32[Array, "B"]) -> Float[Array, "B"]:
+        return jnp.sum(jnp.where(keys <= threshold[:, None], weights, 0.0), axis=-1)
+
+    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        bit = jnp.int32(1) << (30 - i)
+        too_few = kept_weight(threshold + bit - 1) < enough  # all that could be kept with this bit clear
+        return jnp.where(too_few, threshold + bit, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(scores.shape[:1], jnp.int32))
+    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
+
+
+def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
 
     def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
         key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+        return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
 
-    temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    scores = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-    return jnp.argmax(scores + jax.vmap(noise)(sampling.seed, positions), axis=-1).astype(jnp.int32)
+    noises = jax.vmap(noise)(sampling.seed, positions)
+    return jnp.argmax(filter_logits(scores, sampling) + noises, axis=-1).astype(jnp.int32)
+
+
+def _top(logprobs: Float[Array, "B V"]) -> tuple[Int32[Array, "B Z"], Float[Array, "B Z"]]:
+    count = min(MAX_TOP_LOGPROBS, logprobs.shape[-1])
+    values, ids = jax.lax.top_k(logprobs, count)
+    padding = ((0, 0), (0, MAX_TOP_LOGPROBS - count))
+    return jnp.pad(ids, padding), jnp.pad(values, padding, constant_values=-jnp.inf)
+
+
+def _no_top(logprobs: Float[Array, "B V"]) -> tuple[Int32[Array, "B Z"], Float[Array, "B Z"]]:
+    shape = (logprobs.shape[0], MAX_TOP_LOGPROBS)
+    return jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
 
 
 def is_stop(token: Int32[Array, "B"], stop_ids: Int32[Array, "B Z"]) -> Bool[Array, "B"]:

@@ -84,6 +84,10 @@ class Sharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes))
 
+    def named_tree(self, axes: Any) -> Any:
+        """`named` of every array in a tree of axes."""
+        return jax.tree.map(self.named, axes, is_leaf=is_axes)
+
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """x, told to the compiler to lie as `axes` say."""
         return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.named(axes))
@@ -104,6 +108,32 @@ class Sharding:
     def index(self, logical: str) -> jax.Array | int:
         """Inside `map`: which piece of `logical` this device holds."""
         return 0 if self.mesh.size == 1 else jax.lax.axis_index(self.mesh_axes(logical))
+
+    def take_row(self, tree: Any, at: jax.Array, axes: Any) -> Any:
+        """One row from each data shard: the arrays of `tree` that have rows, cut to them; the others whole.
+
+        Args:
+            tree: arrays, those with rows having them first.
+            at: for each shard, which of its own rows, counted within the shard; int32, sharded as rows are.
+            axes: the logical axes of each array of `tree`.
+        """
+
+        def take(tree, at):
+            cut = lambda a, x: jax.lax.dynamic_slice_in_dim(x, at[0], 1) if a[0] == "rows" else x  # noqa: E731
+            return jax.tree.map(cut, axes, tree, is_leaf=is_axes)
+
+        return self.map(take, in_axes=(axes, ("rows",)), out_axes=axes)(tree, at)
+
+    def put_row(self, tree: Any, row: Any, at: jax.Array, axes: Any) -> Any:
+        """`tree` with the rows that `take_row` gave replaced by those of `row`, and its other arrays by row's."""
+
+        def put(tree, row, at):
+            def paste(a, x, y):
+                return jax.lax.dynamic_update_slice_in_dim(x, y, at[0], 0) if a[0] == "rows" else y
+
+            return jax.tree.map(paste, axes, tree, row, is_leaf=is_axes)
+
+        return self.map(put, in_axes=(axes, axes, ("rows",)), out_axes=axes)(tree, row, at)
 
     def check(self, config: ModelConfig, rows: int = 1) -> None:
         """Refuses a mesh that does not cut this model and `rows` rows into equal pieces.

@@ -1,6 +1,7 @@
 """The engine: requests of mixed lengths through a few rows, against the reference and against running alone."""
 
 import collections
+import dataclasses
 
 import jax
 import numpy as np
@@ -95,6 +96,143 @@ def test_a_row_draws_the_same_tokens_in_company(model):
     assert other_seed != alone
 
 
+MIXED = [
+    SamplingParams(seed=1),
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7, top_k=40, seed=2),
+    SamplingParams(top_p=0.8, min_p=0.01, seed=3, top_logprobs=2),
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, seed=4),
+    SamplingParams(temperature=0.0, frequency_penalty=0.9, logit_bias={7: 2.0}, banned_ids=(1, 2)),
+]
+
+
+def _mixed_requests(count: int) -> list[Request]:
+    """Requests of all lengths and options, some of them with the same seed."""
+    lengths = (5, 50, 129, 300, 17, 64, 127, 1)
+    return [Request(_prompt(lengths[i % 8], i), (), 12 + i % 5, MIXED[i % len(MIXED)]) for i in range(count)]
+
+
+def _streams(engine, requests) -> list[list[tuple]]:
+    """Of each request: every token with its log probabilities, bit by bit."""
+    ids = [engine.submit(request) for request in requests]
+    drawn = collections.defaultdict(list)
+    for event in engine.run():
+        tops = event.top_logprobs or [()] * len(event.token_ids)
+        drawn[event.request_id] += zip(event.token_ids, event.logprobs, tops, strict=True)
+    return [drawn[i] for i in ids]
+
+
+@pytest.fixture(scope="module")
+def half(folder):
+    """The model in bfloat16, as most people run it."""
+    return gptoss_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(half):
+    """What each of 64 mixed requests draws with nothing beside it."""
+    engine = half.engine(EngineConfig(rows=1, max_context_tokens=384, prefill_widths=(16, 64)))
+    assert engine.deterministic
+    return [_streams(engine, [request])[0] for request in _mixed_requests(64)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [3, 8, 9, 64])
+def test_deterministic_rows_are_bitwise_the_same_in_any_batch_and_order(half, alone, rows):
+    """Guards per-row determinism: tokens and log probabilities of every bit, in batches of any size, in any order."""
+    engine = half.engine(EngineConfig(rows=rows, max_context_tokens=384, prefill_widths=(16, 64), deterministic=True))
+    requests = _mixed_requests(64)
+    assert _streams(engine, requests) == alone
+    order = np.random.default_rng(rows).permutation(64)
+    assert _streams(engine, [requests[i] for i in order]) == [alone[i] for i in order]
+
+
+@pytest.mark.slow
+def test_an_unrelated_long_prompt_changes_no_bit(half, alone):
+    """Guards rows that run while a prompt of another row is read in chunks beside them."""
+    engine = half.engine(EngineConfig(rows=2, max_context_tokens=4096, prefill_widths=(16, 64), deterministic=True))
+    asked = engine.submit(_mixed_requests(3)[2])
+    events = engine.tick() + engine.tick() + engine.tick() + engine.tick()
+    engine.submit(Request(_prompt(3000), (), 5, SamplingParams()))
+    events += list(engine.run())
+    drawn = [pair for e in events if e.request_id == asked for pair in zip(e.token_ids, e.logprobs, strict=True)]
+    assert drawn == [(token, logprob) for token, logprob, _ in alone[2]]
+
+
+@pytest.mark.slow
+def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
+    """Measures what `deterministic=False` gives up: log probabilities of the same tokens, alone and in a batch of 8."""
+    engine = half.engine(EngineConfig(rows=8, max_context_tokens=384, prefill_widths=(16, 64), deterministic=False))
+    differences, same = [], 0
+    for ours, theirs in zip(_streams(engine, _mixed_requests(64)), alone, strict=True):
+        same += [token for token, *_ in ours] == [token for token, *_ in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            if mine[0] != other[0]:
+                break  # behind another token everything may differ
+            differences.append(abs(mine[1] - other[1]))
+    with capsys.disabled():
+        print(f"\nfast mode, batch of 8: {same} of 64 answers the same, logprobs off by up to {max(differences):.1e}")
+    assert len(differences) > 300
+    assert max(differences) < 0.1
+    assert same > 32
+
+
+def test_penalties_and_bias_act_along_an_answer(model):
+    """Guards what a row remembers: of the prompt, of its own answer, and nothing of the request before it."""
+    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3, logit_bias={3: 1.0}
+    )
+    for prompt in (_prompt(40), _prompt(70, seed=9)):
+        ((tokens, _),) = _answers(engine, [Request(prompt, (), 30, params)])
+        logits = np.float64(model.logits([*prompt, *tokens]))[len(prompt) - 1 : -1]
+        for step, scores in enumerate(logits):
+            said = tokens[:step]
+            for token in {*prompt, *said}:
+                scores[token] = scores[token] / 1.2 if scores[token] > 0 else scores[token] * 1.2
+            for token in set(said):
+                scores[token] -= 0.4 * said.count(token) + 0.3
+            scores[3] += 1.0
+            assert tokens[step] == scores.argmax(), step
+        ((plain, _),) = _answers(engine, [Request(prompt, (), 30, GREEDY)])
+        assert plain == _greedy(TinyModel(CONFIG).tensors, prompt, plain) != tokens
+
+
+def test_top_logprobs_are_the_models(model):
+    """Guards the reported alternatives, in prefill's token and in decoding's, beside a row that asks for none."""
+    engine = model.engine(EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,)))
+    prompt = _prompt(30)
+    engine.submit(Request(prompt, (), 9, SamplingParams(seed=3, top_logprobs=4, banned_ids=(5,))))
+    engine.submit(Request(prompt, (), 9, SamplingParams(seed=4)))
+    events = list(engine.run())
+    assert all(event.top_logprobs == () for event in events if event.request_id == 1)
+    tokens = [token for event in events if event.request_id == 0 for token in event.token_ids]
+    tops = [top for event in events if event.request_id == 0 for top in event.top_logprobs]
+    rows = golden.log_softmax(model.logits([*prompt, *tokens]))[len(prompt) - 1 : -1]
+    assert len(tops) == len(tokens) == 9
+    for top, row in zip(tops, rows, strict=True):
+        assert [token for token, _ in top] == np.argsort(-row)[:4].tolist()
+        np.testing.assert_allclose([logprob for _, logprob in top], np.sort(row)[::-1][:4], atol=1e-4)
+
+
+def test_the_caller_may_end_an_answer(model):
+    """Guards stop strings: the answer ends with the token that the caller names, and the row serves the next one."""
+    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
+    ((free, _),) = _answers(engine, [Request(_prompt(20), (), 30, GREEDY)])
+    for last in (0, 1, 17, 29):
+        seen = []
+
+        def ends_at(token, seen=seen, last=last):
+            seen.append(token)
+            return len(seen) == last + 1
+
+        request = dataclasses.replace(Request(_prompt(20), (), 30, GREEDY), ends_at=ends_at)
+        assert _answers(engine, [request]) == [(free[: last + 1], "stop")]
+        assert seen == free[: last + 1]
+        assert engine.is_idle
+    assert _answers(engine, [Request(_prompt(20), (), 30, GREEDY)]) == [(free, "length")]
+
+
 def test_stops_at_stop_ids_and_only_there(model):
     """Guards the stop: the stop id is the answer's last token, wherever in a dispatch it falls."""
     engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
@@ -130,6 +268,22 @@ def test_a_small_pool_makes_requests_wait(model):
         )
 
 
+def test_a_fault_names_row_and_step(model):
+    """Guards the error of a model that breaks in mid-answer: which request, at which step, and what came before."""
+    engine = model.engine(EngineConfig(rows=2, max_context_tokens=64, prefill_widths=(8,)))
+    engine.submit(Request((1, 2, 3), (), 2, GREEDY))
+    engine.submit(Request((4, 5), (), 20, GREEDY))
+    events = [*engine.tick(), *engine.tick()]  # the prompts
+    sound = model.params["norm"]
+    try:
+        model.params["norm"] = sound * np.nan
+        with pytest.raises(NumericsError, match="request 0, step 1: logits are not finite; check the checkpoint"):
+            events += list(engine.run())
+    finally:
+        model.params["norm"] = sound
+    assert [len(event.token_ids) for event in events] == [1, 1]
+
+
 def test_logits_that_are_not_finite_raise(folder):
     """Guards against noise as an answer, and against a fault that leaves the engine busy for ever."""
     broken = gptoss_jax.load(folder, dtype="float32")
@@ -137,7 +291,7 @@ def test_logits_that_are_not_finite_raise(folder):
     broken.params["norm"] = sound * np.nan
     engine = broken.engine(EngineConfig(max_context_tokens=64, prefill_widths=(8,)))
     engine.submit(Request((1, 2, 3), (), 4, GREEDY))
-    with pytest.raises(NumericsError, match="request 0: logits are not finite behind its last token; check the check"):
+    with pytest.raises(NumericsError, match="request 0, step 0: logits are not finite; check the checkpoint"):
         list(engine.run())
     assert engine.is_idle
     broken.params["norm"] = sound
@@ -170,6 +324,7 @@ def test_cancelled_requests_free_their_rows(model):
         (Request((1,), (), 0), "max_new_tokens is 0, expected at least 1"),
         (Request((1,), tuple(range(9)), 4), "9 stop ids, expected at most 8"),
         (Request((1,), (2**40,), 4), "expected ids from 0 to 511"),
+        (Request((1,), (), 4, SamplingParams(logit_bias={512: 1.0})), "logit_bias names id 512, expected ids from 0"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(request_, message, refusing):

@@ -132,7 +132,7 @@ def test_request_is_what_the_flags_say():
     flags.DEFINE_integer("max_new_tokens", 7, "", flag_values=values)
     flags.DEFINE_integer("max_context_tokens", 64, "", flag_values=values)
     values.mark_as_parsed()
-    sampling = SamplingParams(0.5, 9)
+    sampling = SamplingParams(temperature=0.5, seed=9)
     request = generate.build_request(values, parse_config(WORDY), [1, 2], sampling)
     assert request == Request((1, 2), (200_002, 200_012, 199_999), 7, sampling)
 

@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding"},
     "gptoss_jax.tokenizer": set(),
     "gptoss_jax.harmony": {"gptoss_jax.tokenizer"},
-    "gptoss_jax.engine": _BASE | {"gptoss_jax.model", "gptoss_jax.sampling"},
+    "gptoss_jax.programs": _BASE | {"gptoss_jax.model", "gptoss_jax.sampling"},
+    "gptoss_jax.engine": _BASE | {"gptoss_jax.model", "gptoss_jax.sampling", "gptoss_jax.programs"},
     "gptoss_jax.command": set(),
     "converters.*": _CONVERSION | {"gptoss_jax.command"},
     "gptoss_jax.runtime": _BASE
