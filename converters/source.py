@@ -421,10 +421,12 @@ def _duplicates(files: dict[str, SafetensorsFile]) -> list[str]:
 # ---- straight onto devices ----
 
 
-def load(source: Source, leaves: Mapping[str, Leaf], sharding: Sharding) -> dict[str, jax.Array]:
+def load(
+    source: Source, leaves: Mapping[str, Leaf], sharding: Sharding, report: Callable[[int], object] = _silent
+) -> dict[str, jax.Array]:
     """Every leaf on its devices, read through the same tables and under the same checks as a conversion.
 
-    One leaf at a time lies on the host. Nothing is written.
+    One leaf at a time lies on the host. Nothing is written. `report` is called with the bytes read since its last call.
 
     Raises:
         SourceError: headers or contents are at fault: all listed.
@@ -439,6 +441,7 @@ def load(source: Source, leaves: Mapping[str, Leaf], sharding: Sharding) -> dict
             continue
         if not faults:
             arrays[path] = jax.block_until_ready(jax.device_put(array, sharding.named(leaf.axes)))
+            report(leaf_bytes(leaf))
     _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
     return arrays
 

@@ -609,10 +609,21 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         return os.pread(file.fileno(), size, offset)
 
 
-def restore(path: str | Path, leaves: Mapping[str, Leaf], sharding: Sharding) -> dict[str, jax.Array]:
+def restore(
+    path: str | Path,
+    leaves: Mapping[str, Leaf],
+    sharding: Sharding,
+    report: Callable[[int], object] = lambda _: None,
+) -> dict[str, jax.Array]:
     """The leaves of the checkpoint at `path`, each read straight into its sharding.
 
     Every device's part is read by itself, and what is in flight on the host at a time is no more than the largest leaf.
+
+    Args:
+        path: the checkpoint.
+        leaves: what to read.
+        sharding: the mesh.
+        report: called with the number of bytes that were read since its last call.
 
     Raises:
         CheckpointError: no finished checkpoint, or its manifest or files are not what `leaves` need: all listed.
@@ -623,12 +634,13 @@ def restore(path: str | Path, leaves: Mapping[str, Leaf], sharding: Sharding) ->
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(leaves):
         arrays |= _restore_batch(path, {name: leaves[name] for name in batch}, sharding)
+        report(sum(_leaf_bytes(leaves[name]) for name in batch))
     return {name: arrays[name] for name in leaves}
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[list[str]]:
     """Leaves in groups as large as the largest of them, large ones first, while there is most room."""
-    size_bytes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in leaves.items()}
+    size_bytes = {name: _leaf_bytes(leaf) for name, leaf in leaves.items()}
     batch, held = [], 0
     for name in sorted(leaves, key=lambda name: size_bytes[name], reverse=True):
         if batch and held + size_bytes[name] > max(size_bytes.values()):
@@ -637,6 +649,10 @@ def _batches(leaves: Mapping[str, Leaf]) -> Iterator[list[str]]:
         batch.append(name)
         held += size_bytes[name]
     yield batch
+
+
+def _leaf_bytes(leaf: Leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _restore_batch(path: Path, leaves: Mapping[str, Leaf], sharding: Sharding) -> dict[str, jax.Array]:

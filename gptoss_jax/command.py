@@ -1,26 +1,37 @@
-"""What every command line does alike: dashes in flag names, one line for what the user can mend, exit code 2."""
+"""What every command line does alike: help, dashes in flag names, one line for what the user can mend, exit code 2."""
 
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + signal.SIGINT
+HELP_WIDTH = 80
+
+Sections = Mapping[str, Sequence[str]]
+"""Headings of the help text -> names of the flags below them."""
 
 
-def run(main: Callable[[list[str]], None], name: str) -> None:
+def run(main: Callable[[list[str]], None], name: str, sections: Sections | None = None) -> None:
     """Runs `main` on the command line's positional arguments.
 
     `--two-words` and `--two_words` are the same flag, and flags may follow positional arguments. A ValueError or
     OSError that `main` raises becomes a line on stderr per problem, behind `name`, and exit code 2; Ctrl-C exit code
     130. Anything else is a fault of ours and keeps its traceback.
+
+    Args:
+        main: the command.
+        name: what it is called in messages.
+        sections: how its flags are grouped in --help; None: in one section.
     """
-    app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=lambda argv: _parse(argv, name))
+    parse = lambda argv: _parse(argv, name, sections)  # noqa: E731
+    app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=parse)
 
 
 def refuse(message: str, name: str) -> NoReturn:
@@ -30,12 +41,36 @@ def refuse(message: str, name: str) -> NoReturn:
     sys.exit(EXIT_CODE)
 
 
-def _parse(argv: Sequence[str], name: str) -> list[str]:
+def help_text(options: flags.FlagValues, sections: Sections) -> str:
+    """Every flag of every section with its values, meaning and default, on lines of at most 80 columns."""
+    parts = []
+    for heading, names in sections.items():
+        parts.append(f"{heading}:")
+        parts += [_flag_help(options[name]) for name in names]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _flag_help(flag: flags.Flag) -> str:
+    """Help that begins with `WORD: ` names the flag's value so; absl begins an enum's with `<one|another>: `."""
+    found = re.fullmatch(r"<?([A-Z][A-Z=,.]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
+    value, meaning = found.groups() if found else (flag.flag_type().upper(), flag.help or "")
+    spelled = flag.name.replace("_", "-")
+    usage = f"  --[no]{spelled}" if flag.boolean else f"  --{spelled} {value}"
+    meaning = meaning.split(";\n")[0]  # what absl adds to a flag that may be repeated
+    default = "" if flag.boolean or flag.default in (None, "") or flag.default == [] else f" [{flag.default}]"
+    indent = " " * 6
+    return f"{usage}\n" + textwrap.fill(meaning + default, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _parse(argv: Sequence[str], name: str, sections: Sections | None) -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
     if {"--help", "-h"} & set(argv[1:]):
-        print(f"{sys.modules['__main__'].__doc__}\nFlags (dashes and underscores are the same):\n")
-        print(flags.FLAGS.main_module_help())
+        key = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+        main_flags = sections or {"Flags": key}
+        print(f"{sys.modules['__main__'].__doc__}\nDashes and underscores in flags are the same.\n")
+        print(help_text(flags.FLAGS, main_flags))
         sys.exit(0)
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     try:

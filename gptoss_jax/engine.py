@@ -175,7 +175,9 @@ class Engine:
         cache_dtype: jnp.dtype,
         engine_config: EngineConfig,
         compiled: Compiled | None = None,
+        report: Callable[[int, int], object] = lambda done, total: None,
     ):
+        """`compiled` are the programs of an engine just like this one; `report` hears how many of all are compiled."""
         sharding.check(config, engine_config.rows)
         self.config, self.engine_config, self.sharding, self.params = config, engine_config, sharding, params
         rows, context = engine_config.rows, engine_config.max_context_tokens
@@ -194,7 +196,7 @@ class Engine:
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self._cache, self._state = self._allocate(cache_dtype)
         began = time.perf_counter()
-        self.programs = compiled or self._compile(model)
+        self.programs = compiled or self._compile(model, report)
         self.compile_seconds = time.perf_counter() - began
 
     # ---- set-up ----
@@ -224,7 +226,7 @@ class Engine:
         """Host arrays with a leading row axis -> device arrays, each row on its data shard."""
         return [jax.device_put(x, self.sharding.named(("rows", *(None,) * (x.ndim - 1)))) for x in arrays]
 
-    def _compile(self, model: Model) -> Compiled:
+    def _compile(self, model: Model, report: Callable[[int, int], object]) -> Compiled:
         """The programs that admit, prefill (for each width) and decode."""
         layouts = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
         draws = self.sharding.named_tree(programs.DRAWS_AXES)
@@ -232,15 +234,20 @@ class Engine:
         admit = jax.jit(programs.admit, donate_argnums=(0, 1), out_shardings=layouts)
         prefill = jax.jit(run.prefill, donate_argnums=(1, 2), out_shardings=(None, *layouts))
         decode = jax.jit(run.decode, donate_argnums=(1, 2), out_shardings=(draws, *layouts))
+        widths = sorted(set(self.engine_config.prefill_widths))
+        done = itertools.count(1)
+
+        def build(program: Any, *arguments: Any) -> Any:
+            compiled = program.lower(*arguments).compile()
+            report(next(done), len(widths) + 2)
+            return compiled
+
         carried = (self.params, self._cache, self._state)
         pages = np.zeros(self._pages_per_row, np.int32)
         return Compiled(
-            admit.lower(*carried[1:], np.int32(0), pages, self._row_state(Request((), ()))).compile(),
-            {
-                width: prefill.lower(*carried, *self._prefill_arguments(width, {})).compile()
-                for width in sorted(set(self.engine_config.prefill_widths))
-            },
-            decode.lower(*carried, np.int32(1)).compile(),
+            admit=build(admit, *carried[1:], np.int32(0), pages, self._row_state(Request((), ()))),
+            prefill={width: build(prefill, *carried, *self._prefill_arguments(width, {})) for width in widths},
+            decode=build(decode, *carried, np.int32(1)),
         )
 
     # ---- requests ----
@@ -267,13 +274,13 @@ class Engine:
         """Whether every submitted request has ended."""
         return not self._waiting and not any(self._rows)
 
-    def run(self) -> Iterator[Event]:
-        """Events until every submitted request has ended.
+    def run(self, until: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Events until every submitted request has ended, or `until`, asked before each dispatch, says so.
 
         Raises:
             NumericsError: behind the events of the dispatch in which a request met logits that are not finite.
         """
-        while not self.is_idle:
+        while not self.is_idle and not until():
             events = self.tick()
             yield from events
             for event in events:

@@ -1,194 +1,311 @@
-"""Answers one prompt.
+r"""Answers a prompt, or talks with you.
 
-    python -m gptoss_jax.generate --checkpoint DIR --prompt "Why is the sky blue?"
+    python -m gptoss_jax.generate --checkpoint DIR "Why is the sky blue?"
+    python -m gptoss_jax.generate --checkpoint DIR --chat
+    python -m gptoss_jax.generate --checkpoint DIR --prompt-file q.txt --json
+    git diff | python -m gptoss_jax.generate --checkpoint DIR --system "Review."
 
-Text goes to stdout as it comes, statistics to stderr. With --json one JSON document goes to stdout instead.
-Exit codes: 0 the answer is complete or reached --max-new-tokens (stderr says which), 2 bad input, 130 interrupted.
+A model that may call tools, and what it says to their results:
+
+    python -m gptoss_jax.generate --checkpoint DIR --tools tools.json \
+        --save talk.json "Do I need an umbrella in Paris?"
+    python -m gptoss_jax.generate --checkpoint DIR --messages talk.json \
+        --tool-results results.json
+
+The answer goes to stdout as it comes: the final answer alone, or the calls of
+a model that stopped to call tools, one JSON object a line. Reasoning
+(--show-reasoning), statistics and progress go to stderr. --json prints one
+document instead, with all that was asked, drawn and parsed.
+
+Exit codes: 0 the answer ended, or was cut at a limit (stderr says so, and so
+does finish_reason in --json); 2 bad input, or a model whose numbers are not
+finite; 130 interrupted with Ctrl-C (what had come is printed); 141 the reader
+of stdout went away.
+
+Deterministic runs (the default on CPUs) give a request the same tokens and log
+probabilities, bit by bit, alone and in any batch. With --nodeterministic (the
+default on GPUs and TPUs) rows share their arithmetic: the weights are read
+once for all of them, and the last bits are given up. Sums round differently
+with the number of rows, log probabilities move by about 0.01, and now and then
+another token is drawn (docs/generate.md has the measurement).
 """
 
+import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from openai_harmony import Message, Role
 
-from gptoss_jax import command, engine, harmony, runtime, tokenizer
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine import Event
+from gptoss_jax import chat, command, harmony, messages, request_flags, runtime, tokenizer
+from gptoss_jax.answer import Answer, AnswerStream, Sample, collect
+from gptoss_jax.engine import Engine
+from gptoss_jax.harmony import Settings
+from gptoss_jax.messages import Conversation
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.terminal import AnswerView, Screen, interruptible, remarks
+from gptoss_jax.tokenizer import Tokenizer
+
+PROMPTS = ("prompt", "prompt_file", "token_ids")
+ASKED = (*PROMPTS, "messages", "tool_results", "chat")
+SHOWN = ("show_reasoning", "json", "raw", "save", "n")
+SECTIONS = {
+    "What is asked (text on stdin where none of these is given)": ASKED,
+    "What the model is told": request_flags.TOLD,
+    "How tokens are drawn": request_flags.DRAWN,
+    "What is shown and kept": SHOWN,
+    "Model and machine": (*runtime.FLAGS, *request_flags.ENGINE, "vocab"),
+}
+_WITHOUT_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
+MAX_ROWS = 16  # answers to one prompt that run at once
 
 
 def define_flags() -> None:
     """This command's flags, the shared ones among them."""
-    flags.DEFINE_string("prompt", None, "What the user says; rendered as a harmony conversation.")
-    flags.DEFINE_string("token_ids", None, "The prompt as token ids in place of text: 1,2,3.")
-    efforts = list(harmony.REASONING_EFFORTS)
-    flags.DEFINE_enum("reasoning_effort", "medium", efforts, "How long the model is asked to think.")
-    flags.DEFINE_integer("max_new_tokens", 256, "Length of the answer at most.")
-    flags.DEFINE_integer("max_context_tokens", 4096, "Prompt and answer at most; memory follows it.")
-    flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token each time.")
-    flags.DEFINE_integer("seed", 0, "Same seed, prompt and settings: same tokens.")
-    flags.DEFINE_bool("json", False, "Print one JSON document: settings, ids, logprobs, text, statistics.")
-    flags.DEFINE_string("vocab", None, "Vocabulary file in place of the packaged o200k_base.tiktoken.")
+    flags.DEFINE_string("prompt", None, "TEXT: What you say; the same as giving it without a flag.")
+    flags.DEFINE_string("prompt_file", None, "FILE: A text file with what you say; - is stdin.")
+    flags.DEFINE_string(
+        "messages", None, "FILE: A conversation to go on from, JSON: OpenAI-style, harmony's or --save's."
+    )
+    flags.DEFINE_string("tool_results", None, "FILE: What the calls at the end of --messages gave, JSON.")
+    flags.DEFINE_string("token_ids", None, "IDS: The whole prompt as token ids in place of text: 1,2,3.")
+    flags.DEFINE_bool("chat", False, "Talk: a session that remembers; /help lists its commands.")
+
+    flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
+    flags.DEFINE_bool("json", False, "Print one JSON document with everything.")
+    flags.DEFINE_bool("raw", False, "Print all that comes, as it comes, control tokens spelled out.")
+    flags.DEFINE_string("save", None, "FILE: Where to write the conversation as JSON, for --messages.")
+    flags.DEFINE_integer("n", 1, "N: Answers to the prompt; the second is drawn with seed + 1, and so on.")
+    flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
+    request_flags.define_flags()
     runtime.define_flags()
-    flags.adopt_module_key_flags(runtime)
 
 
-class Answer(NamedTuple):
-    """A finished answer and how long it took."""
+class Prompt(NamedTuple):
+    """What the model is to go on from."""
 
     token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    first_token_seconds: float
-    decode_seconds: float  # from the first token to the last
+    conversation: list[Message] | None  # what they render, system and developer messages included; None: plain ids
 
 
 def main(arguments: list[str]) -> None:
     """See the module's docstring."""
     options = flags.FLAGS
-    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
-    if arguments:
-        raise ValueError(f"unexpected argument {arguments[0]!r}: the prompt goes behind --prompt, in quotes")
-    words = tokenizer.load_tokenizer(options.vocab)
-    sampling = SamplingParams(options.temperature, options.seed)
-    prompt = prompt_ids(options)
+    screen, words = Screen(), tokenizer.load_tokenizer(options.vocab)
+    told, drawn = request_flags.settings(options), request_flags.sampling(options)
+    if options.chat:
+        _chat(options, arguments, screen, words, told, drawn)
+    else:
+        prompt = read_prompt(options, arguments, told)
+        _answer(options, screen, words, prompt, drawn)
+
+
+def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt: Prompt, drawn: SamplingParams) -> None:
+    """One prompt, `--n` answers."""
+    if options.n < 1:
+        raise ValueError(f"--n is {options.n}, expected at least 1")
     config = runtime.config_from_flags(options)
-    request = build_request(options, config, prompt, sampling)
-    language_model = runtime.load_from_flags(options)
-    _say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s; {language_model.kernels}")
-    if language_model.weights_are_random:
-        _say("these weights are RANDOM: the text is noise, not an answer")
-    rows = language_model.sharding.size("rows")
-    runner = language_model.engine(engine.EngineConfig(rows=rows, max_context_tokens=options.max_context_tokens))
-    runner.submit(request)
-    _say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt)} tokens")
-    answer = stream(runner.run(), tokenizer.StreamDecoder(words), echo=not options.json)
-    statistics = measure(language_model, runner, len(prompt), answer)
+    seeds = [dataclasses.replace(drawn, seed=(drawn.seed + i) % 2**32) for i in range(options.n)]
+    streams = [AnswerStream(words, stop_strings=options.stop, raw=options.raw) for _ in seeds]
+    requests = [
+        dataclasses.replace(request_flags.request(options, config, prompt.token_ids, seed), ends_at=stream.ends_at)
+        for seed, stream in zip(seeds, streams, strict=True)
+    ]
+    language_model, runner = load(options, screen, rows=min(options.n, MAX_ROWS))
+    screen.say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    view = AnswerView(screen, show_reasoning=options.show_reasoning)
+    live = not options.json and options.n == 1
+    with interruptible() as interrupted:
+        samples = collect(runner, requests, streams, view.show if live else lambda deltas: None, interrupted)
+    statistics = measure(language_model, runner, len(prompt.token_ids), samples)
+    if live:
+        view.finish_with_calls(samples[0].answer)
+    elif not options.json:
+        show_all(screen, samples, options)
+    save(options, prompt, samples[0].answer)
     if options.json:
-        print(json.dumps(document(options, prompt, answer, words.decode(answer.token_ids), statistics), indent=2))
-    report(answer, statistics)
+        print(json.dumps(document(options, runner, prompt, samples, statistics), indent=2, ensure_ascii=False))
+    for sample in samples:
+        for remark in remarks(sample.answer):
+            screen.say(remark)
+    screen.say(statistics_line(statistics))
+    if interrupted():
+        sys.exit(command.INTERRUPTED)
 
 
-def build_request(
-    options: flags.FlagValues, config: ModelConfig, prompt: list[int], sampling: SamplingParams
-) -> engine.Request:
-    """What the engine is asked, checked against the model before its weights are read.
+def _chat(
+    options: flags.FlagValues,
+    arguments: Sequence[str],
+    screen: Screen,
+    words: Tokenizer,
+    told: Settings,
+    drawn: SamplingParams,
+) -> None:
+    """A session of prompts and answers."""
+    wrong = [f"--{flag.replace('_', '-')}" for flag in _WITHOUT_CHAT if options[flag].present]
+    if wrong or arguments:
+        raise ValueError(f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself")
+    before = messages.read_messages(options.messages) if options.messages else Conversation(())
+    told = request_flags.merge(told, before, options)
+    config = runtime.config_from_flags(options)
+    request = request_flags.request(options, config, [tokenizer.START], drawn)
+    AnswerStream(words, stop_strings=options.stop)  # refuses what it cannot look for
+    _, runner = load(options, screen, rows=1)
+    talk = chat.Talk(runner, words, request, tuple(options.stop), told, list(before.messages))
+    chat.run(talk, screen, show_reasoning=options.show_reasoning)
+
+
+# ---- the prompt ----
+
+
+def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Settings) -> Prompt:
+    """What the flags, the words behind them, or stdin ask.
 
     Raises:
-        RequestError: the model cannot serve it.
+        ValueError: nothing, or more than one thing; a file that is not what it should be.
     """
-    request = engine.Request(tuple(prompt), config.stop_ids, options.max_new_tokens, sampling)
-    request.check(config, engine.EngineConfig(max_context_tokens=options.max_context_tokens))
-    return request
+    source, value = request_flags.only_source(options, arguments, "prompt", PROMPTS) or (None, None)
+    if source == "token_ids":
+        return Prompt(_plain_ids(options), None)
+    if source is None and not options.messages and not sys.stdin.isatty():
+        source, value = "prompt_file", "-"
+    return _render(options, request_flags.read_text(value or "") if source == "prompt_file" else value, told)
 
 
-def prompt_ids(options: flags.FlagValues) -> list[int]:
-    """The prompt that the flags name.
-
-    Raises:
-        ValueError: not exactly one of --prompt and --token-ids, or ids that are no numbers.
-    """
-    if (options.prompt is None) == (options.token_ids is None):
-        raise ValueError("expected one of --prompt TEXT and --token-ids 1,2,3")
-    if options.prompt is not None:
-        if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
-            raise ValueError("--prompt is not valid UTF-8")
-        return harmony.render_prompt(
-            options.prompt, reasoning_effort=options.reasoning_effort, vocab_path=options.vocab
-        )
-    try:
-        return [int(part) for part in options.token_ids.split(",")]
-    except ValueError:
-        raise ValueError(f"--token-ids is {options.token_ids!r}, expected whole numbers such as 1,2,3") from None
+def _plain_ids(options: flags.FlagValues) -> list[int]:
+    for flag in (*request_flags.TOLD, "messages", "tool_results", "save"):
+        if options[flag].present:
+            raise ValueError(f"--token-ids is the whole prompt, so --{flag.replace('_', '-')} has no place in it")
+    return list(request_flags.ids("token_ids", options.token_ids.split(",")))
 
 
-def stream(events: Iterator[Event], decoder: tokenizer.StreamDecoder, *, echo: bool) -> Answer:
-    """Takes one request's events in, printing its text as it comes if `echo`."""
-    ids, logprobs, reason = [], [], ""
-    began, first, last = time.perf_counter(), 0.0, 0.0
-    for event in events:
-        last = time.perf_counter()
-        first = first or last
-        ids += event.token_ids
-        logprobs += event.logprobs
-        reason = event.finish_reason or reason
-        if echo:
-            _print_text(event, decoder)
-    if echo:
-        print(decoder.flush(), flush=True)
-    return Answer(ids, logprobs, reason, first - began, last - first)
+def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prompt:
+    """The conversation in --messages, the results of its calls, and what is said next."""
+    before = messages.read_messages(options.messages) if options.messages else Conversation(())
+    said = list(before.messages)
+    if options.tool_results:
+        said += messages.read_tool_results(options.tool_results, before)
+    if text is not None:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("the prompt is not valid UTF-8")
+        if not text.strip():
+            raise ValueError("the prompt is empty, expected text")
+        said.append(Message.from_role_and_content(Role.USER, text))
+    if not said:
+        raise ValueError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
+    told = request_flags.merge(told, before, options)
+    return Prompt(harmony.render(said, told, vocab_path=options.vocab), harmony.with_opening(said, told))
 
 
-def _print_text(event: Event, decoder: tokenizer.StreamDecoder) -> None:
-    print("".join(map(decoder.feed, event.token_ids)), end="", flush=True)
+# ---- the run ----
+
+
+def load(options: flags.FlagValues, screen: Screen, rows: int) -> tuple[LanguageModel, Engine]:
+    """The model, and an engine of at least so many rows, with a progress bar for each."""
+    with screen.progress("loading") as report_load:
+        language_model = runtime.load_from_flags(options, report_load)
+    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
+    screen.say(language_model.kernels)
+    if language_model.weights_are_random:
+        screen.say("these weights are RANDOM: the text is noise, not an answer")
+    shards = language_model.sharding.size("rows")
+    with screen.progress("compiling") as report_compile:
+        engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
+        return language_model, language_model.engine(engine_config, report=report_compile)
+
+
+def show_all(screen: Screen, samples: Sequence[Sample], options: flags.FlagValues) -> None:
+    """Several answers, one behind the other."""
+    for i, sample in enumerate(samples):
+        screen.say(f"answer {i + 1} of {len(samples)} (seed {(options.seed + i) % 2**32}):")
+        view = AnswerView(screen, show_reasoning=options.show_reasoning)
+        view.show(sample.deltas)
+        view.finish_with_calls(sample.answer)
+
+
+# ---- what is said of it ----
 
 
 def measure(
-    language_model: LanguageModel, runner: engine.Engine, prompt_tokens: int, answer: Answer
-) -> dict[str, float | None]:
-    """Seconds, rates, and the share of what memory bandwidth allows by the cost model."""
-    steps = len(answer.token_ids) - 1
-    rate = steps / answer.decode_seconds if steps > 0 else None
-    statistics = {
+    language_model: LanguageModel, runner: Engine, prompt_tokens: int, samples: Sequence[Sample]
+) -> dict[str, float | int | None]:
+    """Seconds, rates over all answers, and the share of what memory bandwidth allows by the cost model."""
+    tokens = [len(sample.answer.parsed.token_ids) for sample in samples]
+    steps = sum(tokens) - len(tokens)
+    first = min(sample.first_token_seconds for sample in samples)
+    seconds = max(sample.last_token_seconds for sample in samples) - first
+    rate = steps / seconds if steps > 0 and seconds > 0 else None
+    statistics: dict[str, float | int | None] = {
+        "prompt_tokens": prompt_tokens,
+        "answer_tokens": sum(tokens),
         "load_seconds": round(language_model.load_seconds, 3),
         "compile_seconds": round(runner.compile_seconds, 3),
-        "first_token_seconds": round(answer.first_token_seconds, 3),
+        "first_token_seconds": round(first, 3),
         "decode_tokens_per_second": rate and round(rate, 3),
     }
-    if rate:
+    if rate and len(samples) == 1:
         devices = language_model.mesh.devices.flat
         memories = 1 if devices[0].platform == "cpu" else len(devices)  # a CPU's devices share one
         bandwidth = runtime.read_bandwidth(devices[0]) * memories
-        step_bytes = language_model.config.decode_bytes(
-            1, prompt_tokens + steps // 2, language_model.policy.cache.itemsize
-        )
+        context = prompt_tokens + steps // 2
+        step_bytes = language_model.config.decode_bytes(1, context, language_model.policy.cache.itemsize)
         statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
         statistics["share_of_bandwidth_limit"] = round(rate * step_bytes / bandwidth, 4)
     return statistics
 
 
 def document(
-    options: flags.FlagValues, prompt: list[int], answer: Answer, text: str, statistics: dict[str, float | None]
+    options: flags.FlagValues,
+    runner: Engine,
+    prompt: Prompt,
+    samples: Sequence[Sample],
+    statistics: dict[str, float | int | None],
 ) -> dict[str, Any]:
-    """What --json prints."""
-    echoed = ("checkpoint", "mesh", "dtype", "kernels", "prompt", "reasoning_effort", "temperature", "seed")
+    """What --json prints. `conversation` goes on from the first answer, and is what --messages takes back."""
+    echoed = [name for names in SECTIONS.values() for name in names]
     return {
-        "settings": {name: options[name].value for name in (*echoed, "max_new_tokens", "max_context_tokens")},
-        "prompt_token_ids": prompt,
-        "token_ids": answer.token_ids,
-        "logprobs": answer.logprobs,
-        "text": text,
-        "finish_reason": answer.finish_reason,
+        "settings": {name: options[name].value for name in echoed} | {"deterministic": runner.deterministic},
+        "prompt_token_ids": prompt.token_ids,
+        "answers": [sample.answer.document() for sample in samples],
+        "conversation": conversation(prompt, samples[0].answer),
         "statistics": statistics,
     }
 
 
-def report(answer: Answer, statistics: dict[str, Any]) -> None:
-    """One line of statistics; and one more if the answer was cut."""
-    rate = statistics["decode_tokens_per_second"]
-    line = f"first token after {answer.first_token_seconds:.2f} s; {len(answer.token_ids)} tokens"
-    if rate:
+def conversation(prompt: Prompt, answer: Answer) -> list[dict[str, Any]] | None:
+    """The prompt's messages and the answer's, as JSON; None behind plain token ids."""
+    if prompt.conversation is None:
+        return None
+    return messages.to_json([*prompt.conversation, *messages.from_parsed(answer.history())])
+
+
+def save(options: flags.FlagValues, prompt: Prompt, answer: Answer) -> None:
+    """Writes the conversation to --save."""
+    if options.save:
+        Path(options.save).write_text(json.dumps(conversation(prompt, answer), indent=2, ensure_ascii=False) + "\n")
+
+
+def statistics_line(statistics: dict[str, Any]) -> str:
+    """Times and rates in words."""
+    line = f"first token after {statistics['first_token_seconds']:.2f} s; {statistics['answer_tokens']} tokens"
+    if statistics["decode_tokens_per_second"]:
+        line += f", {statistics['decode_tokens_per_second']:.2f} tokens/s"
+    if "share_of_bandwidth_limit" in statistics:
         line += (
-            f", {rate:.2f} tokens/s, {100 * statistics['share_of_bandwidth_limit']:.1f} % of what "
+            f", {100 * statistics['share_of_bandwidth_limit']:.1f} % of what "
             f"{statistics['read_bandwidth_gb_per_second']:.1f} GB/s of measured read bandwidth allow"
         )
-    _say(line)
-    if answer.finish_reason == "length":
-        _say(f"the answer was cut at {len(answer.token_ids)} tokens (--max-new-tokens)")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return line
 
 
 def cli() -> None:
     """The console script."""
     define_flags()
-    command.run(main, "generate")
+    command.run(main, "generate", SECTIONS)
 
 
 if __name__ == "__main__":

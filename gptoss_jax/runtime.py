@@ -15,21 +15,29 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from converters import source
 from gptoss_jax import checkpoint, kv_cache, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine import Compiled, Engine, EngineConfig, Event, Request, RequestError
+from gptoss_jax.engine import Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
 from gptoss_jax.layers import Kernels
 from gptoss_jax.model import DtypePolicy, Model, Params
-from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.sampling import MAX_TOP_LOGPROBS, SamplingParams, report_logprobs
 from gptoss_jax.sharding import Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 
 LOGITS_CHUNK_TOKENS = 256
+
+
+class Scores(NamedTuple):
+    """Log probabilities (natural, by the model's own distribution) of T tokens but the first; Z alternatives each."""
+
+    logprobs: Float[np.ndarray, "T-1"]
+    top_ids: Int32[np.ndarray, "T-1 Z"]  # the likeliest first
+    top_logprobs: Float[np.ndarray, "T-1 Z"]
 
 
 @dataclasses.dataclass
@@ -65,9 +73,22 @@ class LanguageModel:
         """The devices."""
         return self.sharding.mesh
 
-    def engine(self, engine_config: EngineConfig, compiled: Compiled | None = None) -> Engine:
-        """An engine over this model's weights; its programs are compiled here, or are those of one just like it."""
-        return Engine(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, compiled)
+    def engine(
+        self,
+        engine_config: EngineConfig,
+        compiled: Compiled | None = None,
+        report: Callable[[int, int], object] = lambda done, total: None,
+    ) -> Engine:
+        """An engine over this model's weights.
+
+        Args:
+            engine_config: what its programs are compiled for.
+            compiled: those of an engine just like it; None: they are compiled here.
+            report: called with the number of programs that are compiled, and of all.
+        """
+        return Engine(
+            self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, compiled, report
+        )
 
     def generate(
         self,
@@ -120,25 +141,63 @@ class LanguageModel:
         Raises:
             RequestError: ids outside the vocabulary.
         """
+        result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
+        for at, logits in self._chunks(self._all_logits, token_ids):
+            result[at] = np.asarray(logits)[0, : at.stop - at.start]
+        return result
+
+    def score(self, token_ids: Sequence[int], *, top_logprobs: int = 0) -> Scores:
+        """How likely each of `token_ids` is behind those before it, teacher-forced through the same forward.
+
+        Args:
+            token_ids: T of them, at least 2: nothing stands before the first, so it has no probability.
+            top_logprobs: how many of the likeliest ids to report beside each.
+
+        Raises:
+            RequestError: fewer than 2 ids, ids outside the vocabulary, or more than the model's context holds; more
+                than MAX_TOP_LOGPROBS alternatives.
+            NumericsError: the model gave logits that are not finite.
+        """
+        if len(token_ids) < 2:
+            raise RequestError(f"{len(token_ids)} tokens to score, expected at least 2: the first has none before it")
+        if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"top_logprobs is {top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
+        targets = np.roll(np.asarray(token_ids), -1)  # the last has no target: what is there is not read
+        parts = []
+        for at, found in self._chunks(self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
+            parts.append([np.asarray(part)[0, : at.stop - at.start] for part in found])
+        logprobs, ids, tops = (np.concatenate(part)[:-1] for part in zip(*parts, strict=True))
+        if not np.isfinite(logprobs).all():
+            raise NumericsError(f"logits are not finite behind token {int(np.isfinite(logprobs).argmin())}")
+        return Scores(logprobs, ids[:, :top_logprobs], tops[:, :top_logprobs])
+
+    def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
+        """What `program` gives for each chunk of `token_ids`, and which tokens those are; one row of each shard.
+
+        Of `arguments`, arrays are cut like the tokens, and scalars are passed as they are.
+        """
         ids = np.asarray(token_ids)
         whole = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)
         if not whole or ids.min() < 0 or ids.max() >= self.config.vocab_size:
             got = f"{ids.dtype} of shape {ids.shape}" + (f", {ids.min()} to {ids.max()}" if whole else "")
-            raise RequestError(f"logits of {got}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
+            raise RequestError(f"token ids of {got}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
         if ids.size > self.config.max_context_tokens:
             raise RequestError(f"{ids.size} tokens, the model has {self.config.max_context_tokens} at most")
         width, rows = LOGITS_CHUNK_TOKENS, self.sharding.size("rows")  # one row per data shard, all alike
         chunks = -(-ids.size // width)
         cache = self._row_cache(rows, width << (chunks - 1).bit_length())
-        tokens = np.zeros(chunks * width, np.int32)
-        tokens[: ids.size] = ids
-        result = np.empty((ids.size, self.config.vocab_size), np.float32)
+
+        def cut(array: np.ndarray, at: slice) -> np.ndarray:
+            chunk = np.zeros(width, np.int32)
+            chunk[: at.stop - at.start] = array[at]
+            return np.broadcast_to(chunk, (rows, width))
+
         for first in range(0, ids.size, width):
-            count = min(width, ids.size - first)
-            chunk = np.broadcast_to(tokens[first : first + width], (rows, width))
-            logits, cache = self._all_logits(self.params, chunk, np.full(rows, count, np.int32), cache)
-            result[first : first + count] = np.asarray(logits)[0, :count]
-        return result
+            at = slice(first, min(first + width, ids.size))
+            counts = np.full(rows, at.stop - at.start, np.int32)
+            others = [cut(x, at) if np.ndim(x) else x for x in arguments]
+            found, cache = program(self.params, cut(ids, at), counts, cache, *others)
+            yield at, found
 
     def _row_cache(self, rows: int, tokens: int) -> kv_cache.KVCache:
         """A cache in which each row owns its shard's pages, in order."""
@@ -160,6 +219,15 @@ class LanguageModel:
     def _all_logits(self) -> Any:
         layouts = self.sharding.named(("rows", None, None)), kv_cache.layout(self.config, self.sharding)
         return jax.jit(functools.partial(model.all_logits, self.model), donate_argnums=3, out_shardings=layouts)
+
+    @functools.cached_property
+    def _all_reports(self) -> Any:
+        def all_reports(params, tokens, counts, cache, targets, with_top):
+            logits, cache = model.all_logits(self.model, params, tokens, counts, cache)
+            return report_logprobs(logits, targets, with_top, self.config.num_token_ids), cache
+
+        layouts = None, kv_cache.layout(self.config, self.sharding)
+        return jax.jit(all_reports, donate_argnums=3, out_shardings=layouts)
 
 
 def _sampling(sampling: SamplingParams | None, temperature: float | None, seed: int | None) -> SamplingParams:
@@ -190,6 +258,7 @@ def load(
     mesh: str | Path | Mesh | Sharding | None = None,
     dtype: str = "bfloat16",
     kernels: str = "auto",
+    report: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
 ) -> LanguageModel:
     """The model at `path`, ready to run.
 
@@ -198,6 +267,7 @@ def load(
         mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
         kernels: "auto", or implementations by name, which then run or raise: see `choose_kernels`.
+        report: called with the bytes of weights that are loaded, and of all.
 
     Raises:
         ConfigError: the checkpoint's config.json is not a gpt-oss model.
@@ -214,7 +284,15 @@ def load(
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
-    params = jax.block_until_ready(model.nest(stored.read(declared.leaves, laid_out)))
+    total = sum(source.leaf_bytes(leaf) for leaf in declared.leaves.values())
+    loaded = 0
+
+    def report_more(num_bytes: int) -> None:
+        nonlocal loaded
+        loaded += num_bytes
+        report(loaded, total)
+
+    params = jax.block_until_ready(model.nest(stored.read(declared.leaves, laid_out, report_more)))
     return LanguageModel(
         config=stored.config,
         sharding=laid_out,
@@ -256,7 +334,7 @@ class _Stored(NamedTuple):
     config: ModelConfig
     described: str
     provenance: dict[str, Any]
-    read: Callable[[dict[str, model.Leaf], Sharding], dict[str, jax.Array]]
+    read: Callable[[dict[str, model.Leaf], Sharding, Callable[[int], object]], dict[str, jax.Array]]
 
 
 def _open(path: Path) -> _Stored:
@@ -288,16 +366,19 @@ def _are_random(provenance: dict[str, Any]) -> bool:
 # ---- for commands ----
 
 
+FLAGS = ("checkpoint", "mesh", "dtype", "kernels", "compilation_cache")
+
+
 def define_flags() -> None:
-    """The flags that every command which runs a model shares; `load_from_flags` reads them."""
-    flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a folder of published safetensors.")
-    flags.DEFINE_string("mesh", "", 'Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
+    """The flags that every command which runs a model shares, those in FLAGS; `load_from_flags` reads them."""
+    flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
+    flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
     flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
+    flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
     flags.DEFINE_string(
-        "kernels", "auto", "auto, or implementations by name, as attention=reference,expert_mlp=reference."
-    )
-    flags.DEFINE_string(
-        "compilation_cache", None, "Folder for compiled programs (default: in the user's cache folder); empty: none."
+        "compilation_cache",
+        None,
+        "FOLDER: Where compiled programs are kept; left out: in the user's cache folder; empty: nowhere.",
     )
 
 
@@ -312,14 +393,22 @@ def config_from_flags(options: flags.FlagValues) -> ModelConfig:
     return _open(Path(options.checkpoint)).config
 
 
-def load_from_flags(options: flags.FlagValues) -> LanguageModel:
+def load_from_flags(
+    options: flags.FlagValues, report: Callable[[int, int], object] = lambda done_bytes, total_bytes: None
+) -> LanguageModel:
     """`load` with the shared flags, compiled programs being kept across processes.
 
     Raises:
         ValueError: as `load`.
     """
     keep_compiled_programs(options.compilation_cache)
-    return load(options.checkpoint, mesh=options.mesh or None, dtype=options.dtype, kernels=options.kernels)
+    return load(
+        options.checkpoint,
+        mesh=options.mesh or None,
+        dtype=options.dtype,
+        kernels=options.kernels,
+        report=report,
+    )
 
 
 def keep_compiled_programs(folder: str | None) -> None:

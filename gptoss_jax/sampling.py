@@ -157,17 +157,28 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arr
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    named = jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids
-    logits = jnp.where(named, logits, -jnp.inf)
+    logits = _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling)
     greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     draws = sampling.temperature > 0
     drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
     token = jnp.where(draws, drawn, greedy)
-    logprobs = jax.nn.log_softmax(logits)
-    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    top = jax.lax.cond(jnp.any(sampling.top_logprobs > 0), _top, _no_top, logprobs)
-    return Draw(jnp.where(finite, token, FAULTY), logprob, *top)
+    reported = report_logprobs(logits, token, jnp.any(sampling.top_logprobs > 0), num_token_ids)
+    return Draw(jnp.where(finite, token, FAULTY), *reported)
+
+
+def report_logprobs(
+    logits: Float[Array, "*rows V"], token: Int32[Array, "*rows"], with_top: Bool[Array, ""], num_token_ids: int
+) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
+    logprobs = jax.nn.log_softmax(_named(logits, num_token_ids))
+    logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
+    return logprob, *jax.lax.cond(with_top, _top, _no_top, logprobs)
+
+
+def _named(logits: Float[Array, "*rows V"], num_token_ids: int) -> Float[Array, "*rows V"]:
+    """`logits`, with -inf for the embedding's padding."""
+    return jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids, logits, -jnp.inf)
 
 
 def record(sampling: Sampling, token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Sampling:
@@ -239,15 +250,15 @@ def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arra
     return jnp.argmax(filter_logits(scores, sampling) + noises, axis=-1).astype(jnp.int32)
 
 
-def _top(logprobs: Float[Array, "B V"]) -> tuple[Int32[Array, "B Z"], Float[Array, "B Z"]]:
+def _top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     count = min(MAX_TOP_LOGPROBS, logprobs.shape[-1])
     values, ids = jax.lax.top_k(logprobs, count)
-    padding = ((0, 0), (0, MAX_TOP_LOGPROBS - count))
+    padding = [(0, 0)] * (logprobs.ndim - 1) + [(0, MAX_TOP_LOGPROBS - count)]
     return jnp.pad(ids, padding), jnp.pad(values, padding, constant_values=-jnp.inf)
 
 
-def _no_top(logprobs: Float[Array, "B V"]) -> tuple[Int32[Array, "B Z"], Float[Array, "B Z"]]:
-    shape = (logprobs.shape[0], MAX_TOP_LOGPROBS)
+def _no_top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    shape = (*logprobs.shape[:-1], MAX_TOP_LOGPROBS)
     return jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
 
 

@@ -95,7 +95,7 @@ class Tokenizer:
         Raises:
             ValueError: a run of white space longer than tiktoken can match.
         """
-        _check_white_space(text)
+        check_white_space(text)
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,7 +184,8 @@ def _check_id(token_id: int) -> None:
         raise ValueError(f"token id {token_id} is outside the vocabulary: ids run from 0 to {VOCAB_SIZE - 1}")
 
 
-def _check_white_space(text: str) -> None:
+def check_white_space(text: str) -> None:
+    """Raises ValueError for a run of white space that tiktoken and openai-harmony cannot match."""
     if len(text) <= _LONGEST_WHITE_SPACE:
         return
     longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)

@@ -25,6 +25,8 @@ for _name in ("no_proxy", "NO_PROXY"):
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("session", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("session")
+# --hypothesis-profile=full: what leaves its number of examples open (the parser's mutations) takes this many.
+hypothesis.settings.register_profile("full", hypothesis.settings.get_profile("session"), max_examples=100_000)
 
 
 from tests.gate import TinyModel  # noqa: E402  (jax reads the environment)

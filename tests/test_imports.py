@@ -27,6 +27,14 @@ _CONVERSION = {
     "pallas_kernels.mxfp4",
     "converters.*",
 }
+_WORDS = {"gptoss_jax.tokenizer", "gptoss_jax.parser", "gptoss_jax.harmony", "gptoss_jax.messages"}
+_COMMAND = {
+    "gptoss_jax.command",
+    "gptoss_jax.request_flags",
+    "gptoss_jax.runtime",
+    "gptoss_jax.sampling",
+    "gptoss_jax.terminal",
+}
 ALLOWED: dict[str, set[str]] = {
     "pallas_kernels.*": {"pallas_kernels.*"},
     "gptoss_jax.config": set(),
@@ -41,6 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding"},
     "gptoss_jax.tokenizer": set(),
     "gptoss_jax.harmony": {"gptoss_jax.tokenizer"},
+    "gptoss_jax.parser": {"gptoss_jax.tokenizer"},
+    "gptoss_jax.messages": {"gptoss_jax.harmony", "gptoss_jax.parser"},
     "gptoss_jax.programs": _BASE | {"gptoss_jax.model", "gptoss_jax.sampling"},
     "gptoss_jax.engine": _BASE | {"gptoss_jax.model", "gptoss_jax.sampling", "gptoss_jax.programs"},
     "gptoss_jax.command": set(),
@@ -49,20 +59,16 @@ ALLOWED: dict[str, set[str]] = {
     | _CONVERSION
     | {"gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
     "gptoss_jax": {"gptoss_jax.runtime"},
-    "gptoss_jax.generate": {
-        "gptoss_jax",
-        "gptoss_jax.command",
-        "gptoss_jax.config",
-        "gptoss_jax.engine",
-        "gptoss_jax.harmony",
-        "gptoss_jax.runtime",
-        "gptoss_jax.sampling",
-        "gptoss_jax.tokenizer",
-    },
+    "gptoss_jax.answer": {"gptoss_jax.engine", *_WORDS},
+    "gptoss_jax.terminal": {"gptoss_jax.answer", *_WORDS},
+    "gptoss_jax.chat": {"gptoss_jax.answer", "gptoss_jax.engine", "gptoss_jax.terminal", *_WORDS},
+    "gptoss_jax.request_flags": {"gptoss_jax.config", "gptoss_jax.engine", "gptoss_jax.sampling", *_WORDS},
+    "gptoss_jax.generate": _COMMAND | {"gptoss_jax.answer", "gptoss_jax.chat", "gptoss_jax.engine", *_WORDS},
+    "gptoss_jax.score": _COMMAND | {"gptoss_jax.config", "gptoss_jax.tokenizer"},
 }
 
 # Floors that are to be usable by themselves: words and ids without jax, kernels with jax alone.
-KNOW_NO_JAX = ("gptoss_jax.tokenizer", "gptoss_jax.harmony")
+KNOW_NO_JAX = tuple(sorted(_WORDS))
 KERNELS_IMPORT = {"jax", "jaxtyping", "numpy", "ml_dtypes"}
 
 

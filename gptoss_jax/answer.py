@@ -1,0 +1,219 @@
+"""One answer as it grows: an engine's events in; text to show, messages, and the reason it ended out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from gptoss_jax import parser
+from gptoss_jax.engine import Engine, Event, FinishReason, Request
+from gptoss_jax.parser import Delta, Parsed, StreamParser
+from gptoss_jax.tokenizer import StreamDecoder, Tokenizer
+
+FINAL = "final"
+RAW = "raw"  # the channel of text that is shown as the model wrote it, unparsed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer: everything that came, parsed, and why it ended.
+
+    Attributes:
+        parsed: ids, text, messages, and how well they parsed.
+        logprobs: of each id: natural logarithm, by the model's own distribution.
+        top_logprobs: of each id, if asked for: the likeliest ids with their log probabilities.
+        finish_reason: "stop" at a stop id or stop string, "length" at the limit, "cancelled" by the user.
+        stop_string: the one that was found.
+        messages: as parsed, the last one cut before the stop string.
+    """
+
+    parsed: Parsed
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    finish_reason: FinishReason | Literal["cancelled"]
+    stop_string: str | None
+    messages: tuple[parser.Message, ...]
+
+    @property
+    def final(self) -> str | None:
+        """The answer proper; None if the model came to none."""
+        return replace(self.parsed, messages=self.messages).final
+
+    @property
+    def stray_text(self) -> str:
+        """What the model wrote outside of any message."""
+        return "".join(part.text for part in self.parsed.parts if part.kind == "unparsed").strip()
+
+    def history(self) -> list[parser.Message]:
+        """The messages that a conversation goes on from; stray text in place of an answer becomes one."""
+        stray = [parser.Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
+        return [*self.messages, *stray]
+
+    def document(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        parsed = self.parsed
+        return {
+            "final": self.final,
+            "reasoning": parsed.reasoning,
+            "tool_calls": [call_document(call) for call in parsed.calls],
+            "unparsed_text": parsed.unparsed_text,
+            "parse_status": parsed.parse_status,
+            "faults": list(parsed.faults),
+            "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
+            "messages": [vars(message) for message in self.messages],
+            "text": parsed.text,
+            "token_ids": list(parsed.token_ids),
+            "logprobs": list(self.logprobs),
+            "top_logprobs": [[list(pair) for pair in top] for top in self.top_logprobs],
+        }
+
+
+def call_document(call: parser.Message) -> dict[str, Any]:
+    """A tool call for JSON: the function's name as the tools' file has it, the arguments as the model wrote them."""
+    return {"name": (call.recipient or "").removeprefix("functions."), "arguments": call.content}
+
+
+class AnswerStream:
+    """Reads one request's tokens. Give `ends_at` to the engine as the request's; `take` its events as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_strings: Sequence[str] = (), raw: bool = False):
+        """Stop strings are looked for in the answer, not in the reasoning; if `raw`, in all text as it came."""
+        self._parser = StreamParser(tokenizer)
+        self._raw = StreamDecoder(tokenizer) if raw else None
+        self._stop = StopStrings(stop_strings)
+        self._ready: list[Delta] = []
+        self._answering: Delta | None = None  # where the text that the stop strings hold back belongs
+        self._shown = 0  # characters of that message that came through them
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
+        self._reason: FinishReason | None = None
+
+    def ends_at(self, token_id: int) -> bool:
+        """Reads the next token; true if a stop string is complete with it."""
+        deltas = self._parser.feed(token_id)
+        if self._raw:
+            deltas = [Delta(0, RAW, None, self._raw.feed(token_id))]
+        for delta in deltas:
+            self._read(delta)
+        return self._stop.found is not None
+
+    def take(self, event: Event) -> list[Delta]:
+        """What is to be shown after `event`: never half a character, nor what may be the beginning of a stop string."""
+        self._logprobs += event.logprobs
+        self._top_logprobs += event.top_logprobs
+        self._reason = event.finish_reason
+        return self._drain()
+
+    def finish(self) -> tuple[Answer, list[Delta]]:
+        """The answer, and what is still to be shown; without a last event it was cancelled."""
+        deltas = self._parser.flush(stopped=self._stop.found is not None)
+        if self._raw:
+            deltas = [Delta(0, RAW, None, self._raw.flush())]
+        for delta in deltas:
+            self._read(delta)
+        self._show(self._stop.flush())
+        parsed = self._parser.result()
+        messages = parsed.messages
+        if self._stop.found is not None and not self._raw:
+            messages = (*messages[:-1], replace(messages[-1], content=messages[-1].content[: self._shown]))
+        answer = Answer(
+            parsed=parsed,
+            logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top_logprobs),
+            finish_reason=self._reason or "cancelled",
+            stop_string=self._stop.found,
+            messages=messages,
+        )
+        return answer, self._drain()
+
+    def _read(self, delta: Delta) -> None:
+        """Puts a delta where it is to be shown, the answer's through the stop strings."""
+        if delta.recipient is not None or delta.channel not in (FINAL, RAW, None):
+            self._ready.append(delta)
+            return
+        if self._answering is None or self._answering.message != delta.message:
+            self._show(self._stop.flush())  # a stop string does not reach into another message
+            self._answering, self._shown = delta, 0
+        self._show(self._stop.feed(delta.text))
+
+    def _show(self, text: str) -> None:
+        if text and self._answering:
+            self._shown += len(text)
+            self._ready.append(self._answering._replace(text=text))
+
+    def _drain(self) -> list[Delta]:
+        ready, self._ready = self._ready, []
+        return ready
+
+
+class Sample(NamedTuple):
+    """A finished answer, and when its tokens came."""
+
+    answer: Answer
+    deltas: list[Delta]
+    first_token_seconds: float  # from the start of the run
+    last_token_seconds: float
+
+
+def collect(
+    runner: Engine,
+    requests: Sequence[Request],
+    streams: Sequence[AnswerStream],
+    show: Callable[[list[Delta]], None],
+    interrupted: Callable[[], bool],
+) -> list[Sample]:
+    """Runs the requests to their ends, or until interrupted; `show` gets what each event brings."""
+    stream_of = {runner.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
+    deltas: dict[int, list[Delta]] = {request_id: [] for request_id in stream_of}
+    times: dict[int, list[float]] = {request_id: [] for request_id in stream_of}
+    began = time.perf_counter()
+    for event in runner.run(until=interrupted):
+        times[event.request_id].append(time.perf_counter() - began)
+        new = stream_of[event.request_id].take(event)
+        deltas[event.request_id] += new
+        show(new)
+    samples = []
+    for request_id, stream in stream_of.items():
+        runner.cancel(request_id)
+        answer, rest = stream.finish()
+        show(rest)
+        when = times[request_id] or [0.0]
+        samples.append(Sample(answer, deltas[request_id] + rest, when[0], when[-1]))
+    return samples
+
+
+class StopStrings:
+    """Finds the first of some strings in text that comes in pieces, holding back what may become one.
+
+    Attributes:
+        found: the string that was found; from then on no text comes out.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        if "" in strings:
+            raise ValueError("a stop string is empty, expected at least one character")
+        self.found: str | None = None
+        self._strings, self._held = tuple(strings), ""
+
+    def feed(self, text: str) -> str:
+        """What of the text so far can be shown: all but the string that was found, or may be under way."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        places = [(at, string) for string in self._strings if (at := self._held.find(string)) >= 0]
+        if places:
+            at, self.found = min(places, key=lambda place: (place[0], -len(place[1])))
+            shown, self._held = self._held[:at], ""
+            return shown
+        keep = max(
+            (n for string in self._strings for n in range(len(string)) if self._held.endswith(string[:n])), default=0
+        )
+        at = len(self._held) - keep
+        shown, self._held = self._held[:at], self._held[at:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back."""
+        shown, self._held = self._held, ""
+        return shown

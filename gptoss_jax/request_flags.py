@@ -1,0 +1,184 @@
+"""The flags that say what a model is told and how it draws, read into `Settings`, `SamplingParams` and `Request`."""
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from gptoss_jax import harmony, messages
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.engine import EngineConfig, Request
+from gptoss_jax.harmony import Settings
+from gptoss_jax.messages import Conversation
+from gptoss_jax.sampling import SamplingParams
+
+TOLD = (
+    *("system", "reasoning_effort", "date", "knowledge_cutoff"),
+    *("tools", "builtin_tools", "response_format"),
+)
+DRAWN = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "logit_bias", "banned_ids", "seed", "stop", "stop_ids", "top_logprobs"),
+)
+ENGINE = ("max_context_tokens", "deterministic")
+
+_FLAG_OF = {"instructions": "system", "current_date": "date"}  # field of Settings -> flag, where they differ
+
+
+def define_flags() -> None:
+    """The flags named in TOLD, DRAWN and ENGINE."""
+    flags.DEFINE_string("system", None, "TEXT: Instructions: the developer message, or system prompt.")
+    efforts = list(harmony.REASONING_EFFORTS)
+    flags.DEFINE_enum("reasoning_effort", "medium", efforts, "How long the model is asked to think.")
+    flags.DEFINE_string("date", None, "DATE: The date it is told: YYYY-MM-DD, or today; left out: none.")
+    cutoff = harmony.DEFAULT_KNOWLEDGE_CUTOFF
+    flags.DEFINE_string("knowledge_cutoff", cutoff, "MONTH: The end of its knowledge: YYYY-MM.")
+    flags.DEFINE_string("tools", None, "FILE: Functions that it may call: a JSON list in OpenAI's form.")
+    flags.DEFINE_list("builtin_tools", [], "NAMES: Tools that it was trained with: browser, python.")
+    flags.DEFINE_string("response_format", None, "FILE: The form of the answer: OpenAI's response_format, JSON.")
+
+    flags.DEFINE_integer("max_new_tokens", None, "N: Length of an answer at most; left out: what the context holds.")
+    flags.DEFINE_float("temperature", 1.0, "X: Divides the logits; 0 takes the likeliest token each time.")
+    flags.DEFINE_integer("top_k", 0, "N: Draw among the k likeliest tokens only; 0 is off.")
+    flags.DEFINE_float("top_p", 1.0, "P: Draw among the likeliest that first reach this probability; 1 is off.")
+    flags.DEFINE_float("min_p", 0.0, "P: Draw among those at least this share as likely as the first; 0 is off.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "X: Divides the logits of tokens in prompt or answer; 1 is off.")
+    flags.DEFINE_float("frequency_penalty", 0.0, "X: Taken from a logit for each time the answer holds the token.")
+    flags.DEFINE_float("presence_penalty", 0.0, "X: Taken once from the logits of what the answer holds.")
+    flags.DEFINE_list("logit_bias", [], "ID=X,...: Added to logits, by token id: 1234=2.5,99=-1; -inf bans.")
+    flags.DEFINE_list("banned_ids", [], "IDS: Token ids never to draw: 1,2,3. (Ids that name no token never are.)")
+    flags.DEFINE_integer("seed", 0, "N: Same seed, prompt and settings: same tokens.")
+    flags.DEFINE_multi_string("stop", [], "TEXT: The answer ends before this text; repeat the flag for several.")
+    flags.DEFINE_list("stop_ids", [], "IDS: Token ids that end the answer, beside the model's own: 1,2,3.")
+    flags.DEFINE_integer("top_logprobs", 0, "N: Report this many of the likeliest at each step, up to 20 (--json).")
+
+    flags.DEFINE_integer("max_context_tokens", 4096, "N: Prompt and answer at most; memory follows it.")
+    flags.DEFINE_bool("deterministic", None, "Same bits alone and in any batch; left out: on CPUs only.")
+
+
+def settings(options: flags.FlagValues) -> Settings:
+    """What the model is told.
+
+    Raises:
+        ValueError: a value that cannot be, or a file that is not what it should be.
+    """
+    date = datetime.date.today().isoformat() if options.date == "today" else options.date
+    return Settings(
+        reasoning_effort=options.reasoning_effort,
+        knowledge_cutoff=options.knowledge_cutoff,
+        current_date=date,
+        instructions=options.system,
+        tools=messages.read_tools(options.tools) if options.tools else (),
+        builtin_tools=tuple(options.builtin_tools),
+        response_format=messages.read_response_format(options.response_format) if options.response_format else None,
+    )
+
+
+def merge(told: Settings, conversation: Conversation, options: flags.FlagValues) -> Settings:
+    """`told` by the flags, and what the conversation's file sets beside its messages.
+
+    Raises:
+        ValueError: a flag that was given says something else than the file, or belongs in a message that it brings.
+    """
+    flag_of = {field: _FLAG_OF.get(field, field) for field in vars(told)}
+    harmony.check_can_be_set(conversation.messages, [field for field, flag in flag_of.items() if options[flag].present])
+    for field, value in conversation.settings.items():
+        flag = flag_of[field]
+        if options[flag].present and getattr(told, field) != value:
+            spelled = flag.replace("_", "-")
+            raise ValueError(f"--{spelled} and the conversation's file say different things: leave one of them out")
+    return dataclasses.replace(told, **conversation.settings)
+
+
+def sampling(options: flags.FlagValues) -> SamplingParams:
+    """How tokens are drawn.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    same_name = ("repetition_penalty", "frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p")
+    values: dict[str, Any] = {name: options[name].value for name in (*same_name, "min_p", "top_logprobs", "seed")}
+    return SamplingParams(
+        **values, logit_bias=_biases(options.logit_bias), banned_ids=ids("banned_ids", options.banned_ids)
+    )
+
+
+def request(options: flags.FlagValues, config: ModelConfig, token_ids: Sequence[int], drawn: SamplingParams) -> Request:
+    """What the engine is asked, checked against the model before its weights are read.
+
+    Raises:
+        RequestError: the model cannot serve it.
+    """
+    stop_ids = tuple(dict.fromkeys((*config.stop_ids, *ids("stop_ids", options.stop_ids))))
+    asked = Request(tuple(token_ids), stop_ids, options.max_new_tokens, drawn)
+    asked.check(config, engine_config(options))
+    return asked
+
+
+def engine_config(options: flags.FlagValues, rows: int = 1) -> EngineConfig:
+    """What the engine is compiled for.
+
+    Raises:
+        ValueError: a size that cannot be.
+    """
+    return EngineConfig(rows=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic)
+
+
+def ids(flag: str, words: Sequence[str]) -> tuple[int, ...]:
+    """The token ids that a flag lists.
+
+    Raises:
+        ValueError: something else among them.
+    """
+    try:
+        return tuple(map(int, words))
+    except ValueError:
+        spelled = flag.replace("_", "-")
+        raise ValueError(f"--{spelled} is {','.join(words)!r}, expected whole numbers such as 1,2,3") from None
+
+
+def only_source(
+    options: flags.FlagValues, arguments: Sequence[str], what: str, names: Sequence[str]
+) -> tuple[str, str] | None:
+    """The one of several flags that was given, and its value; words behind the flags stand for the first flag.
+
+    Raises:
+        ValueError: more than one, or several words.
+    """
+    if len(arguments) > 1:
+        raise ValueError(f"unexpected argument {arguments[1]!r}: a {what} of several words goes in quotes")
+    sources: dict[str, tuple[str, str]] = {f"a {what}": (names[0], word) for word in arguments}
+    for name in names:
+        if options[name].value is not None:
+            sources[f"--{name.replace('_', '-')}"] = (name, options[name].value)
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)}: expected one of them")
+    return next(iter(sources.values()), None)
+
+
+def read_text(path: str) -> str:
+    """The text in a file, - being stdin, without the newline at its end.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no UTF-8, or holds white space only.
+    """
+    name = "stdin" if path == "-" else path
+    try:
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{name} holds no text (--help lists the ways to give one)")
+    return text.removesuffix("\n")
+
+
+def _biases(pairs: Sequence[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
+    except ValueError:
+        raise ValueError(f"--logit-bias is {','.join(pairs)!r}, expected pairs such as 1234=2.5,99=-inf") from None

@@ -1,0 +1,152 @@
+"""What people see: the answer on stdout, all else on stderr; colours and progress bars where a terminal shows them."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gptoss_jax.answer import RAW, Answer, call_document
+from gptoss_jax.parser import Delta
+
+REASONING = "analysis"
+REASONING_STYLE = "dim"
+
+
+class Screen:
+    """The two streams of a command. Nothing but `answer` writes to stdout."""
+
+    def __init__(self):
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+        plain = "NO_COLOR" in os.environ  # no-color.org; rich would still write codes for dim and bold
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True, color_system=None if plain else "auto")
+        self._open = ""  # the stream whose last line is unfinished
+
+    def say(self, line: str) -> None:
+        """A line on stderr, cut at words to the width of a terminal; elsewhere a line stays a line."""
+        self.finish_line()
+        self._errors.print(line, markup=False, soft_wrap=not self._errors.is_terminal)
+
+    def aside(self, text: str, style: str) -> None:
+        """A piece of text on stderr, as it comes."""
+        if self._open == "stdout":
+            self.finish_line()
+        self._errors.print(text, end="", style=style, markup=False)
+        self._note("stderr", text)
+
+    def answer(self, text: str) -> None:
+        """A piece of text on stdout, as it comes."""
+        if self._open == "stderr":
+            self.finish_line()
+        print(text, end="", flush=True)
+        self._note("stdout", text)
+
+    def finish_line(self) -> None:
+        """Ends the line under way, on whichever stream."""
+        if self._open:
+            print(file=sys.stdout if self._open == "stdout" else sys.stderr, flush=True)
+        self._open = ""
+
+    def _note(self, stream: str, text: str) -> None:
+        if text:
+            self._open = "" if text.endswith("\n") else stream
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on stderr while the block runs, for a function that reports how much of all is done."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bars:
+            bar = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+class AnswerView:
+    """Shows one answer as it comes: the answer proper on stdout, on stderr the reasoning, if wanted, and preambles."""
+
+    def __init__(self, screen: Screen, *, show_reasoning: bool = False):
+        self._screen, self._show_reasoning = screen, show_reasoning
+        self._aside = ""  # what is being shown that is no answer
+        self._answered = False
+
+    def show(self, deltas: list[Delta]) -> None:
+        """The next pieces. Calls are shown when they are complete."""
+        for delta in deltas:
+            if delta.recipient is not None:
+                continue
+            if delta.channel in ("final", RAW, None):
+                self._begin("")
+                self._screen.answer(delta.text)
+                self._answered = True
+            elif delta.channel != REASONING or self._show_reasoning:
+                self._begin("reasoning" if delta.channel == REASONING else delta.channel)
+                self._screen.aside(delta.text, REASONING_STYLE if delta.channel == REASONING else "")
+
+    def _begin(self, aside: str) -> None:
+        """Tells what is no answer from what is one: a label before it, an empty line behind it."""
+        if aside != self._aside:
+            self._screen.finish_line()
+            self._screen.aside(f"[{aside}]\n" if aside else "\n", REASONING_STYLE)
+            self._aside = aside
+
+    def finish(self, answer: Answer) -> None:
+        """Ends the line; if the model came to no answer, shows what it wrote outside of any message in its place."""
+        if not self._answered:
+            self._screen.answer(answer.stray_text if answer.final is None else answer.final)
+        self._screen.finish_line()
+
+    def finish_with_calls(self, answer: Answer) -> None:
+        """As `finish`, with the calls on stdout, where a program can read them: one JSON object a line."""
+        self.finish(answer)
+        for call in answer.parsed.calls:
+            self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
+
+
+def remarks(answer: Answer) -> list[str]:
+    """What a reader of the answer should know: that it was cut, that there is none, that it was not well-formed."""
+    parsed = answer.parsed
+    lines: list[str] = []
+    if answer.finish_reason == "length":
+        lines.append(f"the answer was cut at {len(parsed.token_ids)} tokens (--max-new-tokens, --max-context-tokens)")
+    if answer.finish_reason == "cancelled":
+        lines.append(f"the answer was interrupted after {len(parsed.token_ids)} tokens")
+    if answer.final is None and answer.stray_text:
+        lines.append("no final answer: this is text that the model wrote outside of any message")
+    elif answer.final is None and not parsed.calls:
+        lines.append("no final answer: the model was still reasoning (--show-reasoning shows it)")
+    if parsed.faults:
+        first, *others = parsed.faults
+        more = f" (and {len(others)} more)" if others else ""
+        lines.append(f"not well-formed harmony, {parsed.parse_status}: {first}{more}")
+    return lines
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """While the block runs, Ctrl-C is only noted, for the block to ask about; a second one interrupts as usual.
+
+    An exception in the middle of a dispatch would lose the engine's state.
+    """
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before: Any = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,87 @@
+"""Models that say what they are told to: real checkpoints, run like any other, whose answers a test knows beforehand.
+
+    python -m tests.scripted FOLDER [thinker|caller]
+
+A token's successor follows from the token and from whether the answer has begun to think: the embedding gives each
+token of the script a dimension of its own, the unembedding maps it to the next token, and one attention head, looking
+at all tokens alike, notes whether the first thought is among them. All else adds nothing. So a script may hold a token
+once before its first thought and once after, and a prompt must not hold that thought.
+"""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from converters.random_weights import random_tensors
+from gptoss_jax import tokenizer
+from tests.goldens.make import tiny_config
+
+CONFIG = tiny_config() | {
+    **{"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    **{"vocab_size": tokenizer.VOCAB_SIZE, "eos_token_id": tokenizer.RETURN, "pad_token_id": tokenizer.ENDOFTEXT},
+}
+REASONING = "Hmm, why does sky look blue? Recall Rayleigh."
+ANSWER = "Because air scatters short waves most: **blue** ✨"
+CALL = '{"city": "Paris"}'
+_THINKING = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>"
+SCRIPTS = {
+    "thinker": _THINKING.format(REASONING) + f"final<|message|>{ANSWER}<|return|>",
+    "caller": _THINKING.format("Hmm, weather")
+    + f"commentary to=functions.get_weather <|constrain|>json<|message|>{CALL}<|call|>",
+}
+SURE, LESS_SURE, SEEN, NOTE = 100.0, 90.0, 10.0, 40.0
+
+
+def script_ids(name: str) -> list[int]:
+    """The token ids of an answer."""
+    return tokenizer.load_tokenizer().encoding.encode(SCRIPTS[name], allowed_special="all")
+
+
+def write(folder: Path, name: str) -> Path:
+    """A published checkpoint in the Hugging Face layout whose model answers everything with a script."""
+    said = [_ids("assistant")[0], *script_ids(name)]
+    thought = said[said.index(tokenizer.MESSAGE) + 1]
+    dimension = {token: i for i, token in enumerate(dict.fromkeys(said))}
+    width = CONFIG["hidden_size"]
+    other, seen = width - 1, width - 2  # of all tokens outside the script; of having seen the thought
+    assert len(dimension) <= seen
+
+    tensors = {
+        k: np.zeros_like(v) if "norm" not in k else np.ones_like(v) for k, v in random_tensors(CONFIG, 0).items()
+    }
+    embedding = np.zeros((CONFIG["vocab_size"], width))
+    embedding[:, other] = 1
+    unembedding = np.zeros_like(embedding)
+    for token, i in dimension.items():
+        embedding[token] = np.eye(width)[i]
+    begun = False
+    for token, following in pairwise(said):
+        begun |= token == thought
+        unembedding[following, dimension[token]] += LESS_SURE if begun else SURE
+        unembedding[following, seen] = SEEN if begun else 0
+    head = "model.layers.1.self_attn."
+    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = _half(embedding), _half(unembedding)
+    tensors[head + "v_proj.weight"][0, dimension[thought]] = 1
+    tensors[head + "o_proj.weight"][seen, 0] = NOTE
+    tensors[head + "sinks"][:] = -1e4
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def _ids(text: str) -> list[int]:
+    return tokenizer.load_tokenizer().encode(text)
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    return array.astype(ml_dtypes.bfloat16)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "thinker")
