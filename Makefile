@@ -5,7 +5,7 @@ PYTEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test gates lint types clean
+.PHONY: demo test mutations gates lint types clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.runs
@@ -13,12 +13,16 @@ demo: $(VENV)/.runs
 	mkdir -p $(DEMO)
 	$(BIN)/python -m converters.random_weights $(DEMO)/published --config configs/tiny.json --seed 0
 	$(BIN)/python -m converters.convert $(DEMO)/published $(DEMO)/checkpoint --verify
-	$(BIN)/python -m gptoss_jax.generate --checkpoint $(DEMO)/checkpoint --prompt "Why is the sky blue?" --max-new-tokens 48
+	$(BIN)/python -m gptoss_jax.generate --checkpoint $(DEMO)/checkpoint --max-new-tokens 48 "Why is the sky blue?"
 	@echo
 	@echo "The demo's weights are RANDOM: the text above is noise, and that is what it should be."
 
 test: lint types
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+
+# 100,000 broken harmony streams through the parser; `make test` tries a few hundred. About three minutes.
+mutations: $(VENV)/.develops
+	$(BIN)/python -m pytest tests/test_parser.py -k mutation --hypothesis-profile=full
 
 # What needs heavier wheels: the comparison with transformers, run live. (Any CPU build of torch will do.)
 gates: $(VENV)/.gates

@@ -1,10 +1,8 @@
 """An interactive session: a conversation with history, commands that begin with a slash, answers as they come."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from openai_harmony import Message, Role
@@ -76,9 +74,9 @@ class Talk:
         waiting = harmony.waiting_calls(self.said)
         return self.said[waiting[0]] if waiting else None
 
-    def document(self) -> list[dict[str, object]]:
-        """The conversation as JSON, with what the settings put in front."""
-        return messages.to_json(harmony.with_opening(self.said, self.settings))
+    def conversation(self) -> list[Message]:
+        """All messages, with what the settings put in front."""
+        return harmony.with_opening(self.said, self.settings)
 
 
 def run(talk: Talk, screen: Screen, *, show_reasoning: bool) -> None:
@@ -167,7 +165,7 @@ class _Console:
     def _save(self, text: str) -> None:
         if not text:
             raise ValueError("/save: expected a file name")
-        Path(text).write_text(json.dumps(self._talk.document(), indent=2, ensure_ascii=False) + "\n")
+        messages.write_messages(text, self._talk.conversation())
         self._screen.say(f"{len(self._talk.said)} messages written to {text}")
 
     def _stats(self, text: str) -> None:

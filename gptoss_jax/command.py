@@ -1,5 +1,6 @@
 """What every command line does alike: help, dashes in flag names, one line for what the user can mend, exit code 2."""
 
+import json
 import os
 import re
 import signal
@@ -49,6 +50,13 @@ def help_text(options: flags.FlagValues, sections: Sections) -> str:
         parts += [_flag_help(options[name]) for name in names]
         parts.append("")
     return "\n".join(parts)
+
+
+def to_json(document: object) -> str:
+    """Indented JSON, with lists of numbers on one line each."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # Newlines within strings are escaped, so a bracket before a newline is a list's.
+    return re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _flag_help(flag: flags.Flag) -> str:

@@ -31,10 +31,8 @@ another token is drawn (docs/generate.md has the measurement).
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -89,6 +87,7 @@ class Prompt(NamedTuple):
     """What the model is to go on from."""
 
     token_ids: list[int]
+    text: str | None  # what was said last, if it was said as text
     conversation: list[Message] | None  # what they render, system and developer messages included; None: plain ids
 
 
@@ -108,6 +107,8 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
     """One prompt, `--n` answers."""
     if options.n < 1:
         raise ValueError(f"--n is {options.n}, expected at least 1")
+    if options.save:
+        messages.check_can_write(options.save)
     config = runtime.config_from_flags(options)
     seeds = [dataclasses.replace(drawn, seed=(drawn.seed + i) % 2**32) for i in range(options.n)]
     streams = [AnswerStream(words, stop_strings=options.stop, raw=options.raw) for _ in seeds]
@@ -126,9 +127,10 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
         view.finish_with_calls(samples[0].answer)
     elif not options.json:
         show_all(screen, samples, options)
-    save(options, prompt, samples[0].answer)
     if options.json:
-        print(json.dumps(document(options, runner, prompt, samples, statistics), indent=2, ensure_ascii=False))
+        print(command.to_json(document(options, runner, prompt, samples, statistics)))
+    if options.save:
+        messages.write_messages(options.save, conversation(prompt, samples[0].answer))
     for sample in samples:
         for remark in remarks(sample.answer):
             screen.say(remark)
@@ -168,12 +170,16 @@ def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Setti
     Raises:
         ValueError: nothing, or more than one thing; a file that is not what it should be.
     """
-    source, value = request_flags.only_source(options, arguments, "prompt", PROMPTS) or (None, None)
-    if source == "token_ids":
-        return Prompt(_plain_ids(options), None)
-    if source is None and not options.messages and not sys.stdin.isatty():
-        source, value = "prompt_file", "-"
-    return _render(options, request_flags.read_text(value or "") if source == "prompt_file" else value, told)
+    given = request_flags.only_source(options, arguments, "prompt", PROMPTS)
+    if given is None and not options.messages and not sys.stdin.isatty():
+        given = "prompt_file", "-"
+    match given:
+        case ("token_ids", _):
+            return Prompt(_plain_ids(options), None, None)
+        case ("prompt_file", path):
+            return _render(options, request_flags.read_text(path), told)
+        case _:
+            return _render(options, given[1] if given else None, told)
 
 
 def _plain_ids(options: flags.FlagValues) -> list[int]:
@@ -198,7 +204,8 @@ def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prom
     if not said:
         raise ValueError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
     told = request_flags.merge(told, before, options)
-    return Prompt(harmony.render(said, told, vocab_path=options.vocab), harmony.with_opening(said, told))
+    ids = harmony.render(said, told, vocab_path=options.vocab)
+    return Prompt(ids, text, harmony.with_opening(said, told))
 
 
 # ---- the run ----
@@ -268,25 +275,20 @@ def document(
     """What --json prints. `conversation` goes on from the first answer, and is what --messages takes back."""
     echoed = [name for names in SECTIONS.values() for name in names]
     return {
-        "settings": {name: options[name].value for name in echoed} | {"deterministic": runner.deterministic},
+        "settings": {name: options[name].value for name in echoed}
+        | {"prompt": prompt.text, "deterministic": runner.deterministic},
         "prompt_token_ids": prompt.token_ids,
         "answers": [sample.answer.document() for sample in samples],
-        "conversation": conversation(prompt, samples[0].answer),
+        "conversation": messages.to_json(conversation(prompt, samples[0].answer)),
         "statistics": statistics,
     }
 
 
-def conversation(prompt: Prompt, answer: Answer) -> list[dict[str, Any]] | None:
-    """The prompt's messages and the answer's, as JSON; None behind plain token ids."""
+def conversation(prompt: Prompt, answer: Answer) -> list[Message]:
+    """The prompt's messages and the answer's; none behind plain token ids."""
     if prompt.conversation is None:
-        return None
-    return messages.to_json([*prompt.conversation, *messages.from_parsed(answer.history())])
-
-
-def save(options: flags.FlagValues, prompt: Prompt, answer: Answer) -> None:
-    """Writes the conversation to --save."""
-    if options.save:
-        Path(options.save).write_text(json.dumps(conversation(prompt, answer), indent=2, ensure_ascii=False) + "\n")
+        return []
+    return [*prompt.conversation, *messages.from_parsed(answer.history())]
 
 
 def statistics_line(statistics: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,6 +172,24 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
         }
         for message in messages
     ]
+
+
+def check_can_write(path: str | Path) -> None:
+    """Raises ValueError where `write_messages` could not write: asked before an answer, rather than after it."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and can be written to")
+
+
+def write_messages(path: str | Path, messages: Sequence[Message]) -> None:
+    """Writes messages for `read_messages`, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is still there.
+    """
+    unfinished = Path(f"{path}.partial")
+    unfinished.write_text(json.dumps(to_json(messages), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def from_parsed(messages: Sequence[parser.Message]) -> list[Message]:

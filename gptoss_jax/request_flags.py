@@ -153,8 +153,9 @@ def only_source(
         raise ValueError(f"unexpected argument {arguments[1]!r}: a {what} of several words goes in quotes")
     sources: dict[str, tuple[str, str]] = {f"a {what}": (names[0], word) for word in arguments}
     for name in names:
-        if options[name].value is not None:
-            sources[f"--{name.replace('_', '-')}"] = (name, options[name].value)
+        value: Any = options[name].value
+        if value is not None:
+            sources[f"--{name.replace('_', '-')}"] = (name, value)
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(sources)}: expected one of them")
     return next(iter(sources.values()), None)

@@ -16,7 +16,6 @@ prints a line a token, --json one document with ids, logprobs and settings.
 Exit codes: 0 scored, 2 bad input, 130 interrupted, 141 stdout's reader left.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -101,7 +100,7 @@ def main(arguments: list[str]) -> None:
             if not options.json:
                 show(screen, words, ids, scores[-1], with_tokens=options.tokens)
     if options.json:
-        print(json.dumps(document(options, words, texts, scores), indent=2, ensure_ascii=False))
+        print(command.to_json(document(options, words, texts, scores)))
     elif len(texts) > 1:
         screen.answer(f"all: {summary_line(np.concatenate([found.logprobs for found in scores]))}\n")
 
@@ -184,7 +183,7 @@ def summary_line(logprobs: np.ndarray) -> str:
     found = summary(logprobs)
     return (
         f"{found['tokens_scored']} tokens, log probability {found['total_logprob']:.4f}, "
-        f"{found['mean_logprob']:.4f} a token, perplexity {found['perplexity']:.4f}"
+        f"{found['mean_logprob']:.4f} a token, perplexity {found['perplexity']:.6g}"
     )
 
 

@@ -103,6 +103,7 @@ def test_json_holds_everything(folder):
     settings = document["settings"]
     assert (settings["temperature"], settings["reasoning_effort"], settings["date"]) == (1.0, "high", None)
     assert settings["deterministic"] is True
+    assert settings["prompt"] == "Why is the sky blue?"
     assert "Reasoning: high" in _prompt(document)
     assert "Current date" not in _prompt(document)
     assert _prompt(document).endswith("<|start|>user<|message|>Why is the sky blue?<|end|><|start|>assistant")
@@ -199,7 +200,7 @@ def test_n_answers_are_those_of_their_seeds(folder):
         (alone,) = _document(folder, *asked[:-1], seed)["answers"]
         assert (alone["token_ids"], alone["logprobs"]) == (answer["token_ids"], answer["logprobs"])
     assert len({tuple(answer["token_ids"]) for answer in answers}) == 3
-    assert document["conversation"] is None
+    assert document["conversation"] == []
     done = _generate(folder, "thinker", "Why?", "--n", "2")
     assert done.stdout == 2 * (scripted.ANSWER + "\n")
     assert "answer 1 of 2 (seed 0):\nanswer 2 of 2 (seed 1):\n" in done.stderr
@@ -369,6 +370,7 @@ BAD = {
         ["--messages", "pyproject.toml"],
         "pyproject.toml, line 1, column 2: Expecting value; expected JSON",
     ),
+    "save nowhere": (["x", "--save", "absent/talk.json"], "cannot write absent/talk.json: expected a file name in a"),
     "results of no call": (["x", "--tool-results", "TOOLS"], "no call"),
     "chat and json": (["--chat", "--json"], "--chat and --json: leave one of them out"),
     "chat and a prompt": (["--chat", "Hello"], "--chat and a prompt: leave one of them out"),
