@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from gptoss_jax import parser
 from gptoss_jax.engine import Engine, Event, FinishReason, Request
-from gptoss_jax.parser import Delta, Parsed, StreamParser
+from gptoss_jax.parser import CHANNELS, Delta, Parsed, StreamParser
 from gptoss_jax.tokenizer import StreamDecoder, Tokenizer
 
 FINAL = "final"
@@ -37,7 +37,11 @@ class Answer:
     @property
     def final(self) -> str | None:
         """The answer proper; None if the model came to none."""
-        return replace(self.parsed, messages=self.messages).final
+        return self._cut.final
+
+    @property
+    def _cut(self) -> Parsed:
+        return replace(self.parsed, messages=self.messages)
 
     @property
     def stray_text(self) -> str:
@@ -45,9 +49,15 @@ class Answer:
         return "".join(part.text for part in self.parsed.parts if part.kind == "unparsed").strip()
 
     def history(self) -> list[parser.Message]:
-        """The messages that a conversation goes on from; stray text in place of an answer becomes one."""
+        """The messages that a conversation goes on from; stray text in place of an answer becomes one.
+
+        What the model put into the mouths of others is left out, lest it instruct itself. A role that is garbled, on
+        a channel of the assistant's, is read as the assistant.
+        """
+        known = [m for m in self.messages if m.role == "assistant" or (m.role == "tool" and m.channel in CHANNELS)]
         stray = [parser.Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
-        return [*self.messages, *stray]
+        spoken = [m for m in known if m.recipient != "assistant"]  # a tool's result is not the model's to write
+        return [*(replace(m, role="assistant", name=None) for m in spoken), *stray]
 
     def document(self) -> dict[str, Any]:
         """All of it for JSON."""
@@ -56,7 +66,7 @@ class Answer:
             "final": self.final,
             "reasoning": parsed.reasoning,
             "tool_calls": [call_document(call) for call in parsed.calls],
-            "unparsed_text": parsed.unparsed_text,
+            "unparsed_text": self._cut.unparsed_text,
             "parse_status": parsed.parse_status,
             "faults": list(parsed.faults),
             "finish_reason": self.finish_reason,
@@ -93,7 +103,7 @@ class AnswerStream:
         """Reads the next token; true if a stop string is complete with it."""
         deltas = self._parser.feed(token_id)
         if self._raw:
-            deltas = [Delta(0, RAW, None, self._raw.feed(token_id))]
+            deltas = [Delta(0, "assistant", RAW, None, self._raw.feed(token_id))]
         for delta in deltas:
             self._read(delta)
         return self._stop.found is not None
@@ -109,7 +119,7 @@ class AnswerStream:
         """The answer, and what is still to be shown; without a last event it was cancelled."""
         deltas = self._parser.flush(stopped=self._stop.found is not None)
         if self._raw:
-            deltas = [Delta(0, RAW, None, self._raw.flush())]
+            deltas = [Delta(0, "assistant", RAW, None, self._raw.flush())]
         for delta in deltas:
             self._read(delta)
         self._show(self._stop.flush())
@@ -129,7 +139,7 @@ class AnswerStream:
 
     def _read(self, delta: Delta) -> None:
         """Puts a delta where it is to be shown, the answer's through the stop strings."""
-        if delta.recipient is not None or delta.channel not in (FINAL, RAW, None):
+        if not delta.is_answer and delta.channel != RAW:
             self._ready.append(delta)
             return
         if self._answering is None or self._answering.message != delta.message:

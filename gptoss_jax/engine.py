@@ -82,7 +82,7 @@ class Request:
         max_new_tokens: length of the answer at most; None: as far as the context goes.
         sampling: how tokens are drawn.
         ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
-            only the caller's text can show). One request, one such function: it may keep state.
+            only the caller's text can show). One request, one such function: it may keep state, and must not raise.
     """
 
     token_ids: tuple[int, ...]
@@ -191,7 +191,7 @@ class Engine:
         self._rows: list[_Row | None] = [None] * rows
         self._waiting: collections.deque[tuple[int, Request, int]] = collections.deque()
         self._ids = itertools.count()
-        self._seconds_per_step = SECONDS_PER_DISPATCH
+        self._seconds_per_turn = SECONDS_PER_DISPATCH
         on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self._cache, self._state = self._allocate(cache_dtype)
@@ -388,21 +388,33 @@ class Engine:
 
     def _decode_steps(self) -> list[Event]:
         """As many steps in one dispatch as take about SECONDS_PER_DISPATCH; none after every row has ended."""
-        wanted = int(SECONDS_PER_DISPATCH / self._seconds_per_step)
+        turns = self._turns_per_step()
+        wanted = int(SECONDS_PER_DISPATCH / (self._seconds_per_turn * turns))
         steps = max(1, min(wanted, MAX_STEPS_PER_DISPATCH))
         began = time.perf_counter()
         draws, self._cache, self._state = self.programs.decode(self.params, self._cache, self._state, np.int32(steps))
         token = np.asarray(draws.token)
         taken = int((token != NO_TOKEN).any(axis=0).sum())
-        self._seconds_per_step = (time.perf_counter() - began) / max(taken, 1)
+        self._seconds_per_turn = (time.perf_counter() - began) / (max(taken, 1) * turns)
         return self._events(draws, {i: np.s_[i, token[i] != NO_TOKEN] for i, row in enumerate(self._rows) if row})
+
+    def _turns_per_step(self) -> int:
+        """How often a decoding step runs the model: for all rows at once, or for each row of the busiest shard."""
+        active = collections.Counter(self._shard(i) for i, row in enumerate(self._rows) if row)
+        return max(active.values()) if self.deterministic else 1
 
     def _events(self, draw: Draw, where: dict[int, Any]) -> list[Event]:
         """What rows drew, as events; `where` says which elements of `draw` are a row's. Rows that ended are freed."""
+        if not where:
+            return []  # nothing to wait for
+        watched = {i for i in where if self._row(i).request.ends_at}
         asked = any(self._row(i).request.sampling.top_logprobs for i in where)
         host = jax.tree.map(np.asarray, draw if asked else draw._replace(top_ids=None, top_logprobs=None))
         events = [self._event(i, jax.tree.map(operator.itemgetter(at), host)) for i, at in where.items()]
-        self._halt([i for i, event in zip(where, events, strict=True) if event.finish_reason])
+        # All other ends the device has seen for itself.
+        self._halt(
+            [i for i, event in zip(where, events, strict=True) if i in watched and event.finish_reason == "stop"]
+        )
         return events
 
     def _event(self, i: int, draw: Draw) -> Event:

@@ -216,11 +216,6 @@ def _last_user(messages: Sequence[Message]) -> int:
     return max((i for i, message in enumerate(messages) if message.author.role is Role.USER), default=0)
 
 
-def end_of_turn(ids: Sequence[int]) -> list[int]:
-    """A sampled answer as history has it: the `<|return|>` that ended sampling is an `<|end|>` there."""
-    return [*ids[:-1], tokenizer.END] if ids and ids[-1] == tokenizer.RETURN else list(ids)
-
-
 def check_message(message: Message, where: str) -> None:
     """Refuses what the format cannot say, or what would read as something else.
 

@@ -32,10 +32,12 @@ _CHAT_KEYS = {
     "system": ("content",),
     "developer": ("content",),
     "user": ("content", "name"),
-    "assistant": ("content", *_REASONING_KEYS, "tool_calls"),
-    "tool": ("content", "tool_call_id", "name"),
+    "assistant": ("content", "refusal", *_REASONING_KEYS, "tool_calls", "function_call"),
+    "tool": ("content", "tool_call_id", "name", "tool_name"),  # tool_name is Ollama's
+    "function": ("content", "name"),  # OpenAI's, before there were tools
 }
 _INSTRUCTING = ("system", "developer")
+_ANSWERING = ("tool", "function")
 _CONSTRAIN = "<|constrain|>"
 
 
@@ -52,11 +54,6 @@ class Conversation:
     messages: tuple[Message, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     call_ids: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def brings_system(self) -> bool:
-        """Whether a system message is among the messages, which `Settings` may then not contradict."""
-        return any(message.author.role is Role.SYSTEM for message in self.messages)
 
 
 def read_messages(path: str | Path) -> Conversation:
@@ -275,12 +272,13 @@ def _said(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
     """An object without the keys that say nothing; the others are all known."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {_short(value)}, expected an object with some of {', '.join(known)}")
-    said = {key: part for key, part in value.items() if part is not None and part != []}
+    says_nothing = (None, []), (None, [], {})  # of a known key an empty object may say something
+    said = {key: part for key, part in value.items() if part not in says_nothing[key not in known]}
     unknown = [key for key in said if key not in known]
     if unknown:
         raise ValueError(
-            f"{where} has {', '.join(map(repr, unknown))}, expected only {', '.join(known)}; what else it says "
-            "would be ignored, so take it out"
+            f"{where} has {', '.join(map(repr, unknown))}, expected only {', '.join(known)}: put what it says in "
+            "one of these, or take it out if it does not matter"
         )
     return said
 
@@ -364,7 +362,7 @@ def _takes_nothing(parameters: Mapping[str, Any]) -> bool:
 
 def _not_strict(said: Mapping[str, Any], where: str) -> None:
     if said.get("strict"):
-        raise ValueError(f"{where} asks for strict, but a schema only stands in the prompt here and is not enforced")
+        raise ValueError(f"{where} asks for strict, but here a schema stands in the prompt only: leave strict out")
 
 
 def _response_format(value: object) -> ResponseFormat | None:
@@ -447,7 +445,7 @@ def _chat(rows: Sequence[object]) -> Conversation:
     settings = {"instructions": "\n\n".join(_content(row) for row in front)} if front else {}
     messages: list[Message] = []
     call_ids: dict[int, str] = {}
-    for is_tool, rest in itertools.groupby(chat[len(front) :], key=lambda row: row.role == "tool"):
+    for is_tool, rest in itertools.groupby(chat[len(front) :], key=lambda row: row.role in _ANSWERING):
         if is_tool:
             answers = [_Answer(row.where, row.said, _content(row)) for row in rest]
             messages += _answer(answers, messages, call_ids)
@@ -478,11 +476,11 @@ def _content(row: _Row) -> str:
 
 def _part_text(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
+    if kind not in ("text", "refusal"):
         raise ValueError(
             f"{where} has a content part of type {_short(kind)}, expected 'text': the model reads no other"
         )
-    return _string(_needed(_said(part, ("type", "text"), where), "text", where), f"{where}, text")
+    return _string(_needed(_said(part, ("type", kind), where), kind, where), f"{where}, {kind}")
 
 
 def _spoken(row: _Row) -> list[tuple[Message, str | None]]:
@@ -501,14 +499,17 @@ def _spoken(row: _Row) -> list[tuple[Message, str | None]]:
 def _assistant(row: _Row) -> list[tuple[Message, str | None]]:
     said, where = row.said, row.where
     rows = _list(said["tool_calls"], f"{where}, tool_calls") if "tool_calls" in said else []
+    if "function_call" in said:
+        rows = [*rows, {"function": said["function_call"]}]
     calls = [_call(call, f"{where}, tool call {index}") for index, call in enumerate(rows)]
-    reasoning = {_string(said[key], f"{where}, {key}") for key in _REASONING_KEYS if key in said}
+    reasoning = {_string(said[key], f"{where}, {key}") for key in _REASONING_KEYS if said.get(key)}
     if len(reasoning) > 1:
         raise ValueError(
             f"{where} has several keys for reasoning that differ, expected one of {', '.join(_REASONING_KEYS)}"
         )
     messages = [_say(text, "analysis") for text in reasoning if text]
     content = _content(row) if "content" in said else ""
+    content += _string(said.get("refusal", ""), f"{where}, refusal")
     if content or ("content" in said and not calls):
         messages.append(_say(content, "commentary" if calls else "final"))
     if not messages and not calls:
@@ -552,7 +553,7 @@ def _answer(answers: Sequence[_Answer], messages: Sequence[Message], call_ids: M
 def _find_call(
     answer: _Answer, waiting: Sequence[int], messages: Sequence[Message], call_ids: Mapping[int, str]
 ) -> int:
-    name, call_id = answer.said.get("name"), answer.said.get("tool_call_id")
+    name, call_id = answer.said.get("name", answer.said.get("tool_name")), answer.said.get("tool_call_id")
     fits = [
         call
         for call in waiting

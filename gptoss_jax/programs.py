@@ -123,7 +123,11 @@ class Programs(NamedTuple):
         state_row = self.sharding.take_row(state, at, STATE_AXES)
         draw, cache_row, state_row = self._advance(params, cache_row, state_row, tokens, counts, budget)
         cache = self.sharding.put_row(cache, cache_row, at, cache_axes)
-        return draw, cache, self.sharding.put_row(state, state_row, at, STATE_AXES)
+        # Only what a step changes: XLA copies a row's bias, as wide as the vocabulary, if it is put back.
+        changed = lambda s: (s.token, s.remaining, s.sampling.drawn)  # noqa: E731
+        token, remaining, drawn = self.sharding.put_row(changed(state), changed(state_row), at, changed(STATE_AXES))
+        state = state._replace(token=token, remaining=remaining, sampling=state.sampling._replace(drawn=drawn))
+        return draw, cache, state
 
     def _advance(
         self, params: Params, cache: KVCache, state: RowState, tokens, counts, budget

@@ -154,7 +154,7 @@ class LanguageModel:
             top_logprobs: how many of the likeliest ids to report beside each.
 
         Raises:
-            RequestError: fewer than 2 ids, ids outside the vocabulary, or more than the model's context holds; more
+            RequestError: fewer than 2 ids, ids that name no token, or more than the model's context holds; more
                 than MAX_TOP_LOGPROBS alternatives.
             NumericsError: the model gave logits that are not finite.
         """
@@ -162,13 +162,17 @@ class LanguageModel:
             raise RequestError(f"{len(token_ids)} tokens to score, expected at least 2: the first has none before it")
         if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
             raise RequestError(f"top_logprobs is {top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
+        check_named(token_ids, self.config)
         targets = np.roll(np.asarray(token_ids), -1)  # the last has no target: what is there is not read
         parts = []
         for at, found in self._chunks(self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
             parts.append([np.asarray(part)[0, : at.stop - at.start] for part in found])
-        logprobs, ids, tops = (np.concatenate(part)[:-1] for part in zip(*parts, strict=True))
-        if not np.isfinite(logprobs).all():
-            raise NumericsError(f"logits are not finite behind token {int(np.isfinite(logprobs).argmin())}")
+        logprobs, ids, tops, finite = (np.concatenate(part)[:-1] for part in zip(*parts, strict=True))
+        if not finite.all():
+            raise NumericsError(
+                f"logits are not finite behind token {int(finite.argmin())}; "
+                "check the checkpoint (convert --verify) and the kernels"
+            )
         return Scores(logprobs, ids[:, :top_logprobs], tops[:, :top_logprobs])
 
     def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
@@ -224,10 +228,20 @@ class LanguageModel:
     def _all_reports(self) -> Any:
         def all_reports(params, tokens, counts, cache, targets, with_top):
             logits, cache = model.all_logits(self.model, params, tokens, counts, cache)
-            return report_logprobs(logits, targets, with_top, self.config.num_token_ids), cache
+            finite = jnp.all(jnp.isfinite(logits), axis=-1)
+            return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids), finite), cache
 
         layouts = None, kv_cache.layout(self.config, self.sharding)
         return jax.jit(all_reports, donate_argnums=3, out_shardings=layouts)
+
+
+def check_named(token_ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises RequestError for an id that names no token: rows of the embedding behind those have no probability."""
+    for position, token in enumerate(token_ids):
+        if not 0 <= token < config.num_token_ids:
+            raise RequestError(
+                f"token id {token} at position {position} names no token, expected 0 to {config.num_token_ids - 1}"
+            )
 
 
 def _sampling(sampling: SamplingParams | None, temperature: float | None, seed: int | None) -> SamplingParams:

@@ -7,6 +7,7 @@ and its line to `filter_logits`; then its flag in `generate.py`.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
+KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a row's neighbours
 MAX_LOGIT_BIAS = 100  # as in OpenAI's API
 MAX_TOP_LOGPROBS = 20
 FAULTY = -1  # in place of a token: the row's logits were not finite
@@ -72,6 +74,11 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("top_k", "top_logprobs", "seed"):
+            _check_whole(name, getattr(self, name))
+        for name in ("logit_bias", "banned_ids"):
+            for token in getattr(self, name):
+                _check_whole(f"an id in {name}", token)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -92,6 +99,13 @@ class SamplingParams:
         banned = {*self.banned_ids, *(token for token, bias in self.logit_bias.items() if bias == -math.inf)}
         if len(banned) == num_token_ids:
             raise ValueError(f"all {num_token_ids} ids are banned, expected at least one that may be drawn")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected a whole number") from None
 
 
 class Sampling(NamedTuple):
@@ -195,7 +209,8 @@ def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = logits - sampling.drawn.astype(jnp.float32) * column(sampling.frequency_penalty)
     logits = logits - jnp.where(said, column(sampling.presence_penalty), 0.0)
-    return logits + sampling.bias
+    largest = jnp.finfo(jnp.float32).max  # a penalty may take a large logit beyond it, and inf - inf is no number
+    return jnp.clip(logits, -largest, largest) + sampling.bias
 
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -243,7 +258,7 @@ def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arra
     """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
 
     def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
-        key = jax.random.fold_in(jax.random.key(seed), position)
+        key = jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
         return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
 
     noises = jax.vmap(noise)(sampling.seed, positions)

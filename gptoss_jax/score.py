@@ -25,7 +25,6 @@ import numpy as np
 from absl import flags
 
 from gptoss_jax import command, request_flags, runtime, tokenizer
-from gptoss_jax.config import ModelConfig
 from gptoss_jax.runtime import LanguageModel, Scores
 from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.terminal import Screen
@@ -85,7 +84,9 @@ def main(arguments: list[str]) -> None:
     screen, words = Screen(), tokenizer.load_tokenizer(options.vocab)
     windows = windows_from_flags(options)
     texts = read_texts(options, arguments, words)
-    check_ids(texts, runtime.config_from_flags(options))
+    config = runtime.config_from_flags(options)
+    for ids in texts:  # before the weights are read
+        runtime.check_named(ids, config)
     with screen.progress("loading") as report:
         language_model = runtime.load_from_flags(options, report)
     screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
@@ -143,14 +144,6 @@ def _checked(ids: list[int], what: str) -> list[int]:
     if len(ids) < 2:
         raise ValueError(f"{what} is {len(ids)} token long, expected at least 2: the first has none before it")
     return ids
-
-
-def check_ids(texts: Sequence[list[int]], config: ModelConfig) -> None:
-    """Raises ValueError where the model has no such id, before its weights are read."""
-    for ids in texts:
-        wrong = [token for token in ids if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} is outside the vocabulary, expected 0 to {config.vocab_size - 1}")
 
 
 def score(language_model: LanguageModel, ids: list[int], windows: Windows, top_logprobs: int) -> Scores:

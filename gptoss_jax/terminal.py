@@ -82,15 +82,17 @@ class AnswerView:
     def show(self, deltas: list[Delta]) -> None:
         """The next pieces. Calls are shown when they are complete."""
         for delta in deltas:
-            if delta.recipient is not None:
-                continue
-            if delta.channel in ("final", RAW, None):
+            if delta.is_answer or delta.channel == RAW:
                 self._begin("")
                 self._screen.answer(delta.text)
                 self._answered = True
-            elif delta.channel != REASONING or self._show_reasoning:
-                self._begin("reasoning" if delta.channel == REASONING else delta.channel)
-                self._screen.aside(delta.text, REASONING_STYLE if delta.channel == REASONING else "")
+            elif delta.channel == REASONING:
+                if self._show_reasoning:
+                    self._begin("reasoning")
+                    self._screen.aside(delta.text, REASONING_STYLE)
+            elif delta.role != "assistant" or delta.recipient is None:  # a preamble, or another's words
+                self._begin(delta.channel or delta.role)
+                self._screen.aside(delta.text, "")
 
     def _begin(self, aside: str) -> None:
         """Tells what is no answer from what is one: a label before it, an empty line behind it."""

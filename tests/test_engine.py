@@ -4,10 +4,12 @@ import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gptoss_jax
+from gptoss_jax import sampling
 from gptoss_jax.engine import EngineConfig, NumericsError, Request, RequestError
 from gptoss_jax.sampling import SamplingParams
 from tests import reference
@@ -52,11 +54,16 @@ def _greedy(tensors, prompt, answer) -> list[int]:
 
 
 LENGTHS = (5, 127, 128, 129, 300, 64, 1)
+# What an engine does is the same row by row, as on CPUs, and with all rows in a batch, as on accelerators.
+BOTH = pytest.mark.parametrize("deterministic", [True, False], ids=["row by row", "batched"])
 
 
-def test_more_requests_than_rows_of_mixed_lengths(model):
+@BOTH
+def test_more_requests_than_rows_of_mixed_lengths(model, deterministic):
     """Guards admission, reuse of rows and pages, and rings: every answer is the reference's; nothing compiles."""
-    engine = model.engine(EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(16, 64)))
+    engine = model.engine(
+        EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
+    )
     free = [list(pages) for pages in engine._free_pages]
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -64,6 +71,8 @@ def test_more_requests_than_rows_of_mixed_lengths(model):
     )
     requests = [Request(_prompt(n), (), 9 + i, GREEDY) for i, n in enumerate(LENGTHS)]
     answers = _answers(engine, requests)
+    _streams(engine, [dataclasses.replace(r, ends_at=lambda token: token % 7 == 0) for r in _mixed_requests(9)])
+    engine.cancel(engine.submit(Request(_prompt(100), (), 40, GREEDY)))
     assert compiled == []
     tensors = TinyModel(CONFIG).tensors
     for request, (tokens, reason) in zip(requests, answers, strict=True):
@@ -177,30 +186,55 @@ def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
     assert same > 32
 
 
-def test_penalties_and_bias_act_along_an_answer(model):
-    """Guards what a row remembers: of the prompt, of its own answer, and nothing of the request before it."""
-    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
-    params = SamplingParams(
-        temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.4, presence_penalty=0.3, logit_bias={3: 1.0}
+@BOTH
+def test_every_token_is_the_one_that_its_request_draws(model, deterministic):
+    """Guards the whole path of an option, in company: each token is drawn anew from the model's logits, alone.
+
+    Seeds and positions, penalties on prompt and answer, and that nothing of a row's request before it is left.
+    """
+    engine = model.engine(
+        EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
     )
-    for prompt in (_prompt(40), _prompt(70, seed=9)):
-        ((tokens, _),) = _answers(engine, [Request(prompt, (), 30, params)])
-        logits = np.float64(model.logits([*prompt, *tokens]))[len(prompt) - 1 : -1]
-        for step, scores in enumerate(logits):
-            said = tokens[:step]
-            for token in {*prompt, *said}:
-                scores[token] = scores[token] / 1.2 if scores[token] > 0 else scores[token] * 1.2
-            for token in set(said):
-                scores[token] -= 0.4 * said.count(token) + 0.3
-            scores[3] += 1.0
-            assert tokens[step] == scores.argmax(), step
-        ((plain, _),) = _answers(engine, [Request(prompt, (), 30, GREEDY)])
-        assert plain == _greedy(TinyModel(CONFIG).tensors, prompt, plain) != tokens
+    strong = SamplingParams(temperature=0.0, repetition_penalty=100.0, frequency_penalty=0.4, presence_penalty=0.3)
+    requests = [Request(_prompt(40 + i, i), (), 9, strong) for i in range(3)]
+    requests += _mixed_requests(9)
+    for request, (tokens, _) in zip(requests, _answers(engine, requests), strict=True):
+        prompt = request.token_ids
+        logits = jnp.asarray(model.logits([*prompt, *tokens])[len(prompt) - 1 : -1])
+        row = sampling.row(request.sampling, prompt, 512, 512)
+        row = jax.tree.map(lambda x: jnp.asarray(x)[None], row)
+        for step, token in enumerate(tokens):
+            at = jnp.array([len(prompt) + step], jnp.int32)
+            draw = _draw(logits[step : step + 1], row, at)
+            assert draw.token.tolist() == [token], (request.sampling, step)
+            row = sampling.record(row, draw.token, jnp.array([True]))
 
 
-def test_top_logprobs_are_the_models(model):
+_draw = jax.jit(lambda logits, row, at: sampling.sample(logits, row, at, 512))
+
+
+def test_a_dispatch_stays_short_when_rows_join(model):
+    """Guards flowing text: after one row alone, the first dispatch of many rows takes fewer steps, not as many."""
+    engine = model.engine(EngineConfig(rows=9, max_context_tokens=256, prefill_widths=(64,), deterministic=True))
+    engine.submit(Request(_prompt(5), (), 200, GREEDY))
+    for _ in range(4):
+        engine.tick()
+    alone = len(engine.tick()[0].token_ids)
+    for i in range(8):
+        engine.submit(Request(_prompt(5, i), (), 200, GREEDY))
+    for _ in range(8):
+        engine.tick()  # the prompts
+    together = [len(event.token_ids) for event in engine.tick()]
+    assert len(together) == 9
+    assert max(together) <= max(1, alone // 4)
+
+
+@BOTH
+def test_top_logprobs_are_the_models(model, deterministic):
     """Guards the reported alternatives, in prefill's token and in decoding's, beside a row that asks for none."""
-    engine = model.engine(EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,)))
+    engine = model.engine(
+        EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
+    )
     prompt = _prompt(30)
     engine.submit(Request(prompt, (), 9, SamplingParams(seed=3, top_logprobs=4, banned_ids=(5,))))
     engine.submit(Request(prompt, (), 9, SamplingParams(seed=4)))
@@ -215,9 +249,10 @@ def test_top_logprobs_are_the_models(model):
         np.testing.assert_allclose([logprob for _, logprob in top], np.sort(row)[::-1][:4], atol=1e-4)
 
 
-def test_the_caller_may_end_an_answer(model):
+@BOTH
+def test_the_caller_may_end_an_answer(model, deterministic):
     """Guards stop strings: the answer ends with the token that the caller names, and the row serves the next one."""
-    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
+    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic))
     ((free, _),) = _answers(engine, [Request(_prompt(20), (), 30, GREEDY)])
     for last in (0, 1, 17, 29):
         seen = []
@@ -233,9 +268,12 @@ def test_the_caller_may_end_an_answer(model):
     assert _answers(engine, [Request(_prompt(20), (), 30, GREEDY)]) == [(free, "length")]
 
 
-def test_stops_at_stop_ids_and_only_there(model):
+@BOTH
+def test_stops_at_stop_ids_and_only_there(model, deterministic):
     """Guards the stop: the stop id is the answer's last token, wherever in a dispatch it falls."""
-    engine = model.engine(EngineConfig(max_context_tokens=256, prefill_widths=(64,)))
+    engine = model.engine(
+        EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
+    )
     ((free_running, _),) = _answers(engine, [Request(_prompt(20), (), 40, GREEDY)])
     for stop in {free_running[0], free_running[7], free_running[25]}:
         ((tokens, reason),) = _answers(engine, [Request(_prompt(20), (stop,), 40, GREEDY)])
@@ -255,9 +293,11 @@ def test_logprobs_are_the_models(model):
     np.testing.assert_allclose(logprobs, rows[np.arange(len(tokens)), tokens], atol=1e-4)
 
 
-def test_a_small_pool_makes_requests_wait(model):
+@BOTH
+def test_a_small_pool_makes_requests_wait(model, deterministic):
     """Guards paging: with pages for one long request at a time, all are served, and rightly."""
-    engine = model.engine(EngineConfig(rows=2, max_context_tokens=384, prefill_widths=(64,), pool_tokens=384))
+    shape = {"max_context_tokens": 384, "prefill_widths": (64,), "pool_tokens": 384}
+    engine = model.engine(EngineConfig(rows=2, deterministic=deterministic, **shape))
     requests = [Request(_prompt(n), (), 10, GREEDY) for n in (300, 290, 20)]
     tensors = TinyModel(CONFIG).tensors
     for request, (tokens, _) in zip(requests, _answers(engine, requests), strict=True):

@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.chat": {"gptoss_jax.answer", "gptoss_jax.engine", "gptoss_jax.terminal", *_WORDS},
     "gptoss_jax.request_flags": {"gptoss_jax.config", "gptoss_jax.engine", "gptoss_jax.sampling", *_WORDS},
     "gptoss_jax.generate": _COMMAND | {"gptoss_jax.answer", "gptoss_jax.chat", "gptoss_jax.engine", *_WORDS},
-    "gptoss_jax.score": _COMMAND | {"gptoss_jax.config", "gptoss_jax.tokenizer"},
+    "gptoss_jax.score": _COMMAND | {"gptoss_jax.tokenizer"},
 }
 
 # Floors that are to be usable by themselves: words and ids without jax, kernels with jax alone.

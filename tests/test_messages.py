@@ -9,7 +9,7 @@ from openai_harmony import Conversation as LibraryConversation
 from openai_harmony import Message, Role, SystemContent
 
 from gptoss_jax import messages, parser, tokenizer
-from gptoss_jax.harmony import ResponseFormat, Settings, call_results, end_of_turn, opening, render
+from gptoss_jax.harmony import ResponseFormat, Settings, call_results, opening, render
 from gptoss_jax.messages import (
     Conversation,
     from_json,
@@ -110,8 +110,7 @@ def test_both_dialects_in_every_wrapping(write, wrap):
     chat = read_messages(write(CHAT))
     harmony_rows = to_json([*opening(Settings(**chat.settings)), *chat.messages])
     conversation = read_messages(write(wrap(harmony_rows)))
-    assert conversation.brings_system
-    assert not chat.brings_system
+    assert conversation.messages[0].author.role is Role.SYSTEM
     assert render(conversation.messages, None) == ids_of(chat)
     plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert list(read_messages(write(wrap(plain))).messages) == [user("a"), say("b", "final")]
@@ -326,8 +325,8 @@ REFUSED = [
     ({"conversation": [USER], "messages": [USER]}, "the file holds both 'conversation' and 'messages', expected one"),
     (
         {"messages": [USER], "tool_choice": "auto", "temperature": 0.0},
-        "the file has 'tool_choice', 'temperature', expected only messages, tools, response_format, reasoning_effort; "
-        "what else it says would be ignored, so take it out",
+        "the file has 'tool_choice', 'temperature', expected only messages, tools, response_format, reasoning_effort: "
+        "put what it says in one of these, or take it out if it does not matter",
     ),
     ({"messages": [USER], "reasoning_effort": "extreme"}, "reasoning_effort is 'extreme', expected one of low, medium"),
     ({"messages": [USER], "reasoning_effort": ["low"]}, "reasoning_effort is ['low'], expected text"),
@@ -336,7 +335,7 @@ REFUSED = [
     # chat
     (one("x"), "message 1 has role None, expected one of system, developer, user, assistant, tool"),
     (one({"content": "x"}), "message 1 has role None, expected one of system, developer, user, assistant, tool"),
-    (one({"role": "function", "content": "x"}), "message 1 has role 'function', expected one of system, developer,"),
+    (one({"role": "critic", "content": "x"}), "message 1 has role 'critic', expected one of system, developer,"),
     (one({"role": ["user"], "content": "x"}), "message 1 has role ['user'], expected one of"),
     (one({"role": "user", "content": None}), "message 1 has no 'content', or an empty one"),
     (one({"role": "user", "content": 5}), "message 1, content is 5, expected text"),
@@ -350,7 +349,7 @@ REFUSED = [
     (one({"role": "user", "content": "x", "name": 1}), "message 1, name: Input should be a valid string"),
     (
         one({"role": "assistant", "content": "x", "audio": {"id": "1"}}),
-        "message 1 has 'audio', expected only role, content, reasoning, reasoning_content, thinking, tool_calls; what",
+        "message 1 has 'audio', expected only role, content, refusal, reasoning, reasoning_content, thinking,",
     ),
     (one({"role": "assistant", "content": None}), "message 1 says nothing, expected content, reasoning or tool_calls"),
     (
@@ -361,7 +360,7 @@ REFUSED = [
     (one({"role": "assistant", "tool_calls": 5}), "message 1, tool_calls: got 5, expected a list that is not empty"),
     (
         one({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}),
-        "message 1, tool call 0 has 'custom', expected only id, type, function, index; what",
+        "message 1, tool call 0 has type 'custom', expected 'function'",
     ),
     (
         one({"role": "assistant", "tool_calls": [{"type": "mcp", "function": {}}]}),
@@ -449,14 +448,17 @@ REFUSED = [
                 ],
             }
         ],
-        "message 0, tools has 'x', expected only name, description, tools; what",
+        "message 0, tools has 'x', expected only name, description, tools: put what",
     ),
     # tools and response formats
     (tooled(5), "tool 0 is 5, expected an object with some of type, name, description, parameters, strict"),
     (tooled({"type": "browser"}), "tool 0 has type 'browser', expected 'function'; built-in tools are a setting"),
     (tooled({"type": "function", "function": {}}), "tool 0 has no 'name', or an empty one"),
     (tooled({"type": "function", "function": None}), "tool 0 has no 'function', or an empty one"),
-    (tooled({"name": "f", "strict": True}), "tool 0 asks for strict, but a schema only stands in the prompt here and"),
+    (
+        tooled({"name": "f", "strict": True}),
+        "tool 0 asks for strict, but here a schema stands in the prompt only: leave",
+    ),
     (tooled({"name": "f", "parameters": "x"}), "tool 0, parameters: Input should be a valid dictionary"),
     (tooled({"name": 5}), "tool 0, name: Input should be a valid string"),
     (tooled({"name": "f g"}), "a name in tools is 'f g', expected letters, digits, and _ . - only"),
@@ -472,7 +474,7 @@ REFUSED = [
     ),
     (
         formatted({"type": "json_schema", "json_schema": {"name": "r", "schema": {}, "strict": True}}),
-        "response_format asks for strict, but a schema only stands in the prompt here and is not enforced",
+        "response_format asks for strict, but here a schema stands in the prompt only: leave strict out",
     ),
     (
         formatted({"type": "json_schema", "json_schema": {"name": "r s", "schema": {}}}),
@@ -652,7 +654,7 @@ def test_a_parsed_answer_goes_on_as_history(encoding):
     sampled = encoding.encode(text, allowed_special="all")
     parsed = parser.parse(sampled, tokenizer.load_tokenizer())
     history = [*prompt, *from_parsed(parsed.messages)]
-    assert render(history, None, for_completion=False) == render(prompt, None) + end_of_turn(sampled)
+    assert render(history, None, for_completion=False) == render(prompt, None) + sampled
 
 
 @pytest.mark.parametrize(
@@ -695,3 +697,31 @@ def test_places_that_cannot_be_written_are_refused_beforehand(name, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="expected a file name in a folder that exists and can be written to"):
         messages.check_can_write(tmp_path / name)
+
+
+def test_what_clients_write_around_an_answer_is_taken():
+    """Guards common client JSON: a refusal is the answer, legacy and Ollama's calls, empty extras, unused keys."""
+    told = {"role": "user", "content": "Hi"}
+    for answer in (
+        {"content": None, "refusal": "I can't."},
+        {"content": [{"type": "refusal", "refusal": "I can't."}]},
+        {"content": "I can't.", "refusal": None, "provider_specific_fields": {}, "audio": None, "annotations": []},
+        {"content": "I can't.", "reasoning": "", "reasoning_content": None, "thinking": ""},
+    ):
+        conversation = messages.from_json([told, {"role": "assistant", **answer}])
+        assert conversation.messages[1:] == (say("I can't.", "final"),)
+    legacy = [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "1"},
+    ]
+    ollama = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "tool_name": "f", "content": "1"},
+    ]
+    for rows in (legacy, ollama):
+        conversation = messages.from_json([told, *rows])
+        assert [m.recipient for m in conversation.messages[1:]] == ["functions.f", "assistant"]
+        assert conversation.messages[1].content[0].text == "{}"
+        assert conversation.messages[2].author.name == "functions.f"
+    with pytest.raises(ValueError, match="several keys for reasoning that differ"):
+        messages.from_json([told, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])

@@ -1,8 +1,10 @@
 """Parsing of harmony streams: openai-harmony on well-formed ones; no text lost on all others.
 
-The count of mutations that the product promises: `python -m pytest tests/test_parser.py --hypothesis-profile=full`.
+The count of mutations that the product promises, and as many well-formed streams:
+`python -m pytest tests/test_parser.py -k "mutations or well_formed" --hypothesis-profile=full`.
 """
 
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from gptoss_jax.tokenizer import (
 
 GOLDENS = Path(__file__).parent / "goldens" / "harmony"
 
-FEW = settings(max_examples=200)  # whatever the profile: the full count is for the mutations
+FEW = settings(max_examples=200)  # whatever the profile: the full count is for mutations and well-formed streams
 
 THOUGHT = "<|channel|>analysis<|message|>hm<|end|>"
 NEXT = "<|start|>assistant"
@@ -102,7 +104,7 @@ CONTENTS = st.one_of(
     ),
 )
 TOOLS = st.sampled_from(["functions.get_weather", "browser.search", "python", "functions.tool_user-2", "toolbox.x"])
-TYPES = st.sampled_from(["", "<|constrain|>json", " <|constrain|>json", " code"])
+TYPES = st.sampled_from(["", "<|constrain|>json", " <|constrain|>json", " code", " json"])
 ENDS = st.sampled_from(["<|end|>", "<|return|>", "<|call|>"])
 
 
@@ -113,9 +115,15 @@ def assistant_headers(draw):
     if not draw(st.booleans()):
         return f"<|channel|>{channel}"
     to, content_type = f" to={draw(TOOLS)}", draw(TYPES)
-    if draw(st.booleans()):
-        return f"{to}<|channel|>{channel}{content_type}"
-    return f"<|channel|>{channel}{to}{content_type}"
+    return draw(
+        st.sampled_from(
+            [
+                f"<|channel|>{channel}{to}{content_type}",
+                f"{to}<|channel|>{channel}{content_type}",
+                f"{to}{content_type}<|channel|>{channel}",
+            ]
+        )
+    )
 
 
 @st.composite
@@ -138,7 +146,6 @@ def joined(ours, header, content, end, later):
     return ids
 
 
-@FEW
 @given(header=assistant_headers(), content=CONTENTS, end=ENDS, later=LATER)
 def test_well_formed_streams_read_as_openai_harmony_reads_them(ours, theirs, header, content, end, later):
     """Guards against a header read otherwise than the library reads it, and a fault seen where there is none."""
@@ -222,6 +229,25 @@ def test_content_type_without_recipient(ours, theirs, read, header):
     assert (parsed.final, parsed.calls, parsed.parse_status) == ("{}", (), "ok")
 
 
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "developer"])
+def test_author_with_a_name(ours, theirs, role):
+    """Guards against a named author who passes for a tool: openai-harmony writes `user:ann`, but cannot read it."""
+    author = openai_harmony.Author(role=openai_harmony.Role(role), name="ann")
+    message = openai_harmony.Message.from_author_and_content(author, "hi").with_channel("final")
+    ids = theirs.render_conversation(openai_harmony.Conversation.from_messages([message]))
+    assert f"<|start|>{role}:ann" in theirs.decode_utf8(ids)
+    parsed = parse(ids, ours, role=None)
+    assert parsed.messages == (Message(role, "hi", "final", name="ann"),)
+    assert (parsed.parse_status, parsed.faults) == ("ok", ())
+
+
+def test_tool_whose_name_has_a_colon(ours, theirs):
+    """Guards against a tool's name taken apart as a person's is."""
+    for name in ("tool:x", "functions.f:x"):
+        ids = spelled(ours, f"<|start|>{name} to=assistant<|message|>r<|end|>")
+        assert list(parse(ids, ours, role=None).messages) == library_messages(theirs, ids, None)
+
+
 # Streams from reports in the issue trackers that each test names; replays A to N are those that openai-harmony 0.0.8
 # raises over or misreads.
 
@@ -246,6 +272,10 @@ def test_more_answers_without_message_token(read):
     assert call == Message("assistant", "print(1)", "commentary", recipient="python", content_type="code")
     (call,) = read("<|channel|>commentary to=functions.x{}<|call|>").calls
     assert call == Message("assistant", "{}", "commentary", recipient="functions.x")
+    (call,) = read("<|channel|>commentary to=python json.dumps(1)<|call|>").calls
+    assert call == Message("assistant", "json.dumps(1)", "commentary", recipient="python")
+    assert read('<|channel|>final json {"answer":4}<|return|>').final == '{"answer":4}'
+    assert read("<|channel|>final code is law<|return|>").final == "code is law"
     (call,) = read(" to=functions.x {}<|call|>").calls
     assert call == Message("assistant", "{}", None, recipient="functions.x")
 
@@ -374,6 +404,8 @@ def test_refusal_before_a_message(read):
         "<|channel|>commentary to=",
         "<|channel|>commentary to=functions.get",
         "<|channel|>commentary to=functions.x code",
+        "<|channel|>commentary to=functions.x json",
+        " to=functions.x json",
         "<|channel|>commentary to=functions.x <|constrain|>",
         "<|channel|>commentary to=functions.x <|constrain|>json",
         " to=functions.x",
@@ -426,7 +458,7 @@ def test_streaming_never_emits_half_a_character(ours):
     flamingo = spelled(ours, "🦩")
     assert [parser.feed(i) for i in flamingo[:-1]] == [[]] * (len(flamingo) - 1)
     (delta,) = parser.feed(flamingo[-1])
-    assert delta == (0, "final", None, "🦩")
+    assert delta == (0, "assistant", "final", None, "🦩")
     assert parser.feed(flamingo[0]) == []
     assert [d.text for d in parser.flush()] == ["\ufffd"]
 
@@ -504,7 +536,7 @@ def test_views_of_several_messages(read):
     assert read("<|channel|>commentary to=all<|message|>r<|end|>").calls == ()
     assert read("<|start|>user to=functions.x<|message|>r<|end|>", role=None).calls == ()
     both = read(f"<|message|>plain<|end|>{NEXT}{FINAL}")
-    assert (both.final, both.messages[0].content) == ("Answer", "plain")
+    assert (both.final, both.faults) == ("plain\n\nAnswer", ("no channel in a header",))
 
 
 @pytest.mark.parametrize(
@@ -516,15 +548,23 @@ def test_views_of_several_messages(read):
             " to=a code<|channel|>commentary<|constrain|>json<|message|>{}<|call|>",
             "second type in one header: '<|constrain|>json'",
         ),
-        (" to=a<|channel|>commentary b<|constrain|>json<|message|>{}<|call|>", "second type in one header: 'b'"),
+        (
+            " to=a<|channel|>commentary b<|constrain|>json<|message|>{}<|call|>",
+            "second type in one header: '<|constrain|>json'",
+        ),
         ("<|channel|>commentary to=a<|constrain|><|message|>{}<|call|>", "no word right behind <|constrain|>"),
         ("<|channel|> commentary to=a<|message|>{}<|call|>", "no word right behind <|channel|>"),
         (
             "<|channel|>commentary to=a\u2003b<|message|>{}<|call|>",
-            "odd white space or bytes that are no UTF-8 in a header",
+            "odd characters in a header",
         ),
         ("<|channel|>commentary to=a b c<|message|>{}<|call|>", "text in a header that is no part of it"),
-        (" to=a to=b<|channel|>commentary<|message|>{}<|call|>", "text in a header that is no part of it"),
+        (" to=a to=b<|channel|>commentary<|message|>{}<|call|>", "second recipient in one header: 'b'"),
+        ("<|channel|>commentary to=a to=<|message|>{}<|call|>", "to= without a recipient"),
+        (
+            "<|constrain|>json<|channel|>commentary to=python<|message|>{}<|call|>",
+            "content type before the recipient",
+        ),
         ("assistant to=a<|channel|>commentary<|message|>{}<|call|>", "role written twice"),
         (" to=a<|message|>{}<|call|>", "no channel in a header"),
     ],
@@ -536,11 +576,101 @@ def test_faults_of_headers(read, text, fault):
     assert [m.content for m in parsed.calls] == ["{}"]
 
 
+def test_recipient_in_place_of_the_channel(read):
+    """Guards against a pattern that does not match, which raised, and a channel named `to=functions.f`."""
+    parsed = read("<|channel|>to=functions.f<|message|>{}<|call|>")
+    assert parsed.calls == (Message("assistant", "{}", recipient="functions.f"),)
+    assert parsed.faults == ("no word right behind <|channel|>", "no channel in a header")
+    parsed = read("<|channel|>commentary to=f<|constrain|>to=g<|message|>{}<|call|>")
+    assert parsed.calls == (Message("assistant", "{}", "commentary", recipient="f", content_type="<|constrain|>"),)
+    assert parsed.parse_status == "repaired"
+    parsed = read("<|start|>to=functions.f<|message|>{}<|call|>", role=None)
+    assert parsed.calls == (Message("assistant", "{}", recipient="functions.f"),)
+
+
+@pytest.mark.parametrize("header", ["final json", "final code", "final yaml", "commentary json", "analysis code"])
+def test_bare_content_type_without_recipient(ours, theirs, read, header):
+    """Guards against a structured answer sent off as a call to `json`: the library takes the word for a recipient."""
+    channel, content_type = header.split()
+    text = f'<|channel|>{header}<|message|>{{"a":1}}<|return|>'
+    assert library_messages(theirs, spelled(ours, text), "assistant")[0].recipient == content_type
+    parsed = read(text)
+    assert parsed.messages == (Message("assistant", '{"a":1}', channel, content_type=content_type),)
+    assert (parsed.calls, parsed.faults) == ((), (f"content type without <|constrain|>: {content_type!r}",))
+    assert parsed.final == ('{"a":1}' if channel == "final" else None)
+
+
+@pytest.mark.parametrize("content_type", ["<|constrain|>json", " code", " json", " yaml"])
+def test_recipient_behind_the_content_type(read, content_type):
+    """Guards against a call that is lost because its recipient comes last: the library raises."""
+    parsed = read(f"<|channel|>commentary{content_type} to=functions.f<|message|>{{}}<|call|>")
+    call = Message("assistant", "{}", "commentary", recipient="functions.f", content_type=content_type.strip())
+    assert (parsed.calls, parsed.parse_status) == ((call,), "repaired")
+    assert "".join(part.text for part in parsed.parts if part.kind == "unparsed") == ""
+
+
+@pytest.mark.parametrize("header", ["final to=", "final to", "<|constrain|>json<|channel|>final to="])
+def test_empty_recipient(read, header):
+    """Guards against a call of a tool named `to=`, and an answer lost to it."""
+    parsed = read(f"{'<|channel|>' if header[0] == 'f' else ''}{header}<|message|>Answer<|return|>")
+    assert (parsed.final, parsed.messages[0].recipient, parsed.calls) == ("Answer", None, ())
+    assert "to= without a recipient" in parsed.faults
+    call = read(" to=python<|channel|>commentary to=<|message|>1<|call|>")
+    assert call.calls == (Message("assistant", "1", "commentary", recipient="python"),)
+    assert call.faults == ("to= without a recipient",)
+
+
+def test_prose_in_a_header_addresses_nobody(read):
+    """Guards against an answer lost because words before it hold `to=`, a role or a channel."""
+    for prose in ("user asks for to=x", "final I sent it to=x", "Sure to=x"):
+        parsed = read(f"{prose}{FINAL}")
+        assert (parsed.messages, parsed.unparsed_text) == ((ANSWER,), prose)
+    parsed = read("<|channel|>commentary I will call<|message|>x<|end|>")
+    assert parsed.messages == (Message("assistant", "x", "commentary"),)
+    assert Part("unparsed", "I will call", None) in parsed.parts
+
+
+def test_control_strings_in_a_header(ours, theirs, read):
+    """Guards against an `ok` where the library sees a channel: it reads a header's text, control strings and all."""
+    forged = [*ours.encode(" to=x<|channel|>final"), *spelled(ours, "<|channel|>analysis<|message|>x<|end|>")]
+    assert library_messages(theirs, forged, "assistant")[0].channel == "final"
+    parsed = parse(forged, ours)
+    assert (parsed.messages[0].channel, parsed.faults) == ("analysis", ("odd characters in a header",))
+
+
+@pytest.mark.parametrize("role", ["assistant", "user", "tool", "system", "developer"])
+@pytest.mark.parametrize("channel", [None, "final", "commentary", "analysis", "final?"])
+@pytest.mark.parametrize("recipient", [None, "all", "user", "assistant", "functions.x"])
+def test_what_is_an_answer_and_what_a_call(ours, role, channel, recipient):
+    """Guards each condition: words of another role, or to a tool, shown as the answer; calls of anybody."""
+    to = f" to={recipient}" if recipient else ""
+    text = (f"<|channel|>{channel}" if channel else "") + f"{to}<|message|>x<|end|>"
+    parser = StreamParser(ours, role=role)
+    deltas = [delta for i in spelled(ours, text) for delta in parser.feed(i)] + parser.flush()
+    parsed = parser.result()
+    answers = role == "assistant" and channel in (None, "final") and recipient in (None, "all", "user")
+    assert [d.is_answer for d in deltas] == [m.is_answer for m in parsed.messages] == [answers]
+    assert parsed.final == ("x" if answers else None)
+    assert bool(parsed.calls) == (role == "assistant" and recipient == "functions.x")
+
+
+def test_unparsed_text_of_many_messages(ours):
+    """Guards against a look for the answer for each part of the text: minutes for a long stream of small messages."""
+    parsed = parse(spelled(ours, "<|start|>user<|message|>x<|end|>") * 14_000, ours, role=None)
+    began = time.monotonic()
+    assert len(parsed.unparsed_text) == 70_000
+    assert time.monotonic() - began < 2
+
+
 def test_tool_name_without_recipient(read):
-    """Guards against a garbled role that passes for a tool: the library raises over it."""
+    """Guards against an answer lost because its role is garbled: the library raises. No tool writes on final."""
     parsed = read("<|start|>asistant<|channel|>final<|message|>Answer<|return|>", role=None)
-    assert parsed.messages == (Message("tool", "Answer", "final", name="asistant"),)
-    assert (parsed.final, parsed.faults) == ("Answer", ("unknown role 'asistant'",))
+    assert (parsed.messages, parsed.faults) == ((ANSWER,), ("unknown role 'asistant'",))
+    parsed = read("<|start|>functions.x<|channel|>commentary<|message|>r<|end|>", role=None)
+    assert parsed.messages == (Message("tool", "r", "commentary", name="functions.x"),)
+    assert parsed.faults == ("unknown role 'functions.x'",)
+    to_itself = read("<|start|>functions.x to=assistant<|channel|>final<|message|>r<|end|>", role=None)
+    assert (to_itself.messages[0].name, to_itself.final) == ("functions.x", None)
 
 
 def test_nothing(ours):
@@ -573,8 +703,10 @@ SEEDS = [
     NEXT + '<|channel|>final <|constrain|>json<|message|>{"a": "🦩"}<|return|>',
     "<|channel|>analysis I think<|channel|>final It is 4.<|return|>",
     "I'm sorry, but I can't help with that.<|return|>",
+    "<|channel|>to=functions.f<|message|>{}<|call|>",
+    "<|channel|>commentary<|constrain|>json to=functions.f<|message|>{}<|end|><|start|>user:ann<|message|>x<|end|>",
 ]
-TELLING = "assistant user functions final analysis commentary to code json = . { 🦩\n"
+TELLING = "to=x to= assistant user functions final analysis commentary to code json = . { 🦩\n"
 CONTROL = [START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL, ENDOFTEXT, STARTOFTEXT, ENDOFPROMPT, VOCAB_SIZE - 1]
 EDITS = ("delete", "duplicate", "swap", "control", "telling", "byte", "any", "truncate", "splice")
 WHICH = st.integers(0, len(SEEDS) - 1)
@@ -640,10 +772,11 @@ def streamed(ours, ids, role):
     texts = {}
     deltas = [delta for i in ids for delta in parser.feed(i)] + parser.flush()
     parsed = parser.result()
-    for message, channel, recipient, text in deltas:
-        assert text
-        assert (channel, recipient) == (parsed.messages[message].channel, parsed.messages[message].recipient)
-        texts[message] = texts.get(message, "") + text
+    for delta in deltas:
+        message = parsed.messages[delta.message]
+        assert delta.text
+        assert (delta.role, delta.channel, delta.recipient) == (message.role, message.channel, message.recipient)
+        texts[delta.message] = texts.get(delta.message, "") + delta.text
     return parsed, texts
 
 
@@ -665,6 +798,6 @@ def test_a_stream_without_faults_is_one_to_openai_harmony(ours, theirs, seeds, w
     streams, telling = seeds
     ids = mutated(streams[which], edits, telling, streams[other])
     parsed = parse(ids, ours)
-    typed_to_nobody = any(m.content_type and m.recipient is None for m in parsed.messages)
-    if parsed.parse_status == "ok" and not typed_to_nobody:
+    ours_alone = any((m.content_type and m.recipient is None) or (m.name and m.role != "tool") for m in parsed.messages)
+    if parsed.parse_status == "ok" and not ours_alone:
         assert list(parsed.messages) == library_messages(theirs, ids, "assistant")

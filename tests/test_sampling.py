@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from scipy import stats  # jax brings scipy
 
 from gptoss_jax import sampling
 from gptoss_jax.sampling import FAULTY, Draw, SamplingParams
+from tests.goldens import make as golden
 
 V = 50
 LOGITS = np.random.default_rng(0).normal(0, 2, (8, V)).astype(np.float32)
@@ -231,6 +234,24 @@ def test_extreme_finite_logits_and_temperatures_draw():
     assert (_many(np.array([0.0, 1.0]), SamplingParams(temperature=1e4), 1_000) > 400).all()
 
 
+def test_a_penalty_that_overflows_still_draws_the_likeliest():
+    """Guards infinity minus infinity: huge logits that a penalty makes larger still are clipped, not lost."""
+    logits = np.full((1, V), -1.0)
+    logits[0, [3, 7]] = 3e38, 2e38
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(repetition_penalty=0.01, temperature=temperature, banned_ids=(7,))
+        assert _sample(logits, params).token.tolist() == [3]
+
+
+def test_draws_do_not_follow_the_process_s_random_bits():
+    """Guards seeds against JAX's default generator, which people change: rbg's bits depend on a row's neighbours."""
+    logits, params = np.zeros((4, V)), [SamplingParams(seed=i) for i in range(4)]
+    usual = _sample(logits, params).token.tolist()
+    with jax.default_prng_impl("rbg"):
+        _jitted.clear_cache()
+        assert _sample(logits, params).token.tolist() == usual
+
+
 def test_what_a_row_said_is_counted_for_active_rows_only():
     """Guards penalties over time: a row that has ended, or meets a fault, says nothing more."""
     rows = _rows([SamplingParams()] * 2)
@@ -279,3 +300,19 @@ def test_ids_that_do_not_exist_and_total_bans_are_refused(params, message):
     """Guards against a bias that lands nowhere, and a row with nothing to draw."""
     with pytest.raises(ValueError, match=message):
         params.check(7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("top_k=1.5", "top_k is 1.5, expected a whole number"),
+        ("seed=1.5", "seed is 1.5, expected a whole number"),
+        ("banned_ids=(1.5,)", "an id in banned_ids is 1.5, expected a whole number"),
+        ("logit_bias={1.5: 2.0}", "an id in logit_bias is 1.5, expected a whole number"),
+    ],
+)
+def test_fractions_are_refused_where_whole_numbers_belong(changes, message):
+    """Guards JSON's 1.5 for a whole number: in a process of its own, since this one's type checks come first."""
+    code = f"from gptoss_jax.sampling import SamplingParams; SamplingParams({changes})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=golden.ROOT, check=False)
+    assert done.stderr.splitlines()[-1] == f"ValueError: {message}"

@@ -88,14 +88,14 @@ def test_what_cannot_be_scored_is_refused(model):
     """Guards the messages, and a broken model against passing as an unlikely text."""
     with pytest.raises(RequestError, match="1 tokens to score, expected at least 2: the first has none before it"):
         model.score([1])
-    with pytest.raises(RequestError, match="0 to 512: expected a list of ids from 0 to 511"):
+    with pytest.raises(RequestError, match="token id 512 at position 1 names no token, expected 0 to 511"):
         model.score([0, 512])
     with pytest.raises(RequestError, match="top_logprobs is 21, expected 0 to 20"):
         model.score([1, 2], top_logprobs=21)
     sound = model.params["norm"]
     try:
         model.params["norm"] = sound * np.nan
-        with pytest.raises(NumericsError, match="logits are not finite behind token 0"):
+        with pytest.raises(NumericsError, match="logits are not finite behind token 0; check the checkpoint"):
             model.score([1, 2, 3])
     finally:
         model.params["norm"] = sound
@@ -144,7 +144,7 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
         ([], "", "stdin holds no text (--help lists the ways to give one)"),
         (["a"], "", "the text is 1 token long, expected at least 2: the first has none before it"),
         (["--token-ids", "1,x"], "", "--token-ids is '1,x', expected whole numbers such as 1,2,3"),
-        (["--token-ids", "1,201088"], "", "token id 201088 is outside the vocabulary, expected 0 to 201087"),
+        (["--token-ids", "1,200019"], "", "token id 200019 at position 1 names no token, expected 0 to 200018"),
         (["a text", "--stride", "4096"], "", "--stride is 4096, expected 1 to 4095, below --max-context-tokens"),
         (["a text", "--top-logprobs", "21"], "", "top_logprobs is 21, expected 0 to 20"),
     ],

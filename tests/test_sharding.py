@@ -73,14 +73,15 @@ def test_generation_on_a_mesh_equals_one_device(folder):
     assert logits.argmax(-1)[149:-1].tolist() == answers[0]
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("mesh", ["data=2", "data=2,expert=2,tensor=2"])
-def test_rows_on_other_data_shards_do_not_mix(mesh, folder):
+def test_rows_on_other_data_shards_do_not_mix(mesh, deterministic, folder):
     """Guards sums over the wrong mesh axis: rows with different prompts, which `logits` cannot show."""
     prompts = [tuple(TOKENS[n : 2 * n]) for n in (40, 70, 90, 11)]
     answers = []
     for where in (None, mesh):
         engine = gptoss_jax.load(folder, mesh=where, dtype="float32").engine(
-            EngineConfig(rows=4, max_context_tokens=128, prefill_widths=(64,))
+            EngineConfig(rows=4, max_context_tokens=128, prefill_widths=(64,), deterministic=deterministic)
         )
         for prompt in prompts:
             engine.submit(Request(prompt, (), 8, SamplingParams(temperature=0.0)))
