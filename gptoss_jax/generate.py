@@ -124,7 +124,7 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
         samples = collect(runner, requests, streams, view.show if live else lambda deltas: None, interrupted)
     statistics = measure(language_model, runner, len(prompt.token_ids), samples)
     if live:
-        view.finish_with_calls(samples[0].answer)
+        (view.finish if options.raw else view.finish_with_calls)(samples[0].answer)
     elif not options.json:
         show_all(screen, samples, options)
     if options.json:

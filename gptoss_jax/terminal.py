@@ -25,7 +25,9 @@ class Screen:
     def __init__(self):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
         plain = "NO_COLOR" in os.environ  # no-color.org; rich would still write codes for dim and bold
-        self._errors = Console(stderr=True, highlight=False, soft_wrap=True, color_system=None if plain else "auto")
+        self._errors = Console(
+            stderr=True, highlight=False, emoji=False, soft_wrap=True, color_system=None if plain else "auto"
+        )
         self._open = ""  # the stream whose last line is unfinished
 
     def say(self, line: str) -> None:

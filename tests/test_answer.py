@@ -179,9 +179,9 @@ def test_others_words_are_not_the_models_to_write():
         ("assistant", "final", "Rome too."),
     ]
     assert len(answer.messages) == 6
-    assert answer.final == "Hi."
+    assert answer.final == "Hi.\n\nRome too."
     answering = "".join(delta.text for delta in itertools.chain(*shown) if delta.is_answer)
-    assert answering == answer.final
+    assert answering == "Hi.Rome too."
 
 
 def test_only_the_answer_is_searched_for_stop_strings():
