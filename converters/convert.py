@@ -24,9 +24,9 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from converters.source import HUGGINGFACE_BF16, FileReport, Source, SourceError, leaf_bytes, open_source
+from converters.source import HUGGINGFACE_BF16, FileReport, Source, SourceError, open_source
 from gptoss_jax import checkpoint, command, model, sharding
-from gptoss_jax.checkpoint import CheckpointError, Leaf, Writer
+from gptoss_jax.checkpoint import CheckpointError, Leaf, Writer, leaf_bytes
 from gptoss_jax.config import to_huggingface
 
 NAME = "convert"

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from converters import huggingface, openai, packing
 from converters.recipe import Recipe
 from converters.safetensors_reader import PIECE_BYTES, Entry, SafetensorsFile, SourceError, open_file
 from gptoss_jax import checkpoint
-from gptoss_jax.checkpoint import Leaf
+from gptoss_jax.checkpoint import Leaf, leaf_bytes
 from gptoss_jax.config import ModelConfig, read_config
 from gptoss_jax.sharding import Sharding
 
@@ -444,8 +443,3 @@ def load(
             report(leaf_bytes(leaf))
     _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
     return arrays
-
-
-def leaf_bytes(leaf: Leaf) -> int:
-    """Bytes of a declared leaf."""
-    return math.prod(leaf.shape) * leaf.dtype.itemsize

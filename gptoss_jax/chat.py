@@ -11,7 +11,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from gptoss_jax import harmony, messages
-from gptoss_jax.answer import AnswerStream, Sample, collect
+from gptoss_jax.answer import AnswerStream, Sample, call_document, collect
 from gptoss_jax.engine import Engine, Request
 from gptoss_jax.harmony import Settings
 from gptoss_jax.messages import Conversation
@@ -31,6 +31,7 @@ class Talk:
         stop_strings: texts before which an answer ends.
         settings: what the model is told.
         said: the conversation so far, without what the settings put in front.
+        vocab_path: as for `harmony.render`.
         samples: the answers of this session.
     """
 
@@ -40,6 +41,7 @@ class Talk:
     stop_strings: tuple[str, ...]
     settings: Settings
     said: list[Message]
+    vocab_path: str | None = None
     samples: list[Sample] = field(default_factory=list)
 
     def answer(
@@ -52,12 +54,16 @@ class Talk:
         """
         said = [*self.said, *new]
         stream = AnswerStream(self.words, stop_strings=self.stop_strings)
-        prompt = tuple(harmony.render(said, self.settings))
+        prompt = tuple(self.render(said))
         request = replace(self.request, token_ids=prompt, ends_at=stream.ends_at)
         (sample,) = collect(self.runner, [request], [stream], show, interrupted)
         self.said = [*said, *messages.from_parsed(sample.answer.history())]
         self.samples.append(sample)
         return sample
+
+    def render(self, said: Sequence[Message]) -> list[int]:
+        """The ids behind which the assistant speaks next."""
+        return harmony.render(said, self.settings, vocab_path=self.vocab_path)
 
     def change(self, **fields: str) -> None:
         """Other settings from the next turn on.
@@ -68,11 +74,6 @@ class Talk:
         settings = replace(self.settings, **fields)
         harmony.check_can_be_set(self.said, list(fields))
         self.settings = settings
-
-    def waiting_call(self) -> Message | None:
-        """The tool call that the conversation ends with, if it waits for a result."""
-        waiting = harmony.waiting_calls(self.said)
-        return self.said[waiting[0]] if waiting else None
 
     def conversation(self) -> list[Message]:
         """All messages, with what the settings put in front."""
@@ -139,10 +140,8 @@ class _Console:
             self._screen.say(f"{error} (/reset forgets the conversation)")
             return
         view.finish(sample.answer)
-        for call in sample.answer.parsed.calls:
-            self._screen.say(
-                f"call {(call.recipient or '').removeprefix('functions.')}({call.content}): /result answers it"
-            )
+        for call in map(call_document, sample.answer.parsed.calls):
+            self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
         for remark in remarks(sample.answer):
             self._screen.say(remark)
 
@@ -171,7 +170,7 @@ class _Console:
     def _stats(self, text: str) -> None:
         tokens = sum(len(sample.answer.parsed.token_ids) for sample in self._talk.samples)
         seconds = sum(sample.last_token_seconds - sample.first_token_seconds for sample in self._talk.samples)
-        context = len(harmony.render(self._talk.said, self._talk.settings))
+        context = len(self._talk.render(self._talk.said))
         limit = self._talk.runner.engine_config.max_context_tokens
         speed = f" at {(tokens - len(self._talk.samples)) / seconds:.2f} tokens/s" if seconds else ""
         self._screen.say(f"answers: {len(self._talk.samples)}, of {tokens} tokens{speed}")

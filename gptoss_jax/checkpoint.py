@@ -634,13 +634,13 @@ def restore(
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(leaves):
         arrays |= _restore_batch(path, {name: leaves[name] for name in batch}, sharding)
-        report(sum(_leaf_bytes(leaves[name]) for name in batch))
+        report(sum(leaf_bytes(leaves[name]) for name in batch))
     return {name: arrays[name] for name in leaves}
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[list[str]]:
     """Leaves in groups as large as the largest of them, large ones first, while there is most room."""
-    size_bytes = {name: _leaf_bytes(leaf) for name, leaf in leaves.items()}
+    size_bytes = {name: leaf_bytes(leaf) for name, leaf in leaves.items()}
     batch, held = [], 0
     for name in sorted(leaves, key=lambda name: size_bytes[name], reverse=True):
         if batch and held + size_bytes[name] > max(size_bytes.values()):
@@ -651,7 +651,8 @@ def _batches(leaves: Mapping[str, Leaf]) -> Iterator[list[str]]:
     yield batch
 
 
-def _leaf_bytes(leaf: Leaf) -> int:
+def leaf_bytes(leaf: Leaf) -> int:
+    """Bytes of a declared leaf."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 

@@ -42,6 +42,11 @@ def refuse(message: str, name: str) -> NoReturn:
     sys.exit(EXIT_CODE)
 
 
+def spelled(name: str) -> str:
+    """A flag as people type it: --two-words."""
+    return f"--{name.replace('_', '-')}"
+
+
 def help_text(options: flags.FlagValues, sections: Sections) -> str:
     """Every flag of every section with its values, meaning and default, on lines of at most 80 columns."""
     parts = []
@@ -63,15 +68,14 @@ def _flag_help(flag: flags.Flag) -> str:
     """Help that begins with `WORD: ` names the flag's value so; absl begins an enum's with `<one|another>: `."""
     found = re.fullmatch(r"<?([A-Z][A-Z=,.]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
     value, meaning = found.groups() if found else (flag.flag_type().upper(), flag.help or "")
-    spelled = flag.name.replace("_", "-")
-    usage = f"  --[no]{spelled}" if flag.boolean else f"  --{spelled} {value}"
+    usage = f"  --[no]{spelled(flag.name)[2:]}" if flag.boolean else f"  {spelled(flag.name)} {value}"
     meaning = meaning.split(";\n")[0]  # what absl adds to a flag that may be repeated
     default = "" if flag.boolean or flag.default in (None, "") or flag.default == [] else f" [{flag.default}]"
     indent = " " * 6
     return f"{usage}\n" + textwrap.fill(meaning + default, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-def _parse(argv: Sequence[str], name: str, sections: Sections | None) -> list[str]:
+def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
     if {"--help", "-h"} & set(argv[1:]):

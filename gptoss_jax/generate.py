@@ -45,7 +45,7 @@ from gptoss_jax.harmony import Settings
 from gptoss_jax.messages import Conversation
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import AnswerView, Screen, interruptible, remarks
+from gptoss_jax.terminal import AnswerView, Screen, interruptible, load_model, remarks
 from gptoss_jax.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "prompt_file", "token_ids")
@@ -56,7 +56,7 @@ SECTIONS = {
     "What the model is told": request_flags.TOLD,
     "How tokens are drawn": request_flags.DRAWN,
     "What is shown and kept": SHOWN,
-    "Model and machine": (*runtime.FLAGS, *request_flags.ENGINE, "vocab"),
+    "Model and machine": (*runtime.FLAGS, *request_flags.ENGINE),
 }
 _WITHOUT_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
 MAX_ROWS = 16  # answers to one prompt that run at once
@@ -78,7 +78,6 @@ def define_flags() -> None:
     flags.DEFINE_bool("raw", False, "Print all that comes, as it comes, control tokens spelled out.")
     flags.DEFINE_string("save", None, "FILE: Where to write the conversation as JSON, for --messages.")
     flags.DEFINE_integer("n", 1, "N: Answers to the prompt; the second is drawn with seed + 1, and so on.")
-    flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
     request_flags.define_flags()
     runtime.define_flags()
 
@@ -118,15 +117,19 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
     ]
     language_model, runner = load(options, screen, rows=min(options.n, MAX_ROWS))
     screen.say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
-    view = AnswerView(screen, show_reasoning=options.show_reasoning)
-    live = not options.json and options.n == 1
+    look = {"show_reasoning": options.show_reasoning, "print_calls": not options.raw}
+    view, live = AnswerView(screen, **look), not options.json and options.n == 1
     with interruptible() as interrupted:
         samples = collect(runner, requests, streams, view.show if live else lambda deltas: None, interrupted)
-    statistics = measure(language_model, runner, len(prompt.token_ids), samples)
     if live:
-        (view.finish if options.raw else view.finish_with_calls)(samples[0].answer)
+        view.finish(samples[0].answer)
     elif not options.json:
-        show_all(screen, samples, options)
+        for i, (request, sample) in enumerate(zip(requests, samples, strict=True), 1):
+            screen.say(f"answer {i} of {options.n} (seed {request.sampling.seed}):")
+            view = AnswerView(screen, **look)
+            view.show(sample.deltas)
+            view.finish(sample.answer)
+    statistics = measure(language_model, runner, len(prompt.token_ids), samples)
     if options.json:
         print(command.to_json(document(options, runner, prompt, samples, statistics)))
     if options.save:
@@ -148,7 +151,7 @@ def _chat(
     drawn: SamplingParams,
 ) -> None:
     """A session of prompts and answers."""
-    wrong = [f"--{flag.replace('_', '-')}" for flag in _WITHOUT_CHAT if options[flag].present]
+    wrong = [command.spelled(flag) for flag in _WITHOUT_CHAT if options[flag].present]
     if wrong or arguments:
         raise ValueError(f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself")
     before = messages.read_messages(options.messages) if options.messages else Conversation(())
@@ -157,7 +160,7 @@ def _chat(
     request = request_flags.request(options, config, [tokenizer.START], drawn)
     AnswerStream(words, stop_strings=options.stop)  # refuses what it cannot look for
     _, runner = load(options, screen, rows=1)
-    talk = chat.Talk(runner, words, request, tuple(options.stop), told, list(before.messages))
+    talk = chat.Talk(runner, words, request, tuple(options.stop), told, list(before.messages), options.vocab)
     chat.run(talk, screen, show_reasoning=options.show_reasoning)
 
 
@@ -185,7 +188,7 @@ def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Setti
 def _plain_ids(options: flags.FlagValues) -> list[int]:
     for flag in (*request_flags.TOLD, "messages", "tool_results", "save"):
         if options[flag].present:
-            raise ValueError(f"--token-ids is the whole prompt, so --{flag.replace('_', '-')} has no place in it")
+            raise ValueError(f"--token-ids is the whole prompt, so {command.spelled(flag)} has no place in it")
     return list(request_flags.ids("token_ids", options.token_ids.split(",")))
 
 
@@ -213,25 +216,11 @@ def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prom
 
 def load(options: flags.FlagValues, screen: Screen, rows: int) -> tuple[LanguageModel, Engine]:
     """The model, and an engine of at least so many rows, with a progress bar for each."""
-    with screen.progress("loading") as report_load:
-        language_model = runtime.load_from_flags(options, report_load)
-    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
-    screen.say(language_model.kernels)
-    if language_model.weights_are_random:
-        screen.say("these weights are RANDOM: the text is noise, not an answer")
+    language_model = load_model(screen, options, if_random="the text is noise, not an answer")
     shards = language_model.sharding.size("rows")
-    with screen.progress("compiling") as report_compile:
+    with screen.progress("compiling") as report:
         engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
-        return language_model, language_model.engine(engine_config, report=report_compile)
-
-
-def show_all(screen: Screen, samples: Sequence[Sample], options: flags.FlagValues) -> None:
-    """Several answers, one behind the other."""
-    for i, sample in enumerate(samples):
-        screen.say(f"answer {i + 1} of {len(samples)} (seed {(options.seed + i) % 2**32}):")
-        view = AnswerView(screen, show_reasoning=options.show_reasoning)
-        view.show(sample.deltas)
-        view.finish_with_calls(sample.answer)
+        return language_model, language_model.engine(engine_config, report=report)
 
 
 # ---- what is said of it ----

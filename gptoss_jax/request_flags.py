@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 
 from gptoss_jax import harmony, messages
+from gptoss_jax.command import spelled
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import EngineConfig, Request
 from gptoss_jax.harmony import Settings
@@ -89,8 +90,7 @@ def merge(told: Settings, conversation: Conversation, options: flags.FlagValues)
     for field, value in conversation.settings.items():
         flag = flag_of[field]
         if options[flag].present and getattr(told, field) != value:
-            spelled = flag.replace("_", "-")
-            raise ValueError(f"--{spelled} and the conversation's file say different things: leave one of them out")
+            raise ValueError(f"{spelled(flag)} and the conversation's file say different things: leave one of them out")
     return dataclasses.replace(told, **conversation.settings)
 
 
@@ -137,8 +137,7 @@ def ids(flag: str, words: Sequence[str]) -> tuple[int, ...]:
     try:
         return tuple(map(int, words))
     except ValueError:
-        spelled = flag.replace("_", "-")
-        raise ValueError(f"--{spelled} is {','.join(words)!r}, expected whole numbers such as 1,2,3") from None
+        raise ValueError(f"{spelled(flag)} is {','.join(words)!r}, expected whole numbers such as 1,2,3") from None
 
 
 def only_source(
@@ -155,7 +154,7 @@ def only_source(
     for name in names:
         value: Any = options[name].value
         if value is not None:
-            sources[f"--{name.replace('_', '-')}"] = (name, value)
+            sources[spelled(name)] = (name, value)
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(sources)}: expected one of them")
     return next(iter(sources.values()), None)

@@ -298,7 +298,7 @@ def load(
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
-    total = sum(source.leaf_bytes(leaf) for leaf in declared.leaves.values())
+    total = sum(checkpoint.leaf_bytes(leaf) for leaf in declared.leaves.values())
     loaded = 0
 
     def report_more(num_bytes: int) -> None:
@@ -380,11 +380,11 @@ def _are_random(provenance: dict[str, Any]) -> bool:
 # ---- for commands ----
 
 
-FLAGS = ("checkpoint", "mesh", "dtype", "kernels", "compilation_cache")
+FLAGS = ("checkpoint", "mesh", "dtype", "kernels", "compilation_cache", "vocab")
 
 
 def define_flags() -> None:
-    """The flags that every command which runs a model shares, those in FLAGS; `load_from_flags` reads them."""
+    """The flags that every command which runs a model shares, those in FLAGS; all but vocab are `load_from_flags`'s."""
     flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
     flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
     flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
@@ -394,6 +394,7 @@ def define_flags() -> None:
         None,
         "FOLDER: Where compiled programs are kept; left out: in the user's cache folder; empty: nowhere.",
     )
+    flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
 
 
 def config_from_flags(options: flags.FlagValues) -> ModelConfig:

@@ -27,7 +27,7 @@ from absl import flags
 from gptoss_jax import command, request_flags, runtime, tokenizer
 from gptoss_jax.runtime import LanguageModel, Scores
 from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import Screen
+from gptoss_jax.terminal import Screen, load_model
 from gptoss_jax.tokenizer import Tokenizer
 
 TEXTS = ("text", "file", "token_ids")
@@ -35,7 +35,7 @@ SECTIONS = {
     "What is scored (text on stdin where none of these is given)": (*TEXTS, "lines"),
     "How": ("max_context_tokens", "stride", "top_logprobs"),
     "What is shown": ("tokens", "json"),
-    "Model and machine": (*runtime.FLAGS, "vocab"),
+    "Model and machine": runtime.FLAGS,
 }
 
 
@@ -52,7 +52,6 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("tokens", False, "Print a line for each token: place, id, log probability, text.")
     flags.DEFINE_bool("json", False, "Print one JSON document.")
-    flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
     runtime.define_flags()
 
 
@@ -87,12 +86,7 @@ def main(arguments: list[str]) -> None:
     config = runtime.config_from_flags(options)
     for ids in texts:  # before the weights are read
         runtime.check_named(ids, config)
-    with screen.progress("loading") as report:
-        language_model = runtime.load_from_flags(options, report)
-    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
-    screen.say(language_model.kernels)
-    if language_model.weights_are_random:
-        screen.say("these weights are RANDOM: the probabilities are of noise")
+    language_model = load_model(screen, options, if_random="the probabilities are of noise")
     scores = []
     with screen.progress("scoring") as report:
         for i, ids in enumerate(texts):

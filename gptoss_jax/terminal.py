@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gptoss_jax import runtime
 from gptoss_jax.answer import RAW, Answer, call_document
 from gptoss_jax.parser import Delta
+from gptoss_jax.runtime import LanguageModel
 
 REASONING = "analysis"
 REASONING_STYLE = "dim"
@@ -76,8 +79,9 @@ class Screen:
 class AnswerView:
     """Shows one answer as it comes: the answer proper on stdout, on stderr the reasoning, if wanted, and preambles."""
 
-    def __init__(self, screen: Screen, *, show_reasoning: bool = False):
-        self._screen, self._show_reasoning = screen, show_reasoning
+    def __init__(self, screen: Screen, *, show_reasoning: bool = False, print_calls: bool = False):
+        """`print_calls`: in the end on stdout, where a program can read them, one JSON object a line."""
+        self._screen, self._show_reasoning, self._print_calls = screen, show_reasoning, print_calls
         self._aside = ""  # what is being shown that is no answer
         self._answered = False
 
@@ -108,12 +112,23 @@ class AnswerView:
         if not self._answered:
             self._screen.answer(answer.stray_text if answer.final is None else answer.final)
         self._screen.finish_line()
-
-    def finish_with_calls(self, answer: Answer) -> None:
-        """As `finish`, with the calls on stdout, where a program can read them: one JSON object a line."""
-        self.finish(answer)
-        for call in answer.parsed.calls:
+        for call in answer.parsed.calls if self._print_calls else ():
             self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
+
+
+def load_model(screen: Screen, options: flags.FlagValues, *, if_random: str) -> LanguageModel:
+    """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
+
+    Raises:
+        ValueError: as `runtime.load`.
+    """
+    with screen.progress("loading") as report:
+        language_model = runtime.load_from_flags(options, report)
+    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
+    screen.say(language_model.kernels)
+    if language_model.weights_are_random:
+        screen.say(f"these weights are RANDOM: {if_random}")
+    return language_model
 
 
 def remarks(answer: Answer) -> list[str]:

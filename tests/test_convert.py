@@ -268,7 +268,7 @@ def test_tables_cover_the_model(small):
         for layout, table in source.LAYOUTS.items():
             recipes = table(config)
             assert recipes.keys() == leaves.keys(), layout
-            taken = sum(source.leaf_bytes(leaf) for leaf in leaves.values())
+            taken = sum(checkpoint.leaf_bytes(leaf) for leaf in leaves.values())
             assert taken == sum(_bytes_of(recipe) for recipe in recipes.values()), layout
 
 
