@@ -214,19 +214,20 @@ _draw = jax.jit(lambda logits, row, at: sampling.sample(logits, row, at, 512))
 
 
 def test_a_dispatch_stays_short_when_rows_join(model):
-    """Guards flowing text: after one row alone, the first dispatch of many rows takes fewer steps, not as many."""
+    """Guards flowing text: a dispatch takes a tenth of a second, whether one row or nine take turns in each step."""
     engine = model.engine(EngineConfig(rows=9, max_context_tokens=256, prefill_widths=(64,), deterministic=True))
     engine.submit(Request(_prompt(5), (), 200, GREEDY))
-    for _ in range(4):
-        engine.tick()
-    alone = len(engine.tick()[0].token_ids)
+    engine.tick()  # the prompt
+    engine._seconds_per_turn = 0.01  # as if measured
+    assert [len(event.token_ids) for event in engine.tick()] == [10]
     for i in range(8):
         engine.submit(Request(_prompt(5, i), (), 200, GREEDY))
     for _ in range(8):
         engine.tick()  # the prompts
-    together = [len(event.token_ids) for event in engine.tick()]
-    assert len(together) == 9
-    assert max(together) <= max(1, alone // 4)
+    for seconds, steps in ((0.01, 1), (0.001, 11)):
+        engine._seconds_per_turn = seconds
+        assert [len(event.token_ids) for event in engine.tick()] == [steps] * 9
+    assert 0 < engine._seconds_per_turn < 1  # measured again
 
 
 @BOTH
