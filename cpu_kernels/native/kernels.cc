@@ -1,0 +1,14 @@
+// All kernels of one instruction set: setup.py compiles this file once for each.
+#include "kernels.h"
+
+#include "linear.h"
+
+#define CPU_KERNELS_STRING(name) CPU_KERNELS_STRING_OF(name)
+#define CPU_KERNELS_STRING_OF(name) #name
+
+namespace cpu_kernels::CPU_KERNELS_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear};
+
+}  // namespace cpu_kernels::CPU_KERNELS_ISA

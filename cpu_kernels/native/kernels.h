@@ -1,0 +1,51 @@
+// What the kernels of every instruction set look like to XLA's handlers: plain arguments, one table of functions each.
+#ifndef CPU_KERNELS_KERNELS_H_
+#define CPU_KERNELS_KERNELS_H_
+
+#include <stdint.h>
+
+#include "parallel.h"
+
+namespace cpu_kernels {
+
+// Activations [rows, columns], float32 or bfloat16, row by row.
+struct Activations {
+  const void* data;
+  bool is_bf16;
+  int64_t rows, columns;
+};
+
+// y [rows, outputs] = x w^T, w [outputs, columns] bfloat16.
+struct LinearCall {
+  Activations x;
+  const uint16_t* w;
+  int64_t outputs;
+  float* y;
+};
+
+// One instruction set's kernels. Each gives false where memory for scratch is lacking.
+struct Kernels {
+  const char* name;
+  bool (*linear)(const Pool&, const LinearCall&);
+};
+
+// Compiled in by setup.py as far as the compiler goes; run only where `is_supported` says so.
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace neon {
+extern const Kernels kKernels;
+}
+namespace portable {
+extern const Kernels kKernels;
+}
+
+// The kernels in use: the best that this machine can run, or what `cpu_kernels_select` asked for.
+const Kernels& kernels();
+
+}  // namespace cpu_kernels
+
+#endif  // CPU_KERNELS_KERNELS_H_

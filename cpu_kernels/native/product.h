@@ -1,0 +1,153 @@
+// Dot products of activations with packed weights: one order of adding, whatever the number of rows.
+//
+// A dot product over K inputs goes in blocks of 32: sixteen lanes take the even inputs of a block, then, in the same
+// accumulator, the odd ones; the lanes are added up at the end. That is the order in which bytes of two MXFP4 codes and
+// words of two bfloat16s unpack without a shuffle, and activations are laid out to fit ("unzipped": of each block first
+// the even inputs, then the odd ones, zeros behind the last). Few rows of activations meet weights unpacked in
+// registers; many meet a panel of weights unpacked once into cache. Both add in this order, so a row of the result has
+// the same bits beside any neighbours.
+#ifndef CPU_KERNELS_PRODUCT_H_
+#define CPU_KERNELS_PRODUCT_H_
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace cpu_kernels::CPU_KERNELS_ISA {
+
+constexpr int64_t kBlock = 32;
+constexpr int64_t kPanelRows = 32;  // rows of weights that one task takes
+constexpr int64_t kFewRows = 4;     // rows of activations up to which weights stay in registers
+constexpr int64_t kDepth = 960;     // inputs for which the tiles below stay in the first-level cache
+
+// Rows of weights and of activations whose products are summed in registers at a time.
+#if defined(CPU_KERNELS_AVX512)
+constexpr int kTileWeights = 4, kTileRows = 6;
+#else
+constexpr int kTileWeights = 2, kTileRows = 3;
+#endif
+static_assert(kPanelRows % kTileWeights == 0);
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Unzips row `row` of x into round_up(columns, 32) floats.
+inline void unzip(const Activations& x, int64_t row, float* out) {
+  const int64_t whole = x.columns / kBlock * kBlock;
+  memset(out + whole, 0, sizeof(float) * size_t(round_up(x.columns, kBlock) - whole));
+  const auto at = [&](int64_t k) { return out + k / kBlock * kBlock + k % 2 * kLanes + k % kBlock / 2; };
+  if (!x.is_bf16) {
+    const float* in = static_cast<const float*>(x.data) + row * x.columns;
+    for (int64_t k = 0; k < x.columns; ++k) *at(k) = in[k];
+    return;
+  }
+  const uint16_t* in = static_cast<const uint16_t*>(x.data) + row * x.columns;
+  for (int64_t k = 0; k < whole; k += kBlock) {
+    Vec even, odd;
+    unpack_bf16(in + k, even, odd);
+    store(out + k, even);
+    store(out + k + kLanes, odd);
+  }
+  for (int64_t k = whole; k < x.columns; ++k) {
+    const uint32_t bits = uint32_t(in[k]) << 16;
+    memcpy(at(k), &bits, sizeof bits);
+  }
+}
+
+// All of x, unzipped, and a pointer to each row.
+class Unzipped {
+ public:
+  Unzipped(const Pool& pool, const Activations& x)
+      : stride_(round_up(x.columns, kBlock)),
+        values_(x.rows * stride_ * int64_t(sizeof(float))),
+        rows_(x.rows * int64_t(sizeof(float*))) {
+    if (!ok()) return;
+    auto body = [&](int64_t row, int64_t) {
+      rows()[row] = values_.floats() + row * stride_;
+      unzip(x, row, values_.floats() + row * stride_);
+    };
+    if (x.rows <= kFewRows)
+      for (int64_t row = 0; row < x.rows; ++row) body(row, 0);
+    else
+      parallel_for(pool, x.rows, body);
+  }
+
+  bool ok() const { return values_.data() && rows_.data(); }
+  const float** rows() const { return static_cast<const float**>(rows_.data()); }
+
+ private:
+  int64_t stride_;
+  Scratch values_, rows_;
+};
+
+// Weights [outputs, inputs] as bfloat16.
+struct Bf16Weights {
+  const uint16_t* data;
+  int64_t inputs;
+
+  int64_t whole_blocks() const { return inputs / kBlock; }
+  bool has_rest() const { return inputs % kBlock != 0; }
+  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
+    unpack_bf16(data + row * inputs + block * kBlock, even, odd);
+  }
+  void unpack_rest(int64_t row, Vec& even, Vec& odd) const {
+    uint16_t rest[kBlock] = {};
+    memcpy(rest, data + row * inputs + whole_blocks() * kBlock, sizeof(uint16_t) * size_t(inputs % kBlock));
+    unpack_bf16(rest, even, odd);
+  }
+};
+
+// out[m * stride + r] for R rows of weights from `row` on and M rows of activations, weights staying in registers.
+template <int R, int M, class Weights>
+inline void multiply_in_registers(const Weights& w, int64_t row, const float* const* x, float* out, int64_t stride) {
+  Vec sums[M][R];
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
+  const auto add_block = [&](int r, int64_t block, Vec even, Vec odd) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      sums[m][r] = fma(even, load(x[m] + block * kBlock), sums[m][r]);
+      sums[m][r] = fma(odd, load(x[m] + block * kBlock + kLanes), sums[m][r]);
+    }
+  };
+  Vec even, odd;
+  const int64_t whole = w.whole_blocks();
+  for (int64_t block = 0; block < whole; ++block) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      w.unpack(row + r, block, even, odd);
+      add_block(r, block, even, odd);
+    }
+  }
+  if (w.has_rest()) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      w.unpack_rest(row + r, even, odd);
+      add_block(r, whole, even, odd);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) out[m * stride + r] = sum(sums[m][r]);
+}
+
+template <int M, class Weights>
+inline void multiply_few(
+    const Weights& w, int64_t first, int64_t count, const float* const* x, float* out, int64_t stride) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) multiply_in_registers<4, M>(w, first + r, x, out + r, stride);
+  for (; r < count; ++r) multiply_in_registers<1, M>(w, first + r, x, out + r, stride);
+}
+
+// out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` <= kPanelRows and m below `rows`.
+// `panel` is this worker's scratch, of `panel_floats`.
+template <class Weights>
+void multiply(const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out,
+              int64_t stride, float* panel) {
+  (void)panel;
+  for (; rows >= 4; rows -= 4, x += 4, out += 4 * stride) multiply_few<4>(w, first, count, x, out, stride);
+  if (rows == 3) multiply_few<3>(w, first, count, x, out, stride);
+  if (rows == 2) multiply_few<2>(w, first, count, x, out, stride);
+  if (rows == 1) multiply_few<1>(w, first, count, x, out, stride);
+}
+
+}  // namespace cpu_kernels::CPU_KERNELS_ISA
+
+#endif  // CPU_KERNELS_PRODUCT_H_

@@ -1,0 +1,68 @@
+"""Builds the CPU kernels' shared library, one object file per instruction set; all else is in pyproject.toml.
+
+An installation without a C++17 compiler, or on a machine that the kernels do not know, goes on without the library:
+the package then computes with XLA alone.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("cpu_kernels/native")
+FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility-inlines-hidden"]
+# GCC 12 warns of what its own AVX-512 header leaves undefined on purpose.
+X86 = {
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+        "-Wno-maybe-uninitialized",
+    ],
+    "avx2": ["-mavx2", "-mfma"],
+}
+MACHINES = {  # instruction sets beside portable C++, with the flags that allow them
+    "x86_64": X86,
+    "amd64": X86,
+    "aarch64": {"neon": []},
+    "arm64": {"neon": []},
+}
+
+
+class BuildKernels(build_ext):
+    """Compiles `kernels.cc` once per instruction set, the rest once, and links them."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds the one extension, or says in one line what is lost without it."""
+        try:
+            self._build(Path(self.get_ext_fullpath(ext.name)))
+        except Exception as error:  # of any kind: whatever stops the compiler must not stop the installation
+            print(f"gptoss-jax: no CPU kernels, XLA alone will run there, many times slower ({error})", file=sys.stderr)
+
+    def _build(self, library: Path) -> None:
+        import jax.ffi
+
+        sets = MACHINES.get(platform.machine().lower(), {})
+        have = [("CPU_KERNELS_HAVE_X86", None)] if sets is X86 else [("CPU_KERNELS_HAVE_NEON", None)] if sets else []
+        objects = self._compile(["handlers.cc", "parallel.cc"], "common", have, ["-isystem", jax.ffi.include_dir()])
+        for name, flags in {**sets, "portable": []}.items():
+            objects += self._compile(["kernels.cc"], name, [(f"CPU_KERNELS_{name.upper()}", None)], flags)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, str(library), target_lang="c++")
+
+    def _compile(self, names: list[str], folder: str, macros: list, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [str(NATIVE / name) for name in names],
+            output_dir=str(Path(self.build_temp) / folder),
+            macros=macros,
+            extra_postargs=FLAGS + flags,
+            depends=[str(path) for path in sorted(NATIVE.iterdir())],
+        )
+
+
+sources = [str(path) for path in sorted(NATIVE.glob("*.cc"))]
+headers = [str(path) for path in sorted(NATIVE.glob("*.h"))]
+setup(
+    ext_modules=[Extension("cpu_kernels._native", sources, depends=headers, optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)
