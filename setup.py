@@ -44,7 +44,7 @@ class BuildKernels(build_ext):
 
         sets = MACHINES.get(platform.machine().lower(), {})
         have = [("CPU_KERNELS_HAVE_X86", None)] if sets is X86 else [("CPU_KERNELS_HAVE_NEON", None)] if sets else []
-        objects = self._compile(["handlers.cc", "parallel.cc"], "common", have, ["-isystem", jax.ffi.include_dir()])
+        objects = self._compile(["attention_handlers.cc", "handlers.cc", "parallel.cc"], "common", have, ["-isystem", jax.ffi.include_dir()])
         for name, flags in {**sets, "portable": []}.items():
             objects += self._compile(["kernels.cc"], name, [(f"CPU_KERNELS_{name.upper()}", None)], flags)
         library.parent.mkdir(parents=True, exist_ok=True)

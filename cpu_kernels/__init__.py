@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 FOLDER = Path(__file__).parent
-HANDLERS = ("linear",)
+HANDLERS = ("linear", "paged_attention", "banded_attention",)
 
 
 class Unavailable(RuntimeError):

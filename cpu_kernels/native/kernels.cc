@@ -1,6 +1,7 @@
 // All kernels of one instruction set: setup.py compiles this file once for each.
 #include "kernels.h"
 
+#include "attention.h"
 #include "linear.h"
 
 #define CPU_KERNELS_STRING(name) CPU_KERNELS_STRING_OF(name)
@@ -9,6 +10,6 @@
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear};
+const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear, attention};
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "attention_call.h"
 #include "parallel.h"
 
 namespace cpu_kernels {
@@ -27,6 +28,7 @@ struct LinearCall {
 struct Kernels {
   const char* name;
   bool (*linear)(const Pool&, const LinearCall&);
+  bool (*attention)(const Pool&, const AttentionCall&);
 };
 
 // Compiled in by setup.py as far as the compiler goes; run only where `is_supported` says so.

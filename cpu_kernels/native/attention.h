@@ -1,0 +1,484 @@
+// Attention on one instruction set: a block of queries over blocks of keys, by a softmax under way (arXiv:1805.02867).
+//
+// A key is read once for all query rows of a block (tokens times heads of the group). Every sum has one order, whatever
+// the block: a logit is summed over the head in order, a value over the keys in order, in blocks of 64 and spans of 1,024
+// counted from the row's start. A key that a query does not see enters with weight 0, which changes no bit.
+#ifndef CPU_KERNELS_ATTENTION_H_
+#define CPU_KERNELS_ATTENTION_H_
+
+#include "attention_call.h"
+#include "parallel.h"
+#include "tiles.h"
+#include "vec.h"
+
+namespace cpu_kernels::CPU_KERNELS_ISA {
+namespace attending {
+
+// Rows of queries, tokens times heads of the group, that are worth taking together.
+constexpr int64_t kBlockRows = 64;
+
+// Keys of one row that are summed before they meet the others'. Fixed, whatever the number of threads.
+constexpr int64_t kSpanKeys = 1024;
+
+constexpr int kBlockKeys = 64;
+constexpr int kKeyVecs = kBlockKeys / kLanes;
+
+// Below all logits: stands for a sink of minus infinity, the difference of two of which is no number.
+constexpr float kLowest = -1e38f;
+
+// Rows and vectors of the sums that stay in registers while a product's inner dimension goes by.
+#if defined(CPU_KERNELS_AVX512)
+constexpr int kTileRows = 4, kTileVecs = 4;
+#else
+constexpr int kTileRows = 4, kTileVecs = 1;
+#endif
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t padded(int64_t lanes) { return (lanes + kLanes - 1) / kLanes * kLanes; }
+
+// ---- products ----
+
+// c = shrink c + a b for a few rows of a [., depth] and vectors of b [depth, .]; without shrink, c = a b.
+template <int kRows, int kVecs>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          const float* shrink, float* c, int64_t c_stride) {
+  Vec sums[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v)
+      sums[r][v] = shrink ? mul(load(c + r * c_stride + v * kLanes), splat(shrink[r])) : splat(0);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kVecs];
+    for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * b_stride + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec factor = splat(a[r * a_stride + k]);
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
+}
+
+template <int kRows>
+inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          const float* shrink, float* c, int64_t c_stride) {
+  int64_t column = 0;
+  for (; column + kTileVecs * kLanes <= b_stride; column += kTileVecs * kLanes)
+    multiply_tile<kRows, kTileVecs>(a, a_stride, b + column, b_stride, depth, shrink, c + column, c_stride);
+  for (; column < b_stride; column += kLanes)
+    multiply_tile<kRows, 1>(a, a_stride, b + column, b_stride, depth, shrink, c + column, c_stride);
+}
+
+// The same for all rows of a and all columns of b, whose rows are whole vectors, one behind the other.
+inline void multiply(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
+              const float* shrink, float* c) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows)
+    multiply_rows<kTileRows>(a + r * a_stride, a_stride, b, columns, depth, shrink ? shrink + r : nullptr,
+                             c + r * columns, columns);
+  for (; r < rows; ++r)
+    multiply_rows<1>(a + r * a_stride, a_stride, b, columns, depth, shrink ? shrink + r : nullptr, c + r * columns,
+                     columns);
+}
+
+// ---- what a query sees ----
+
+// Query tokens [first, end) of a row under one key/value head: they read each key once, for all heads of its group.
+struct Queries {
+  int64_t row, kv_head, first, end;
+};
+
+// Key positions [first, end).
+struct Range {
+  int64_t first, end;
+};
+
+inline Range seen_by(const AttentionCall& call, int64_t row, int64_t token) {
+  const int64_t position = call.positions[row * call.tokens + token];
+  if (position < 0) return {0, 0};
+  if (call.page_table) return {0, least(position + 1, call.pages_per_row * call.slots)};
+  const int64_t start = call.start[row];
+  const int64_t oldest = most(0, most(start, position + 1) - call.slots);
+  const Range range = {most(oldest, position + 1 - call.slots), least(position + 1, start + call.tokens)};
+  return range.first < range.end ? range : Range{0, 0};
+}
+
+inline Range seen_by_any(const AttentionCall& call, const Queries& queries) {
+  Range any = {0, 0};
+  for (int64_t token = queries.first; token < queries.end; ++token) {
+    const Range range = seen_by(call, queries.row, token);
+    if (range.first == range.end) continue;
+    any = any.first == any.end ? range : Range{least(any.first, range.first), most(any.end, range.end)};
+  }
+  return any;
+}
+
+// ---- where keys lie ----
+
+struct Tokens {
+  const KeysAndValues* in;
+  int64_t first, count;  // tokens of `in`
+};
+
+// The longest run of stored tokens from a position on, `limit` at most.
+inline Tokens run_from(const AttentionCall& call, int64_t row, int64_t position, int64_t limit) {
+  const int64_t slot = position % call.slots, run = least(call.slots - slot, limit);
+  if (call.page_table) {
+    const int64_t page = call.page_table[row * call.pages_per_row + position / call.slots];
+    return {&call.stored, most(0, least(page, call.pages - 1)) * call.slots + slot, run};
+  }
+  const int64_t start = call.start[row];
+  if (position < start) return {&call.stored, row * call.slots + slot, least(run, start - position)};
+  return {&call.fresh, row * call.tokens + position - start, limit};
+}
+
+// Where each key of a block and its value lie; outside `seen`, at zeros.
+struct Block {
+  const char *keys[kBlockKeys], *values[kBlockKeys];
+};
+
+inline void locate(const AttentionCall& call, const Queries& queries, int64_t first, const Range& seen, const float* zeros,
+            Block* block) {
+  const int64_t element = call.bfloat16_keys ? 2 : 4, head_bytes = call.head_size * element;
+  const int64_t token_bytes = call.kv_heads * head_bytes, head = queries.kv_head * head_bytes;
+  int64_t i = 0;
+  auto blank = [&](int64_t end) {
+    for (; i < end; ++i) block->keys[i] = block->values[i] = reinterpret_cast<const char*>(zeros);
+  };
+  const int64_t end = most(0, least(kBlockKeys, seen.end - first));
+  blank(least(kBlockKeys, most(0, seen.first - first)));
+  while (i < end) {
+    const Tokens run = run_from(call, queries.row, first + i, end - i);
+    const char* key = static_cast<const char*>(run.in->keys) + run.first * token_bytes + head;
+    const char* value = static_cast<const char*>(run.in->values) + run.first * token_bytes + head;
+    for (int64_t stop = i + run.count; i < stop; ++i, key += token_bytes, value += token_bytes)
+      block->keys[i] = key, block->values[i] = value;
+  }
+  blank(kBlockKeys);
+}
+
+inline void prefetch(const Block& block, int64_t head_bytes) {
+  for (int i = 0; i < kBlockKeys; ++i)
+    for (int64_t byte = 0; byte < head_bytes; byte += 64) {
+      __builtin_prefetch(block.keys[i] + byte);
+      __builtin_prefetch(block.values[i] + byte);
+    }
+}
+
+// Keys as [H, 64], so that a lane is a key.
+template <typename Element>
+inline void load_keys(const Block& block, int64_t size, float* tile) {
+  constexpr int64_t kStep = 64 / sizeof(Element);
+  for (int key = 0; key < kBlockKeys; key += kLanes) {
+    int64_t i = 0;
+    for (; i + kStep <= size; i += kStep)
+      turn(block.keys + key, i * int64_t(sizeof(Element)), tile + i * kBlockKeys + key, kBlockKeys,
+           static_cast<const Element*>(nullptr));
+    for (; i < size; ++i)
+      for (int lane = key; lane < key + kLanes; ++lane)
+        tile[i * kBlockKeys + lane] = widen(reinterpret_cast<const Element*>(block.keys[lane])[i]);
+  }
+}
+
+// Values as [64, H], padded with zeros to whole vectors.
+template <typename Element>
+inline void load_values(const Block& block, int64_t size, float* tile) {
+  for (int key = 0; key < kBlockKeys; ++key) {
+    const Element* value = reinterpret_cast<const Element*>(block.values[key]);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(tile + i, load_wide(value + i));
+    for (; i < padded(size); ++i) tile[i] = i < size ? widen(value[i]) : 0;
+    tile += padded(size);
+  }
+}
+
+// ---- softmax ----
+
+// Sums of the rows of a block of queries, over the keys so far.
+struct Sums {
+  float* top;    // [rows] the largest logit, the sink's included
+  float* total;  // [rows] sum of exp(logit - top)
+  float* value;  // [rows, padded H] sum of exp(logit - top) value
+};
+
+// Sums as they lie in memory.
+inline Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + padded(2 * rows)}; }
+inline int64_t floats_of_sums(int64_t rows, int64_t width) { return padded(2 * rows) + rows * width; }
+
+inline float exp_of(float a) {
+  float lanes[kLanes];
+  store(lanes, exp(splat(a)));
+  return lanes[0];
+}
+
+// A block of queries at work: its scratch, and its sizes.
+struct Work {
+  const AttentionCall& call;
+  const Queries& queries;
+  int64_t group, rows, size, width;  // heads of the group, rows of queries, H, padded H
+  float *q, *keys, *values, *logits, *lanes, *shrink, *zeros;
+  Sums span, all;
+  Range* seen;  // by each token
+
+  Work(const AttentionCall& call, const Queries& queries, float* scratch);
+
+  void start(const Sums& sums, bool with_sink) const;
+  void add_block(int64_t first, const Block& block) const;
+  void weigh(int64_t first) const;
+  void add_span(int64_t span, const Range& range) const;
+  void fold(const Sums& sums) const;
+  void finish() const;
+
+ private:
+  void load_queries() const;
+};
+
+// Scratch for blocks of so many query tokens.
+inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens) {
+  const int64_t rows = tokens * (call.heads / call.kv_heads), width = padded(call.head_size);
+  return padded(rows * call.head_size + kBlockKeys * (call.head_size + width) + rows * (kBlockKeys + kLanes) +
+                padded(rows) + width + 2 * floats_of_sums(rows, width) + tokens * int64_t(sizeof(Range) / sizeof(float)));
+}
+
+inline Work::Work(const AttentionCall& call, const Queries& queries, float* scratch)
+    : call(call), queries(queries), group(call.heads / call.kv_heads),
+      rows((queries.end - queries.first) * group), size(call.head_size), width(padded(size)) {
+  auto take = [&](int64_t floats) {
+    float* taken = scratch;
+    scratch += floats;
+    return taken;
+  };
+  q = take(padded(rows * size));
+  keys = take(kBlockKeys * size);
+  values = take(kBlockKeys * width);
+  logits = take(rows * kBlockKeys);
+  lanes = take(rows * kLanes);
+  shrink = take(padded(rows));
+  zeros = take(width);
+  span = sums_at(take(floats_of_sums(rows, width)), rows);
+  all = sums_at(take(floats_of_sums(rows, width)), rows);
+  seen = reinterpret_cast<Range*>(scratch);
+  memset(zeros, 0, size_t(width) * sizeof(float));
+  for (int64_t token = 0; token < queries.end - queries.first; ++token)
+    seen[token] = seen_by(call, queries.row, queries.first + token);
+  load_queries();
+}
+
+inline float number(const Numbers& numbers, int64_t i) {
+  return numbers.bfloat16 ? widen(static_cast<const uint16_t*>(numbers.data)[i])
+                          : static_cast<const float*>(numbers.data)[i];
+}
+
+// q / sqrt(H), the rows by token, then by head.
+inline void Work::load_queries() const {
+  const float scale = 1 / __builtin_sqrtf(float(size));
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t token = queries.row * call.tokens + queries.first + row / group;
+    const int64_t first = (token * call.heads + queries.kv_head * group + row % group) * size;
+    for (int64_t i = 0; i < size; ++i) q[row * size + i] = number(call.q, first + i) * scale;
+  }
+}
+
+// Sums before any key. The sink is a logit from the start, so that there always is one, but it counts once.
+inline void Work::start(const Sums& sums, bool with_sink) const {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float sink = number(call.sinks, queries.kv_head * group + row % group);
+    sums.top[row] = sink < kLowest ? kLowest : sink;
+    sums.total[row] = with_sink ? exp_of(sink - sums.top[row]) : 0;
+  }
+  memset(sums.value, 0, size_t(rows * width) * sizeof(float));
+}
+
+// Logits of a block of keys to weights, against the largest so far; shrink says what that does to earlier weights.
+inline void Work::weigh(int64_t first) const {
+  for (int64_t row = 0; row < rows; ++row) {
+    float* logit = logits + row * kBlockKeys;
+    const Range& range = seen[row / group];
+    for (int64_t i = 0; i < least(kBlockKeys, range.first - first); ++i) logit[i] = -__builtin_inff();
+    for (int64_t i = most(0, range.end - first); i < kBlockKeys; ++i) logit[i] = -__builtin_inff();
+
+    Vec weights[kKeyVecs];
+    for (int v = 0; v < kKeyVecs; ++v) weights[v] = load(logit + v * kLanes);
+    Vec high = weights[0];
+    for (int v = 1; v < kKeyVecs; ++v) high = max(high, weights[v]);
+    const float before = span.top[row], block_top = largest(high), top = block_top > before ? block_top : before;
+    shrink[row] = top == before ? 1 : exp_of(before - top);
+    span.top[row] = top;
+    Vec total = mul(load(lanes + row * kLanes), splat(shrink[row]));
+    for (int v = 0; v < kKeyVecs; ++v) {
+      weights[v] = exp(sub(weights[v], splat(top)));
+      store(logit + v * kLanes, weights[v]);
+      total = add(total, weights[v]);
+    }
+    store(lanes + row * kLanes, total);
+  }
+}
+
+inline void Work::add_block(int64_t first, const Block& block) const {
+  if (call.bfloat16_keys) {
+    load_keys<uint16_t>(block, size, keys);
+    load_values<uint16_t>(block, size, values);
+  } else {
+    load_keys<float>(block, size, keys);
+    load_values<float>(block, size, values);
+  }
+  multiply(rows, q, size, keys, kBlockKeys, size, nullptr, logits);
+  weigh(first);
+  multiply(rows, logits, kBlockKeys, values, width, kBlockKeys, shrink, span.value);
+}
+
+// The sums of a span's keys, those within `range`. While a block is summed, the next is fetched.
+inline void Work::add_span(int64_t span_number, const Range& range) const {
+  start(span, false);
+  memset(lanes, 0, size_t(rows * kLanes) * sizeof(float));
+  const int64_t first = most(span_number * kSpanKeys, range.first / kBlockKeys * kBlockKeys);
+  const int64_t end = least((span_number + 1) * kSpanKeys, range.end);
+  const int64_t head_bytes = size * (call.bfloat16_keys ? 2 : 4);
+  Block blocks[2];
+  locate(call, queries, first, range, zeros, &blocks[0]);
+  for (int64_t key = first, i = 0; key < end; key += kBlockKeys, ++i) {
+    Block& next = blocks[(i + 1) % 2];
+    locate(call, queries, key + kBlockKeys, range, zeros, &next);
+    prefetch(next, head_bytes);
+    add_block(key, blocks[i % 2]);
+  }
+  for (int64_t row = 0; row < rows; ++row) span.total[row] = sum(load(lanes + row * kLanes));
+}
+
+// Takes a span's sums in.
+inline void Work::fold(const Sums& sums) const {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float top = sums.top[row] > all.top[row] ? sums.top[row] : all.top[row];
+    const Vec ours = splat(exp_of(all.top[row] - top)), theirs = splat(exp_of(sums.top[row] - top));
+    float lanes_of_total[kLanes];
+    store(lanes_of_total, fma(splat(all.total[row]), ours, mul(splat(sums.total[row]), theirs)));
+    all.total[row] = lanes_of_total[0];
+    all.top[row] = top;
+    for (int64_t i = row * width; i < (row + 1) * width; i += kLanes)
+      store(all.value + i, fma(load(all.value + i), ours, mul(load(sums.value + i), theirs)));
+  }
+}
+
+// The weighted means, the sink's share going to no value; zeros for padding.
+inline void Work::finish() const {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t token = queries.row * call.tokens + queries.first + row / group;
+    float* output = call.output + (token * call.heads + queries.kv_head * group + row % group) * size;
+    const bool padding = call.positions[token] < 0;
+    for (int64_t i = 0; i < size; ++i) output[i] = padding ? 0 : all.value[row * width + i] / all.total[row];
+  }
+}
+
+// ---- all of a call ----
+
+// A call cut into blocks of queries, and those, where they are few, into spans of keys.
+struct Plan {
+  const AttentionCall& call;
+  int64_t block_tokens, blocks;
+
+  explicit Plan(const AttentionCall& call) : call(call) {
+    block_tokens = most(1, least(call.tokens, kBlockRows / (call.heads / call.kv_heads)));
+    blocks = (call.tokens + block_tokens - 1) / block_tokens;
+  }
+
+  int64_t items() const { return call.rows * call.kv_heads * blocks; }
+
+  // Blocks of one row and head are neighbours: the keys that one has read, the next finds in the cache.
+  Queries item(int64_t i) const {
+    const int64_t first = i % blocks * block_tokens;
+    return {i / blocks / call.kv_heads, i / blocks % call.kv_heads, first, least(call.tokens, first + block_tokens)};
+  }
+
+  int64_t most_spans() const {
+    int64_t spans = 0;
+    for (int64_t row = 0; row < call.rows; ++row)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Range range = spans_of(item((row * call.kv_heads) * blocks + block));
+        spans = most(spans, range.end - range.first);
+      }
+    return spans;
+  }
+
+  // The spans of keys that these queries see.
+  Range spans_of(const Queries& queries) const {
+    const Range range = seen_by_any(call, queries);
+    return {range.first / kSpanKeys, (range.end + kSpanKeys - 1) / kSpanKeys};
+  }
+};
+
+inline void attend(const Plan& plan, const Queries& queries, float* scratch) {
+  const Work work(plan.call, queries, scratch);
+  const Range range = seen_by_any(plan.call, queries), spans = plan.spans_of(queries);
+  work.start(work.all, true);
+  for (int64_t span = spans.first; span < spans.end; ++span) {
+    work.add_span(span, range);
+    work.fold(work.span);
+  }
+  work.finish();
+}
+
+inline void attend_span(const Plan& plan, const Queries& queries, int64_t span, float* scratch, float* sums) {
+  Work work(plan.call, queries, scratch);
+  work.span = sums_at(sums, work.rows);
+  work.add_span(span, seen_by_any(plan.call, queries));
+}
+
+// The output from the sums of all spans.
+inline void combine(const Plan& plan, const Queries& queries, float* sums, int64_t span_floats, float* scratch) {
+  const Work work(plan.call, queries, scratch);
+  const Range spans = plan.spans_of(queries);
+  work.start(work.all, true);
+  for (int64_t span = spans.first; span < spans.end; ++span, sums += span_floats)
+    work.fold(sums_at(sums, work.rows));
+  work.finish();
+}
+
+// One task for each block of queries.
+inline bool attend_whole(const Pool& pool, const Plan& plan) {
+  const int64_t items = plan.items(), floats = scratch_floats(plan.call, plan.block_tokens);
+  const Scratch scratch(pool.max_workers(items) * floats * int64_t(sizeof(float)));
+  if (!scratch.floats()) return false;
+  auto body = [&](int64_t i, int64_t worker) { attend(plan, plan.item(i), scratch.floats() + worker * floats); };
+  parallel_for(pool, items, body);
+  return true;
+}
+
+// One task for each span of each block of queries, then one for each block. The bits are those of `attend_whole`.
+inline bool attend_by_span(const Pool& pool, const Plan& plan, int64_t most_spans) {
+  const int64_t items = plan.items(), tasks = items * most_spans;
+  const int64_t rows = plan.block_tokens * (plan.call.heads / plan.call.kv_heads);
+  const int64_t span_floats = floats_of_sums(rows, padded(plan.call.head_size));
+  const int64_t floats = scratch_floats(plan.call, plan.block_tokens);
+  const Scratch scratch(pool.max_workers(tasks) * floats * int64_t(sizeof(float)));
+  const Scratch sums(tasks * span_floats * int64_t(sizeof(float)));
+  if (!scratch.floats() || !sums.floats()) return false;
+  auto body = [&](int64_t task, int64_t worker) {
+    // Neighbours read the same pages: the heads of one span.
+    const int64_t span = task / items % most_spans, i = task % items;
+    const Queries queries = plan.item(i);
+    const Range spans = plan.spans_of(queries);
+    if (spans.first + span >= spans.end) return;
+    float* to = sums.floats() + (i * most_spans + span) * span_floats;
+    attend_span(plan, queries, spans.first + span, scratch.floats() + worker * floats, to);
+  };
+  parallel_for(pool, tasks, body);
+  auto last = [&](int64_t i, int64_t worker) {
+    combine(plan, plan.item(i), sums.floats() + i * most_spans * span_floats, span_floats,
+            scratch.floats() + worker * floats);
+  };
+  parallel_for(pool, items, last);
+  return true;
+}
+
+}  // namespace attending
+
+inline bool attention(const Pool& pool, const AttentionCall& call) {
+  const attending::Plan plan(call);
+  const int64_t most_spans = plan.most_spans();
+  if (most_spans > 1 && plan.items() < 8 * (pool.size + 1)) return attending::attend_by_span(pool, plan, most_spans);
+  return attending::attend_whole(pool, plan);
+}
+
+}  // namespace cpu_kernels::CPU_KERNELS_ISA
+
+#endif  // CPU_KERNELS_ATTENTION_H_

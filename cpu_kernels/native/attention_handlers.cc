@@ -1,0 +1,135 @@
+// XLA's way into attention, over pages and over a ring: shapes and dtypes are checked, and become one AttentionCall.
+#include <initializer_list>
+#include <string>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace cpu_kernels {
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Ints1 = ffi::BufferR1<ffi::S32>;
+using Ints2 = ffi::BufferR2<ffi::S32>;
+using Output = ffi::ResultBufferR4<ffi::F32>;
+
+Pool pool_of(ffi::ThreadPool& threads) {
+  const auto schedule = [](void* to, void (*run)(void*), void* task) {
+    static_cast<ffi::ThreadPool*>(to)->Schedule([run, task] { run(task); });
+  };
+  return {&threads, threads.num_threads() - 1, schedule};
+}
+
+ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
+
+ffi::Error run(ffi::ThreadPool& threads, const AttentionCall& call) {
+  if (call.rows == 0 || call.tokens == 0) return ffi::Error::Success();
+  if (kernels().attention(pool_of(threads), call)) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for its scratch");
+}
+
+bool is_float(const ffi::AnyBuffer& a) {
+  return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16;
+}
+
+Numbers numbers(const ffi::AnyBuffer& a) { return {a.untyped_data(), a.element_type() == ffi::BF16}; }
+
+KeysAndValues keys_and_values(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values) {
+  return {keys.untyped_data(), values.untyped_data()};
+}
+
+template <typename Buffer>
+bool has_shape(const Buffer& a, std::initializer_list<int64_t> shape) {
+  const auto dimensions = a.dimensions();
+  if (dimensions.size() != shape.size()) return false;
+  size_t i = 0;
+  for (int64_t size : shape)
+    if (dimensions[i++] != size) return false;
+  return true;
+}
+
+// What both forms have in common; empty, or what is wrong.
+std::string common(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v, const Ints2& positions,
+                   const ffi::AnyBuffer& sinks, Output& output, AttentionCall* call) {
+  if (q.dimensions().size() != 4 || !is_float(q)) return "expected q [B, T, N, H] of float32 or bfloat16";
+  if (k.dimensions().size() != 4 || !is_float(k)) return "expected keys [., ., K, H] of float32 or bfloat16";
+  const auto queries = q.dimensions(), keys = k.dimensions();
+  if (keys[1] == 0 || keys[2] == 0 || keys[3] == 0 || keys[3] != queries[3] || queries[2] % keys[2] != 0)
+    return "expected keys [., ., K, H] with q's H, and K that divides N";
+  if (v.element_type() != k.element_type() || !has_shape(v, {keys[0], keys[1], keys[2], keys[3]}))
+    return "expected values like the keys";
+  if (!has_shape(positions, {queries[0], queries[1]})) return "expected positions [B, T]";
+  if (!has_shape(sinks, {queries[2]}) || !is_float(sinks)) return "expected sinks [N] of float32 or bfloat16";
+  if (!has_shape(*output, {queries[0], queries[1], queries[2], queries[3]})) return "expected a result like q";
+  call->q = numbers(q);
+  call->sinks = numbers(sinks);
+  call->positions = positions.typed_data();
+  call->output = output->typed_data();
+  call->rows = queries[0];
+  call->tokens = queries[1];
+  call->heads = queries[2];
+  call->head_size = queries[3];
+  call->kv_heads = keys[2];
+  call->bfloat16_keys = k.element_type() == ffi::BF16;
+  call->stored = keys_and_values(k, v);
+  call->slots = keys[1];
+  return "";
+}
+
+ffi::Error paged(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints2 page_table,
+                 Ints2 positions, ffi::AnyBuffer sinks, Output output) {
+  AttentionCall call = {};
+  const std::string wrong = common(q, k, v, positions, sinks, output, &call);
+  if (!wrong.empty()) return invalid("paged_attention: " + wrong);
+  call.page_table = page_table.typed_data();
+  call.pages = k.dimensions()[0];
+  call.pages_per_row = page_table.dimensions()[1];
+  if (page_table.dimensions()[0] != call.rows || call.pages == 0)
+    return invalid("paged_attention: expected page_table [B, M], and pages");
+  return run(threads, call);
+}
+
+ffi::Error banded(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k_ring, ffi::AnyBuffer v_ring,
+                  ffi::AnyBuffer k_new, ffi::AnyBuffer v_new, Ints1 start, Ints2 positions, ffi::AnyBuffer sinks,
+                  Output output) {
+  AttentionCall call = {};
+  const std::string wrong = common(q, k_ring, v_ring, positions, sinks, output, &call);
+  if (!wrong.empty()) return invalid("banded_attention: " + wrong);
+  for (const ffi::AnyBuffer* fresh : {&k_new, &v_new})
+    if (fresh->element_type() != k_ring.element_type() ||
+        !has_shape(*fresh, {call.rows, call.tokens, call.kv_heads, call.head_size}))
+      return invalid("banded_attention: expected new keys and values [B, T, K, H] of the ring's dtype");
+  if (k_ring.dimensions()[0] != call.rows || !has_shape(start, {call.rows}))
+    return invalid("banded_attention: expected rings [B, W, K, H] and start [B]");
+  call.fresh = keys_and_values(k_new, v_new);
+  call.start = start.typed_data();
+  return run(threads, call);
+}
+
+}  // namespace
+}  // namespace cpu_kernels
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_kernels_paged_attention, cpu_kernels::paged,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<cpu_kernels::Ints2>()
+                                  .Arg<cpu_kernels::Ints2>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR4<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_kernels_banded_attention, cpu_kernels::banded,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<cpu_kernels::Ints1>()
+                                  .Arg<cpu_kernels::Ints2>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::BufferR4<xla::ffi::F32>>());
