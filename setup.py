@@ -17,7 +17,7 @@ FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibi
 X86 = {
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-        "-Wno-maybe-uninitialized",
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
     "avx2": ["-mavx2", "-mfma"],
 }
@@ -44,7 +44,8 @@ class BuildKernels(build_ext):
 
         sets = MACHINES.get(platform.machine().lower(), {})
         have = [("CPU_KERNELS_HAVE_X86", None)] if sets is X86 else [("CPU_KERNELS_HAVE_NEON", None)] if sets else []
-        objects = self._compile(["attention_handlers.cc", "handlers.cc", "parallel.cc"], "common", have, ["-isystem", jax.ffi.include_dir()])
+        once = [path.name for path in sorted(NATIVE.glob("*.cc")) if path.name != "kernels.cc"]
+        objects = self._compile(once, "common", have, ["-isystem", jax.ffi.include_dir()])
         for name, flags in {**sets, "portable": []}.items():
             objects += self._compile(["kernels.cc"], name, [(f"CPU_KERNELS_{name.upper()}", None)], flags)
         library.parent.mkdir(parents=True, exist_ok=True)

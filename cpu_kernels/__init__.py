@@ -7,13 +7,14 @@ before an op is called or asked for.
 import contextlib
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 FOLDER = Path(__file__).parent
-HANDLERS = ("linear", "paged_attention", "banded_attention",)
+HANDLERS = ("linear", "expert_mlp", "paged_attention", "banded_attention")
 
 
 class Unavailable(RuntimeError):
@@ -53,8 +54,8 @@ def why_not() -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those that this machine can run, the best, which is the one in use, first: of avx512, avx2, neon, portable."""
-    names = iter(lambda i=iter(range(8)): library().cpu_kernels_supported(next(i)), None)
-    return tuple(name.decode() for name in names)
+    names = map(library().cpu_kernels_supported, itertools.count())
+    return tuple(name.decode() for name in itertools.takewhile(bool, names))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "expert_mlp.h"
 #include "linear.h"
 
 #define CPU_KERNELS_STRING(name) CPU_KERNELS_STRING_OF(name)
@@ -10,6 +11,6 @@
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear, attention};
+const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear, expert_mlp, attention};
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

@@ -24,14 +24,33 @@ struct LinearCall {
   float* y;
 };
 
+// One matrix and bias per expert: codes [E, rows, blocks, 16] and scales [E, rows, blocks] MXFP4, bias [E, rows] bfloat16.
+struct ExpertMatrix {
+  const uint8_t *codes, *scales;
+  const uint16_t* bias;
+  int64_t rows, blocks;
+};
+
+// y [T, D] = the sum over a token's choices [T, choices] of share * (down(swiglu(gate_up(x))) + bias).
+struct ExpertCall {
+  Activations x;
+  const int32_t* ids;  // those outside [0, experts) are skipped
+  const float* shares;
+  int64_t choices, experts;
+  ExpertMatrix gate_up, down;  // rows of gate_up: even ones are the gate, odd ones the linear part
+  float limit;
+  float* y;
+};
+
 // One instruction set's kernels. Each gives false where memory for scratch is lacking.
 struct Kernels {
   const char* name;
   bool (*linear)(const Pool&, const LinearCall&);
+  bool (*expert_mlp)(const Pool&, const ExpertCall&);
   bool (*attention)(const Pool&, const AttentionCall&);
 };
 
-// Compiled in by setup.py as far as the compiler goes; run only where `is_supported` says so.
+// Compiled in for the machine's family by setup.py; dispatch.cc says which of them it can run.
 namespace avx512 {
 extern const Kernels kKernels;
 }

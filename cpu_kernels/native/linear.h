@@ -10,12 +10,11 @@ inline bool linear(const Pool& pool, const LinearCall& call) {
   const Unzipped x(pool, call.x);
   if (!x.ok()) return false;
   const Bf16Weights w{call.w, call.x.columns};
-  auto body = [&](int64_t task, int64_t) {
+  auto panel = [&](int64_t task, int64_t) {
     const int64_t first = task * kPanelRows, rest = call.outputs - first;
-    const int64_t count = rest < kPanelRows ? rest : kPanelRows;
-    multiply(w, first, count, x.rows(), call.x.rows, call.y + first, call.outputs, nullptr);
+    multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.rows(), call.x.rows, call.y + first, call.outputs);
   };
-  parallel_for(pool, round_up(call.outputs, kPanelRows) / kPanelRows, body);
+  parallel_for(pool, round_up(call.outputs, kPanelRows) / kPanelRows, panel);
   return true;
 }
 

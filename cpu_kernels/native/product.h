@@ -16,12 +16,10 @@ namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPanelRows = 32;  // rows of weights that one task takes
-constexpr int64_t kFewRows = 4;     // rows of activations up to which weights stay in registers
-constexpr int64_t kDepth = 960;     // inputs for which the tiles below stay in the first-level cache
 
 // Rows of weights and of activations whose products are summed in registers at a time.
 #if defined(CPU_KERNELS_AVX512)
-constexpr int kTileWeights = 4, kTileRows = 6;
+constexpr int kTileWeights = 4, kTileRows = 5;
 #else
 constexpr int kTileWeights = 2, kTileRows = 3;
 #endif
@@ -64,7 +62,7 @@ class Unzipped {
       rows()[row] = values_.floats() + row * stride_;
       unzip(x, row, values_.floats() + row * stride_);
     };
-    if (x.rows <= kFewRows)
+    if (x.rows == 1)
       for (int64_t row = 0; row < x.rows; ++row) body(row, 0);
     else
       parallel_for(pool, x.rows, body);
@@ -78,7 +76,9 @@ class Unzipped {
   Scratch values_, rows_;
 };
 
-// Weights [outputs, inputs] as bfloat16.
+// Weights as packed; `unpack` gives one block of a row, `unpack_rest` what lies behind its last whole block.
+
+// [outputs, inputs] bfloat16.
 struct Bf16Weights {
   const uint16_t* data;
   int64_t inputs;
@@ -95,55 +95,91 @@ struct Bf16Weights {
   }
 };
 
-// out[m * stride + r] for R rows of weights from `row` on and M rows of activations, weights staying in registers.
-template <int R, int M, class Weights>
-inline void multiply_in_registers(const Weights& w, int64_t row, const float* const* x, float* out, int64_t stride) {
-  Vec sums[M][R];
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
-  const auto add_block = [&](int r, int64_t block, Vec even, Vec odd) {
+// 2^(scale - 127) for each E8M0 scale: 0 is below float32's normal numbers, 255 is infinity as the exponent's bits are.
+struct Powers {
+  float of[256];
+};
+constexpr Powers powers() {
+  Powers result{};
+  result.of[0] = 5.877471754111437539843683e-39f;
+  for (int scale = 1; scale < 255; ++scale) result.of[scale] = 2 * result.of[scale - 1];
+  result.of[255] = __builtin_inff();
+  return result;
+}
+constexpr Powers kPowers = powers();
+
+// [outputs, blocks, 16] MXFP4 codes and their scales, [outputs, blocks].
+struct Mxfp4Weights {
+  const uint8_t* codes_of;
+  const uint8_t* scales;
+  int64_t blocks;
+
+  int64_t whole_blocks() const { return blocks; }
+  static constexpr bool has_rest() { return false; }
+  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
+    const int64_t at = row * blocks + block;
+    unpack_fp4(codes_of + at * (kBlock / 2), codes(kPowers.of[scales[at]]), even, odd);
+  }
+  void unpack_rest(int64_t, Vec&, Vec&) const {}
+};
+
+// Adds the products of one block of R rows of weights and M rows of activations to their sums.
+template <int R, int M>
+inline void add_block(const Vec (&even)[R], const Vec (&odd)[R], const float* const* x, int64_t block, Vec (&sums)[M][R]) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      sums[m][r] = fma(even, load(x[m] + block * kBlock), sums[m][r]);
-      sums[m][r] = fma(odd, load(x[m] + block * kBlock + kLanes), sums[m][r]);
-    }
-  };
-  Vec even, odd;
+  for (int m = 0; m < M; ++m) {
+    const Vec x_even = load(x[m] + block * kBlock), x_odd = load(x[m] + block * kBlock + kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = fma(even[r], x_even, sums[m][r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = fma(odd[r], x_odd, sums[m][r]);
+  }
+}
+
+// out[m * stride + r] for R rows of weights from `row` on and M rows of activations, weights unpacked in registers.
+template <int R, int M, class Weights>
+inline void multiply_tile(const Weights& w, int64_t row, const float* const* x, float* out, int64_t stride) {
+  Vec sums[M][R], even[R], odd[R];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
   const int64_t whole = w.whole_blocks();
   for (int64_t block = 0; block < whole; ++block) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      w.unpack(row + r, block, even, odd);
-      add_block(r, block, even, odd);
-    }
+    for (int r = 0; r < R; ++r) w.unpack(row + r, block, even[r], odd[r]);
+    add_block(even, odd, x, block, sums);
   }
   if (w.has_rest()) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      w.unpack_rest(row + r, even, odd);
-      add_block(r, whole, even, odd);
-    }
+    for (int r = 0; r < R; ++r) w.unpack_rest(row + r, even[r], odd[r]);
+    add_block(even, odd, x, whole, sums);
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) out[m * stride + r] = sum(sums[m][r]);
 }
 
 template <int M, class Weights>
 inline void multiply_few(
     const Weights& w, int64_t first, int64_t count, const float* const* x, float* out, int64_t stride) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) multiply_in_registers<4, M>(w, first + r, x, out + r, stride);
-  for (; r < count; ++r) multiply_in_registers<1, M>(w, first + r, x, out + r, stride);
+  const int64_t whole = count - count % kTileWeights;
+  for (int64_t r = 0; r < whole; r += kTileWeights)
+    multiply_tile<kTileWeights, M>(w, first + r, x, out + r, stride);
+  for (int64_t r = whole; r < count; ++r) multiply_tile<1, M>(w, first + r, x, out + r, stride);
 }
 
-// out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` <= kPanelRows and m below `rows`.
-// `panel` is this worker's scratch, of `panel_floats`.
+// out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` and m below `rows`.
 template <class Weights>
-void multiply(const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out,
-              int64_t stride, float* panel) {
-  (void)panel;
-  for (; rows >= 4; rows -= 4, x += 4, out += 4 * stride) multiply_few<4>(w, first, count, x, out, stride);
-  if (rows == 3) multiply_few<3>(w, first, count, x, out, stride);
+inline void multiply(
+    const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out, int64_t stride) {
+  for (; rows >= kTileRows; rows -= kTileRows, x += kTileRows, out += kTileRows * stride)
+    multiply_few<kTileRows>(w, first, count, x, out, stride);
+  if constexpr (kTileRows > 4)
+    if (rows == 4) multiply_few<4>(w, first, count, x, out, stride);
+  if constexpr (kTileRows > 3)
+    if (rows == 3) multiply_few<3>(w, first, count, x, out, stride);
   if (rows == 2) multiply_few<2>(w, first, count, x, out, stride);
   if (rows == 1) multiply_few<1>(w, first, count, x, out, stride);
 }

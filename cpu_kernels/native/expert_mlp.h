@@ -1,0 +1,174 @@
+// The chosen experts' MLPs from packed MXFP4: choices sorted by expert, so that each expert's weights are read once.
+//
+// Sorted choices go in batches whose inner activations fit into cache. Of each batch first every panel of gate_up of
+// every expert is a task (products, bias, SwiGLU), then every panel of down: it adds to y, expert after expert, what
+// they make of their tokens. So a token's sum runs over its choices in the order of their experts, whoever is beside it.
+#ifndef CPU_KERNELS_EXPERT_MLP_H_
+#define CPU_KERNELS_EXPERT_MLP_H_
+
+#include "product.h"
+
+namespace cpu_kernels::CPU_KERNELS_ISA {
+
+constexpr int64_t kBatchChoices = 256;
+constexpr int64_t kChunkRows = 8 * kTileRows;  // rows whose products wait for their epilogue at a time
+constexpr float kSwigluAlpha = 1.702f;
+
+static_assert(kPanelRows == 2 * kLanes && kBlock == 2 * kLanes);
+
+// Choices of one expert, `begin` to `end` in the sorted order.
+struct Run {
+  int64_t expert, begin, end;
+};
+
+// All choices of real experts in the order of those, and the runs that they make, of at most kBatchChoices each.
+class SortedChoices {
+ public:
+  explicit SortedChoices(const ExpertCall& call)
+      : counts_((call.experts + 1) * int64_t(sizeof(int64_t))),
+        order_(call.x.rows * call.choices * int64_t(sizeof(int64_t))),
+        runs_((call.x.rows * call.choices) * int64_t(sizeof(Run))) {
+    if (ok()) sort(call);
+  }
+
+  bool ok() const { return counts_.data() && order_.data() && runs_.data(); }
+  int64_t size() const { return size_; }
+  int64_t choice(int64_t i) const { return static_cast<const int64_t*>(order_.data())[i]; }
+  int64_t num_runs() const { return num_runs_; }
+  const Run& run(int64_t i) const { return static_cast<const Run*>(runs_.data())[i]; }
+
+ private:
+  void sort(const ExpertCall& call) {
+    int64_t* next = static_cast<int64_t*>(counts_.data());  // where each expert's next choice goes
+    int64_t* order = static_cast<int64_t*>(order_.data());
+    const int64_t all = call.x.rows * call.choices;
+    memset(next, 0, size_t(call.experts + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < all; ++i)
+      if (is_real(call, i)) ++next[call.ids[i] + 1];
+    for (int64_t e = 0; e < call.experts; ++e) {
+      add_runs(e, next[e], next[e] + next[e + 1]);
+      next[e + 1] += next[e];
+    }
+    size_ = next[call.experts];
+    for (int64_t i = 0; i < all; ++i)
+      if (is_real(call, i)) order[next[call.ids[i]]++] = i;
+  }
+
+  static bool is_real(const ExpertCall& call, int64_t i) { return call.ids[i] >= 0 && call.ids[i] < call.experts; }
+
+  void add_runs(int64_t expert, int64_t begin, int64_t end) {
+    for (; begin < end; begin += kBatchChoices) {
+      const int64_t stop = begin + kBatchChoices < end ? begin + kBatchChoices : end;
+      static_cast<Run*>(runs_.data())[num_runs_++] = {expert, begin, stop};
+    }
+  }
+
+  int64_t size_ = 0, num_runs_ = 0;
+  Scratch counts_, order_, runs_;
+};
+
+inline Mxfp4Weights of_expert(const ExpertMatrix& m, int64_t expert) {
+  const int64_t first = expert * m.rows * m.blocks;
+  return {m.codes + first * (kBlock / 2), m.scales + first, m.blocks};
+}
+
+// gate * sigmoid(1.702 gate) * (linear + 1), gate clamped above only, linear both ways.
+inline Vec swiglu(Vec gate, Vec linear, float limit) {
+  gate = min(splat(limit), gate);
+  linear = min(splat(limit), max(splat(-limit), linear));
+  const Vec sigmoid = div(splat(1), add(splat(1), exp(mul(splat(-kSwigluAlpha), gate))));
+  return mul(mul(gate, sigmoid), add(linear, splat(1)));
+}
+
+// Sixteen inner activations from `products`, gate and linear by turns, into their places in an unzipped row.
+inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, const float* products, float* inner) {
+  float gate[kLanes], linear[kLanes], values[kLanes];
+  for (int i = 0; i < kLanes; ++i) gate[i] = products[2 * i], linear[i] = products[2 * i + 1];
+  Vec gate_bias, linear_bias;
+  unpack_bf16(call.gate_up.bias + expert * call.gate_up.rows + panel * kPanelRows, gate_bias, linear_bias);
+  const Vec value = swiglu(add(load(gate), gate_bias), add(load(linear), linear_bias), call.limit);
+  store(values, call.x.is_bf16 ? round_bf16(value) : value);  // the next product takes operands of x's dtype
+  float* out = inner + panel / 2 * kBlock + panel % 2 * (kLanes / 2);
+  for (int i = 0; i < kLanes / 2; ++i) out[i] = values[2 * i], out[kLanes + i] = values[2 * i + 1];
+}
+
+// Runs first to last of the sorted choices: their inner activations, then what these add to y.
+class Batch {
+ public:
+  Batch(const ExpertCall& call, const SortedChoices& sorted, const float** x, const float** inner)
+      : call_(call), sorted_(sorted), x_(x), inner_(inner) {}
+
+  void add(const Pool& pool, int64_t first, int64_t last) const {
+    const int64_t panels = call_.gate_up.rows / kPanelRows, begin = sorted_.run(first).begin;
+    auto gate_up = [&](int64_t task, int64_t) { gate_up_panel(sorted_.run(first + task / panels), begin, task % panels); };
+    parallel_for(pool, (last - first) * panels, gate_up);
+    auto down = [&](int64_t panel, int64_t) {
+      for (int64_t i = first; i < last; ++i) down_panel(sorted_.run(i), begin, panel);
+    };
+    parallel_for(pool, call_.down.rows / kPanelRows, down);
+  }
+
+ private:
+  void gate_up_panel(const Run& run, int64_t batch_begin, int64_t panel) const {
+    const Mxfp4Weights w = of_expert(call_.gate_up, run.expert);
+    float products[kChunkRows * kPanelRows];
+    const float* rows[kChunkRows];
+    for (int64_t at = run.begin; at < run.end; at += kChunkRows) {
+      const int64_t count = run.end - at < kChunkRows ? run.end - at : kChunkRows;
+      for (int64_t i = 0; i < count; ++i) rows[i] = x_[sorted_.choice(at + i) / call_.choices];
+      multiply(w, panel * kPanelRows, kPanelRows, rows, count, products, kPanelRows);
+      for (int64_t i = 0; i < count; ++i)
+        activate(call_, run.expert, panel, products + i * kPanelRows, const_cast<float*>(inner_[at + i - batch_begin]));
+    }
+  }
+
+  void down_panel(const Run& run, int64_t batch_begin, int64_t panel) const {
+    const Mxfp4Weights w = of_expert(call_.down, run.expert);
+    const int64_t first = panel * kPanelRows;
+    const uint16_t* bias = call_.down.bias + run.expert * call_.down.rows + first;
+    const Vec biases[2] = {load_bf16(bias), load_bf16(bias + kLanes)};
+    float products[kChunkRows * kPanelRows];
+    for (int64_t at = run.begin; at < run.end; at += kChunkRows) {
+      const int64_t count = run.end - at < kChunkRows ? run.end - at : kChunkRows;
+      multiply(w, first, kPanelRows, inner_ + at - batch_begin, count, products, kPanelRows);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t choice = sorted_.choice(at + i);
+        float* y = call_.y + choice / call_.choices * call_.down.rows + first;
+        const Vec share = splat(call_.shares[choice]);
+        for (int half = 0; half < 2; ++half, y += kLanes) {
+          const Vec product = cpu_kernels::CPU_KERNELS_ISA::add(load(products + i * kPanelRows + half * kLanes), biases[half]);
+          store(y, cpu_kernels::CPU_KERNELS_ISA::add(load(y), mul(share, product)));
+        }
+      }
+    }
+  }
+
+  const ExpertCall& call_;
+  const SortedChoices& sorted_;
+  const float** x_;      // by token
+  const float** inner_;  // by choice of the batch
+};
+
+inline bool expert_mlp(const Pool& pool, const ExpertCall& call) {
+  memset(call.y, 0, sizeof(float) * size_t(call.x.rows * call.down.rows));
+  const SortedChoices sorted(call);
+  if (!sorted.ok()) return false;
+  const int64_t most = sorted.size() < kBatchChoices ? sorted.size() : kBatchChoices, width = call.down.blocks * kBlock;
+  const Unzipped x(pool, call.x);
+  const Scratch inner(most * width * int64_t(sizeof(float))), rows(most * int64_t(sizeof(float*)));
+  if (!x.ok() || !inner.data() || !rows.data()) return false;
+  const float** inner_rows = static_cast<const float**>(rows.data());
+  for (int64_t i = 0; i < most; ++i) inner_rows[i] = inner.floats() + i * width;
+
+  const Batch batch(call, sorted, x.rows(), inner_rows);
+  for (int64_t first = 0, last; first < sorted.num_runs(); first = last) {
+    for (last = first + 1; last < sorted.num_runs(); ++last)
+      if (sorted.run(last).end - sorted.run(first).begin > kBatchChoices) break;
+    batch.add(pool, first, last);
+  }
+  return true;
+}
+
+}  // namespace cpu_kernels::CPU_KERNELS_ISA
+
+#endif  // CPU_KERNELS_EXPERT_MLP_H_
