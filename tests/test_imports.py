@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("gptoss_jax", "pallas_kernels", "converters")
+PACKAGES = ("gptoss_jax", "pallas_kernels", "cpu_kernels", "converters")
 
 # Module -> first-party modules it may import, anywhere in it; "package.*" is the package and all below it.
 # Rows stand as in the house, the lower floors first: a module may import from floors below its own.
@@ -36,7 +36,8 @@ _COMMAND = {
     "gptoss_jax.terminal",
 }
 ALLOWED: dict[str, set[str]] = {
-    "pallas_kernels.*": {"pallas_kernels.*"},
+    "cpu_kernels.*": {"cpu_kernels.*"},
+    "pallas_kernels.*": {"pallas_kernels.*", "cpu_kernels.*"},
     "gptoss_jax.config": set(),
     "gptoss_jax.sharding": {"gptoss_jax.config"},
     "gptoss_jax.rope": {"gptoss_jax.config"},
@@ -75,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # Floors that are to be usable by themselves: words and ids without jax, kernels with jax alone.
 KNOW_NO_JAX = tuple(sorted(_WORDS))
+KERNELS = ("pallas_kernels", "cpu_kernels")
 KERNELS_IMPORT = {"jax", "jaxtyping", "numpy", "ml_dtypes"}
 
 
@@ -158,8 +160,8 @@ def test_words_and_ids_know_no_jax(name):
     assert {target.split(".")[0] for target in imports_of(name)}.isdisjoint({"jax", "flax", "orbax", "jaxtyping"})
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if matches(name, "pallas_kernels.*")])
+@pytest.mark.parametrize("name", [name for name in modules() if name.split(".")[0] in KERNELS])
 def test_kernels_import_jax_only(name):
     """A kernel package that cannot be used, or tested, without the rest of the project's dependencies."""
     tops = {target.split(".")[0] for target in imports_of(name)}
-    assert tops - sys.stdlib_module_names <= KERNELS_IMPORT | {"pallas_kernels"}
+    assert tops - sys.stdlib_module_names <= KERNELS_IMPORT | set(KERNELS)

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from gptoss_jax import tokenizer
 
 ROOT = Path(__file__).parents[1]
+TOPS = ("gptoss_jax", "pallas_kernels", "cpu_kernels", "converters")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -45,7 +46,7 @@ def test_console_script_points_at_a_module_and_a_function(target):
 
 def test_packages_found_are_all_packages():
     """A subpackage without __init__.py, which works in the checkout and is missing from the wheel."""
-    folders = {p.parent for top in ("gptoss_jax", "pallas_kernels", "converters") for p in (ROOT / top).rglob("*.py")}
+    folders = {p.parent for top in TOPS for p in (ROOT / top).rglob("*.py")}
     assert folders
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 

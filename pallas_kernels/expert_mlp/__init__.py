@@ -1,13 +1,15 @@
 """The chosen experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
 
-A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
+A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
+`IMPLEMENTATIONS`.
 """
 
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.choice import Choice, by_name
+from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
+from pallas_kernels.choice import Choice, best, by_name
 from pallas_kernels.expert_mlp import reference
 from pallas_kernels.expert_mlp.reference import ExpertWeights
 
@@ -33,17 +35,18 @@ class ExpertMlp(Protocol):
     ) -> Float[Array, "T D"]: ...
 
 
-IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp}
+IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp, "cpu": cpu_expert_mlp}
 
 
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
     Raises:
-        ValueError: no implementation has that name.
+        ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
+        otherwise = Choice("reference", reference.expert_mlp, f"no fused kernel for {platform} yet")
+        return best(platform, IMPLEMENTATIONS, otherwise)
     return by_name("expert_mlp", IMPLEMENTATIONS, name)
 
 

@@ -1,13 +1,15 @@
 """Matrix products with dense (bfloat16) weights: what the operation takes and promises, and who can do it.
 
-A back end is one file beside this one with a function of the same signature, and one entry in `IMPLEMENTATIONS`.
+A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
+`IMPLEMENTATIONS`.
 """
 
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.choice import Choice, by_name
+from cpu_kernels.linear import linear as cpu_linear
+from pallas_kernels.choice import Choice, best, by_name
 from pallas_kernels.linear import reference, streamed
 
 
@@ -19,19 +21,20 @@ class Linear(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear}
+IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear, "cpu": cpu_linear}
 
 
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
     Raises:
-        ValueError: no implementation has that name.
+        ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
+        otherwise = Choice("reference", reference.linear, f"no kernel of our own for {platform}")
         if platform == "cpu":
-            return Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
-        return Choice("reference", reference.linear, f"no kernel of our own for {platform}")
+            otherwise = Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
+        return best(platform, IMPLEMENTATIONS, otherwise)
     return by_name("linear", IMPLEMENTATIONS, name)
 
 
