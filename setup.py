@@ -29,6 +29,11 @@ MACHINES = {  # instruction sets beside portable C++, with the flags that allow 
 }
 
 
+def machine_flags() -> dict[str, list[str]]:
+    """The compiler's flags for each instruction set that machines of this family may have."""
+    return {**MACHINES.get(platform.machine().lower(), {}), "portable": []}
+
+
 class BuildKernels(build_ext):
     """Compiles `kernels.cc` once per instruction set, the rest once, and links them."""
 
@@ -42,11 +47,12 @@ class BuildKernels(build_ext):
     def _build(self, library: Path) -> None:
         import jax.ffi
 
-        sets = MACHINES.get(platform.machine().lower(), {})
-        have = [("CPU_KERNELS_HAVE_X86", None)] if sets is X86 else [("CPU_KERNELS_HAVE_NEON", None)] if sets else []
+        sets = machine_flags()
+        have = [("CPU_KERNELS_HAVE_X86", None)] if "avx2" in sets else []
+        have += [("CPU_KERNELS_HAVE_NEON", None)] if "neon" in sets else []
         once = [path.name for path in sorted(NATIVE.glob("*.cc")) if path.name != "kernels.cc"]
         objects = self._compile(once, "common", have, ["-isystem", jax.ffi.include_dir()])
-        for name, flags in {**sets, "portable": []}.items():
+        for name, flags in sets.items():
             objects += self._compile(["kernels.cc"], name, [(f"CPU_KERNELS_{name.upper()}", None)], flags)
         library.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(library), target_lang="c++")
@@ -61,9 +67,14 @@ class BuildKernels(build_ext):
         )
 
 
-sources = [str(path) for path in sorted(NATIVE.glob("*.cc"))]
-headers = [str(path) for path in sorted(NATIVE.glob("*.h"))]
-setup(
-    ext_modules=[Extension("cpu_kernels._native", sources, depends=headers, optional=True)],
-    cmdclass={"build_ext": BuildKernels},
-)
+def main() -> None:
+    """What the build backend runs."""
+    sources, headers = (sorted(map(str, NATIVE.glob(pattern))) for pattern in ("*.cc", "*.h"))
+    setup(
+        ext_modules=[Extension("cpu_kernels._native", sources, depends=headers, optional=True)],
+        cmdclass={"build_ext": BuildKernels},
+    )
+
+
+if __name__ == "__main__":
+    main()
