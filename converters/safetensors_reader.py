@@ -6,13 +6,14 @@ which the converter promises to bound; and it stops at the first fault, where al
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gptoss_jax import host_memory
 
 HEADER_BYTES_LIMIT = 100_000_000  # the format's own limit
 PIECE_BYTES = 16 << 20
@@ -39,30 +40,23 @@ class Entry:
     size_bytes: int
 
     def read(self, start: int = 0, size_bytes: int | None = None) -> np.ndarray:
-        """Bytes from `start` of the tensor on, in a buffer of their own.
+        """Bytes from `start` of the tensor on, in memory of their own that a device on a CPU can take as it is.
 
         Raises:
             SourceError: the file has become shorter than it was.
         """
-        buffer = np.empty(self.size_bytes - start if size_bytes is None else size_bytes, np.uint8)
+        buffer = host_memory.empty(self.size_bytes - start if size_bytes is None else size_bytes)
         with open(self.file, "rb", buffering=0) as file:
-            read_into(file.fileno(), buffer, self.offset + start, self.file)
+            count = host_memory.read_into(buffer, file.fileno(), self.offset + start)
+        if count < buffer.nbytes:
+            end = self.offset + start + count
+            raise SourceError(f"{self.file}: ends at byte {end:,}: it has been truncated since its header was read")
         return buffer
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
         """The tensor's bytes, piece by piece."""
         for start in range(0, self.size_bytes, piece_bytes):
             yield self.read(start, min(piece_bytes, self.size_bytes - start))
-
-
-def read_into(descriptor: int, buffer: np.ndarray, offset: int, path: Path) -> None:
-    """Fills `buffer` from `offset` of an open file."""
-    left = buffer.data
-    while left:
-        count = os.preadv(descriptor, [left], offset)
-        if not count:
-            raise SourceError(f"{path}: ends at byte {offset:,}: it has been truncated since its header was read")
-        left, offset = left[count:], offset + count
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from converters import huggingface, openai, packing
 from converters.recipe import Recipe
 from converters.safetensors_reader import PIECE_BYTES, Entry, SafetensorsFile, SourceError, open_file
-from gptoss_jax import checkpoint
+from gptoss_jax import checkpoint, host_memory
 from gptoss_jax.checkpoint import Leaf, leaf_bytes
 from gptoss_jax.config import ModelConfig, read_config
 from gptoss_jax.sharding import Sharding
@@ -172,8 +173,8 @@ class Source:
         if recipe.pack == "scales" and path in self._scales:
             return self._scales.pop(path)
         experts, inputs, out = entry.shape
-        blocks = np.empty((experts if recipe.pack == "blocks" else 0, out, inputs // 32, 16), np.uint8)
-        scales = np.empty((experts, out, inputs // 32), np.uint8)
+        scales = _empty((experts, out, inputs // 32))
+        blocks = _empty((experts if recipe.pack == "blocks" else 0, out, inputs // 32, 16))
         check = _Check(entry, recipe)
         for i, piece in enumerate(check.pieces()):
             packed = check.see(piece)
@@ -212,6 +213,10 @@ class Source:
             "experts": experts,
             "rounding_relative_rms": dict(sorted(rounding.items())),
         }
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    return host_memory.empty(math.prod(shape)).reshape(shape)
 
 
 _NUMPY = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
@@ -425,7 +430,8 @@ def load(
 ) -> dict[str, jax.Array]:
     """Every leaf on its devices, read through the same tables and under the same checks as a conversion.
 
-    One leaf at a time lies on the host. Nothing is written. `report` is called with the bytes read since its last call.
+    One leaf at a time lies on the host, beside those that devices on a CPU took as they are, without a copy. Nothing
+    is written. `report` is called with the bytes read since its last call.
 
     Raises:
         SourceError: headers or contents are at fault: all listed.

@@ -19,6 +19,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gptoss_jax import config as config_module
+from gptoss_jax import host_memory
 from gptoss_jax.config import ModelConfig, to_huggingface
 from gptoss_jax.sharding import Axes, Sharding
 
@@ -40,6 +42,7 @@ MANIFEST, PROVENANCE, CONFIG, GENERATION_CONFIG = (
 )
 ORBAX_METADATA = "_METADATA"
 PART_BYTES = 4 << 20  # most bytes in one separately readable part: small enough that a sharded restore reads its own
+READERS = 2  # threads that read whole leaves: what they fill has to be cleared first, which one core does alone
 PIECE_BYTES = 8 << 20  # bytes hashed and written at a time
 DTYPES = ("bfloat16", "float32", "uint8")  # what weights are stored in
 
@@ -617,7 +620,8 @@ def restore(
 ) -> dict[str, jax.Array]:
     """The leaves of the checkpoint at `path`, each read straight into its sharding.
 
-    Every device's part is read by itself, and what is in flight on the host at a time is no more than the largest leaf.
+    The only device of a CPU takes what was read as it is: nothing else of the weights' size is ever in memory. Anywhere
+    else every device's part is read by itself, and what is in flight on the host is no more than the largest leaf.
 
     Args:
         path: the checkpoint.
@@ -631,11 +635,37 @@ def restore(
     path = Path(os.path.abspath(path))
     if faults := problems(path, leaves):
         raise CheckpointError("\n".join(faults))
+    if sharding.mesh.size == 1 and sharding.mesh.devices.flat[0].platform == "cpu":
+        return _read_whole(path, leaves, sharding, report)
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(leaves):
         arrays |= _restore_batch(path, {name: leaves[name] for name in batch}, sharding)
         report(sum(leaf_bytes(leaves[name]) for name in batch))
     return {name: arrays[name] for name in leaves}
+
+
+def _read_whole(
+    path: Path, leaves: Mapping[str, Leaf], sharding: Sharding, report: Callable[[int], object]
+) -> dict[str, jax.Array]:
+    """Every leaf in memory of its own, which a device on this host takes without a copy."""
+    records = Manifest.read(path).leaves
+
+    def read(name: str) -> jax.Array:
+        record = records[name]
+        content = host_memory.empty(record.size_bytes)
+        with open(path / record.file, "rb", buffering=0) as file:
+            count = host_memory.read_into(content, file.fileno())
+        if count < record.size_bytes:
+            raise CheckpointError(f"{path / record.file}: ends at byte {count:,}: it was truncated while being read")
+        array = content.view(_dtype(record.dtype)).reshape(record.shape)
+        return jax.device_put(array, sharding.named(leaves[name].axes))
+
+    arrays = {}
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, array in zip(leaves, readers.map(read, leaves), strict=True):
+            arrays[name] = jax.block_until_ready(array)
+            report(leaf_bytes(leaves[name]))
+    return arrays
 
 
 def _batches(leaves: Mapping[str, Leaf]) -> Iterator[list[str]]:

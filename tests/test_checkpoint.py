@@ -3,7 +3,11 @@
 import hashlib
 import json
 import math
+import mmap
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,8 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax import checkpoint, config, model, sharding
+from gptoss_jax import checkpoint, config, host_memory, model, sharding
 from gptoss_jax.checkpoint import CheckpointError, Manifest, Writer
+from tests.memory import peak_bytes
 
 ROOT = Path(__file__).parents[1]
 CHANGES = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "vocab_size": 512}
@@ -103,6 +108,74 @@ def test_restores_equal_bytes_straight_into_shardings(devices, arrays, saved):
         assert restored[path].committed
     cut = restored[BLOCKS].addressable_shards[0].data.size
     assert cut * laid.size("experts") * laid.size("expert_hidden") == arrays[BLOCKS].size
+
+
+def test_a_cpu_takes_what_was_read_without_a_copy(saved, monkeypatch):
+    """Weights twice in memory while they load, or off the huge pages that make them fast to read."""
+    lie_at, empty = set(), host_memory.empty
+
+    def spy(num_bytes: int) -> np.ndarray:
+        memory = empty(num_bytes)
+        lie_at.add(memory.ctypes.data)
+        return memory
+
+    monkeypatch.setattr(host_memory, "empty", spy)
+    restored = checkpoint.restore(saved, LEAVES, sharding.make())
+    assert {array.unsafe_buffer_pointer() for array in restored.values()} == lie_at
+    assert len(lie_at) == len(LEAVES)
+    assert all(address % host_memory.HUGE_PAGE_BYTES == 0 for address in lie_at)
+
+
+def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
+    """Whatever the memory held before, taken for weights."""
+    data_file(copy).write_bytes(data_file(copy).read_bytes()[:1000])
+    monkeypatch.setattr(checkpoint, "problems", lambda *_: [])  # as if it was whole when that was asked
+    with pytest.raises(CheckpointError, match=r"/c\S*: ends at byte 1,000: it was truncated while being read"):
+        checkpoint.restore(copy, LEAVES, sharding.make())
+
+
+def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
+    """A second copy of a leaf, on its way or left behind; whole huge pages for the small ends of leaves."""
+    arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
+    checkpoint.save(tmp_path / "large", arrays, CONFIG)
+    code = "import sys; from tests.test_checkpoint import peak_of_restoring; print(*peak_of_restoring(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "large"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    added, weights = map(int, done.stdout.split())
+    assert weights == sum(array.nbytes for array in arrays.values())
+    assert weights < added < weights + (8 << 20)
+
+
+def peak_of_restoring(path: str) -> tuple[int, int]:
+    """How far restoring a whole checkpoint raises the peak of this process's memory, and the bytes of its weights."""
+    records = Manifest.read(path).leaves.values()
+    leaves = {r.path: model.Leaf(r.shape, jnp.dtype(r.dtype), (None,) * len(r.shape)) for r in records}
+    laid = sharding.make()
+    jax.device_put(np.zeros(1), laid.named((None,)))  # JAX's own start
+    before = peak_bytes()
+    restored = checkpoint.restore(path, leaves, laid)
+    return peak_bytes() - before, sum(array.nbytes for array in restored.values())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
+def test_whole_huge_pages_are_asked_for_and_memory_is_given_back():
+    """Pages of 4 KiB, which cost a fifth of the speed; or every model ever loaded still in memory."""
+
+    def flags() -> list[str]:
+        found = re.search(rf"^{address:x}-.*?VmFlags: ([^\n]*)", Path("/proc/self/smaps").read_text(), re.S | re.M)
+        return found[1].split() if found else []
+
+    memory = host_memory.empty(3 * host_memory.HUGE_PAGE_BYTES + 5)
+    address = memory.ctypes.data
+    memory[:] = 1
+    assert "hg" in flags() or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    held = memory[1:].view()
+    del memory
+    assert held.sum() == 3 * host_memory.HUGE_PAGE_BYTES + 4
+    del held
+    assert not flags()
 
 
 def test_host_holds_no_more_than_the_largest_leaf_at_a_time():

@@ -22,7 +22,7 @@ from absl.testing import flagsaver
 
 from converters import convert, packing, source
 from converters.random_weights import with_vocab_size, write_checkpoint
-from gptoss_jax import checkpoint, model, sharding
+from gptoss_jax import checkpoint, host_memory, model, sharding
 from gptoss_jax import command as command_line
 from gptoss_jax.checkpoint import Manifest
 from pallas_kernels import mxfp4
@@ -886,11 +886,10 @@ def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
     write_checkpoint(tmp_path / "published", wide)
     largest = 150_000 * 1024 * 2
     code = (
-        "import resource, sys; from pathlib import Path; from converters import convert\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "convert.declared_leaves(convert.open_source(sys.argv[1])); before = peak()\n"
+        "import sys; from pathlib import Path; from converters import convert; from tests.memory import peak_bytes\n"
+        "convert.declared_leaves(convert.open_source(sys.argv[1])); before = peak_bytes()\n"
         "convert.run(convert.Options(Path(sys.argv[1]), Path(sys.argv[2]), False, True, False))\n"
-        "print(peak() - before, before)"
+        "print(peak_bytes() - before, before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "published", tmp_path / "out"],
@@ -929,6 +928,23 @@ def test_safetensors_load_without_conversion(mesh, small, small_converted, small
     ]
     assert np.array_equal(*experts)
     assert set(os.listdir(small)) == before
+
+
+@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
+def test_a_cpu_takes_safetensors_without_a_copy(layout, small, small_bf16, monkeypatch):
+    """Weights twice in memory while they load."""
+    opened = source.open_source({"mxfp4": small, "bf16": small_bf16}[layout])
+    lie_at, empty = set(), host_memory.empty
+
+    def spy(num_bytes: int) -> np.ndarray:
+        memory = empty(num_bytes)
+        lie_at.add(memory.ctypes.data)
+        return memory
+
+    monkeypatch.setattr(host_memory, "empty", spy)
+    laid = sharding.make()
+    arrays = source.load(opened, model.declare(opened.config, laid).leaves, laid)
+    assert {array.unsafe_buffer_pointer() for array in arrays.values()} <= lie_at
 
 
 def test_loading_safetensors_refuses_as_converting_does(broken):

@@ -24,6 +24,7 @@ _CONVERSION = {
     "gptoss_jax.model",
     "gptoss_jax.sharding",
     "gptoss_jax.checkpoint",
+    "gptoss_jax.host_memory",
     "pallas_kernels.mxfp4",
     "converters.*",
 }
@@ -47,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.moe": {"gptoss_jax.config", "gptoss_jax.sharding", "gptoss_jax.layers", "pallas_kernels.*"},
     "gptoss_jax.model": _BASE | {"gptoss_jax.attention", "gptoss_jax.moe"},
     "gptoss_jax.sampling": set(),
-    "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding"},
+    "gptoss_jax.host_memory": set(),
+    "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding", "gptoss_jax.host_memory"},
     "gptoss_jax.tokenizer": set(),
     "gptoss_jax.harmony": {"gptoss_jax.tokenizer"},
     "gptoss_jax.parser": {"gptoss_jax.tokenizer"},
