@@ -236,7 +236,7 @@ struct Work {
 // Scratch for blocks of so many query tokens.
 inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens) {
   const int64_t rows = tokens * (call.heads / call.kv_heads), width = padded(call.head_size);
-  return padded(rows * call.head_size + kBlockKeys * (call.head_size + width) + rows * (kBlockKeys + kLanes) +
+  return padded(padded(rows * call.head_size) + kBlockKeys * (call.head_size + width) + rows * (kBlockKeys + kLanes) +
                 padded(rows) + width + 2 * floats_of_sums(rows, width) + tokens * int64_t(sizeof(Range) / sizeof(float)));
 }
 

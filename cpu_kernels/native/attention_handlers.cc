@@ -1,52 +1,24 @@
 // XLA's way into attention, over pages and over a ring: shapes and dtypes are checked, and become one AttentionCall.
-#include <initializer_list>
 #include <string>
 
-#include "kernels.h"
-#include "xla/ffi/api/ffi.h"
+#include "handlers.h"
 
 namespace cpu_kernels {
 namespace {
-
-namespace ffi = xla::ffi;
 
 using Ints1 = ffi::BufferR1<ffi::S32>;
 using Ints2 = ffi::BufferR2<ffi::S32>;
 using Output = ffi::ResultBufferR4<ffi::F32>;
 
-Pool pool_of(ffi::ThreadPool& threads) {
-  const auto schedule = [](void* to, void (*run)(void*), void* task) {
-    static_cast<ffi::ThreadPool*>(to)->Schedule([run, task] { run(task); });
-  };
-  return {&threads, threads.num_threads() - 1, schedule};
-}
-
-ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
-
 ffi::Error run(ffi::ThreadPool& threads, const AttentionCall& call) {
   if (call.rows == 0 || call.tokens == 0) return ffi::Error::Success();
-  if (kernels().attention(pool_of(threads), call)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for its scratch");
-}
-
-bool is_float(const ffi::AnyBuffer& a) {
-  return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16;
+  return finished(kernels().attention(pool_of(threads), call));
 }
 
 Numbers numbers(const ffi::AnyBuffer& a) { return {a.untyped_data(), a.element_type() == ffi::BF16}; }
 
 KeysAndValues keys_and_values(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values) {
   return {keys.untyped_data(), values.untyped_data()};
-}
-
-template <typename Buffer>
-bool has_shape(const Buffer& a, std::initializer_list<int64_t> shape) {
-  const auto dimensions = a.dimensions();
-  if (dimensions.size() != shape.size()) return false;
-  size_t i = 0;
-  for (int64_t size : shape)
-    if (dimensions[i++] != size) return false;
-  return true;
 }
 
 // What both forms have in common; empty, or what is wrong.

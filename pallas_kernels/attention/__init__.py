@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
+from cpu_kernels import attention as cpu
 from pallas_kernels.attention import reference
-from pallas_kernels.choice import Choice, by_name
+from pallas_kernels.choice import Choice, best, by_name
 
 
 @runtime_checkable
@@ -56,17 +57,21 @@ class Attention(NamedTuple):
     banded: BandedAttention
 
 
-IMPLEMENTATIONS: dict[str, Attention] = {"reference": Attention(reference.paged_attention, reference.banded_attention)}
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "reference": Attention(reference.paged_attention, reference.banded_attention),
+    "cpu": Attention(cpu.paged_attention, cpu.banded_attention),
+}
 
 
 def choose(name: str, platform: str) -> Choice:
     """The implementation called `name`, or for "auto" the best on `platform`.
 
     Raises:
-        ValueError: no implementation has that name.
+        ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        return Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
+        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
+        return best(platform, IMPLEMENTATIONS, otherwise)
     return by_name("attention", IMPLEMENTATIONS, name)
 
 
