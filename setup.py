@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("cpu_kernels/native")
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility-inlines-hidden"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility-inlines-hidden"]
 # GCC 12 warns of what its own AVX-512 header leaves undefined on purpose.
 X86 = {
     "avx512": [
