@@ -1,0 +1,424 @@
+"""Measures decoding and prefill on a CPU against what its memory and its arithmetic allow, and against others.
+
+    python -m benchmarks.cpu --layers 4
+    python -m benchmarks.cpu --checkpoint FOLDER --llama-bench PATH --gguf FILE
+
+Runs the engine's own programs, sampling included, with all rows in one batch (as an engine with deterministic=False),
+on a cache of its own: a long context is filled with random keys and values, as a prefill of 131,072 tokens would take
+too long, and a step's time does not depend on their values. In each round, ours, the others and the machine's limit
+(reading memory, or multiplying float32 matrices) take turns; a case's figures are medians over the rounds. Shares are
+medians of the rounds' own shares, because a shared machine's limits move from minute to minute.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import mmap
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import true_width
+from benchmarks.peers import Llama, Transformers
+from gptoss_jax import command, host_memory, kv_cache, runtime, sampling, sharding
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.kv_cache import PAGE_TOKENS, KVCache
+from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
+from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs, RowState
+from gptoss_jax.sampling import SamplingParams
+
+READ_BYTES = 1 << 29  # far above any cache
+SQUARE = 2048  # rows and columns of the matrices whose product shows the float32 peak
+NO_STOP = -2
+CACHE_DTYPE = DTYPE_POLICIES["bfloat16"].cache
+
+
+class Peer(Protocol):
+    """Somebody else's implementation."""
+
+    name: str
+
+    def can_run(self, rows: int) -> bool: ...  # noqa: D102
+    def decode(self, rows: int, context_tokens: int, steps: int) -> float: ...  # noqa: D102
+    def prefill(self, rows: int, tokens: int) -> float: ...  # noqa: D102
+
+
+class Subject(NamedTuple):
+    """What is measured."""
+
+    config: ModelConfig
+    params: Params
+    programs: Programs
+    kernels: str
+    described: str
+
+
+# ---- the machine's limits ----
+
+
+def reading(pages: str) -> Callable[[], float]:
+    """Reads a large array with a thread per core: bytes per second. `pages` are "huge" or "small"."""
+    content = host_memory.empty(READ_BYTES) if pages == "huge" else _small_pages(READ_BYTES)
+    content[:] = 1
+    parts = np.array_split(content.view(np.uint64), os.cpu_count() or 1)
+    pool = concurrent.futures.ThreadPoolExecutor(len(parts))
+
+    def read() -> float:
+        began = time.perf_counter()
+        list(pool.map(np.add.reduce, parts))
+        return READ_BYTES / (time.perf_counter() - began)
+
+    return lambda: max(read() for _ in range(4))
+
+
+def _small_pages(num_bytes: int) -> np.ndarray:
+    """uint8 [num_bytes] in pages of 4 KiB even where the system would give larger ones unasked."""
+    mapping = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that knows no others
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def multiplying() -> Callable[[], float]:
+    """Multiplies float32 matrices, by XLA and by NumPy's BLAS: operations per second of the better one."""
+    x = np.ones((SQUARE, SQUARE), np.float32)
+    on_device, product = jax.device_put(x), jax.jit(jnp.dot)
+
+    def best(multiply: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            multiply()
+            seconds.append(time.perf_counter() - began)
+        return 2 * SQUARE**3 / min(seconds)
+
+    return lambda: max(best(lambda: product(on_device, on_device).block_until_ready()), best(lambda: x @ x))
+
+
+# ---- the cost model ----
+
+
+def prefill_operations(config: ModelConfig, rows: int, tokens: int) -> int:
+    """Multiplications and additions of a prompt's forward pass: matrices, and attention's two products."""
+    expert = 3 * config.intermediate_size * config.hidden_size
+    per_layer = config.experts_per_token * expert + config.num_experts * config.hidden_size
+    weights = config.attention_bytes // 2 + config.num_layers * per_layer
+    banded = sum(config.is_banded(i) for i in range(config.num_layers))
+    window = min(tokens, config.sliding_window)
+    keys = (config.num_layers - banded) * tokens * (tokens + 1) // 2
+    keys += banded * (window * (window + 1) // 2 + (tokens - window) * window)
+    attention = 4 * config.num_heads * config.head_dim * keys
+    return rows * (2 * weights * tokens + attention + config.unembedding_bytes)
+
+
+# ---- ours ----
+
+
+def load(options: flags.FlagValues) -> Subject:
+    """The model that the flags name."""
+    laid_out = sharding.make()
+    if options.checkpoint:
+        loaded = runtime.load(options.checkpoint, kernels=options.kernels)
+        programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one)
+        return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
+    config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
+    kernels, reason = runtime.choose_kernels(options.kernels, jax.default_backend())
+    declared = declare(config, laid_out, kernels)
+    params = nest({path: jax.device_put(leaf) for path, leaf in leaves})
+    programs = Programs(declared, config, laid_out, options.one_by_one)
+    name = f"{Path(options.config).stem} cut to {options.layers} layers, random weights, seed {true_width.SEED}"
+    return Subject(config, params, programs, reason, name)
+
+
+def _start(config: ModelConfig, rows: int, context_tokens: int, room: int) -> tuple[KVCache, RowState]:
+    """Rows with `context_tokens` random keys and values behind them and room for more, each on a token of its own."""
+    capacity = context_tokens + room
+    pages = kv_cache.num_pages(capacity)
+    shape = {"rows": rows, "pages": rows * pages, "max_context_tokens": capacity}
+    cache = jax.jit(functools.partial(_filled, config, **shape))()
+    table = jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
+    cache = cache._replace(page_table=table, lengths=jnp.full(rows, context_tokens, jnp.int32))
+    drawn = sampling.row(SamplingParams(temperature=0.0), (), config.vocab_size, config.num_token_ids)
+    every = jax.tree.map(lambda x: jnp.asarray(np.stack([x] * rows)), drawn)
+    token = jnp.asarray(np.random.default_rng(rows).integers(0, config.num_token_ids, rows), jnp.int32)
+    stop_ids = jnp.full((rows, 8), NO_STOP, jnp.int32)
+    return cache, RowState(token, jnp.full(rows, 1 << 30, jnp.int32), stop_ids, every)
+
+
+def _filled(config: ModelConfig, rows: int, pages: int, max_context_tokens: int) -> KVCache:
+    """A cache of random keys and values: one random page over and over, as a billion random numbers take long."""
+    empty = kv_cache.empty(config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=CACHE_DTYPE)
+    page = jax.random.normal(jax.random.key(0), (PAGE_TOKENS, config.num_kv_heads, config.head_dim), CACHE_DTYPE)
+
+    def fill(layer: jax.Array) -> jax.Array:
+        repeats = -(-layer.shape[1] // PAGE_TOKENS)
+        return jnp.broadcast_to(jnp.tile(page, (repeats, 1, 1))[: layer.shape[1]], layer.shape)
+
+    return empty._replace(k=tuple(map(fill, empty.k)), v=tuple(map(fill, empty.v)))
+
+
+def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Callable[[], float]:
+    """Decodes `steps` tokens of each row in one dispatch, behind the context: tokens per second of all rows."""
+    cache, state = _start(subject.config, rows, context_tokens, steps)
+    decode = jax.jit(subject.programs.decode, donate_argnums=(1, 2))
+    compiled = decode.lower(subject.params, cache, state, np.int32(steps)).compile()
+
+    def run(count: int) -> float:
+        nonlocal cache, state
+        lengths = jnp.full(rows, context_tokens, jnp.int32)
+        cache = jax.block_until_ready(cache._replace(lengths=lengths))
+        began = time.perf_counter()
+        draws, cache, state = compiled(subject.params, cache, state, np.int32(count))
+        token = np.asarray(draws.token)[:, :count]
+        seconds = time.perf_counter() - began
+        if token.min() < 0:
+            raise ValueError(f"{rows} rows at {context_tokens} tokens: logits are not finite; are the kernels right?")
+        return rows * count / seconds
+
+    run(1)  # pages are touched
+    return lambda: run(steps)
+
+
+def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable[[], float]:
+    """Runs a prompt of each row, chunk by chunk, up to its first drawn token: tokens per second of all rows."""
+    width = min(chunk, tokens)
+    cache, state = _start(subject.config, rows, 0, tokens)
+    ids = np.random.default_rng(tokens).integers(0, subject.config.num_token_ids, (rows, tokens)).astype(np.int32)
+    chunks = [ids[:, at : at + width] for at in range(0, tokens, width)]
+    counts = [np.full(rows, piece.shape[1], np.int32) for piece in chunks]
+    chunks[-1] = np.pad(chunks[-1], ((0, 0), (0, width - chunks[-1].shape[1])))
+    budgets = [np.zeros(rows, np.int32) for _ in chunks[1:]] + [np.ones(rows, np.int32)]
+    at = np.zeros(1, np.int32)
+    prefill = jax.jit(subject.programs.prefill, donate_argnums=(1, 2))
+    compiled = prefill.lower(subject.params, cache, state, chunks[0], counts[0], budgets[0], at).compile()
+
+    def run(last: int) -> tuple[float, np.ndarray]:
+        """Seconds of the first chunks, and the tokens drawn behind them."""
+        nonlocal cache, state
+        cache = jax.block_until_ready(cache._replace(lengths=jnp.zeros(rows, jnp.int32)))
+        began = time.perf_counter()
+        token = np.zeros(rows, np.int32)
+        for i in range(last):
+            draw, cache, state = compiled(subject.params, cache, state, chunks[i], counts[i], budgets[i], at)
+            token = draw.token
+        token = np.asarray(token)
+        return time.perf_counter() - began, token
+
+    def run_all() -> float:
+        seconds, token = run(len(chunks))
+        if token.min() < 0:
+            raise ValueError(f"{rows} rows of {tokens} tokens: logits are not finite; are the kernels right?")
+        return rows * tokens / seconds
+
+    run(1)  # pages are touched
+    return run_all
+
+
+# ---- in turns ----
+
+
+def in_turns(runners: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each runner gives in each round."""
+    figures: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            figures[name].append(run())
+    return figures
+
+
+def _median_ratio(over: list[float], under: list[float], factor: float = 1.0) -> float:
+    return round(statistics.median(factor * a / b for a, b in zip(over, under, strict=True)), 3)
+
+
+def _against(figures: dict[str, list[float]]) -> dict[str, Any]:
+    """Ours and the others as medians, and ours over each of them, round by round."""
+    others = [name for name in figures if name not in ("ours", "limit")]
+    return {
+        "tokens_per_second": round(statistics.median(figures["ours"]), 2),
+        **{name: round(statistics.median(figures[name]), 2) for name in others},
+        **{f"over {name}": _median_ratio(figures["ours"], figures[name]) for name in others},
+    }
+
+
+def decode_case(
+    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, rows: int, context: int
+) -> dict[str, Any]:
+    """One line of the table: a batch at a context."""
+    steps = options.steps
+    runners = {"ours": decoding(subject, rows, context, steps), "limit": limit}
+    for peer in peers if context in _whole_numbers(options.peer_contexts) else ():
+        if peer.can_run(rows):
+            runners[peer.name] = functools.partial(peer.decode, rows, context, steps)
+    figures = in_turns(runners, options.rounds)
+    num_bytes = subject.config.decode_bytes(rows, context)
+    return {
+        "rows": rows,
+        "context_tokens": context,
+        **_against(figures),
+        "step_bytes": num_bytes,
+        "bytes_per_second": round(num_bytes * statistics.median(figures["ours"]) / rows),
+        "read_bytes_per_second": round(statistics.median(figures["limit"])),
+        "share_of_reading": _median_ratio(figures["ours"], figures["limit"], num_bytes / rows),
+    }
+
+
+def prefill_case(
+    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, rows: int, tokens: int
+) -> dict[str, Any]:
+    """One line of the table: a batch of prompts of one length."""
+    runners = {"ours": prefilling(subject, rows, tokens, options.chunk), "limit": limit}
+    for peer in peers:
+        if peer.can_run(rows):
+            runners[peer.name] = functools.partial(peer.prefill, rows, tokens)
+    figures = in_turns(runners, options.rounds)
+    operations = prefill_operations(subject.config, rows, tokens)
+    return {
+        "rows": rows,
+        "prompt_tokens": tokens,
+        "chunk_tokens": min(options.chunk, tokens),
+        **_against(figures),
+        "operations": operations,
+        "operations_per_second": round(operations * statistics.median(figures["ours"]) / (rows * tokens)),
+        "peak_operations_per_second": round(statistics.median(figures["limit"])),
+        "share_of_peak": _median_ratio(figures["ours"], figures["limit"], operations / (rows * tokens)),
+    }
+
+
+# ---- the command ----
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
+    flags.DEFINE_integer("layers", None, "In place of a checkpoint: layers of true width with random weights, even.")
+    flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
+    flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
+    flags.DEFINE_list("contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens behind a decoding step.")
+    flags.DEFINE_list("prefill", ["128", "512", "2048"], "N,N,...: Lengths of prompts.")
+    flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Rows of a decoding step.")
+    flags.DEFINE_list("prefill_batch", ["1"], "N,N,...: Prompts that are prefilled at once.")
+    flags.DEFINE_integer("chunk", 512, "Tokens of a prompt that go through the model at once, at most.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", 16, "Decoding steps of a measurement.", lower_bound=1, upper_bound=MAX_STEPS_PER_DISPATCH
+    )
+    flags.DEFINE_integer("rounds", 3, "Measurements, of which the median counts.", lower_bound=1)
+    flags.DEFINE_bool("one_by_one", False, "Run a batch's rows one after the other, as deterministic engines do.")
+    flags.DEFINE_float("cache_gib", 4.0, "GiB: Cases whose keys and values take more are left out.")
+    flags.DEFINE_string("llama_bench", None, "FILE: llama.cpp's program of that name, run beside ours.")
+    flags.DEFINE_string("llama_batched_bench", None, "FILE: The same for batches.")
+    flags.DEFINE_string("gguf", None, "FILE: The same weights for llama.cpp: benchmarks.write_gguf makes it.")
+    flags.DEFINE_bool("transformers", True, "Run transformers beside ours where it and torch are installed.")
+    flags.DEFINE_list("peer_contexts", ["16", "1024"], "N,N,...: Contexts at which others decode; they prefill them.")
+
+
+def _whole_numbers(words: list[str]) -> list[int]:
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"{','.join(words)}: expected whole numbers above 0, with commas between them")
+    return [int(word) for word in words]
+
+
+def _peers(options: flags.FlagValues, config: ModelConfig) -> tuple[list[Peer], dict[str, str]]:
+    """Who runs beside us, and why others do not."""
+    threads = os.cpu_count() or 1
+    peers: list[Peer] = []
+    absent = {}
+    if options.llama_bench:
+        batched = Path(options.llama_batched_bench) if options.llama_batched_bench else None
+        programs = Path(options.llama_bench), batched, Path(options.gguf)
+        peers += [Llama(*programs, threads, huge_pages) for huge_pages in (False, True)]
+    else:
+        absent["llama.cpp"] = "no --llama-bench"
+    reason = Transformers.why_not() if options.transformers else "--notransformers"
+    if reason:
+        absent["transformers"] = reason
+    else:
+        peers.append(Transformers(config, threads))
+    return peers, absent
+
+
+def _cases(options: flags.FlagValues, subject: Subject, peers: list[Peer]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each case's kind and figures, as they come."""
+    read = reading("huge")
+    for context in _whole_numbers(options.contexts):
+        for rows in _whole_numbers(options.batch):
+            cache_bytes = rows * subject.config.cache_bytes(context)
+            if cache_bytes > options.cache_gib * 2**30:
+                left_out = f"keys and values of {cache_bytes / 2**30:.1f} GiB, above --cache-gib"
+                yield "decode", {"rows": rows, "context_tokens": context, "left_out": left_out}
+            else:
+                yield "decode", decode_case(subject, peers, read, options, rows, context)
+    multiply = multiplying()
+    for tokens in _whole_numbers(options.prefill):
+        for rows in _whole_numbers(options.prefill_batch):
+            yield "prefill", prefill_case(subject, peers, multiply, options, rows, tokens)
+
+
+def _line(kind: str, case: dict[str, Any], peers: list[Peer]) -> str:
+    """A case as a line of the table."""
+    what = (
+        f"{case['rows']:2d} x decode at {case['context_tokens']:7,d}"
+        if kind == "decode"
+        else (f"{case['rows']:2d} x prefill of {case['prompt_tokens']:6,d}")
+    )
+    if "left_out" in case:
+        return f"{what}: left out: {case['left_out']}"
+    others = "".join(
+        f", {peer.name} {case[peer.name]:.1f} (x {case[f'over {peer.name}']:.2f})"
+        for peer in peers
+        if peer.name in case
+    )
+    if kind == "decode":
+        limit = f"{case['bytes_per_second'] / 1e9:6.1f} GB/s, {100 * case['share_of_reading']:4.0f} % of reading"
+    else:
+        limit = f"{case['operations_per_second'] / 1e9:6.1f} GFLOP/s, {100 * case['share_of_peak']:4.0f} % of the peak"
+    return f"{what}: {case['tokens_per_second']:8.1f} tokens/s, {limit}{others}"
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a line for each case, then one JSON line."""
+    del arguments
+    options = flags.FLAGS
+    if (options.checkpoint is None) == (options.layers is None):
+        raise ValueError("expected either --checkpoint or --layers")
+    if (options.llama_bench is None) != (options.gguf is None):
+        raise ValueError("--llama-bench and --gguf belong together: expected both or neither")
+    subject = load(options)
+    print(f"{subject.described}\n{subject.kernels}", flush=True)
+    peers, absent = _peers(options, subject.config)
+    for name, reason in absent.items():
+        print(f"{name} is not run: {reason}")
+    bandwidth = {pages: round(reading(pages)()) for pages in ("huge", "small")}
+    print("reading: " + ", ".join(f"{rate / 1e9:.1f} GB/s in {pages} pages" for pages, rate in bandwidth.items()))
+    results: dict[str, Any] = {"decode": [], "prefill": []}
+    for kind, case in _cases(options, subject, peers):
+        results[kind].append(case)
+        print(_line(kind, case, peers), flush=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    about = {
+        "machine": machine,
+        "model": subject.described,
+        "kernels": subject.kernels,
+        "one_by_one": options.one_by_one,
+    }
+    print(json.dumps(about | {"not_run": absent, "read_bytes_per_second": bandwidth, **results}))
+
+
+def cli() -> None:
+    """The command."""
+    define_flags()
+    command.run(main, "cpu")
+
+
+if __name__ == "__main__":
+    cli()

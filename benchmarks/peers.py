@@ -1,0 +1,137 @@
+"""llama.cpp and transformers, run as they would run by themselves: tokens per second of one prefill or some steps.
+
+Each call is one measurement, so that a benchmark can take them in turns with its own. Both fill their caches by
+prefill, which is why nobody wants them at 131,072 tokens.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptoss_jax.config import ModelConfig, to_huggingface
+
+
+class Llama(NamedTuple):
+    """llama.cpp's own benchmarks on one file, in a process per measurement.
+
+    Attributes:
+        bench: llama-bench.
+        batched_bench: llama-batched-bench, for more than one row, or None.
+        model: the GGUF file.
+        threads: how many it may use.
+        huge_pages: whether weights are read into pages of 2 MiB (by glibc's tunable) in place of its default, a mapping
+            of the file and a repacked copy.
+    """
+
+    bench: Path
+    batched_bench: Path | None
+    model: Path
+    threads: int
+    huge_pages: bool
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "llama.cpp, huge pages" if self.huge_pages else "llama.cpp"
+
+    def decode(self, rows: int, context_tokens: int, steps: int) -> float:
+        """Tokens per second of all rows together."""
+        if rows == 1:
+            return self._bench("-p", 0, "-n", steps, "-d", context_tokens)
+        return self._batched(rows, context_tokens, steps)["speed_tg"]
+
+    def prefill(self, rows: int, tokens: int) -> float:
+        """Tokens per second of all rows together."""
+        return self._bench("-p", tokens, "-n", 0) if rows == 1 else self._batched(rows, tokens, 1)["speed_pp"]
+
+    def can_run(self, rows: int) -> bool:
+        """Whether there is a program for so many rows."""
+        return rows == 1 or self.batched_bench is not None
+
+    def _bench(self, *arguments: Any) -> float:
+        mapping = ["-lm", "none"] if self.huge_pages else []
+        command = [self.bench, "-r", 1, "-o", "json", *self._common(), *mapping, *arguments]
+        return json.loads(self._run(command))[0]["avg_ts"]
+
+    def _batched(self, rows: int, prompt: int, steps: int) -> dict[str, float]:
+        sizes = ["-npl", rows, "-npp", prompt, "-ntg", steps, "-c", rows * (prompt + steps + 32)]
+        mapping = ["--no-mmap"] if self.huge_pages else []
+        command = [self.batched_bench, "--output-format", "jsonl", *self._common(), *mapping, *sizes]
+        lines = [line for line in self._run(command).splitlines() if line.startswith("{")]
+        return json.loads(lines[-1])
+
+    def _common(self) -> list[Any]:
+        return ["-m", self.model, "-t", self.threads]
+
+    def _run(self, command: list[Any]) -> str:
+        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.huge_pages else {}
+        words = [str(word) for word in command]
+        done = subprocess.run(words, env=os.environ | tunables, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        return done.stdout
+
+
+class Transformers:
+    """Hugging Face's model in bfloat16, experts dequantised as it does on CPUs, on random weights of its own.
+
+    Its weights are its own since time does not depend on their values; one row at a time.
+    """
+
+    name = "transformers"
+
+    def __init__(self, config: ModelConfig, threads: int):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self._torch, self._cache = torch, transformers.DynamicCache
+        settings = transformers.GptOssConfig.from_dict(to_huggingface(config))
+        with torch.no_grad():
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            self._model = transformers.GptOssForCausalLM(settings).eval()
+            torch.set_default_dtype(before)
+        self._vocab_size = config.vocab_size
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why it cannot run here, or None."""
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(missing)} not installed" if missing else None
+
+    def can_run(self, rows: int) -> bool:
+        """Whether it runs so many rows here."""
+        return rows == 1
+
+    def prefill(self, rows: int, tokens: int) -> float:
+        """Tokens per second."""
+        del rows
+        return tokens / self._prefill(tokens)[0]
+
+    def decode(self, rows: int, context_tokens: int, steps: int) -> float:
+        """Tokens per second."""
+        del rows
+        cache = self._prefill(context_tokens)[1]
+        token = self._torch.zeros((1, 1), dtype=self._torch.long)
+        self._step(token, cache)  # allocates
+        began = time.perf_counter()
+        for _ in range(steps):
+            token = self._step(token, cache)
+        return steps / (time.perf_counter() - began)
+
+    def _prefill(self, tokens: int) -> tuple[float, Any]:
+        ids = self._torch.randint(0, self._vocab_size, (1, tokens))
+        cache = self._cache(config=self._model.config)
+        began = time.perf_counter()
+        self._step(ids, cache)
+        return time.perf_counter() - began, cache
+
+    def _step(self, ids: Any, cache: Any) -> Any:
+        with self._torch.no_grad():
+            logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return logits[:, -1:].argmax(-1)
