@@ -28,7 +28,7 @@ constexpr float kLowest = -1e38f;
 
 // Rows and vectors of the sums that stay in registers while a product's inner dimension goes by.
 #if defined(CPU_KERNELS_AVX512)
-constexpr int kTileRows = 4, kTileVecs = 4;
+constexpr int kTileRows = 8, kTileVecs = 2;
 #else
 constexpr int kTileRows = 4, kTileVecs = 1;
 #endif
@@ -37,48 +37,141 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t padded(int64_t lanes) { return (lanes + kLanes - 1) / kLanes * kLanes; }
 
+// ---- where keys lie ----
+
+// Where each key of a block and its value lie.
+struct Block {
+  const char *keys[kBlockKeys], *values[kBlockKeys];
+};
+
+// Fetches a block into the cache while another is computed with, a key at a time: all at once, requests would queue.
+struct Ahead {
+  const Block& block;
+  int64_t head_bytes;
+  int at = 0;
+
+  void fetch_one() {
+    if (at == kBlockKeys) return;
+    for (int64_t byte = 0; byte < head_bytes; byte += 64) {
+      __builtin_prefetch(block.keys[at] + byte, 0, 2);
+      __builtin_prefetch(block.values[at] + byte, 0, 2);
+    }
+    ++at;
+  }
+};
+
 // ---- products ----
 
-// c = shrink c + a b for a few rows of a [., depth] and vectors of b [depth, .]; without shrink, c = a b.
-template <int kRows, int kVecs>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                          const float* shrink, float* c, int64_t c_stride) {
+// The right-hand side of a product, whose rows k are read two at a time, vector by vector, from one of these.
+
+// Float32s [., columns].
+struct Floats {
+  const float* data;
+  int64_t columns;
+
+  Vec row(int64_t k, int64_t column) const { return load(data + k * columns + column); }
+  void two_rows(int64_t k, int64_t column, Vec& first, Vec& second) const {
+    first = row(k, column);
+    second = row(k + 1, column);
+  }
+};
+
+// Pairs of bfloat16s, of rows k and k + 1, side by side: [. / 2, columns, 2].
+struct Pairs {
+  const uint16_t* data;
+  int64_t columns;
+
+  void two_rows(int64_t k, int64_t column, Vec& first, Vec& second) const {
+    unpack_bf16(data + k * columns + 2 * column, first, second);
+  }
+  Vec row(int64_t k, int64_t column) const {
+    Vec first, second;
+    two_rows(k / 2 * 2, column, first, second);
+    return k % 2 == 0 ? first : second;
+  }
+};
+
+// Rows wherever they lie.
+template <typename Element>
+struct Scattered {
+  const char* const* rows;
+  int64_t columns;
+
+  Vec row(int64_t k, int64_t column) const { return load_wide(reinterpret_cast<const Element*>(rows[k]) + column); }
+  void two_rows(int64_t k, int64_t column, Vec& first, Vec& second) const {
+    first = row(k, column);
+    second = row(k + 1, column);
+  }
+};
+
+// The left-hand side and the result: `rows` rows of each.
+struct Rows {
+  int64_t rows;
+  const float* a;  // [rows, depth]
+  int64_t depth;
+  float* c;             // [rows, columns of the right-hand side]
+  const float* shrink;  // [rows], or null
+};
+
+// c = shrink c + a b for a few rows and vectors of c; without shrink, c = a b.
+template <int kRows, int kVecs, class Right>
+inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64_t column, Ahead& ahead) {
+  const float* a = rows.a + first * rows.depth;
+  float* c = rows.c + first * b.columns + column;
   Vec sums[kRows][kVecs];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVecs; ++v)
-      sums[r][v] = shrink ? mul(load(c + r * c_stride + v * kLanes), splat(shrink[r])) : splat(0);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kVecs];
-    for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * b_stride + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(a[r * a_stride + k]);
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, row[v], sums[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      const bool kept = rows.shrink != nullptr;
+      sums[r][v] = kept ? mul(load(c + r * b.columns + v * kLanes), splat(rows.shrink[first + r])) : splat(0);
+    }
+  const int64_t whole = rows.depth / 4 * 4;
+  for (int64_t k = 0; k < whole; k += 4) {
+    ahead.fetch_one();
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 4; pair += 2) {
+      Vec even[kVecs], odd[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) b.two_rows(k + pair, column + v * kLanes, even[v], odd[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec factor = splat(a[r * rows.depth + k + pair]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, even[v], sums[r][v]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec factor = splat(a[r * rows.depth + k + pair + 1]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, odd[v], sums[r][v]);
+      }
     }
   }
+  for (int64_t k = whole; k < rows.depth; ++k)
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec row = b.row(k, column + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r][v] = fma(splat(a[r * rows.depth + k]), row, sums[r][v]);
+    }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(c + r * b.columns + v * kLanes, sums[r][v]);
 }
 
-template <int kRows>
-inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                          const float* shrink, float* c, int64_t c_stride) {
+template <int kRows, class Right>
+inline void multiply_rows(const Rows& rows, int64_t first, const Right& b, Ahead& ahead) {
   int64_t column = 0;
-  for (; column + kTileVecs * kLanes <= b_stride; column += kTileVecs * kLanes)
-    multiply_tile<kRows, kTileVecs>(a, a_stride, b + column, b_stride, depth, shrink, c + column, c_stride);
-  for (; column < b_stride; column += kLanes)
-    multiply_tile<kRows, 1>(a, a_stride, b + column, b_stride, depth, shrink, c + column, c_stride);
+  for (; column + kTileVecs * kLanes <= b.columns; column += kTileVecs * kLanes)
+    multiply_tile<kRows, kTileVecs>(rows, first, b, column, ahead);
+  for (; column < b.columns; column += kLanes) multiply_tile<kRows, 1>(rows, first, b, column, ahead);
 }
 
-// The same for all rows of a and all columns of b, whose rows are whole vectors, one behind the other.
-inline void multiply(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-              const float* shrink, float* c) {
+// The same for all of c, whose rows are whole vectors.
+template <class Right>
+inline void multiply(const Rows& rows, const Right& b, Ahead& ahead) {
   int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows)
-    multiply_rows<kTileRows>(a + r * a_stride, a_stride, b, columns, depth, shrink ? shrink + r : nullptr,
-                             c + r * columns, columns);
-  for (; r < rows; ++r)
-    multiply_rows<1>(a + r * a_stride, a_stride, b, columns, depth, shrink ? shrink + r : nullptr, c + r * columns,
-                     columns);
+  for (; r + kTileRows <= rows.rows; r += kTileRows) multiply_rows<kTileRows>(rows, r, b, ahead);
+  for (; r < rows.rows; ++r) multiply_rows<1>(rows, r, b, ahead);
 }
 
 // ---- what a query sees ----
@@ -113,8 +206,6 @@ inline Range seen_by_any(const AttentionCall& call, const Queries& queries) {
   return any;
 }
 
-// ---- where keys lie ----
-
 struct Tokens {
   const KeysAndValues* in;
   int64_t first, count;  // tokens of `in`
@@ -132,11 +223,7 @@ inline Tokens run_from(const AttentionCall& call, int64_t row, int64_t position,
   return {&call.fresh, row * call.tokens + position - start, limit};
 }
 
-// Where each key of a block and its value lie; outside `seen`, at zeros.
-struct Block {
-  const char *keys[kBlockKeys], *values[kBlockKeys];
-};
-
+// Finds the keys from `first` on; outside `seen` they are zeros.
 inline void locate(const AttentionCall& call, const Queries& queries, int64_t first, const Range& seen, const float* zeros,
             Block* block) {
   const int64_t element = call.bfloat16_keys ? 2 : 4, head_bytes = call.head_size * element;
@@ -157,32 +244,23 @@ inline void locate(const AttentionCall& call, const Queries& queries, int64_t fi
   blank(kBlockKeys);
 }
 
-inline void prefetch(const Block& block, int64_t head_bytes) {
-  for (int i = 0; i < kBlockKeys; ++i)
-    for (int64_t byte = 0; byte < head_bytes; byte += 64) {
-      __builtin_prefetch(block.keys[i] + byte);
-      __builtin_prefetch(block.values[i] + byte);
-    }
+// A block's keys with lanes for keys: words of four bytes as they lie, [words of a key, 64]. Whole cache lines only.
+inline void turn_keys(const Block& block, int64_t head_bytes, float* tile) {
+  for (int key = 0; key < kBlockKeys; key += kLanes)
+    for (int64_t byte = 0; byte < head_bytes; byte += 64)
+      transpose(block.keys + key, byte, tile + byte / 4 * kBlockKeys + key, kBlockKeys);
 }
 
-// Keys as [H, 64], so that a lane is a key.
+// The same for keys of any size, as float32s: [H, 64].
 template <typename Element>
-inline void load_keys(const Block& block, int64_t size, float* tile) {
-  constexpr int64_t kStep = 64 / sizeof(Element);
-  for (int key = 0; key < kBlockKeys; key += kLanes) {
-    int64_t i = 0;
-    for (; i + kStep <= size; i += kStep)
-      turn(block.keys + key, i * int64_t(sizeof(Element)), tile + i * kBlockKeys + key, kBlockKeys,
-           static_cast<const Element*>(nullptr));
-    for (; i < size; ++i)
-      for (int lane = key; lane < key + kLanes; ++lane)
-        tile[i * kBlockKeys + lane] = widen(reinterpret_cast<const Element*>(block.keys[lane])[i]);
-  }
+inline void widen_keys(const Block& block, int64_t size, float* tile) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int key = 0; key < kBlockKeys; ++key) *tile++ = widen(reinterpret_cast<const Element*>(block.keys[key])[i]);
 }
 
 // Values as [64, H], padded with zeros to whole vectors.
 template <typename Element>
-inline void load_values(const Block& block, int64_t size, float* tile) {
+inline void widen_values(const Block& block, int64_t size, float* tile) {
   for (int key = 0; key < kBlockKeys; ++key) {
     const Element* value = reinterpret_cast<const Element*>(block.values[key]);
     int64_t i = 0;
@@ -223,7 +301,8 @@ struct Work {
   Work(const AttentionCall& call, const Queries& queries, float* scratch);
 
   void start(const Sums& sums, bool with_sink) const;
-  void add_block(int64_t first, const Block& block) const;
+  template <typename Element>
+  void add_block(int64_t first, const Block& block, const Block& next) const;
   void weigh(int64_t first) const;
   void add_span(int64_t span, const Range& range) const;
   void fold(const Sums& sums) const;
@@ -314,17 +393,29 @@ inline void Work::weigh(int64_t first) const {
   }
 }
 
-inline void Work::add_block(int64_t first, const Block& block) const {
-  if (call.bfloat16_keys) {
-    load_keys<uint16_t>(block, size, keys);
-    load_values<uint16_t>(block, size, values);
+template <typename Element>
+inline void Work::add_block(int64_t first, const Block& block, const Block& next) const {
+  const int64_t head_bytes = size * int64_t(sizeof(Element));
+  Ahead ahead = {next, head_bytes};
+  const Rows to_logits = {rows, q, size, logits, nullptr};
+  if (head_bytes % 64 != 0) {
+    widen_keys<Element>(block, size, keys);
+    multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
   } else {
-    load_keys<float>(block, size, keys);
-    load_values<float>(block, size, values);
+    turn_keys(block, head_bytes, keys);
+    if (sizeof(Element) == sizeof(float))
+      multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
+    else
+      multiply(to_logits, Pairs{reinterpret_cast<const uint16_t*>(keys), kBlockKeys}, ahead);
   }
-  multiply(rows, q, size, keys, kBlockKeys, size, nullptr, logits);
   weigh(first);
-  multiply(rows, logits, kBlockKeys, values, width, kBlockKeys, shrink, span.value);
+  const Rows to_values = {rows, logits, kBlockKeys, span.value, shrink};
+  if (size % kLanes == 0 && rows <= kTileRows) {  // each value is read once: no need for a tile
+    multiply(to_values, Scattered<Element>{block.values, width}, ahead);
+  } else {
+    widen_values<Element>(block, size, values);
+    multiply(to_values, Floats{values, width}, ahead);
+  }
 }
 
 // The sums of a span's keys, those within `range`. While a block is summed, the next is fetched.
@@ -333,14 +424,15 @@ inline void Work::add_span(int64_t span_number, const Range& range) const {
   memset(lanes, 0, size_t(rows * kLanes) * sizeof(float));
   const int64_t first = most(span_number * kSpanKeys, range.first / kBlockKeys * kBlockKeys);
   const int64_t end = least((span_number + 1) * kSpanKeys, range.end);
-  const int64_t head_bytes = size * (call.bfloat16_keys ? 2 : 4);
   Block blocks[2];
   locate(call, queries, first, range, zeros, &blocks[0]);
   for (int64_t key = first, i = 0; key < end; key += kBlockKeys, ++i) {
     Block& next = blocks[(i + 1) % 2];
     locate(call, queries, key + kBlockKeys, range, zeros, &next);
-    prefetch(next, head_bytes);
-    add_block(key, blocks[i % 2]);
+    if (call.bfloat16_keys)
+      add_block<uint16_t>(key, blocks[i % 2], next);
+    else
+      add_block<float>(key, blocks[i % 2], next);
   }
   for (int64_t row = 0; row < rows; ++row) span.total[row] = sum(load(lanes + row * kLanes));
 }
