@@ -122,10 +122,17 @@ def _write_scattered(stored, new, major, minor, first, end):
 
 
 def _write_slices(stored, new, major, minor, first, end):
-    """Token by token, in place: XLA:CPU scatters bfloat16 through a float32 copy of the whole cache."""
+    """Token by token, in place, as bits: XLA:CPU takes bfloat16 through a float32 copy of the whole cache.
+
+    It does so for a scatter, which an indexed update is to it, and for a slice's update of bfloat16 numbers alike.
+    """
+    bits = jnp.dtype(f"uint{8 * stored.dtype.itemsize}")
 
     def write_token(row, token, stored):
-        return stored.at[major[row, token], minor[row, token]].set(new[row, token])
+        at = (major[row, token], minor[row, token], 0, 0)
+        update = jax.lax.bitcast_convert_type(new[row, token][None, None], bits)
+        written = jax.lax.dynamic_update_slice(jax.lax.bitcast_convert_type(stored, bits), update, at)
+        return jax.lax.bitcast_convert_type(written, stored.dtype)
 
     def write_row(row, stored):
         return jax.lax.fori_loop(first[row], end[row], functools.partial(write_token, row), stored)

@@ -228,3 +228,17 @@ def test_scattered_writes_equal_slices():
     scattered = kv_cache._write_scattered(stored, new, major, minor, first, end)
     np.testing.assert_array_equal(np.asarray(slices), np.asarray(scattered))
     assert int((np.asarray(slices) != np.asarray(stored)).any(axis=(2, 3)).sum()) == 9
+
+
+def test_a_token_is_written_without_a_pass_over_the_pool():
+    """Guards decoding at long contexts: a pool made float32 and back, or copied, for every token and layer."""
+    pool, new = jax.ShapeDtypeStruct((512, 64, 8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.float32)
+    table, positions = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def steps(pool, new, table, positions):
+        write = lambda i, pool: kv_cache.write_pages(pool, new, table, positions + i)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, write, pool)
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(pool, new, table, positions).compile()
+    assert "u16[512,64,8,64]" in compiled.as_text() and "f32[512,64,8,64]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
