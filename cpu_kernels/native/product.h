@@ -17,13 +17,13 @@ namespace cpu_kernels::CPU_KERNELS_ISA {
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPanelRows = 32;  // rows of weights that one task takes
 
-// Rows of weights and of activations whose products are summed in registers at a time.
+// Rows of weights and of activations whose products are summed in registers at a time; and rows of weights where there
+// is one row of activations, so that several sums hide each other's latency. By trial.
 #if defined(CPU_KERNELS_AVX512)
-constexpr int kTileWeights = 4, kTileRows = 5;
+constexpr int kTileWeights = 4, kTileRows = 5, kWeightsOfOneRow = 8;
 #else
-constexpr int kTileWeights = 2, kTileRows = 3;
+constexpr int kTileWeights = 1, kTileRows = 4, kWeightsOfOneRow = 4;
 #endif
-static_assert(kPanelRows % kTileWeights == 0);
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -164,9 +164,9 @@ inline void multiply_tile(const Weights& w, int64_t row, const float* const* x, 
 template <int M, class Weights>
 inline void multiply_few(
     const Weights& w, int64_t first, int64_t count, const float* const* x, float* out, int64_t stride) {
-  const int64_t whole = count - count % kTileWeights;
-  for (int64_t r = 0; r < whole; r += kTileWeights)
-    multiply_tile<kTileWeights, M>(w, first + r, x, out + r, stride);
+  constexpr int kRows = M == 1 ? kWeightsOfOneRow : kTileWeights;
+  const int64_t whole = count - count % kRows;
+  for (int64_t r = 0; r < whole; r += kRows) multiply_tile<kRows, M>(w, first + r, x, out + r, stride);
   for (int64_t r = whole; r < count; ++r) multiply_tile<1, M>(w, first + r, x, out + r, stride);
 }
 
