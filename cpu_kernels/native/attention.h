@@ -53,8 +53,8 @@ struct Ahead {
   void fetch_one() {
     if (at == kBlockKeys) return;
     for (int64_t byte = 0; byte < head_bytes; byte += 64) {
-      __builtin_prefetch(block.keys[at] + byte, 0, 2);
-      __builtin_prefetch(block.values[at] + byte, 0, 2);
+      __builtin_prefetch(block.keys[at] + byte);
+      __builtin_prefetch(block.values[at] + byte);
     }
     ++at;
   }
@@ -283,9 +283,21 @@ struct Sums {
 inline Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + padded(2 * rows)}; }
 inline int64_t floats_of_sums(int64_t rows, int64_t width) { return padded(2 * rows) + rows * width; }
 
-inline float exp_of(float a) {
+// e^a for a <= 0, as `exp` but for fused operations and weights below 2^-126, which are 0.
+inline Vec weight_of(Vec a) {
+  a = max(splat(-88), a);  // e^-88 rounds to the power -127, which is 0; a NaN stays one
+  const Vec n = fma(a, splat(1.44269504f), splat(kRounder)), whole = sub(n, splat(kRounder));
+  const Vec r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), a));
+  constexpr float kSeries[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                               5.0000001201e-1f, 1,                1};
+  Vec p = splat(1.9875691500e-4f);
+  for (float c : kSeries) p = fma(p, r, splat(c));
+  return mul(p, power_of_two(n));
+}
+
+inline float weight_of(float a) {
   float lanes[kLanes];
-  store(lanes, exp(splat(a)));
+  store(lanes, weight_of(splat(a)));
   return lanes[0];
 }
 
@@ -363,7 +375,7 @@ inline void Work::start(const Sums& sums, bool with_sink) const {
   for (int64_t row = 0; row < rows; ++row) {
     const float sink = number(call.sinks, queries.kv_head * group + row % group);
     sums.top[row] = sink < kLowest ? kLowest : sink;
-    sums.total[row] = with_sink ? exp_of(sink - sums.top[row]) : 0;
+    sums.total[row] = with_sink ? weight_of(sink - sums.top[row]) : 0;
   }
   memset(sums.value, 0, size_t(rows * width) * sizeof(float));
 }
@@ -381,11 +393,11 @@ inline void Work::weigh(int64_t first) const {
     Vec high = weights[0];
     for (int v = 1; v < kKeyVecs; ++v) high = max(high, weights[v]);
     const float before = span.top[row], block_top = largest(high), top = block_top > before ? block_top : before;
-    shrink[row] = top == before ? 1 : exp_of(before - top);
+    shrink[row] = top == before ? 1 : weight_of(before - top);
     span.top[row] = top;
     Vec total = mul(load(lanes + row * kLanes), splat(shrink[row]));
     for (int v = 0; v < kKeyVecs; ++v) {
-      weights[v] = exp(sub(weights[v], splat(top)));
+      weights[v] = weight_of(sub(weights[v], splat(top)));
       store(logit + v * kLanes, weights[v]);
       total = add(total, weights[v]);
     }
@@ -441,7 +453,7 @@ inline void Work::add_span(int64_t span_number, const Range& range) const {
 inline void Work::fold(const Sums& sums) const {
   for (int64_t row = 0; row < rows; ++row) {
     const float top = sums.top[row] > all.top[row] ? sums.top[row] : all.top[row];
-    const Vec ours = splat(exp_of(all.top[row] - top)), theirs = splat(exp_of(sums.top[row] - top));
+    const Vec ours = splat(weight_of(all.top[row] - top)), theirs = splat(weight_of(sums.top[row] - top));
     float lanes_of_total[kLanes];
     store(lanes_of_total, fma(splat(all.total[row]), ours, mul(splat(sums.total[row]), theirs)));
     all.total[row] = lanes_of_total[0];

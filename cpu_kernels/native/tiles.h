@@ -1,4 +1,4 @@
-// Turning sixteen keys into columns, so that a lane is a key, and widening what is bfloat16.
+// What attention's blocks need of vectors: sixteen keys turned so that a lane is a key, bfloat16 widened, powers of two.
 #ifndef CPU_KERNELS_TILES_H_
 #define CPU_KERNELS_TILES_H_
 
@@ -18,7 +18,15 @@ inline float widen(float a) { return a; }
 inline Vec load_wide(const uint16_t* p) { return load_bf16(p); }
 inline Vec load_wide(const float* p) { return load(p); }
 
+// 2^n for n as kRounder + n, -127 <= n <= 127, of which -127 gives 0.
+constexpr int32_t kPowerBits = kRounderBits - kExponentBias;
+
 #if defined(CPU_KERNELS_AVX512)
+
+inline Vec power_of_two(Vec n) {
+  const __m512i biased = _mm512_sub_epi32(_mm512_castps_si512(n), _mm512_set1_epi32(kPowerBits));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, kMantissaBits));
+}
 
 // Sixteen words of four bytes of each of sixteen rows, columns for rows: word c of all rows to `columns` + c stride.
 inline void transpose(const char* const rows[16], int64_t byte, float* columns, int64_t stride) {
@@ -48,6 +56,28 @@ inline void transpose(const char* const rows[16], int64_t byte, float* columns, 
 }
 
 #else
+
+#if defined(CPU_KERNELS_AVX2)
+
+inline __m256 power_of_two(__m256 n) {
+  const __m256i biased = _mm256_sub_epi32(_mm256_castps_si256(n), _mm256_set1_epi32(kPowerBits));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, kMantissaBits));
+}
+inline Vec power_of_two(Vec n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
+
+#else
+
+inline Vec power_of_two(const Vec& n) {
+  float lanes[kLanes];
+  uint32_t words[kLanes];
+  store(lanes, n);
+  memcpy(words, lanes, sizeof words);
+  for (uint32_t& word : words) word = (word - uint32_t(kPowerBits)) << kMantissaBits;
+  memcpy(lanes, words, sizeof lanes);
+  return load(lanes);
+}
+
+#endif
 
 inline void transpose(const char* const rows[16], int64_t byte, float* columns, int64_t stride) {
   for (int c = 0; c < 16; ++c)

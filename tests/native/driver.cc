@@ -1,4 +1,4 @@
-// Calls the matrix products on arrays of exactly their size, with pools of several sizes whose results must be equal.
+// Calls the kernels on arrays of exactly their size, with pools of several sizes whose results must be equal.
 //
 // For sanitizers: it knows no XLA, so nothing but the kernels is under test.
 #include <cstdio>
@@ -89,6 +89,43 @@ bool experts(int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64
   });
 }
 
+struct Heads {
+  int64_t heads, kv_heads, size;
+};
+
+// Attention of two rows, the second of which ends in padding; over pages in order, or over a ring of `window` slots.
+bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t window) {
+  const int64_t rows = 2, pages = (start + tokens + page - 1) / page, token = heads.kv_heads * heads.size;
+  std::vector<int32_t> positions, table, starts(rows, start);
+  for (int64_t i = 0; i < rows * tokens; ++i)
+    positions.push_back(i > tokens && i + 1 == rows * tokens ? -1 : start + static_cast<int32_t>(i % tokens));
+  for (int64_t i = 0; i < rows * pages; ++i) table.push_back(static_cast<int32_t>(i));
+  const auto q = bfloat16s(rows * tokens * heads.heads * heads.size), sinks = bfloat16s(heads.heads);
+  const int64_t stored = (window ? rows * window : rows * pages * page) * token;
+  const auto keys = bfloat16s(stored), values = bfloat16s(stored);
+  const auto new_keys = bfloat16s(rows * tokens * token), new_values = bfloat16s(rows * tokens * token);
+  return agree(rows * tokens * heads.heads * heads.size, [&](const Pool& pool, float* y) {
+    cpu_kernels::AttentionCall call = {};
+    call.q = {q.data(), true};
+    call.sinks = {sinks.data(), true};
+    call.positions = positions.data();
+    call.output = y;
+    call.rows = rows, call.tokens = tokens;
+    call.heads = heads.heads, call.kv_heads = heads.kv_heads, call.head_size = heads.size;
+    call.bfloat16_keys = true;
+    call.stored = {keys.data(), values.data()};
+    call.slots = window ? window : page;
+    if (window) {
+      call.fresh = {new_keys.data(), new_values.data()};
+      call.start = starts.data();
+    } else {
+      call.page_table = table.data();
+      call.pages = rows * pages, call.pages_per_row = pages;
+    }
+    return kernels.attention(pool, call);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -96,5 +133,9 @@ int main() {
   for (int64_t rows : {0, 1, 2, 4, 5, 11})
     for (int64_t inputs : {1, 31, 32, 33, 95}) same = same && linear(rows, 37, inputs);
   for (int64_t rows : {1, 9, 140}) same = same && experts(rows, 64, 96, 3, 2);
+  for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
+    for (int64_t tokens : {1, 20})
+      for (int32_t start : {0, 70, 1100})
+        for (int64_t window : {0, 12, 64}) same = same && attention(heads, tokens, start, 24, window);
   std::puts(same ? "same bits" : "different bits");
 }
