@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> None:
     """Prints a line for each kind of page, then one JSON line."""
     del arguments
     size = flags.FLAGS.outputs * INPUTS * 2
-    memories = {"4 KiB": np.frombuffer(mmap.mmap(-1, size), np.uint8), "2 MiB": host_memory.empty(size)}
+    memories = {
+        "4 KiB": np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8),
+        "2 MiB": host_memory.empty(size),
+    }
     choice = linear.choose("auto", "cpu")
     product = jax.jit(choice.implementation)
     x = jnp.ones((1, INPUTS), jnp.bfloat16)
