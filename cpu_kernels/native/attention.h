@@ -1,8 +1,8 @@
 // Attention on one instruction set: a block of queries over blocks of keys, by a softmax under way (arXiv:1805.02867).
 //
 // A key is read once for all query rows of a block (tokens times heads of the group). Every sum has one order, whatever
-// the block: a logit is summed over the head in order, a value over the keys in order, in blocks of 64 and spans of 1,024
-// counted from the row's start. A key that a query does not see enters with weight 0, which changes no bit.
+// the block: a logit is summed over the head in order, a value over the keys in order, in blocks of 64 and spans of
+// 1,024 counted from the row's start. A key that a query does not see enters with weight 0, which changes no bit.
 #ifndef CPU_KERNELS_ATTENTION_H_
 #define CPU_KERNELS_ATTENTION_H_
 
@@ -19,6 +19,9 @@ constexpr int64_t kBlockRows = 64;
 
 // Keys of one row that are summed before they meet the others'. Fixed, whatever the number of threads.
 constexpr int64_t kSpanKeys = 1024;
+
+// Tasks for each thread that make it matter little which thread ends last.
+constexpr int64_t kItemsPerThread = 8;
 
 constexpr int kBlockKeys = 64;
 constexpr int kKeyVecs = kBlockKeys / kLanes;
@@ -224,8 +227,8 @@ inline Tokens run_from(const AttentionCall& call, int64_t row, int64_t position,
 }
 
 // Finds the keys from `first` on; outside `seen` they are zeros.
-inline void locate(const AttentionCall& call, const Queries& queries, int64_t first, const Range& seen, const float* zeros,
-            Block* block) {
+inline void locate(const AttentionCall& call, const Queries& queries, int64_t first, const Range& seen,
+                   const float* zeros, Block* block) {
   const int64_t element = call.bfloat16_keys ? 2 : 4, head_bytes = call.head_size * element;
   const int64_t token_bytes = call.kv_heads * head_bytes, head = queries.kv_head * head_bytes;
   int64_t i = 0;
@@ -327,8 +330,10 @@ struct Work {
 // Scratch for blocks of so many query tokens.
 inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens) {
   const int64_t rows = tokens * (call.heads / call.kv_heads), width = padded(call.head_size);
-  return padded(padded(rows * call.head_size) + kBlockKeys * (call.head_size + width) + rows * (kBlockKeys + kLanes) +
-                padded(rows) + width + 2 * floats_of_sums(rows, width) + tokens * int64_t(sizeof(Range) / sizeof(float)));
+  const int64_t tiles = kBlockKeys * (call.head_size + width), logits = rows * (kBlockKeys + kLanes);
+  const int64_t seen = tokens * int64_t(sizeof(Range) / sizeof(float));
+  return padded(rows * call.head_size) + tiles + logits + padded(rows) + width + 2 * floats_of_sums(rows, width) +
+         padded(seen);
 }
 
 inline Work::Work(const AttentionCall& call, const Queries& queries, float* scratch)
@@ -576,10 +581,12 @@ inline bool attend_by_span(const Pool& pool, const Plan& plan, int64_t most_span
 
 }  // namespace attending
 
+// Attention of a call. Spans are spread over the threads where blocks of queries alone are too few to keep them busy.
 inline bool attention(const Pool& pool, const AttentionCall& call) {
   const attending::Plan plan(call);
   const int64_t most_spans = plan.most_spans();
-  if (most_spans > 1 && plan.items() < 8 * (pool.size + 1)) return attending::attend_by_span(pool, plan, most_spans);
+  const bool few = plan.items() < attending::kItemsPerThread * (pool.size + 1);
+  if (few && most_spans > 1) return attending::attend_by_span(pool, plan, most_spans);
   return attending::attend_whole(pool, plan);
 }
 

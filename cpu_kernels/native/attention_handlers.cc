@@ -11,7 +11,7 @@ using Ints2 = ffi::BufferR2<ffi::S32>;
 using Output = ffi::ResultBufferR4<ffi::F32>;
 
 ffi::Error run(ffi::ThreadPool& threads, const AttentionCall& call) {
-  if (call.rows == 0 || call.tokens == 0) return ffi::Error::Success();
+  if (call.rows == 0 || call.tokens == 0 || call.heads == 0) return ffi::Error::Success();
   return finished(kernels().attention(pool_of(threads), call));
 }
 

@@ -1,4 +1,4 @@
-// What attention's blocks need of vectors: sixteen keys turned so that a lane is a key, bfloat16 widened, powers of two.
+// What attention needs of vectors: sixteen keys turned so that a lane is a key, bfloat16 widened, powers of two.
 #ifndef CPU_KERNELS_TILES_H_
 #define CPU_KERNELS_TILES_H_
 
