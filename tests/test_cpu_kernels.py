@@ -298,7 +298,7 @@ _THREADS = """
 import hashlib, os
 from tests import test_cpu_kernels as t
 x, w = t._linear_arguments(13, 700, 200, t.jnp.float32)
-results = t.linear(x, w), t.expert_mlp(*t._expert_arguments(9, 64, 96, 5, 3, t.jnp.float32), limit=t.LIMIT)
+results = t.linear(x, w), t.expert_mlp(*t._expert_arguments(70, 64, 96, 5, 3, t.jnp.float32), limit=t.LIMIT)
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 digests = (hashlib.sha256(t.np.asarray(r).tobytes()).hexdigest() for r in results)
 print(sum("XLAEigen" in name for name in names), *digests)

@@ -2,7 +2,8 @@
 //
 // Sorted choices go in batches whose inner activations fit into cache. Of each batch first every panel of gate_up of
 // every expert is a task (products, bias, SwiGLU), then every panel of down: it adds to y, expert after expert, what
-// they make of their tokens. So a token's sum runs over its choices in the order of their experts, whoever is beside it.
+// they make of their tokens. So a token's sum runs over its choices in the order of their experts, whoever is beside
+// it.
 #ifndef CPU_KERNELS_EXPERT_MLP_H_
 #define CPU_KERNELS_EXPERT_MLP_H_
 
@@ -95,17 +96,20 @@ inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, cons
 // Runs first to last of the sorted choices: their inner activations, then what these add to y.
 class Batch {
  public:
-  Batch(const ExpertCall& call, const SortedChoices& sorted, const float** x, const float** inner)
+  Batch(const ExpertCall& call, const SortedChoices& sorted, const float* const* x, float* const* inner)
       : call_(call), sorted_(sorted), x_(x), inner_(inner) {}
 
-  void add(const Pool& pool, int64_t first, int64_t last) const {
+  void run(const Pool& pool, int64_t first, int64_t last) const {
     const int64_t panels = call_.gate_up.rows / kPanelRows, begin = sorted_.run(first).begin;
-    auto gate_up = [&](int64_t task, int64_t) { gate_up_panel(sorted_.run(first + task / panels), begin, task % panels); };
-    parallel_for(pool, (last - first) * panels, gate_up);
+    const int64_t products = (sorted_.run(last - 1).end - begin) * call_.gate_up.rows * call_.down.rows;
+    auto gate_up = [&](int64_t task, int64_t) {
+      gate_up_panel(sorted_.run(first + task / panels), begin, task % panels);
+    };
+    parallel_for(pool.for_work(products), (last - first) * panels, gate_up);
     auto down = [&](int64_t panel, int64_t) {
       for (int64_t i = first; i < last; ++i) down_panel(sorted_.run(i), begin, panel);
     };
-    parallel_for(pool, call_.down.rows / kPanelRows, down);
+    parallel_for(pool.for_work(products / 2), call_.down.rows / kPanelRows, down);
   }
 
  private:
@@ -118,7 +122,7 @@ class Batch {
       for (int64_t i = 0; i < count; ++i) rows[i] = x_[sorted_.choice(at + i) / call_.choices];
       multiply(w, panel * kPanelRows, kPanelRows, rows, count, products, kPanelRows);
       for (int64_t i = 0; i < count; ++i)
-        activate(call_, run.expert, panel, products + i * kPanelRows, const_cast<float*>(inner_[at + i - batch_begin]));
+        activate(call_, run.expert, panel, products + i * kPanelRows, inner_[at + i - batch_begin]);
     }
   }
 
@@ -131,22 +135,22 @@ class Batch {
     for (int64_t at = run.begin; at < run.end; at += kChunkRows) {
       const int64_t count = run.end - at < kChunkRows ? run.end - at : kChunkRows;
       multiply(w, first, kPanelRows, inner_ + at - batch_begin, count, products, kPanelRows);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t choice = sorted_.choice(at + i);
-        float* y = call_.y + choice / call_.choices * call_.down.rows + first;
-        const Vec share = splat(call_.shares[choice]);
-        for (int half = 0; half < 2; ++half, y += kLanes) {
-          const Vec product = cpu_kernels::CPU_KERNELS_ISA::add(load(products + i * kPanelRows + half * kLanes), biases[half]);
-          store(y, cpu_kernels::CPU_KERNELS_ISA::add(load(y), mul(share, product)));
-        }
-      }
+      for (int64_t i = 0; i < count; ++i)
+        add_to_token(sorted_.choice(at + i), first, products + i * kPanelRows, biases);
     }
+  }
+
+  void add_to_token(int64_t choice, int64_t first, const float* products, const Vec (&biases)[2]) const {
+    float* y = call_.y + choice / call_.choices * call_.down.rows + first;
+    const Vec share = splat(call_.shares[choice]);
+    for (int half = 0; half < 2; ++half, y += kLanes, products += kLanes)
+      store(y, add(load(y), mul(share, add(load(products), biases[half]))));
   }
 
   const ExpertCall& call_;
   const SortedChoices& sorted_;
-  const float** x_;      // by token
-  const float** inner_;  // by choice of the batch
+  const float* const* x_;  // by token
+  float* const* inner_;    // by choice of the batch
 };
 
 inline bool expert_mlp(const Pool& pool, const ExpertCall& call) {
@@ -157,14 +161,14 @@ inline bool expert_mlp(const Pool& pool, const ExpertCall& call) {
   const Unzipped x(pool, call.x);
   const Scratch inner(most * width * int64_t(sizeof(float))), rows(most * int64_t(sizeof(float*)));
   if (!x.ok() || !inner.data() || !rows.data()) return false;
-  const float** inner_rows = static_cast<const float**>(rows.data());
+  float** inner_rows = static_cast<float**>(rows.data());
   for (int64_t i = 0; i < most; ++i) inner_rows[i] = inner.floats() + i * width;
 
   const Batch batch(call, sorted, x.rows(), inner_rows);
   for (int64_t first = 0, last; first < sorted.num_runs(); first = last) {
     for (last = first + 1; last < sorted.num_runs(); ++last)
       if (sorted.run(last).end - sorted.run(first).begin > kBatchChoices) break;
-    batch.add(pool, first, last);
+    batch.run(pool, first, last);
   }
   return true;
 }

@@ -27,9 +27,7 @@ inline ffi::Error finished(bool done) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "cpu_kernels: no memory for scratch");
 }
 
-inline bool is_float(const ffi::AnyBuffer& a) {
-  return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16;
-}
+inline bool is_float(const ffi::AnyBuffer& a) { return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16; }
 
 template <typename Buffer>
 bool has_shape(const Buffer& a, std::initializer_list<int64_t> shape) {

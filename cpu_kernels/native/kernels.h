@@ -24,7 +24,8 @@ struct LinearCall {
   float* y;
 };
 
-// One matrix and bias per expert: codes [E, rows, blocks, 16] and scales [E, rows, blocks] MXFP4, bias [E, rows] bfloat16.
+// One matrix and bias per expert: codes [E, rows, blocks, 16] and scales [E, rows, blocks] MXFP4, bias [E, rows]
+// bfloat16.
 struct ExpertMatrix {
   const uint8_t *codes, *scales;
   const uint16_t* bias;

@@ -14,7 +14,8 @@ inline bool linear(const Pool& pool, const LinearCall& call) {
     const int64_t first = task * kPanelRows, rest = call.outputs - first;
     multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.rows(), call.x.rows, call.y + first, call.outputs);
   };
-  parallel_for(pool, round_up(call.outputs, kPanelRows) / kPanelRows, panel);
+  const int64_t products = call.x.rows * call.outputs * call.x.columns;
+  parallel_for(pool.for_work(products), round_up(call.outputs, kPanelRows) / kPanelRows, panel);
   return true;
 }
 

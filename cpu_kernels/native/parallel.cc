@@ -62,9 +62,16 @@ void help(void* loop) {
 
 }  // namespace
 
-int64_t Pool::max_workers(int64_t tasks) const { return tasks <= size ? (tasks > 0 ? tasks : 1) : size + 1; }
+Pool Pool::for_work(int64_t operations) const {
+  constexpr int64_t kWorthWaking = 1 << 17;  // some 10 microseconds, about what it takes to wake a thread
+  const int64_t useful = operations / kWorthWaking;
+  return {threads, useful < size ? useful : size, schedule};
+}
+
+int64_t Pool::max_workers(int64_t tasks) const { return tasks <= size ? tasks : size + 1; }
 
 void parallel_for(const Pool& pool, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (tasks <= 0) return;
   const auto loop = std::make_shared<Loop>();
   loop->body = body;
   loop->context = context;

@@ -10,8 +10,11 @@ namespace cpu_kernels {
 // Who can help: XLA's intra-operation pool, behind a pointer and a function, so that kernels need not know XLA.
 struct Pool {
   void* threads;
-  int64_t size;                                                    // threads beside the caller that may help
+  int64_t size;                                                     // threads beside the caller that may help
   void (*schedule)(void* threads, void (*run)(void*), void* task);  // runs run(task) some time, on some thread
+
+  // The same pool, of no more threads than `operations` (multiplications, numbers converted) are worth waking.
+  Pool for_work(int64_t operations) const;
 
   // Workers that `parallel_for` may number: scratch for each of them is allocated by its caller.
   int64_t max_workers(int64_t tasks) const;

@@ -3,9 +3,10 @@
 // A dot product over K inputs goes in blocks of 32: sixteen lanes take the even inputs of a block, then, in the same
 // accumulator, the odd ones; the lanes are added up at the end. That is the order in which bytes of two MXFP4 codes and
 // words of two bfloat16s unpack without a shuffle, and activations are laid out to fit ("unzipped": of each block first
-// the even inputs, then the odd ones, zeros behind the last). Few rows of activations meet weights unpacked in
-// registers; many meet a panel of weights unpacked once into cache. Both add in this order, so a row of the result has
-// the same bits beside any neighbours.
+// the even inputs, then the odd ones, zeros behind the last). Weights are unpacked in registers, again for each few
+// rows of activations: next to their products that costs less than a copy of unpacked weights in cache would, and a
+// panel of packed weights stays in cache from the first few rows to the last. Every tile adds in this one order, so a
+// row of the result has the same bits beside any neighbours.
 #ifndef CPU_KERNELS_PRODUCT_H_
 #define CPU_KERNELS_PRODUCT_H_
 
@@ -27,27 +28,26 @@ constexpr int kTileWeights = 1, kTileRows = 4, kWeightsOfOneRow = 4;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Unzips row `row` of x into round_up(columns, 32) floats.
-inline void unzip(const Activations& x, int64_t row, float* out) {
-  const int64_t whole = x.columns / kBlock * kBlock;
-  memset(out + whole, 0, sizeof(float) * size_t(round_up(x.columns, kBlock) - whole));
-  const auto at = [&](int64_t k) { return out + k / kBlock * kBlock + k % 2 * kLanes + k % kBlock / 2; };
-  if (!x.is_bf16) {
-    const float* in = static_cast<const float*>(x.data) + row * x.columns;
-    for (int64_t k = 0; k < x.columns; ++k) *at(k) = in[k];
-    return;
-  }
-  const uint16_t* in = static_cast<const uint16_t*>(x.data) + row * x.columns;
-  for (int64_t k = 0; k < whole; k += kBlock) {
-    Vec even, odd;
-    unpack_bf16(in + k, even, odd);
-    store(out + k, even);
-    store(out + k + kLanes, odd);
-  }
-  for (int64_t k = whole; k < x.columns; ++k) {
-    const uint32_t bits = uint32_t(in[k]) << 16;
-    memcpy(at(k), &bits, sizeof bits);
-  }
+// One block, its even inputs first.
+inline void unzip_block(const float* in, float* out) {
+  for (int64_t i = 0; i < kLanes; ++i) out[i] = in[2 * i], out[kLanes + i] = in[2 * i + 1];
+}
+inline void unzip_block(const uint16_t* in, float* out) {
+  Vec even, odd;
+  unpack_bf16(in, even, odd);
+  store(out, even);
+  store(out + kLanes, odd);
+}
+
+// A row of n inputs into round_up(n, 32) floats.
+template <typename T>
+inline void unzip(const T* in, int64_t n, float* out) {
+  const int64_t whole = n / kBlock * kBlock;
+  for (int64_t k = 0; k < whole; k += kBlock) unzip_block(in + k, out + k);
+  if (whole == n) return;
+  T rest[kBlock] = {};
+  memcpy(rest, in + whole, sizeof(T) * size_t(n - whole));
+  unzip_block(rest, out + whole);
 }
 
 // All of x, unzipped, and a pointer to each row.
@@ -58,14 +58,15 @@ class Unzipped {
         values_(x.rows * stride_ * int64_t(sizeof(float))),
         rows_(x.rows * int64_t(sizeof(float*))) {
     if (!ok()) return;
-    auto body = [&](int64_t row, int64_t) {
-      rows()[row] = values_.floats() + row * stride_;
-      unzip(x, row, values_.floats() + row * stride_);
+    auto unzip_row = [&](int64_t row, int64_t) {
+      float* out = values_.floats() + row * stride_;
+      rows()[row] = out;
+      if (x.is_bf16)
+        unzip(static_cast<const uint16_t*>(x.data) + row * x.columns, x.columns, out);
+      else
+        unzip(static_cast<const float*>(x.data) + row * x.columns, x.columns, out);
     };
-    if (x.rows == 1)
-      for (int64_t row = 0; row < x.rows; ++row) body(row, 0);
-    else
-      parallel_for(pool, x.rows, body);
+    parallel_for(pool.for_work(x.rows * x.columns), x.rows, unzip_row);
   }
 
   bool ok() const { return values_.data() && rows_.data(); }
@@ -125,7 +126,8 @@ struct Mxfp4Weights {
 
 // Adds the products of one block of R rows of weights and M rows of activations to their sums.
 template <int R, int M>
-inline void add_block(const Vec (&even)[R], const Vec (&odd)[R], const float* const* x, int64_t block, Vec (&sums)[M][R]) {
+inline void add_block(const Vec (&even)[R], const Vec (&odd)[R], const float* const* x, int64_t block,
+                      Vec (&sums)[M][R]) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const Vec x_even = load(x[m] + block * kBlock), x_odd = load(x[m] + block * kBlock + kLanes);
@@ -162,8 +164,8 @@ inline void multiply_tile(const Weights& w, int64_t row, const float* const* x, 
 }
 
 template <int M, class Weights>
-inline void multiply_few(
-    const Weights& w, int64_t first, int64_t count, const float* const* x, float* out, int64_t stride) {
+inline void multiply_few(const Weights& w, int64_t first, int64_t count, const float* const* x, float* out,
+                         int64_t stride) {
   constexpr int kRows = M == 1 ? kWeightsOfOneRow : kTileWeights;
   const int64_t whole = count - count % kRows;
   for (int64_t r = 0; r < whole; r += kRows) multiply_tile<kRows, M>(w, first + r, x, out + r, stride);
@@ -172,8 +174,8 @@ inline void multiply_few(
 
 // out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` and m below `rows`.
 template <class Weights>
-inline void multiply(
-    const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out, int64_t stride) {
+inline void multiply(const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out,
+                     int64_t stride) {
   for (; rows >= kTileRows; rows -= kTileRows, x += kTileRows, out += kTileRows * stride)
     multiply_few<kTileRows>(w, first, count, x, out, stride);
   if constexpr (kTileRows > 4)

@@ -22,7 +22,8 @@ ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, Bf16Matrix w, Resul
 }
 
 // An expert matrix from `inputs` to `outputs`; its codes are null where the shapes are of something else.
-ExpertMatrix matrix(const Bytes4& codes, const Bytes3& scales, const Bf16Matrix& bias, int64_t outputs, int64_t inputs) {
+ExpertMatrix matrix(const Bytes4& codes, const Bytes3& scales, const Bf16Matrix& bias, int64_t outputs,
+                    int64_t inputs) {
   const int64_t experts = codes.dimensions()[0], blocks = inputs / 32;
   const bool fits = inputs % 32 == 0 && has_shape(codes, {experts, outputs, blocks, 16}) &&
                     has_shape(scales, {experts, outputs, blocks}) && has_shape(bias, {experts, outputs});
@@ -43,9 +44,10 @@ ffi::Error expert_mlp(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::BufferR2<f
   const ExpertMatrix gate_up = matrix(gate_up_blocks, gate_up_scales, gate_up_bias, 2 * inner, hidden);
   const ExpertMatrix down = matrix(down_blocks, down_scales, down_bias, hidden, inner);
   if (!gate_up.codes || !down.codes || down_bias.dimensions()[0] != experts)
-    return invalid("expert_mlp: expected blocks [E, O, I / 32, 16], scales [E, O, I / 32] and bias [E, O]: D to 2 F, F to D");
-  return finished(kernels().expert_mlp(pool_of(threads), {activations(x), ids.typed_data(), shares.typed_data(), choices,
-                                                          experts, gate_up, down, limit, y->typed_data()}));
+    return invalid(
+        "expert_mlp: expected blocks [E, O, I / 32, 16], scales [E, O, I / 32] and bias [E, O]: D to 2 F, F to D");
+  return finished(kernels().expert_mlp(pool_of(threads), {activations(x), ids.typed_data(), shares.typed_data(),
+                                                          choices, experts, gate_up, down, limit, y->typed_data()}));
 }
 
 }  // namespace
