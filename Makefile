@@ -24,7 +24,7 @@ test: lint types
 mutations: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/test_parser.py -k "mutations or well_formed" --hypothesis-profile=full
 
-# What needs heavier wheels: the comparison with transformers, run live. (Any CPU build of torch will do.)
+# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), and GGUF files.
 gates: $(VENV)/.gates
 	$(BIN)/python -m pytest -m live
 
@@ -57,6 +57,6 @@ $(VENV)/.develops: $(VENV)/.created pyproject.toml
 	@touch $@
 
 $(VENV)/.gates: $(VENV)/.develops
-	@echo "Installing torch and transformers into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate
+	@echo "Installing torch, transformers and gguf into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'gguf>=0.19,<0.20'
 	@touch $@

@@ -40,6 +40,7 @@ from gptoss_jax.sampling import SamplingParams
 READ_BYTES = 1 << 29  # far above any cache
 SQUARE = 2048  # rows and columns of the matrices whose product shows the float32 peak
 NO_STOP = -2
+LISTS = ("contexts", "prefill", "batch", "prefill_batch", "peer_contexts")  # flags that are lists of numbers
 CACHE_DTYPE = DTYPE_POLICIES["bfloat16"].cache
 
 
@@ -91,7 +92,10 @@ def _small_pages(num_bytes: int) -> np.ndarray:
 
 
 def multiplying() -> Callable[[], float]:
-    """Multiplies float32 matrices, by XLA and by NumPy's BLAS: operations per second of the better one."""
+    """Multiplies float32 matrices, by XLA and by NumPy's BLAS: operations per second of the better one.
+
+    OPENBLAS_CORETYPE, where somebody has set it, may hold NumPy's back: unset it for this command.
+    """
     x = np.ones((SQUARE, SQUARE), np.float32)
     on_device, product = jax.device_put(x), jax.jit(jnp.dot)
 
@@ -393,11 +397,16 @@ def main(arguments: list[str]) -> None:
         raise ValueError("expected either --checkpoint or --layers")
     if (options.llama_bench is None) != (options.gguf is None):
         raise ValueError("--llama-bench and --gguf belong together: expected both or neither")
+    numbers = {name: _whole_numbers(options[name].value) for name in LISTS}
+    if options.one_by_one and max(numbers["prefill_batch"]) > 1:
+        raise ValueError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
     subject = load(options)
     print(f"{subject.described}\n{subject.kernels}", flush=True)
     peers, absent = _peers(options, subject.config)
     for name, reason in absent.items():
         print(f"{name} is not run: {reason}")
+    if core := os.environ.get("OPENBLAS_CORETYPE"):
+        print(f"OPENBLAS_CORETYPE is {core}: unset it, or the float32 peak may be that of another core")
     bandwidth = {pages: round(reading(pages)()) for pages in ("huge", "small")}
     print("reading: " + ", ".join(f"{rate / 1e9:.1f} GB/s in {pages} pages" for pages, rate in bandwidth.items()))
     results: dict[str, Any] = {"decode": [], "prefill": []}

@@ -59,7 +59,7 @@ class Llama(NamedTuple):
 
     def _batched(self, rows: int, prompt: int, steps: int) -> dict[str, float]:
         sizes = ["-npl", rows, "-npp", prompt, "-ntg", steps, "-c", rows * (prompt + steps + 32)]
-        mapping = ["--no-mmap"] if self.huge_pages else []
+        mapping = ["--load-mode", "none"] if self.huge_pages else []
         command = [self.batched_bench, "--output-format", "jsonl", *self._common(), *mapping, *sizes]
         lines = [line for line in self._run(command).splitlines() if line.startswith("{")]
         return json.loads(lines[-1])

@@ -145,10 +145,11 @@ def test_repacked_experts_are_the_same_weights():
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("dense", write_gguf.DENSE)
 def test_file_holds_the_model(dense, raw, tmp_path):
     """A leaf under another's name, gate and up swapped, a matrix transposed: read back by the gguf package itself."""
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="reading and writing GGUF needs the gguf package")
     tensors = random_tensors(raw, true_width.SEED)
     path = tmp_path / "model.gguf"
     assert write_gguf.write(path, write_gguf.random_leaves(raw), dense) == path.stat().st_size
@@ -183,9 +184,10 @@ def test_file_holds_the_model(dense, raw, tmp_path):
     assert {name.replace("blk.0.", "") for name in got if "blk.1." not in name} >= {"output.weight", "attn_q.bias"}
 
 
+@pytest.mark.live
 def test_published_and_random_weights_give_the_same_file(raw, tmp_path):
     """--checkpoint and --layers that would give llama.cpp another model than ours."""
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
     write_checkpoint(tmp_path / "published", raw, seed=true_width.SEED)
     files = [tmp_path / name for name in ("published.gguf", "random.gguf")]
     write_gguf.write(files[0], write_gguf.published(tmp_path / "published"), "bf16")
