@@ -130,16 +130,16 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Shown(screen, options, [request.sampling.seed for request in requests])
     samples: list[Sample] = []
-    with interruptible() as pressed:
+    with interruptible(insisting=False) as pressed:  # until what had come is printed and saved
         for sample in collect(runner, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
             shown.finish(sample)
             samples.append(sample)
-    if options.save:
-        messages.write_messages(options.save, conversation(prompt, samples[0].answer))
-    statistics = measure(language_model, runner, len(prompt.token_ids), samples)
-    if options.json:
-        screen.document(document(options, runner, prompt, requests, samples, statistics))
-    screen.say(statistics_line(statistics))
+        if options.save:
+            messages.write_messages(options.save, conversation(prompt, samples[0].answer))
+        statistics = measure(language_model, runner, len(prompt.token_ids), samples)
+        if options.json:
+            screen.document(document(options, runner, prompt, requests, samples, statistics))
+        screen.say(statistics_line(statistics))
     screen.check_reader()
     if any(sample.answer.finish_reason == "error" for sample in samples):
         sys.exit(command.EXIT_CODE)

@@ -345,7 +345,9 @@ def _interrupted(folder, arguments) -> tuple[int, str, str]:
             assert line, said
             said += line
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        for _ in range(3):  # a hand that insists
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
         out, rest = process.communicate(timeout=120)
         return process.returncode, out, said + rest
 
