@@ -1,12 +1,13 @@
 """One answer as it grows: an engine's events in; text to show, messages, and the reason it ended out."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from gptoss_jax import parser
-from gptoss_jax.engine import Engine, Event, FinishReason, Request
+from gptoss_jax.engine import Engine, Event, FinishReason, NumericsError, Request
 from gptoss_jax.parser import CHANNELS, Delta, Parsed, StreamParser
 from gptoss_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -22,7 +23,8 @@ class Answer:
         parsed: ids, text, messages, and how well they parsed.
         logprobs: of each id: natural logarithm, by the model's own distribution.
         top_logprobs: of each id, if asked for: the likeliest ids with their log probabilities.
-        finish_reason: "stop" at a stop id or stop string, "length" at the limit, "cancelled" by the user.
+        finish_reason: "stop" at a stop id or stop string, "length" at the limit, "cancelled" by the user, "error" where
+            the model's logits were not finite.
         stop_string: the one that was found.
         messages: as parsed, the last one cut before the stop string.
     """
@@ -172,25 +174,49 @@ def collect(
     streams: Sequence[AnswerStream],
     show: Callable[[list[Delta]], None],
     interrupted: Callable[[], bool],
-) -> list[Sample]:
-    """Runs the requests to their ends, or until interrupted; `show` gets what each event brings."""
-    stream_of = {runner.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
-    deltas: dict[int, list[Delta]] = {request_id: [] for request_id in stream_of}
-    times: dict[int, list[float]] = {request_id: [] for request_id in stream_of}
+) -> Iterator[Sample]:
+    """Runs the requests to their ends, or until interrupted, and gives their answers in order, each as soon as it can.
+
+    An answer that meets logits which are not finite ends there ("error"); the others go on. `show` gets what each
+    event of any request brings.
+    """
+    streams_by_id = {runner.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
+    growing = {request_id: _Growing(stream, show) for request_id, stream in streams_by_id.items()}
     began = time.perf_counter()
-    for event in runner.run(until=interrupted):
-        times[event.request_id].append(time.perf_counter() - began)
-        new = stream_of[event.request_id].take(event)
-        deltas[event.request_id] += new
-        show(new)
-    samples = []
-    for request_id, stream in stream_of.items():
+    while not runner.is_idle and not interrupted():
+        with contextlib.suppress(NumericsError):  # the event has said so
+            for event in runner.run(until=interrupted):
+                growing[event.request_id].take(event, time.perf_counter() - began)
+                while growing and growing[first := next(iter(growing))].ended:
+                    yield growing.pop(first).sample()
+    for request_id, answer in growing.items():
         runner.cancel(request_id)
-        answer, rest = stream.finish()
-        show(rest)
-        when = times[request_id] or [0.0]
-        samples.append(Sample(answer, deltas[request_id] + rest, when[0], when[-1]))
-    return samples
+        yield answer.sample()
+
+
+class _Growing:
+    """An answer on its way to a `Sample`."""
+
+    def __init__(self, stream: AnswerStream, show: Callable[[list[Delta]], None]):
+        self._stream, self._show = stream, show
+        self._deltas: list[Delta] = []
+        self._times: list[float] = []
+        self.ended = False
+
+    def take(self, event: Event, seconds: float) -> None:
+        self._times.append(seconds)
+        self.ended = event.finish_reason is not None
+        self._bring(self._stream.take(event))
+
+    def sample(self) -> Sample:
+        answer, rest = self._stream.finish()
+        self._bring(rest)
+        when = self._times or [0.0]
+        return Sample(answer, self._deltas, when[0], when[-1])
+
+    def _bring(self, deltas: list[Delta]) -> None:
+        self._deltas += deltas
+        self._show(deltas)
 
 
 class StopStrings:

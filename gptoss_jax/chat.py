@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from openai_harmony import Message, Role
+from openai_harmony import Message
 from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from gptoss_jax import harmony, messages
 from gptoss_jax.answer import AnswerStream, Sample, call_document, collect
+from gptoss_jax.command import spell_flags
 from gptoss_jax.engine import Engine, Request
 from gptoss_jax.harmony import Settings
 from gptoss_jax.messages import Conversation
@@ -33,6 +34,7 @@ class Talk:
         said: the conversation so far, without what the settings put in front.
         vocab_path: as for `harmony.render`.
         samples: the answers of this session.
+        results: of the calls that wait, in order, those that are there.
     """
 
     runner: Engine
@@ -43,6 +45,7 @@ class Talk:
     said: list[Message]
     vocab_path: str | None = None
     samples: list[Sample] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
 
     def answer(
         self, new: Sequence[Message], show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]
@@ -59,7 +62,34 @@ class Talk:
         (sample,) = collect(self.runner, [request], [stream], show, interrupted)
         self.said = [*said, *messages.from_parsed(sample.answer.history())]
         self.samples.append(sample)
+        self.results = []
         return sample
+
+    def waiting(self) -> list[str]:
+        """The names of the calls that wait for a result, in order."""
+        names = [str(self.said[call].recipient) for call in harmony.waiting_calls(self.said)]
+        return names[len(self.results) :]
+
+    def take_result(self, text: str) -> list[Message]:
+        """Notes the result of the first call that waits; gives all of them once none waits any more.
+
+        Raises:
+            ValueError: no call waits.
+        """
+        calls = harmony.waiting_calls(self.said)
+        if not calls:
+            raise ValueError("no call waits for a result")
+        results = [*self.results, text]
+        if len(results) < len(calls):
+            self.results = results
+            return []
+        names = [self.said[call].recipient for call in calls]
+        rows = [{"name": name, "content": result} for name, result in zip(names, results, strict=True)]
+        return messages.tool_results(rows, Conversation(tuple(self.said)))
+
+    def forget(self) -> None:
+        """Empties the conversation."""
+        self.said, self.results = [], []
 
     def render(self, said: Sequence[Message]) -> list[int]:
         """The ids behind which the assistant speaks next."""
@@ -84,12 +114,12 @@ def run(talk: Talk, screen: Screen, *, show_reasoning: bool) -> None:
     """Reads and answers until the input ends or /quit."""
     console = _Console(talk, screen, show_reasoning)
     screen.say("/help lists the commands; Alt-Enter begins a new line; Ctrl-C stops an answer, Ctrl-D ends the session")
+    console.say_what_waits()
     for text in _inputs(screen):
-        if text.startswith("/"):
-            if not console.obey(text):
-                return
-        elif text.strip():
-            console.turn([Message.from_role_and_content(Role.USER, text.strip())])
+        console.take(text)
+        screen.check_reader()
+        if console.ended:
+            return
 
 
 class _Command(NamedTuple):
@@ -99,51 +129,68 @@ class _Command(NamedTuple):
 
 
 class _Console:
-    """What a session does with a line of input."""
+    """What a session does with a line of input.
+
+    Attributes:
+        ended: the session is over.
+    """
 
     def __init__(self, talk: Talk, screen: Screen, show_reasoning: bool):
         self._talk, self._screen, self._show_reasoning = talk, screen, show_reasoning
+        self.ended = False
         efforts = "|".join(harmony.REASONING_EFFORTS)
         self._commands = {
             "/effort": _Command(efforts, "how long the model thinks", self._effort),
             "/system": _Command("TEXT", "instructions; without TEXT: none", self._system),
             "/reasoning": _Command("", "show the reasoning, or hide it again", self._reasoning),
-            "/result": _Command("TEXT", "the result of the tool call that waits for one", self._result),
+            "/result": _Command("TEXT", "the result of the first tool call that waits for one", self._result),
             "/reset": _Command("", "forget the conversation", self._reset),
             "/save": _Command("FILE", "write the conversation, for --messages", self._save),
             "/stats": _Command("", "tokens, speed and context so far", self._stats),
             "/help": _Command("", "this list", self._help),
-            "/quit": _Command("", "end the session, as Ctrl-D does", self._help),
+            "/quit": _Command("", "end the session, as Ctrl-D does", self._quit),
         }
 
-    def obey(self, line: str) -> bool:
-        """Runs a command; false if the session is to end."""
+    def take(self, line: str) -> None:
+        """Runs a command, or answers what is said."""
         name, _, text = line.partition(" ")
-        if name == "/quit":
-            return False
-        if name not in self._commands:
-            self._screen.say(f"unknown command {name}: /help lists them (a space in front makes it text)")
-            return True
         try:
-            self._commands[name].act(text.strip())
+            messages.check_text(line, "what was entered")
+            if name in self._commands:
+                self._commands[name].act(text.strip())
+            elif line.startswith("/"):
+                raise ValueError(f"unknown command {name}: /help lists them (a space in front makes it text)")
+            elif line.strip():
+                self._say(line.strip())
         except (ValueError, OSError) as error:
             self._screen.say(str(error))
-        return True
 
-    def turn(self, new: Sequence[Message]) -> None:
+    def say_what_waits(self) -> None:
+        """Tells the user which call /result answers next."""
+        for call in self._talk.waiting()[:1]:
+            self._screen.say(f"{call} waits: /result answers it")
+
+    def _say(self, text: str) -> None:
+        for call in self._talk.waiting():
+            self._screen.say(f"{call} is left without a result")
+        self._turn([messages.user(text)])
+
+    def _turn(self, new: Sequence[Message]) -> None:
         """An answer to `new` messages."""
         view = AnswerView(self._screen, show_reasoning=self._show_reasoning)
         try:
-            with interruptible() as interrupted:
-                sample = self._talk.answer(new, view.show, interrupted)
+            with interruptible(insisting=False) as pressed:
+                sample = self._talk.answer(new, view.show, lambda: pressed() or self._screen.reader_left)
         except ValueError as error:
-            self._screen.say(f"{error} (/reset forgets the conversation)")
-            return
+            raise ValueError(f"{spell_flags(str(error))} (/reset forgets the conversation)") from None
         view.finish(sample.answer)
         for call in map(call_document, sample.answer.parsed.calls):
             self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
-        for remark in remarks(sample.answer):
+        for remark in remarks(sample.answer, "" if self._show_reasoning else "/reasoning"):
             self._screen.say(remark)
+
+    def _quit(self, text: str) -> None:
+        self.ended = True
 
     def _effort(self, text: str) -> None:
         self._talk.change(reasoning_effort=text)
@@ -156,10 +203,14 @@ class _Console:
         self._screen.say(f"reasoning is {'shown' if self._show_reasoning else 'hidden'}")
 
     def _result(self, text: str) -> None:
-        self.turn(messages.tool_results([{"content": text}], Conversation(tuple(self._talk.said))))
+        results = self._talk.take_result(text)
+        if results:
+            self._turn(results)
+        else:
+            self.say_what_waits()
 
     def _reset(self, text: str) -> None:
-        self._talk.said = []
+        self._talk.forget()
 
     def _save(self, text: str) -> None:
         if not text:
@@ -183,7 +234,7 @@ class _Console:
 
 def _inputs(screen: Screen) -> Iterator[str]:
     """What the user enters: edited in a terminal, else lines of stdin; a backslash at its end continues a line."""
-    ask = _editor(screen) if sys.stdin.isatty() else _next_line
+    ask = _editor(screen) if sys.stdin.isatty() else _lines()
     while True:
         try:
             text = ask()
@@ -194,11 +245,17 @@ def _inputs(screen: Screen) -> Iterator[str]:
         yield text
 
 
-def _next_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
+def _lines() -> Callable[[], str]:
+    """Reads a line; bytes that are no UTF-8 come as half characters, which are refused where they would be used."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+
+    def read() -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    return read
 
 
 def _editor(screen: Screen) -> Callable[[], str]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
@@ -31,20 +31,46 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
+    open_streams(name)
     parse = lambda argv: _parse(argv, name, sections)  # noqa: E731
     app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=parse)
 
 
 def refuse(message: str, name: str) -> NoReturn:
     """Says what is wrong, line by line, and exits with 2."""
-    for line in message.splitlines():
-        print(f"{name}: {line}", file=sys.stderr)
+    try:
+        for line in message.splitlines():
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        write_nowhere(sys.stderr)
     sys.exit(EXIT_CODE)
+
+
+def open_streams(name: str) -> None:
+    """Streams that the shell closed (`<&-`): reading gives nothing, stderr goes nowhere; an answer needs a place."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout is None:
+        refuse("stdout is closed, expected a place for the answer: > FILE, or > /dev/null", name)
 
 
 def spelled(name: str) -> str:
     """A flag as people type it: --two-words."""
     return f"--{name.replace('_', '-')}"
+
+
+def spell_flags(message: str, names: Mapping[str, str] = {}) -> str:
+    """A library's message with the flags of this command as people type them.
+
+    `names`: what the library calls a flag -> the flag, where they differ.
+    """
+    known = {name: name for name in flags.FLAGS if "_" in name} | dict(names)
+    return re.sub(rf"\b({'|'.join(known)})\b", lambda found: spelled(known[found[0]]), message)
+
+
+def write_nowhere(stream: TextIO) -> None:
+    """Sends what is still written to `stream`, which nobody reads, to nowhere: Python would complain at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def help_text(options: flags.FlagValues, sections: Sections) -> str:
@@ -57,22 +83,26 @@ def help_text(options: flags.FlagValues, sections: Sections) -> str:
     return "\n".join(parts)
 
 
-def to_json(document: object) -> str:
-    """Indented JSON, with lists of numbers on one line each."""
-    text = json.dumps(document, indent=2, ensure_ascii=False)
+def to_json(document: object, *, ensure_ascii: bool = False) -> str:
+    """Indented JSON, with lists of numbers on one line each; if `ensure_ascii`, other characters as escapes."""
+    text = json.dumps(document, indent=2, ensure_ascii=ensure_ascii)
     # Newlines within strings are escaped, so a bracket before a newline is a list's.
     return re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _flag_help(flag: flags.Flag) -> str:
-    """Help that begins with `WORD: ` names the flag's value so; absl begins an enum's with `<one|another>: `."""
-    found = re.fullmatch(r"<?([A-Z][A-Z=,.]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
-    value, meaning = found.groups() if found else (flag.flag_type().upper(), flag.help or "")
+    value, meaning = _value_and_meaning(flag)
     usage = f"  --[no]{spelled(flag.name)[2:]}" if flag.boolean else f"  {spelled(flag.name)} {value}"
     meaning = meaning.split(";\n")[0]  # what absl adds to a flag that may be repeated
     default = "" if flag.boolean or flag.default in (None, "") or flag.default == [] else f" [{flag.default}]"
     indent = " " * 6
     return f"{usage}\n" + textwrap.fill(meaning + default, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _value_and_meaning(flag: flags.Flag) -> tuple[str, str]:
+    """Help that begins with `WORD: ` names the flag's value so; absl begins an enum's with `<one|another>: `."""
+    found = re.fullmatch(r"<?([A-Z][A-Z=,.]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
+    return (found[1], found[2]) if found else (flag.flag_type().upper(), flag.help or "")
 
 
 def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> list[str]:
@@ -86,16 +116,20 @@ def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> 
         sys.exit(0)
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     try:
-        return flags.FLAGS(words)
+        arguments = flags.FLAGS(words)
     except flags.Error as error:
         refuse(f"{' '.join(str(error).split())} (--help lists the flags)", name)
+    for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
+        if flag.value == "" and _value_and_meaning(flag)[0] == "FILE":
+            refuse(f"{spelled(flag.name)} is empty, expected the name of a file", name)
+    return arguments
 
 
 def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -> None:
     try:
         main(arguments)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more while closing stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        write_nowhere(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         refuse(str(error), name)

@@ -31,6 +31,8 @@ from gptoss_jax.sharding import Sharding
 MAX_STOP_IDS = 8
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
 
+NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
+
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -286,8 +288,7 @@ class Engine:
             for event in events:
                 if event.finish_reason == "error":
                     raise NumericsError(
-                        f"request {event.request_id}, step {event.step + len(event.token_ids)}: logits are not finite; "
-                        "check the checkpoint (convert --verify) and the kernels"
+                        f"request {event.request_id}, step {event.step + len(event.token_ids)}: {NOT_FINITE}"
                     )
 
     def cancel(self, request_id: int) -> None:

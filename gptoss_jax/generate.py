@@ -19,8 +19,8 @@ document instead, with all that was asked, drawn and parsed.
 
 Exit codes: 0 the answer ended, or was cut at a limit (stderr says so, and so
 does finish_reason in --json); 2 bad input, or a model whose numbers are not
-finite; 130 interrupted with Ctrl-C (what had come is printed); 141 the reader
-of stdout went away.
+finite; 130 interrupted with Ctrl-C; 141 the reader of stdout went away. What
+had come is printed, and written by --save, in each case.
 
 Deterministic runs (the default on CPUs) give a request the same tokens and log
 probabilities, bit by bit, alone and in any batch. With --nodeterministic (the
@@ -32,17 +32,18 @@ another token is drawn (docs/generate.md has the measurement).
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from openai_harmony import Message, Role
+from openai_harmony import Message
 
 from gptoss_jax import chat, command, harmony, messages, request_flags, runtime, tokenizer
 from gptoss_jax.answer import Answer, AnswerStream, Sample, collect
-from gptoss_jax.engine import Engine
+from gptoss_jax.engine import Engine, Request
 from gptoss_jax.harmony import Settings
 from gptoss_jax.messages import Conversation
+from gptoss_jax.parser import Delta
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.terminal import AnswerView, Screen, interruptible, load_model, remarks
@@ -51,6 +52,8 @@ from gptoss_jax.tokenizer import Tokenizer
 PROMPTS = ("prompt", "prompt_file", "token_ids")
 ASKED = (*PROMPTS, "messages", "tool_results", "chat")
 SHOWN = ("show_reasoning", "json", "raw", "save", "n")
+_APART = (("raw", "json"), ("raw", "show_reasoning"))
+_TOGETHER = (("top_logprobs", "json"), ("tool_results", "messages"))
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": ASKED,
     "What the model is told": request_flags.TOLD,
@@ -60,6 +63,7 @@ SECTIONS = {
 }
 _WITHOUT_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
 MAX_ROWS = 16  # answers to one prompt that run at once
+MAX_ANSWERS = 1024
 
 
 def define_flags() -> None:
@@ -76,7 +80,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
     flags.DEFINE_bool("json", False, "Print one JSON document with everything.")
     flags.DEFINE_bool("raw", False, "Print all that comes, as it comes, control tokens spelled out.")
-    flags.DEFINE_string("save", None, "FILE: Where to write the conversation as JSON, for --messages.")
+    flags.DEFINE_string(
+        "save", None, "FILE: Where to write the conversation (of --n answers, the first) as JSON, for --messages."
+    )
     flags.DEFINE_integer("n", 1, "N: Answers to the prompt; the second is drawn with seed + 1, and so on.")
     request_flags.define_flags()
     runtime.define_flags()
@@ -86,8 +92,9 @@ class Prompt(NamedTuple):
     """What the model is to go on from."""
 
     token_ids: list[int]
-    text: str | None  # what was said last, if it was said as text
-    conversation: list[Message] | None  # what they render, system and developer messages included; None: plain ids
+    text: str | None = None  # what was said last, if it was said as text
+    conversation: list[Message] | None = None  # what they render, with what is put in front; None: plain ids
+    told: Mapping[str, Any] = {}  # fields of `Settings` that acted
 
 
 def main(arguments: list[str]) -> None:
@@ -95,17 +102,19 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     screen, words = Screen(), tokenizer.load_tokenizer(options.vocab)
     told, drawn = request_flags.settings(options), request_flags.sampling(options)
+    request_flags.refuse_together(options, *_APART)
     if options.chat:
         _chat(options, arguments, screen, words, told, drawn)
     else:
+        request_flags.refuse_without(options, *_TOGETHER)
         prompt = read_prompt(options, arguments, told)
         _answer(options, screen, words, prompt, drawn)
 
 
 def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt: Prompt, drawn: SamplingParams) -> None:
     """One prompt, `--n` answers."""
-    if options.n < 1:
-        raise ValueError(f"--n is {options.n}, expected at least 1")
+    if not 1 <= options.n <= MAX_ANSWERS:
+        raise ValueError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
     if options.save:
         messages.check_can_write(options.save)
     config = runtime.config_from_flags(options)
@@ -117,29 +126,57 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
     ]
     language_model, runner = load(options, screen, rows=min(options.n, MAX_ROWS))
     screen.say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
-    look = {"show_reasoning": options.show_reasoning, "print_calls": not options.raw}
-    view, live = AnswerView(screen, **look), not options.json and options.n == 1
-    with interruptible() as interrupted:
-        samples = collect(runner, requests, streams, view.show if live else lambda deltas: None, interrupted)
-    if live:
-        view.finish(samples[0].answer)
-    elif not options.json:
-        for i, (request, sample) in enumerate(zip(requests, samples, strict=True), 1):
-            screen.say(f"answer {i} of {options.n} (seed {request.sampling.seed}):")
-            view = AnswerView(screen, **look)
-            view.show(sample.deltas)
-            view.finish(sample.answer)
-    statistics = measure(language_model, runner, len(prompt.token_ids), samples)
-    if options.json:
-        print(command.to_json(document(options, runner, prompt, samples, statistics)))
-    if options.save:
-        messages.write_messages(options.save, conversation(prompt, samples[0].answer))
-    for sample in samples:
-        for remark in remarks(sample.answer):
-            screen.say(remark)
-    screen.say(statistics_line(statistics))
-    if interrupted():
+    for call in harmony.calls_without_result(prompt.conversation or []):
+        screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
+    shown = _Shown(screen, options, [request.sampling.seed for request in requests])
+    samples: list[Sample] = []
+    with interruptible(insisting=False) as pressed:  # until what had come is printed and saved
+        for sample in collect(runner, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
+            shown.finish(sample)
+            samples.append(sample)
+        if options.save:
+            messages.write_messages(options.save, conversation(prompt, samples[0].answer))
+        statistics = measure(language_model, runner, len(prompt.token_ids), samples)
+        if options.json:
+            screen.document(document(options, runner, prompt, requests, samples, statistics))
+        screen.say(statistics_line(statistics))
+    screen.check_reader()
+    if any(sample.answer.finish_reason == "error" for sample in samples):
+        sys.exit(command.EXIT_CODE)
+    if pressed():
         sys.exit(command.INTERRUPTED)
+
+
+class _Shown:
+    """What people see of `--n` answers: a single one as it comes, several each when it and those before have ended."""
+
+    def __init__(self, screen: Screen, options: flags.FlagValues, seeds: Sequence[int]):
+        self._screen, self._options, self._seeds = screen, options, seeds
+        self._answers = 0
+        self._view = self._new_view()
+
+    def _new_view(self) -> AnswerView:
+        options = self._options
+        return AnswerView(self._screen, show_reasoning=options.show_reasoning, print_calls=not options.raw)
+
+    def show(self, deltas: list[Delta]) -> None:
+        if len(self._seeds) == 1 and not self._options.json:
+            self._view.show(deltas)
+
+    def finish(self, sample: Sample) -> None:
+        """Shows the answer, or its end, and what is to be said of it."""
+        several, i = len(self._seeds) > 1, self._answers
+        label = f"answer {i + 1} of {len(self._seeds)} (seed {self._seeds[i]})"
+        if several and not self._options.json:
+            self._screen.say(f"{label}:")
+            self._view = self._new_view()
+            self._view.show(sample.deltas)
+        if not self._options.json:
+            self._view.finish(sample.answer)
+        hidden = not (self._options.show_reasoning or self._options.json or self._options.raw)
+        for remark in remarks(sample.answer, "--show-reasoning" if hidden else ""):
+            self._screen.say(f"{label}: {remark}" if several and self._options.json else remark)
+        self._answers += 1
 
 
 def _chat(
@@ -152,6 +189,8 @@ def _chat(
 ) -> None:
     """A session of prompts and answers."""
     wrong = [command.spelled(flag) for flag in _WITHOUT_CHAT if options[flag].present]
+    if wrong == ["--save"] and not arguments:
+        raise ValueError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
     if wrong or arguments:
         raise ValueError(f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself")
     before = messages.read_messages(options.messages) if options.messages else Conversation(())
@@ -178,7 +217,7 @@ def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Setti
         given = "prompt_file", "-"
     match given:
         case ("token_ids", _):
-            return Prompt(_plain_ids(options), None, None)
+            return Prompt(_plain_ids(options))
         case ("prompt_file", path):
             return _render(options, request_flags.read_text(path), told)
         case _:
@@ -199,16 +238,12 @@ def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prom
     if options.tool_results:
         said += messages.read_tool_results(options.tool_results, before)
     if text is not None:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("the prompt is not valid UTF-8")
-        if not text.strip():
-            raise ValueError("the prompt is empty, expected text")
-        said.append(Message.from_role_and_content(Role.USER, text))
+        said.append(messages.user(text))
     if not said:
         raise ValueError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
     told = request_flags.merge(told, before, options)
     ids = harmony.render(said, told, vocab_path=options.vocab)
-    return Prompt(ids, text, harmony.with_opening(said, told))
+    return Prompt(ids, text, harmony.with_opening(said, told), harmony.acting(told, said))
 
 
 # ---- the run ----
@@ -258,6 +293,7 @@ def document(
     options: flags.FlagValues,
     runner: Engine,
     prompt: Prompt,
+    requests: Sequence[Request],
     samples: Sequence[Sample],
     statistics: dict[str, float | int | None],
 ) -> dict[str, Any]:
@@ -265,6 +301,7 @@ def document(
     echoed = [name for names in SECTIONS.values() for name in names]
     return {
         "settings": {name: options[name].value for name in echoed}
+        | request_flags.as_acted(options, prompt.told, requests[0])
         | {"prompt": prompt.text, "deterministic": runner.deterministic},
         "prompt_token_ids": prompt.token_ids,
         "answers": [sample.answer.document() for sample in samples],

@@ -211,6 +211,11 @@ def waiting_calls(messages: Sequence[Message]) -> list[int]:
     return [call for call, result in call_results(messages).items() if result is None and call >= start]
 
 
+def calls_without_result(messages: Sequence[Message]) -> list[str]:
+    """The recipients of all tool calls, in any turn, that no message answers."""
+    return [str(messages[call].recipient) for call, result in call_results(messages).items() if result is None]
+
+
 def _last_user(messages: Sequence[Message]) -> int:
     """Index of the last user message, 0 if there is none."""
     return max((i for i, message in enumerate(messages) if message.author.role is Role.USER), default=0)
@@ -280,6 +285,13 @@ def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None
                 f"the conversation brings its own {role.value} message, so {', '.join(named)} cannot be set; "
                 "change that message or take it out"
             )
+
+
+def acting(settings: Settings, messages: Sequence[Message]) -> dict[str, Any]:
+    """The settings that act: those whose message the conversation does not bring itself."""
+    own = {message.author.role for message in messages}
+    names = [name for role, fields in _SETTINGS_OF.items() if role not in own for name in fields]
+    return {name: getattr(settings, name) for name in names}
 
 
 def _system_message(settings: Settings) -> Message:

@@ -171,6 +171,24 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
+def user(text: str) -> Message:
+    """What a user says.
+
+    Raises:
+        ValueError: nothing, or what is no text.
+    """
+    check_text(text, "the prompt")
+    if not text.strip():
+        raise ValueError("the prompt is empty, expected text")
+    return Message.from_role_and_content(Role.USER, text)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError for what Python makes of bytes that are no UTF-8, in arguments and on stdin."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{what} is not valid UTF-8")
+
+
 def check_can_write(path: str | Path) -> None:
     """Raises ValueError where `write_messages` could not write: asked before an answer, rather than after it."""
     folder = Path(path).absolute().parent

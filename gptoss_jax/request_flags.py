@@ -3,14 +3,16 @@
 import dataclasses
 import datetime
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from gptoss_jax import harmony, messages
-from gptoss_jax.command import spelled
+from gptoss_jax.command import spell_flags, spelled
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import EngineConfig, Request
 from gptoss_jax.harmony import Settings
@@ -68,15 +70,20 @@ def settings(options: flags.FlagValues) -> Settings:
         ValueError: a value that cannot be, or a file that is not what it should be.
     """
     date = datetime.date.today().isoformat() if options.date == "today" else options.date
-    return Settings(
-        reasoning_effort=options.reasoning_effort,
-        knowledge_cutoff=options.knowledge_cutoff,
-        current_date=date,
-        instructions=options.system,
-        tools=messages.read_tools(options.tools) if options.tools else (),
-        builtin_tools=tuple(options.builtin_tools),
-        response_format=messages.read_response_format(options.response_format) if options.response_format else None,
-    )
+    if options.system:
+        messages.check_text(options.system, "--system")
+    tools = messages.read_tools(options.tools) if options.tools else ()
+    response_format = messages.read_response_format(options.response_format) if options.response_format else None
+    with _naming_flags():
+        return Settings(
+            reasoning_effort=options.reasoning_effort,
+            knowledge_cutoff=options.knowledge_cutoff,
+            current_date=date,
+            instructions=options.system,
+            tools=tools,
+            builtin_tools=tuple(options.builtin_tools),
+            response_format=response_format,
+        )
 
 
 def merge(told: Settings, conversation: Conversation, options: flags.FlagValues) -> Settings:
@@ -86,7 +93,9 @@ def merge(told: Settings, conversation: Conversation, options: flags.FlagValues)
         ValueError: a flag that was given says something else than the file, or belongs in a message that it brings.
     """
     flag_of = {field: _FLAG_OF.get(field, field) for field in vars(told)}
-    harmony.check_can_be_set(conversation.messages, [field for field, flag in flag_of.items() if options[flag].present])
+    with _naming_flags():
+        given = [field for field, flag in flag_of.items() if options[flag].present]
+        harmony.check_can_be_set(conversation.messages, given)
     for field, value in conversation.settings.items():
         flag = flag_of[field]
         if options[flag].present and getattr(told, field) != value:
@@ -102,9 +111,35 @@ def sampling(options: flags.FlagValues) -> SamplingParams:
     """
     same_name = ("repetition_penalty", "frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p")
     values: dict[str, Any] = {name: options[name].value for name in (*same_name, "min_p", "top_logprobs", "seed")}
-    return SamplingParams(
-        **values, logit_bias=_biases(options.logit_bias), banned_ids=ids("banned_ids", options.banned_ids)
-    )
+    biases, banned = _biases(options.logit_bias), ids("banned_ids", options.banned_ids)
+    with _naming_flags():
+        return SamplingParams(**values, logit_bias=biases, banned_ids=banned)
+
+
+def refuse_together(options: flags.FlagValues, *pairs: tuple[str, str]) -> None:
+    """Raises ValueError if both flags of a pair were given: one of them would have no effect."""
+    for first, second in pairs:
+        if options[first].value and options[second].value:
+            raise ValueError(f"{spelled(first)} and {spelled(second)}: leave one of them out")
+
+
+def refuse_without(options: flags.FlagValues, *pairs: tuple[str, str]) -> None:
+    """Raises ValueError if the first flag of a pair was given and not the second, without which it has no effect."""
+    for first, second in pairs:
+        if options[first].value and not options[second].value:
+            raise ValueError(f"{spelled(first)} has an effect with {spelled(second)} only: give both")
+
+
+def as_acted(options: flags.FlagValues, told: Mapping[str, Any], asked: Request) -> dict[str, Any]:
+    """The flags in TOLD and DRAWN for JSON, with the values that acted, wherever they came from.
+
+    `told`: the fields of `Settings` that acted; of others null is echoed.
+    """
+    said = {**told, "tools": [tool.model_dump(mode="json") for tool in told.get("tools", ())]}
+    if told.get("response_format"):
+        said["response_format"] = dataclasses.asdict(told["response_format"])
+    acted = dict.fromkeys(TOLD) | {_FLAG_OF.get(field, field): value for field, value in said.items()}
+    return acted | {name: options[name].value for name in DRAWN} | {"stop_ids": list(asked.stop_ids)}
 
 
 def request(options: flags.FlagValues, config: ModelConfig, token_ids: Sequence[int], drawn: SamplingParams) -> Request:
@@ -115,7 +150,8 @@ def request(options: flags.FlagValues, config: ModelConfig, token_ids: Sequence[
     """
     stop_ids = tuple(dict.fromkeys((*config.stop_ids, *ids("stop_ids", options.stop_ids))))
     asked = Request(tuple(token_ids), stop_ids, options.max_new_tokens, drawn)
-    asked.check(config, engine_config(options))
+    with _naming_flags():
+        asked.check(config, engine_config(options))
     return asked
 
 
@@ -125,7 +161,10 @@ def engine_config(options: flags.FlagValues, rows: int = 1) -> EngineConfig:
     Raises:
         ValueError: a size that cannot be.
     """
-    return EngineConfig(rows=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic)
+    with _naming_flags():
+        return EngineConfig(
+            rows=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
+        )
 
 
 def ids(flag: str, words: Sequence[str]) -> tuple[int, ...]:
@@ -179,6 +218,19 @@ def read_text(path: str) -> str:
 
 def _biases(pairs: Sequence[str]) -> dict[int, float]:
     try:
-        return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
+        biases = [(int(token), float(bias)) for token, bias in (pair.split("=") for pair in pairs)]
     except ValueError:
         raise ValueError(f"--logit-bias is {','.join(pairs)!r}, expected pairs such as 1234=2.5,99=-inf") from None
+    for token, count in Counter(token for token, _ in biases).items():
+        if count > 1:
+            raise ValueError(f"--logit-bias names id {token} {count} times, expected once")
+    return dict(biases)
+
+
+@contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Has complaints name the flags, rather than the fields that they fill."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(spell_flags(str(error), _FLAG_OF)) from None

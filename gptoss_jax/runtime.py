@@ -20,7 +20,7 @@ from jaxtyping import Float, Int32
 from converters import source
 from gptoss_jax import checkpoint, host_memory, kv_cache, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.engine import Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
+from gptoss_jax.engine import NOT_FINITE, Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
 from gptoss_jax.layers import Kernels
 from gptoss_jax.model import DtypePolicy, Model, Params
 from gptoss_jax.sampling import MAX_TOP_LOGPROBS, SamplingParams, report_logprobs
@@ -169,10 +169,7 @@ class LanguageModel:
             parts.append([np.asarray(part)[0, : at.stop - at.start] for part in found])
         logprobs, ids, tops, finite = (np.concatenate(part)[:-1] for part in zip(*parts, strict=True))
         if not finite.all():
-            raise NumericsError(
-                f"logits are not finite behind token {int(finite.argmin())}; "
-                "check the checkpoint (convert --verify) and the kernels"
-            )
+            raise NumericsError(f"behind token {int(finite.argmin())}: {NOT_FINITE}")
         return Scores(logprobs, ids[:, :top_logprobs], tops[:, :top_logprobs])
 
     def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:

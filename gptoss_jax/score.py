@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, request_flags, runtime, tokenizer
+from gptoss_jax import command, messages, request_flags, runtime, tokenizer
 from gptoss_jax.runtime import LanguageModel, Scores
 from gptoss_jax.sampling import SamplingParams
 from gptoss_jax.terminal import Screen, load_model
@@ -37,6 +37,8 @@ SECTIONS = {
     "What is shown": ("tokens", "json"),
     "Model and machine": runtime.FLAGS,
 }
+_APART = (("tokens", "json"), ("token_ids", "lines"))
+_TOGETHER = (("top_logprobs", "json"),)
 
 
 def define_flags() -> None:
@@ -81,6 +83,8 @@ def main(arguments: list[str]) -> None:
     """See the module's docstring."""
     options = flags.FLAGS
     screen, words = Screen(), tokenizer.load_tokenizer(options.vocab)
+    request_flags.refuse_together(options, *_APART)
+    request_flags.refuse_without(options, *_TOGETHER)
     windows = windows_from_flags(options)
     texts = read_texts(options, arguments, words)
     config = runtime.config_from_flags(options)
@@ -91,13 +95,15 @@ def main(arguments: list[str]) -> None:
     with screen.progress("scoring") as report:
         for i, ids in enumerate(texts):
             scores.append(score(language_model, ids, windows, options.top_logprobs))
-            report(i + 1, len(texts))
             if not options.json:
                 show(screen, words, ids, scores[-1], with_tokens=options.tokens)
+                screen.check_reader()
+            report(i + 1, len(texts))
     if options.json:
-        print(command.to_json(document(options, words, texts, scores)))
+        screen.document(document(options, words, texts, scores))
     elif len(texts) > 1:
         screen.answer(f"all: {summary_line(np.concatenate([found.logprobs for found in scores]))}\n")
+    screen.check_reader()
 
 
 def windows_from_flags(options: flags.FlagValues) -> Windows:
@@ -128,9 +134,12 @@ def read_texts(options: flags.FlagValues, arguments: Sequence[str], words: Token
     if value == "-" and sys.stdin.isatty():
         raise ValueError("no text: give one in quotes, or --file, --token-ids, or stdin")
     text = request_flags.read_text(value) if source == "file" else value
+    messages.check_text(text, "the text")
     if not options.lines:
         return [_checked(words.encode(text), "the text")]
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError("the text holds no line that is not empty")
     return [_checked(words.encode(line), f"line {number}") for number, line in lines]
 
 

@@ -12,9 +12,12 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
 
-from gptoss_jax import runtime
+from gptoss_jax import command, runtime
 from gptoss_jax.answer import RAW, Answer, call_document
+from gptoss_jax.engine import NOT_FINITE
 from gptoss_jax.parser import Delta
 from gptoss_jax.runtime import LanguageModel
 
@@ -22,16 +25,29 @@ REASONING = "analysis"
 REASONING_STYLE = "dim"
 
 
+class _Errors(Console):
+    """A console on stderr; once nobody reads that any more it is silent, and the command goes on."""
+
+    def on_broken_pipe(self) -> None:  # rich would end the command
+        self.quiet = True
+        command.write_nowhere(sys.stderr)
+
+
 class Screen:
-    """The two streams of a command. Nothing but `answer` writes to stdout."""
+    """The two streams of a command. Nothing but `answer` and `document` write to stdout.
+
+    Attributes:
+        reader_left: nobody reads stdout any more; what is written from then on goes nowhere.
+    """
 
     def __init__(self):
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
         plain = "NO_COLOR" in os.environ  # no-color.org; rich would still write codes for dim and bold
-        self._errors = Console(
+        self._errors = _Errors(
             stderr=True, highlight=False, emoji=False, soft_wrap=True, color_system=None if plain else "auto"
         )
         self._open = ""  # the stream whose last line is unfinished
+        self.reader_left = False
 
     def say(self, line: str) -> None:
         """A line on stderr, cut at words to the width of a terminal; elsewhere a line stays a line."""
@@ -42,21 +58,44 @@ class Screen:
         """A piece of text on stderr, as it comes."""
         if self._open == "stdout":
             self.finish_line()
-        self._errors.print(text, end="", style=style, markup=False)
+        self._errors.print(Segments([Segment(text, Style.parse(style))]), end="")  # as text, tabs would be spaces
         self._note("stderr", text)
 
     def answer(self, text: str) -> None:
         """A piece of text on stdout, as it comes."""
         if self._open == "stderr":
             self.finish_line()
-        print(text, end="", flush=True)
+        self._write(text)
         self._note("stdout", text)
+
+    def document(self, value: object) -> None:
+        """A JSON document on stdout, in escapes where stdout's encoding has not all of its characters."""
+        try:
+            text = command.to_json(value)
+            text.encode(sys.stdout.encoding)
+        except UnicodeEncodeError:
+            text = command.to_json(value, ensure_ascii=True)
+        self.answer(text + "\n")
 
     def finish_line(self) -> None:
         """Ends the line under way, on whichever stream."""
-        if self._open:
-            print(file=sys.stdout if self._open == "stdout" else sys.stderr, flush=True)
+        if self._open == "stdout":
+            self._write("\n")
+        elif self._open:
+            self._errors.print()
         self._open = ""
+
+    def check_reader(self) -> None:
+        """Raises BrokenPipeError if nobody reads stdout any more, once what had to be kept is kept."""
+        if self.reader_left:
+            raise BrokenPipeError
+
+    def _write(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:
+            self.reader_left = True
+            command.write_nowhere(sys.stdout)
 
     def _note(self, stream: str, text: str) -> None:
         if text:
@@ -64,7 +103,11 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar on stderr while the block runs, for a function that reports how much of all is done."""
+        """A bar on stderr while the block runs, for a function that reports how much of all is done.
+
+        Ctrl-C interrupts the block where it reports, at latest at its end: in the middle of what runs there, an
+        exception may fall into one of JAX's callbacks, which swallow it.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -73,7 +116,16 @@ class Screen:
         )
         with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bars:
             bar = bars.add_task(what, total=None)
-            yield lambda done, total: bars.update(bar, completed=done, total=total)
+            with interruptible() as interrupted:
+
+                def report(done: int, total: int) -> None:
+                    bars.update(bar, completed=done, total=total)
+                    if interrupted():
+                        raise KeyboardInterrupt
+
+                yield report
+                if interrupted():
+                    raise KeyboardInterrupt
 
 
 class AnswerView:
@@ -131,18 +183,26 @@ def load_model(screen: Screen, options: flags.FlagValues, *, if_random: str) -> 
     return language_model
 
 
-def remarks(answer: Answer) -> list[str]:
-    """What a reader of the answer should know: that it was cut, that there is none, that it was not well-formed."""
+def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
+    """What a reader of the answer should know: that it was cut, that there is none, that it was not well-formed.
+
+    `to_see_reasoning`: what to type for it, where it is hidden.
+    """
     parsed = answer.parsed
     lines: list[str] = []
+    if answer.finish_reason == "error":
+        lines.append(f"the answer ended at step {len(parsed.token_ids)}: {NOT_FINITE}")
     if answer.finish_reason == "length":
         lines.append(f"the answer was cut at {len(parsed.token_ids)} tokens (--max-new-tokens, --max-context-tokens)")
     if answer.finish_reason == "cancelled":
         lines.append(f"the answer was interrupted after {len(parsed.token_ids)} tokens")
     if answer.final is None and answer.stray_text:
         lines.append("no final answer: this is text that the model wrote outside of any message")
-    elif answer.final is None and not parsed.calls:
-        lines.append("no final answer: the model was still reasoning (--show-reasoning shows it)")
+    elif answer.final is None and parsed.reasoning and not parsed.calls:
+        hint = f" ({to_see_reasoning} shows it)" if to_see_reasoning else ""
+        lines.append(f"no final answer: the model was still reasoning{hint}")
+    elif answer.final is None and parsed.token_ids and not parsed.calls:
+        lines.append("no final answer: the model had not come to one")
     if parsed.faults:
         first, *others = parsed.faults
         more = f" (and {len(others)} more)" if others else ""
@@ -151,8 +211,8 @@ def remarks(answer: Answer) -> list[str]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """While the block runs, Ctrl-C is only noted, for the block to ask about; a second one interrupts as usual.
+def interruptible(*, insisting: bool = True) -> Iterator[Callable[[], bool]]:
+    """While the block runs, Ctrl-C is only noted, for the block to ask about; if `insisting`, a second one interrupts.
 
     An exception in the middle of a dispatch would lose the engine's state.
     """
@@ -160,7 +220,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed and insisting:
             raise KeyboardInterrupt
         pressed = True
 

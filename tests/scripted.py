@@ -35,6 +35,7 @@ SCRIPTS = {
     + f"commentary to=functions.get_weather <|constrain|>json<|message|>{CALL}<|call|>",
 }
 SURE, LESS_SURE, SEEN, NOTE = 100.0, 90.0, 10.0, 40.0
+LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def script_ids(name: str) -> list[int]:
@@ -42,8 +43,11 @@ def script_ids(name: str) -> list[int]:
     return tokenizer.load_tokenizer().encoding.encode(SCRIPTS[name], allowed_special="all")
 
 
-def write(folder: Path, name: str) -> Path:
-    """A published checkpoint in the Hugging Face layout whose model answers everything with a script."""
+def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
+    """A published checkpoint in the Hugging Face layout whose model answers everything with a script.
+
+    Behind the token `spoilt`, if given, its numbers are not finite: a large weight meets a large state.
+    """
     said = [_ids("assistant")[0], *script_ids(name)]
     thought = said[said.index(tokenizer.MESSAGE) + 1]
     dimension = {token: i for i, token in enumerate(dict.fromkeys(said))}
@@ -64,6 +68,9 @@ def write(folder: Path, name: str) -> Path:
         begun |= token == thought
         unembedding[following, dimension[token]] += LESS_SURE if begun else SURE
         unembedding[following, seen] = SEEN if begun else 0
+    for token in _ids(spoilt) if spoilt else ():
+        embedding[token] *= 1e3
+        unembedding[tokenizer.RETURN, dimension[token]] = LARGEST
     head = "model.layers.1.self_attn."
     tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = _half(embedding), _half(unembedding)
     tensors[head + "v_proj.weight"][0, dimension[thought]] = 1

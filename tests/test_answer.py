@@ -6,8 +6,8 @@ import random
 import pytest
 
 from gptoss_jax import tokenizer
-from gptoss_jax.answer import AnswerStream, StopStrings
-from gptoss_jax.engine import Event
+from gptoss_jax.answer import AnswerStream, StopStrings, collect
+from gptoss_jax.engine import Engine, Event, NumericsError, Request
 
 WORDS = tokenizer.load_tokenizer()
 WELL_FORMED = "<|channel|>analysis<|message|>STOP? No.<|end|><|start|>assistant<|channel|>final<|message|>"
@@ -208,3 +208,52 @@ def test_raw_stop_strings_cut_no_message():
     answer, _ = _stream(WELL_FORMED + "One two", raw=True, stop=("wo",))
     assert answer.messages == answer.parsed.messages
     assert answer.messages[-1].content == "One two"
+
+
+class _Runner(Engine):
+    """An engine that brings events as told; behind one of an error it raises, and goes on when it is run again."""
+
+    def __init__(self, events):
+        self._events, self._submitted, self.cancelled = list(events), 0, []
+
+    @property
+    def is_idle(self):
+        return not self._events
+
+    def submit(self, request):
+        self._submitted += 1
+        return self._submitted - 1
+
+    def cancel(self, request_id):
+        self.cancelled.append(request_id)
+
+    def run(self, until):
+        while self._events and not until():
+            event = self._events.pop(0)
+            yield event
+            if event.finish_reason == "error":
+                raise NumericsError("not finite")
+
+
+def test_answers_come_in_order_each_as_soon_as_it_can_and_outlive_a_fault():
+    """Guards --n: a fault ends one answer and no other; an answer waits for those before it and for none behind."""
+    tokens = tuple(_ids("Hi."))
+    runner = _Runner(
+        [
+            Event(1, tokens, (-0.5,) * len(tokens), "stop"),
+            Event(0, tokens, (-0.5,) * len(tokens), "error"),
+            Event(2, tokens, (-0.5,) * len(tokens), None),
+            Event(3, (), (), None),
+        ]
+    )
+    streams = [AnswerStream(WORDS) for _ in range(4)]
+    for stream in streams[:3]:
+        for token in tokens:
+            stream.ends_at(token)
+    left, reasons = [], []
+    for sample in collect(runner, [Request((1,), ())] * 4, streams, lambda deltas: None, lambda: False):
+        reasons.append((sample.answer.finish_reason, sample.answer.stray_text))
+        left.append(len(runner._events))
+    assert reasons == [("error", "Hi."), ("stop", "Hi."), ("cancelled", "Hi."), ("cancelled", "")]
+    assert left == [2, 2, 0, 0]  # events that were still to come
+    assert runner.cancelled == [2, 3]

@@ -176,7 +176,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(folder):
         terminal.wait_for("\n>")
         os.write(terminal.descriptor, b"Tell me a story.\r")
         time.sleep(2)
-        terminal.say("\x03", "the answer was interrupted after")
+        terminal.say("\x03\x03\x03", "the answer was interrupted after")  # a hand that insists
         terminal.say("\x03", "(Ctrl-D or /quit ends the session)\n>")
         terminal.say("/stats\r", "effort: medium\n>")  # before the prompt is there, Ctrl-D would go astray
         os.write(terminal.descriptor, b"\x04")
@@ -234,7 +234,9 @@ def test_a_full_context_is_said_and_the_session_goes_on(folder):
     asked = ("--checkpoint", folder / "thinker", "--chat", "--max-context-tokens", "180")
     done = commands.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment)
     assert done[:2] == (0, 3 * (scripted.ANSWER + "\n")), done.stderr
-    assert "exceed the context of 180 tokens: shorten them, or raise max_context_tokens (/reset forgets" in done.stderr
+    assert (
+        "exceed the context of 180 tokens: shorten them, or raise --max-context-tokens (/reset forgets" in done.stderr
+    )
 
 
 def test_a_chat_goes_on_from_a_file(folder, tmp_path):
@@ -251,3 +253,45 @@ def test_a_chat_goes_on_from_a_file(folder, tmp_path):
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
     assert second[: len(first)] == first
     assert [m["content"][0]["text"] for m in second if m["role"] == "user"] == ["Hello", "Again"]
+
+
+def test_several_calls_take_their_results_in_order(folder, tmp_path):
+    """Guards /result: the first call that waits is named and answered first; the model goes on behind the last."""
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("f", "g", "f")]
+    chat = [{"role": "user", "content": "Umbrella?"}, {"role": "assistant", "tool_calls": calls}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--messages", tmp_path / "chat.json")
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    lines = f"/result one\n/result two\n/result three\n/save {tmp_path / 'all.json'}\n/reset\n/result four\n"
+    done = commands.run(*asked, stdin=lines, environment=environment)
+    assert done[:2] == (0, scripted.ANSWER + "\n"), done.stderr
+    waits = [line for line in done.stderr.splitlines() if line.endswith(" waits: /result answers it")]
+    assert [line.split()[0] for line in waits] == ["functions.f", "functions.g", "functions.f"]
+    assert done.stderr.splitlines()[-1] == "no call waits for a result"
+    results = [m for m in json.loads((tmp_path / "all.json").read_text()) if m["role"] == "tool"]
+    assert [(m["name"][-1], m["content"][0]["text"]) for m in results] == [("f", "one"), ("g", "two"), ("f", "three")]
+    done = commands.run(*asked, stdin="/result one\nNever mind.\n", environment=environment)
+    assert done[:2] == (0, scripted.ANSWER + "\n"), done.stderr
+    assert "functions.g is left without a result\nfunctions.f is left without a result\n" in done.stderr
+
+
+def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
+    """Guards long sessions: bad bytes and logits that are not finite cost a line and an answer, not the session."""
+    scripted.write(folder / "spoilt", "thinker", spoilt=" short")
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "spoilt", "--chat", "--max-new-tokens", "30")
+    done = commands.run(*asked, stdin=b"Hell\xff\nHello\nHello\n/stats\n/quit\n/help\n", environment=environment)
+    assert done[:2] == (0, 2 * "Because air scatters short\n"), done.stderr
+    assert "what was entered is not valid UTF-8" in done.stderr
+    assert done.stderr.count("the answer ended at step 26: logits are not finite") == 2
+    assert "answers: 2, of 52 tokens" in done.stderr
+    assert "this list" not in done.stderr
+
+
+def test_hidden_reasoning_is_shown_by_a_command(folder):
+    """Guards the hint behind an answer that was cut while reasoning: in a session it names the session's command."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "8")
+    done = commands.run(*asked, stdin="Hello\n/reasoning\nHello\n", environment=environment)
+    assert done.stderr.count("no final answer: the model was still reasoning") == 2
+    assert done.stderr.count("still reasoning (/reasoning shows it)") == 1

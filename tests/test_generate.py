@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -120,6 +121,10 @@ def test_a_cut_answer_is_said_to_be_cut(folder):
     assert done[:2] == (0, ""), done.stderr
     assert "the answer was cut at 20 tokens (--max-new-tokens, --max-context-tokens)" in done.stderr
     assert "no final answer: the model was still reasoning (--show-reasoning shows it)" in done.stderr
+    done = _generate(folder, "thinker", "Why?", "--max-new-tokens", "20", "--show-reasoning")
+    assert "no final answer: the model was still reasoning\n" in done.stderr
+    done = _generate(folder, "thinker", "Why?", "--max-new-tokens", "1")
+    assert "no final answer: the model had not come to one\n" in done.stderr
     done = _generate(folder, "thinker", "Why?", "--max-new-tokens", "28")
     assert scripted.ANSWER.startswith(done.stdout.strip())
     assert done.stdout.strip()
@@ -204,6 +209,12 @@ def test_n_answers_are_those_of_their_seeds(folder):
     done = _generate(folder, "thinker", "Why?", "--n", "2")
     assert done.stdout == 2 * (scripted.ANSWER + "\n")
     assert "answer 1 of 2 (seed 0):\nanswer 2 of 2 (seed 1):\n" in done.stderr
+    cut = ("the answer was cut at 20 tokens", "no final answer: the model was still reasoning")
+    done = _generate(folder, "thinker", "Why?", "--n", "2", "--max-new-tokens", "20")
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("answer", *cut))]
+    assert [line.startswith(start) for line, start in zip(lines, 2 * ("answer", *cut), strict=True)] == 6 * [True]
+    done = _generate(folder, "thinker", "Why?", "--n", "2", "--max-new-tokens", "20", "--json")
+    assert "answer 2 of 2 (seed 1): the answer was cut at 20 tokens" in done.stderr
 
 
 def test_sampling_flags_reach_the_sampler(folder):
@@ -293,8 +304,29 @@ def test_today_is_put_in_when_asked_for_and_only_then(folder):
     asked = ("thinker", "Why?", "--max-new-tokens", "1")
     assert "Current date" not in _prompt(_document(folder, *asked))
     before = time.strftime("%Y-%m-%d")
-    prompt = _prompt(_document(folder, *asked, "--date", "today"))
-    assert any(f"Current date: {day}" in prompt for day in (before, time.strftime("%Y-%m-%d")))
+    document = _document(folder, *asked, "--date", "today")
+    day = document["settings"]["date"]
+    assert f"Current date: {day}" in _prompt(document)
+    assert day in (before, time.strftime("%Y-%m-%d"))
+
+
+def test_settings_are_echoed_as_they_acted(folder, tmp_path):
+    """Guards --json against flags that a file overrode, or that had nothing to act on."""
+    path = tmp_path / "chat.json"
+    form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": {"type": "object"}}}
+    chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]}
+    path.write_text(json.dumps(chat | {"reasoning_effort": "high", "tools": TOOLS, "response_format": form}))
+    document = _document(folder, "thinker", "--messages", path, "--max-new-tokens", "1")
+    settings = document["settings"]
+    assert (settings["reasoning_effort"], settings["system"]) == ("high", "Be kind.")
+    assert settings["tools"] == [TOOLS[0]["function"]]
+    assert settings["response_format"] == {"name": "reply", "schema": {"type": "object"}, "description": None}
+    assert tokenizer.RETURN in settings["stop_ids"]
+    path.write_text(json.dumps(document))
+    settings = _document(folder, "thinker", "More?", "--messages", path, "--max-new-tokens", "1")["settings"]
+    assert (settings["reasoning_effort"], settings["system"], settings["date"]) == (None, None, None)
+    settings = _document(folder, "checkpoint", "--token-ids", "1", "--max-new-tokens", "1")["settings"]
+    assert (settings["reasoning_effort"], settings["tools"]) == (None, [])
 
 
 # ---- interruptions and bad input ----
@@ -313,7 +345,9 @@ def _interrupted(folder, arguments) -> tuple[int, str, str]:
             assert line, said
             said += line
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        for _ in range(3):  # a hand that insists
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
         out, rest = process.communicate(timeout=120)
         return process.returncode, out, said + rest
 
@@ -331,6 +365,84 @@ def test_ctrl_c_keeps_what_had_come(folder):
     (answer,) = json.loads(out)["answers"]
     assert answer["finish_reason"] == "cancelled"
     assert len(answer["token_ids"]) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["loading", "compiling"])
+def test_ctrl_c_before_the_first_token_ends_the_command(folder, during):
+    """Guards the wait: an interruption may fall into JAX's callbacks, which swallow exceptions; it is not lost."""
+    command = [sys.executable, "-m", "gptoss_jax.generate", "--checkpoint", folder / "checkpoint", "Why?"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / during), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=golden.ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        said = process.stderr.readline() if during == "compiling" else ""
+        time.sleep(0 if said else 4)  # imports take some seconds
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode in ((130,) if said else (130, -signal.SIGINT)), said + rest
+    assert "first token" not in rest
+    assert "Exception ignored" not in rest
+    assert not said or "Traceback" not in rest
+
+
+@pytest.fixture(scope="module")
+def spoilt(folder):
+    """A model whose numbers are not finite behind a word in the middle of its answer."""
+    return scripted.write(folder / "spoilt", "thinker", spoilt=" short").name
+
+
+def test_a_fault_keeps_what_had_come(folder, spoilt, tmp_path):
+    """Guards answers against logits that are not finite: each is printed and saved up to there, and the step named."""
+    fault = "the answer ended at step 26: logits are not finite; check the checkpoint (convert --verify)"
+    done = _generate(folder, spoilt, "Why?", "--save", tmp_path / "talk.json")
+    assert done[:2] == (2, "Because air scatters short\n"), done.stderr
+    assert fault in done.stderr
+    assert json.loads((tmp_path / "talk.json").read_text())[-1]["content"][0]["text"] == "Because air scatters short"
+    done = _generate(folder, spoilt, "Why?", "--json", "--n", "2")
+    assert done.returncode == 2
+    assert f"answer 2 of 2 (seed 1): {fault}" in done.stderr
+    for answer in json.loads(done.stdout)["answers"]:
+        assert (answer["final"], answer["finish_reason"]) == ("Because air scatters short", "error")
+        assert len(answer["token_ids"]) == len(answer["logprobs"]) == 26
+
+
+class _Gone(NamedTuple):
+    """Standard streams to files, one of them to a pipe that nobody reads."""
+
+    descriptor: int
+    folder: str
+
+    def __call__(self) -> None:
+        for descriptor in (1, 2):
+            path = os.path.join(self.folder, str(descriptor))
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, self.descriptor)
+
+
+def test_readers_that_went_away(folder, tmp_path):
+    """Guards `| head` and a lost terminal: what is to be saved is saved; nobody on stderr is no reason to stop."""
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "Why?", "--save", tmp_path / "talk.json")
+    for descriptor, code in ((1, 141), (2, 0)):
+        gone = _Gone(descriptor, str(tmp_path))
+        process = commands.start(*asked, prepare=gone, environment={"XDG_CACHE_HOME": str(folder / "home")})
+        process.join(120)
+        assert process.exitcode == code, (tmp_path / "2").read_text()
+        said = json.loads((tmp_path / "talk.json").read_text())
+        assert [message["role"] for message in said][:2] == ["system", "user"]
+        (tmp_path / "talk.json").unlink()
+    assert (tmp_path / "1").read_text() == scripted.ANSWER + "\n"
+    assert "Traceback" not in (tmp_path / "2").read_text()
+
+
+def test_calls_that_nobody_answered_are_said(folder, tmp_path):
+    """Guards the reader of an answer that was given without a tool's result."""
+    call = {"function": {"name": "get_weather", "arguments": "{}"}}
+    chat = [{"role": "user", "content": "Umbrella?"}, {"role": "assistant", "tool_calls": [call]}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    done = _generate(folder, "thinker", "--messages", tmp_path / "chat.json", "--max-new-tokens", "1")
+    assert "holds a call to functions.get_weather and no result of it (--tool-results gives one)" in done.stderr
 
 
 BAD = {
@@ -352,18 +464,26 @@ BAD = {
     ),
     "too long": (
         ["--prompt", "x " * 90, "--max-context-tokens", "100", "--max-new-tokens", "9"],
-        "exceed the context of 100 tokens: shorten them, or raise max_context_tokens",
+        "exceed the context of 100 tokens: shorten them, or raise --max-context-tokens",
     ),
-    "no tokens": (["--token-ids", "1", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-    "no answers": (["x", "--n", "0"], "--n is 0, expected at least 1"),
+    "no tokens": (["--token-ids", "1", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    "no answers": (["x", "--n", "0"], "--n is 0, expected 1 to 1024"),
+    "many answers": (["x", "--n", "1025"], "--n is 1025, expected 1 to 1024"),
+    "prompt of bytes": (["x \udcff"], "the prompt is not valid UTF-8"),
+    "system of bytes": (["x", "--system", "\udcff"], "--system is not valid UTF-8"),
+    "bias twice": (["x", "--logit-bias", "5=1,6=1,5=2"], "--logit-bias names id 5 2 times, expected once"),
+    "raw and json": (["x", "--raw", "--json"], "--raw and --json: leave one of them out"),
+    "raw and reasoning": (["x", "--raw", "--show-reasoning"], "--raw and --show-reasoning: leave one of them out"),
+    "top logprobs unseen": (["x", "--top-logprobs", "2"], "--top-logprobs has an effect with --json only: give both"),
+    "chat and save": (["--chat", "--save", "x"], "leave --save out; /save FILE in the session writes the conversation"),
     "unquoted prompt": (["why", "is"], "unexpected argument 'is': a prompt of several words goes in quotes"),
     "unknown flag": (["--promt", "x"], "Unknown command line flag 'promt'"),
     "bad temperature": (["x", "--temperature", "-1"], "temperature is -1.0, expected 0 to 10000"),
     "bad bias": (["x", "--logit-bias", "5"], "--logit-bias is '5', expected pairs such as 1234=2.5,99=-inf"),
-    "bias outside": (["x", "--logit-bias", "200019=1"], "logit_bias names id 200019, expected ids from 0 to 200018"),
+    "bias outside": (["x", "--logit-bias", "200019=1"], "--logit-bias names id 200019, expected ids from 0 to 200018"),
     "many stops": (["x", "--stop-ids", "1,2,3,4,5,6"], "9 stop ids, expected at most 8"),
     "empty stop": (["x", "--stop", ""], "a stop string is empty"),
-    "bad date": (["x", "--date", "tomorrow"], "current_date is 'tomorrow', expected a date as YYYY-MM-DD, or none"),
+    "bad date": (["x", "--date", "tomorrow"], "--date is 'tomorrow', expected a date as YYYY-MM-DD, or none"),
     "bad effort": (["x", "--reasoning-effort", "extreme"], "--reasoning_effort=extreme"),
     "bad tools": (["x", "--tools", "README.md"], "README.md, line 1, column 1: Expecting value; expected JSON"),
     "bad messages": (
@@ -371,7 +491,8 @@ BAD = {
         "pyproject.toml, line 1, column 2: Expecting value; expected JSON",
     ),
     "save nowhere": (["x", "--save", "absent/talk.json"], "cannot write absent/talk.json: expected a file name in a"),
-    "results of no call": (["x", "--tool-results", "TOOLS"], "no call"),
+    "results alone": (["x", "--tool-results", "TOOLS"], "--tool-results has an effect with --messages only: give both"),
+    "results of no call": (["--messages", "TALK", "--tool-results", "TOOLS"], "waiting for a result: no call"),
     "chat and json": (["--chat", "--json"], "--chat and --json: leave one of them out"),
     "chat and a prompt": (["--chat", "Hello"], "--chat and a prompt: leave one of them out"),
     "bad kernel": (["x", "--kernels", "fast"], "kernel 'fast', expected auto"),
@@ -385,8 +506,10 @@ def test_bad_input_is_one_line_and_exit_code_2(name, folder, tmp_path):
     """Guards the user's eyes: what was got, what was expected, no traceback, nothing on stdout."""
     arguments, message = BAD[name]
     (tmp_path / "results.json").write_text('[{"name": "f", "content": "x"}]')
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "x"}]')
+    files = {"TOOLS": tmp_path / "results.json", "TALK": tmp_path / "talk.json"}
     model = "checkpoint" if arguments[:1] != [None] else ""
-    words = [tmp_path / "results.json" if word == "TOOLS" else word for word in arguments if word is not None]
+    words = [files.get(word, word) for word in arguments if word is not None]
     done = _generate(folder, model, *words)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
@@ -408,8 +531,17 @@ def test_files_and_flags_that_disagree_are_refused(folder, tmp_path):
     own = _document(folder, "thinker", "Hi", "--reasoning-effort", "high", "--max-new-tokens", "1")
     path.write_text(json.dumps(own))
     done = _generate(folder, "thinker", "--messages", path, "--reasoning-effort", "medium")
-    assert "brings its own system message, so reasoning_effort cannot be set" in done.stderr
+    assert "brings its own system message, so --reasoning-effort cannot be set" in done.stderr
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "flag", ["prompt-file", "messages", "tools", "tool-results", "response-format", "save", "vocab"]
+)
+def test_an_empty_file_name_is_no_file_name(folder, flag):
+    """Guards scripts whose variable is empty: the flag is refused by name, rather than left out."""
+    done = _generate(folder, "thinker", "Why?", f"--{flag}=")
+    assert done == (2, "", f"generate: --{flag} is empty, expected the name of a file\n")
 
 
 @pytest.mark.parametrize("command", [generate, score])

@@ -63,8 +63,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
     "gptoss_jax": {"gptoss_jax.runtime"},
     "gptoss_jax.answer": {"gptoss_jax.engine", *_WORDS},
-    "gptoss_jax.terminal": {"gptoss_jax.answer", "gptoss_jax.runtime", *_WORDS},
-    "gptoss_jax.chat": {"gptoss_jax.answer", "gptoss_jax.engine", "gptoss_jax.terminal", *_WORDS},
+    "gptoss_jax.terminal": {
+        "gptoss_jax.answer",
+        "gptoss_jax.command",
+        "gptoss_jax.engine",
+        "gptoss_jax.runtime",
+        *_WORDS,
+    },
+    "gptoss_jax.chat": {"gptoss_jax.answer", "gptoss_jax.command", "gptoss_jax.engine", "gptoss_jax.terminal", *_WORDS},
     "gptoss_jax.request_flags": {
         "gptoss_jax.command",
         "gptoss_jax.config",
@@ -73,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         *_WORDS,
     },
     "gptoss_jax.generate": _COMMAND | {"gptoss_jax.answer", "gptoss_jax.chat", "gptoss_jax.engine", *_WORDS},
-    "gptoss_jax.score": _COMMAND | {"gptoss_jax.tokenizer"},
+    "gptoss_jax.score": _COMMAND | {"gptoss_jax.messages", "gptoss_jax.tokenizer"},
 }
 
 # Floors that are to be usable by themselves: words and ids without jax, kernels with jax alone.

@@ -95,7 +95,7 @@ def test_what_cannot_be_scored_is_refused(model):
     sound = model.params["norm"]
     try:
         model.params["norm"] = sound * np.nan
-        with pytest.raises(NumericsError, match="logits are not finite behind token 0; check the checkpoint"):
+        with pytest.raises(NumericsError, match="behind token 0: logits are not finite; check the checkpoint"):
             model.score([1, 2, 3])
     finally:
         model.params["norm"] = sound
@@ -109,7 +109,7 @@ def _score(folder, *arguments, text="") -> commands.Done:
 @pytest.mark.slow
 def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
     """Guards the command: a text from stdin and lines of a file, as text and as JSON."""
-    text = "The sky is blue.\n\nGrüße, 世界!\n"
+    text = "The sky is blue.\n\nGrüße, 世界!\u2028More.\n"  # U+2028 ends no line
     ran = _score(wordy, "--json", "--top-logprobs", 2, text=text)
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
@@ -130,7 +130,7 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
     ran = _score(wordy, "--file", file, "--lines", "--tokens")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    counts = [len(words.encode(line)) - 1 for line in text.splitlines() if line]
+    counts = [len(words.encode(line)) - 1 for line in text.split("\n") if line]
     assert [line for line in lines if "perplexity" in line] == [lines[counts[0]], lines[-2], lines[-1]]
     assert lines[-1].startswith(f"all: {sum(counts)} tokens, log probability -")
     assert lines[0].split()[:2] == ["1", str(words.encode("The sky")[1])]
@@ -146,7 +146,14 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
         (["--token-ids", "1,x"], "", "--token-ids is '1,x', expected whole numbers such as 1,2,3"),
         (["--token-ids", "1,200019"], "", "token id 200019 at position 1 names no token, expected 0 to 200018"),
         (["a text", "--stride", "4096"], "", "--stride is 4096, expected 1 to 4095, below --max-context-tokens"),
-        (["a text", "--top-logprobs", "21"], "", "top_logprobs is 21, expected 0 to 20"),
+        (["a text", "--json", "--top-logprobs", "21"], "", "top_logprobs is 21, expected 0 to 20"),
+        (["a text", "--top-logprobs", "2"], "", "--top-logprobs has an effect with --json only: give both"),
+        (["a text", "--tokens", "--json"], "", "--tokens and --json: leave one of them out"),
+        (["--token-ids", "1,2", "--lines"], "", "--token-ids and --lines: leave one of them out"),
+        (["--file", ""], "", "--file is empty, expected the name of a file"),
+        (["a \udcff text"], "", "the text is not valid UTF-8"),
+        ([], b"a \xff text", "stdin is not valid UTF-8 at byte 2"),
+        (["\n \n", "--lines"], "", "the text holds no line that is not empty"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, text, message, wordy):
