@@ -7,7 +7,8 @@ Runs the engine's own programs, sampling included, with all rows in one batch (a
 on a cache of its own: a long context is filled with random keys and values, as a prefill of 131,072 tokens would take
 too long, and a step's time does not depend on their values. In each round, ours, the others and the machine's limit
 (reading memory, or multiplying float32 matrices) take turns; a case's figures are medians over the rounds. Shares are
-medians of the rounds' own shares, because a shared machine's limits move from minute to minute.
+medians of the rounds' own shares, because a shared machine's limits move from minute to minute. Run it on a machine
+that does nothing else: threads that wait for each other in a loop, as llama.cpp's do, suffer most from company.
 """
 
 import concurrent.futures
@@ -400,8 +401,9 @@ def main(arguments: list[str]) -> None:
     numbers = {name: _whole_numbers(options[name].value) for name in LISTS}
     if options.one_by_one and max(numbers["prefill_batch"]) > 1:
         raise ValueError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
+    load_average = os.getloadavg()[0]
     subject = load(options)
-    print(f"{subject.described}\n{subject.kernels}", flush=True)
+    print(f"{subject.described}\n{subject.kernels}\nload average before: {load_average:.1f}", flush=True)
     peers, absent = _peers(options, subject.config)
     for name, reason in absent.items():
         print(f"{name} is not run: {reason}")
@@ -420,6 +422,7 @@ def main(arguments: list[str]) -> None:
         "kernels": subject.kernels,
         "one_by_one": options.one_by_one,
     }
+    about["load_average_before"] = round(load_average, 2)
     print(json.dumps(about | {"not_run": absent, "read_bytes_per_second": bandwidth, **results}))
 
 
