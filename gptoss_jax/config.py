@@ -135,7 +135,7 @@ class ModelConfig:
         experts = self.num_layers * self.num_experts * self.expert_bytes
         return experts + self.attention_bytes + 2 * self.unembedding_bytes
 
-    def decode_bytes(self, rows: int, context_tokens: int, cache_itemsize: int = 2) -> int:
+    def decode_bytes(self, rows: int, context_tokens: int, cache_itemsize: int = 2, dense_itemsize: int = 2) -> int:
         """Bytes that one decoding step of `rows` rows, each with `context_tokens` behind it, must read at least.
 
         Counts the experts expected to be hit when every token draws its X experts evenly: E (1 - (1 - X/E)^rows).
@@ -143,7 +143,8 @@ class ModelConfig:
         missed = (1 - self.experts_per_token / self.num_experts) ** rows
         experts = self.num_layers * self.num_experts * (1 - missed) * self.expert_bytes
         cache = rows * self.cache_bytes(context_tokens, cache_itemsize)
-        return math.ceil(experts) + self.attention_bytes + self.unembedding_bytes + cache
+        dense = (self.attention_bytes + self.unembedding_bytes) // 2 * dense_itemsize
+        return math.ceil(experts) + dense + cache
 
     def cache_bytes(self, context_tokens: int, itemsize: int = 2) -> int:
         """Bytes of keys and values that `context_tokens` of one row occupy: banded layers hold a window at most."""

@@ -283,7 +283,7 @@ def measure(
         memories = 1 if devices[0].platform == "cpu" else len(devices)  # a CPU's devices share one
         bandwidth = runtime.read_bandwidth(devices[0]) * memories
         context = prompt_tokens + steps // 2
-        step_bytes = language_model.config.decode_bytes(1, context, language_model.policy.cache.itemsize)
+        step_bytes = language_model.decode_bytes(1, context)
         statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
         statistics["share_of_bandwidth_limit"] = round(rate * step_bytes / bandwidth, 4)
     return statistics

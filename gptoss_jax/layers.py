@@ -1,4 +1,4 @@
-"""What attention and experts are both made of: a declared weight, RMSNorm, a linear map."""
+"""What attention and experts are both made of: a declared weight, RMSNorm, a linear map, weights of eight bits."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int8, Int32, Real
 
 from gptoss_jax.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
@@ -28,11 +28,34 @@ Shape = tuple[int, ...]
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = BFLOAT16) -> nnx.Param:
-    """A declaration: shape, dtype as stored, logical axes. Allocates nothing."""
+class Dense8(NamedTuple):
+    """A product's weights in eight bits, as `quantize` makes them: values * scales, a scale for each output.
+
+    Stands in the tree of weights where the bfloat16 array stood.
+    """
+
+    values: Int8[Array, "..."]  # [*out, *in]
+    scales: Float[Array, "..."]  # [*out], float32
+
+
+def quantize(w: Float[Array, "..."], num_inputs: int) -> Dense8:
+    """The nearest multiples of 1/127 of each output's largest weight; `num_inputs` axes at the end are summed over."""
+    axes = tuple(range(w.ndim - num_inputs, w.ndim))
+    w = w.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(w), axis=axes) / 127
+    steps = w / jnp.expand_dims(jnp.where(scales > 0, scales, 1), axes)
+    return Dense8(jnp.round(steps).astype(jnp.int8), scales)
+
+
+def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = BFLOAT16, *, num_inputs: int = 0) -> nnx.Param:
+    """A declaration: shape, dtype as stored, logical axes. Allocates nothing.
+
+    `num_inputs`: of a product's weights that may be `quantize`d, the axes at the end that it sums over; else 0.
+    """
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} cannot have the axes {axes}")
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)  # pyright: ignore[reportArgumentType]
+    declared = jax.ShapeDtypeStruct(shape, dtype)
+    return nnx.Param(declared, axes=axes, num_inputs=num_inputs)  # pyright: ignore[reportArgumentType]
 
 
 def embed(table: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -51,15 +74,24 @@ class Linear(nnx.Module):
     """y = x W^T + b over several axes: W is [*out, *in], as published; y is float32 [B, T, *out]."""
 
     def __init__(
-        self, out: Shape, out_axes: Axes, inputs: Shape, in_axes: Axes, sharding: Sharding, kernel: linear_op.Linear
+        self,
+        out: Shape,
+        out_axes: Axes,
+        inputs: Shape,
+        in_axes: Axes,
+        sharding: Sharding,
+        kernel: linear_op.Linear,
+        *,
+        exact: bool = False,
     ):
+        """`exact`: the weights are never `quantize`d."""
         self.product = Product(out_axes, in_axes, sharding, kernel)
-        self.weight = weight(out + inputs, out_axes + in_axes)
+        self.weight = weight(out + inputs, out_axes + in_axes, num_inputs=0 if exact else len(inputs))
         self.bias = weight(out, out_axes)
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """y; the matrix product takes operands of x's dtype."""
-        return self.product(x, self.weight[...]) + self.bias[...].astype(jnp.float32)
+        return self.product(x, self.weight.get_value()) + self.bias[...].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +103,17 @@ class Product:
     sharding: Sharding
     kernel: linear_op.Linear
 
-    def __call__(self, x: Float[Array, "B T ..."], w: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+    def __call__(self, x: Float[Array, "B T ..."], w: Real[Array, "..."] | Dense8) -> Float[Array, "B T ..."]:
         """The product of x [B, T, *in], float32 [B, T, *out]."""
+        if isinstance(w, Dense8):  # scaled behind the sum: the products are of whole numbers
+            return self(x, w.values) * w.scales
         rows = ("rows", None)
         run = self.sharding.map(
             self._run_local, in_axes=(rows + self.in_axes, self.out_axes + self.in_axes), out_axes=rows + self.out_axes
         )
         return run(x, w)
 
-    def _run_local(self, x: Float[Array, "B T ..."], w: Float[Array, "..."]) -> Float[Array, "B T ..."]:
+    def _run_local(self, x: Float[Array, "B T ..."], w: Real[Array, "..."]) -> Float[Array, "B T ..."]:
         rows, out = x.shape[:2], w.shape[: len(self.out_axes)]
         inputs = math.prod(w.shape[len(self.out_axes) :])
         y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*rows, *out)

@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
         self.embedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None))
         self.layers = nnx.List([Layer(config, i, sharding, kernels, policy) for i in range(config.num_layers)])
         self.norm = layers.weight((config.hidden_size,), (None,))
-        self.unembedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None))
+        self.unembedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None), num_inputs=1)
         self.unembed = layers.Product(("vocab",), (None,), sharding, kernels.linear)
 
     def __call__(
@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
         """Next-token logits from the final residual stream, float32."""
         x = layers.rms_norm(x, self.norm[...], self.config.rms_norm_eps).astype(self.policy.activations)
         with jax.named_scope("unembedding"):
-            return self.unembed(x, self.unembedding[...])
+            return self.unembed(x, self.unembedding.get_value())
 
 
 # ---- the declaration, as others read it ----
@@ -99,6 +99,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
+    num_inputs: int = 0  # see `layers.weight`
 
 
 class Model(NamedTuple):
@@ -121,7 +122,9 @@ def declare(
     """The model that `config` describes, without weights."""
     graph, state = nnx.split(Transformer(config, sharding, kernels or Kernels(), policy))
     leaves = {
-        "/".join(map(str, path)): Leaf(param.get_value().shape, param.get_value().dtype, param.get_metadata("axes"))
+        "/".join(map(str, path)): Leaf(
+            *(param.get_value().shape, param.get_value().dtype), *map(param.get_metadata, ("axes", "num_inputs"))
+        )
         for path, param in nnx.to_flat_state(state)
     }
     return Model(graph, leaves)

@@ -40,7 +40,7 @@ class MixtureOfExperts(nnx.Module):
         self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.expert_mlp, dtype
         hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
         self.norm = layers.weight((hidden,), (None,))
-        self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear)
+        self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear, exact=True)
         self.gate_up = Mxfp4Linear(experts, 2 * inner, hidden, "expert_hidden", None)
         self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
 

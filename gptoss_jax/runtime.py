@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
 from converters import source
-from gptoss_jax import checkpoint, host_memory, kv_cache, model, sharding, tokenizer
+from gptoss_jax import checkpoint, host_memory, kv_cache, layers, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import NOT_FINITE, Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
 from gptoss_jax.layers import Kernels
@@ -30,6 +30,7 @@ from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 
 LOGITS_CHUNK_TOKENS = 256
+DENSE_ITEMSIZE = {"bfloat16": 2, "int8": 1}  # bytes of a weight of attention and unembedding
 
 
 class Scores(NamedTuple):
@@ -50,6 +51,7 @@ class LanguageModel:
         params: weights, a nested dict of arrays as stored (bfloat16, uint8).
         model: the declaration that `gptoss_jax.model.step` runs.
         policy: which number format holds what.
+        dense: that of attention's and the unembedding's weights.
         kernels: for each op, the implementation chosen and why.
         source: what the weights were read from, in words.
         weights_are_random: whether the files say that nobody trained them.
@@ -61,12 +63,17 @@ class LanguageModel:
     params: Params
     model: Model
     policy: DtypePolicy
+    dense: str
     kernels: str
     source: str
     weights_are_random: bool
     load_seconds: float
     _engine: Engine | None = None
     _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
+
+    def decode_bytes(self, rows: int, context_tokens: int) -> int:
+        """`ModelConfig.decode_bytes` in the number formats that hold weights and cache here."""
+        return self.config.decode_bytes(rows, context_tokens, self.policy.cache.itemsize, DENSE_ITEMSIZE[self.dense])
 
     @property
     def mesh(self) -> Mesh:
@@ -268,6 +275,7 @@ def load(
     *,
     mesh: str | Path | Mesh | Sharding | None = None,
     dtype: str = "bfloat16",
+    dense: str = "bfloat16",
     kernels: str = "auto",
     report: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
 ) -> LanguageModel:
@@ -277,6 +285,8 @@ def load(
         path: a converted (Orbax) checkpoint, or a folder of safetensors in any published layout, read as it is.
         mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
+        dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
+            longer exact (docs/numerics.md has its cost); experts stay as they are.
         kernels: "auto", or implementations by name, which then run or raise: see `choose_kernels`.
         report: called with the bytes of weights that are loaded, and of all.
 
@@ -284,11 +294,13 @@ def load(
         ConfigError: the checkpoint's config.json is not a gpt-oss model.
         MeshError: the mesh does not fit the devices or the model.
         CheckpointError: the checkpoint is absent, incomplete, or not of this model.
-        ValueError: an unknown dtype or kernel.
+        ValueError: an unknown dtype, dense or kernel.
     """
     began = time.perf_counter()
     if dtype not in model.DTYPE_POLICIES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(model.DTYPE_POLICIES)}")
+    if dense not in DENSE_ITEMSIZE:
+        raise ValueError(f"dense is {dense!r}, expected one of {', '.join(DENSE_ITEMSIZE)}")
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
     chosen, reason = choose_kernels(kernels, laid_out.mesh.devices.flat[0].platform)
@@ -303,18 +315,30 @@ def load(
         loaded += num_bytes
         report(loaded, total)
 
-    params = jax.block_until_ready(model.nest(stored.read(declared.leaves, laid_out, report_more)))
+    leaves: dict[str, Any] = stored.read(declared.leaves, laid_out, report_more)
+    if dense == "int8":
+        leaves = {path: _quantized(leaves.pop(path), leaf.num_inputs) for path, leaf in declared.leaves.items()}
+    params = jax.block_until_ready(model.nest(leaves))
     return LanguageModel(
         config=stored.config,
         sharding=laid_out,
         params=params,
         model=declared,
         policy=policy,
+        dense=dense,
         kernels=reason,
         source=stored.described,
         weights_are_random=_are_random(stored.provenance),
         load_seconds=time.perf_counter() - began,
     )
+
+
+def _quantized(array: jax.Array, num_inputs: int) -> Any:
+    """A product's weights in eight bits, anything else as it is; one at a time, so that little is there twice."""
+    return jax.block_until_ready(_quantize(array, num_inputs)) if num_inputs else array
+
+
+_quantize = jax.jit(layers.quantize, static_argnums=1)
 
 
 def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
@@ -377,7 +401,7 @@ def _are_random(provenance: dict[str, Any]) -> bool:
 # ---- for commands ----
 
 
-FLAGS = ("checkpoint", "mesh", "dtype", "kernels", "compilation_cache", "vocab")
+FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab")
 
 
 def define_flags() -> None:
@@ -385,6 +409,9 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
     flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
     flags.DEFINE_enum("dtype", "bfloat16", list(model.DTYPE_POLICIES), "Number format of the activations.")
+    flags.DEFINE_enum(
+        "dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding; int8 is rounded."
+    )
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
     flags.DEFINE_string(
         "compilation_cache",
@@ -418,6 +445,7 @@ def load_from_flags(
         options.checkpoint,
         mesh=options.mesh or None,
         dtype=options.dtype,
+        dense=options.dense,
         kernels=options.kernels,
         report=report,
     )

@@ -60,10 +60,14 @@ def _assert_same_bits(found: dict[str, np.ndarray], *, with_portable: bool) -> N
 # ---- linear ----
 
 
-def _linear_arguments(rows, outputs, inputs, dtype):
+WEIGHTS = {"bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+
+
+def _linear_arguments(rows, outputs, inputs, dtype, weights=ml_dtypes.bfloat16):
     rng = np.random.default_rng([rows, outputs, inputs])
     x = rng.standard_normal((rows, inputs)).astype(dtype)
-    return jnp.asarray(x), jnp.asarray(rng.standard_normal((outputs, inputs)).astype(ml_dtypes.bfloat16))
+    w = rng.integers(-127, 128, (outputs, inputs)) if weights == np.int8 else rng.standard_normal((outputs, inputs))
+    return jnp.asarray(x), jnp.asarray(w.astype(weights))
 
 
 LINEAR_SHAPES = {  # rows, outputs, inputs
@@ -79,10 +83,11 @@ LINEAR_SHAPES = {  # rows, outputs, inputs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES)
-def test_linear(isa, shape, dtype):
+def test_linear(isa, shape, weights, dtype):
     """Guards the last inputs, rows and outputs where nothing divides by a vector, a tile or a panel."""
-    x, w = _linear_arguments(*LINEAR_SHAPES[shape], dtype)
+    x, w = _linear_arguments(*LINEAR_SHAPES[shape], dtype, WEIGHTS[weights])
     found = np.asarray(jax.jit(linear)(x, w))
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64)).T
@@ -91,16 +96,18 @@ def test_linear(isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_has_the_same_bits_on_every_instruction_set(dtype):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear_has_the_same_bits_on_every_instruction_set(weights, dtype):
     """Guards the one order of adding that all share, so that a checkpoint answers alike on different machines."""
-    x, w = _linear_arguments(13, 70, 1000, dtype)
+    x, w = _linear_arguments(13, 70, 1000, dtype, WEIGHTS[weights])
     _assert_same_bits(_on_all_sets(lambda: jax.jit(linear)(x, w)), with_portable=dtype == jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_rows_do_not_depend_on_their_neighbours(isa, dtype):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
     """Guards tiles of one to many rows: each number of rows takes another path, and none may be seen in the bits."""
-    x, w = _linear_arguments(23, 39, 200, dtype)
+    x, w = _linear_arguments(23, 39, 200, dtype, WEIGHTS[weights])
     whole = np.asarray(linear(x, w))
     for rows in range(1, 24):
         np.testing.assert_array_equal(np.asarray(linear(x[:rows], w)), whole[:rows])
@@ -119,7 +126,9 @@ def test_linear_keeps_infinities_and_nan_where_they_are(isa):
 def test_linear_refuses_other_dtypes():
     """Guards weights that are read as what they are not."""
     x, w = _linear_arguments(1, 2, 3, jnp.float32)
-    with pytest.raises(TypeError, match="linear of float32 and float32, expected float32 or bfloat16 and bfloat16"):
+    with pytest.raises(
+        TypeError, match="linear of float32 and float32, expected float32 or bfloat16, and bfloat16 or int8"
+    ):
         linear(x, w.astype(jnp.float32))
 
 

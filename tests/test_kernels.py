@@ -170,6 +170,10 @@ def test_linear(name, rows, outputs, inputs):
         expected = rounded_x.astype(np.float64) @ rounded_w.astype(np.float64).T
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(np.asarray(found), expected, rtol=tolerance, atol=tolerance * np.sqrt(inputs))
+        whole = np.clip(np.round(40 * w), -127, 127).astype(np.int8)
+        found = jax.jit(linear_op.IMPLEMENTATIONS[name])(jnp.asarray(rounded_x), jnp.asarray(whole))
+        expected = rounded_x.astype(np.float64) @ whole.astype(np.float64).T
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=tolerance, atol=40 * tolerance * np.sqrt(inputs))
 
 
 def test_streamed_weights_are_never_float32_in_memory():

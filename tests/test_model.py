@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import kv_cache, model, sharding
+import gptoss_jax
+from gptoss_jax import kv_cache, layers, model, sharding
 from gptoss_jax.config import parse_config, read_config
 from gptoss_jax.kv_cache import KVCache
 from tests import reference
@@ -242,3 +243,38 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
     compiled = jax.jit(steps, donate_argnums=0).lower(pool, new, table, positions).compile()
     assert "u16[512,64,8,64]" in compiled.as_text() and "f32[512,64,8,64]" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+def test_int8_weights_are_the_nearest_and_half_as_large(tmp_path):
+    """Guards --dense int8: what is rounded, how far, and what is left exact; its cost is bounded and printed."""
+    folder = TinyModel(golden.tiny_config()).write(tmp_path)
+    exact, rounded = (gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8"))
+    stored, kept = (jax.tree_util.tree_leaves_with_path(m.params) for m in (exact, rounded))
+    eight_bits = {jax.tree_util.keystr(path[:-1]) for path, x in kept if x.dtype == jnp.int8}
+    projections = {
+        f"[{i}]['attention']['{name}']['weight']"
+        for i in range(exact.config.num_layers)
+        for name in ("q", "k", "v", "out")
+    }
+    assert {key.removeprefix("['layers']") for key in eight_bits} == projections | {"['unembedding']"}
+    same = {jax.tree_util.keystr(path): x for path, x in kept}
+    for path, w in stored:
+        if jax.tree_util.keystr(path) in eight_bits:
+            continue
+        np.testing.assert_array_equal(np.asarray(w), np.asarray(same[jax.tree_util.keystr(path)]))
+    w = np.asarray(exact.params["layers"][1]["attention"]["out"]["weight"], np.float32)  # [D, N, H]
+    values, scales = map(np.asarray, rounded.params["layers"][1]["attention"]["out"]["weight"])
+    assert (np.abs(values * scales[:, None, None] - w) <= scales[:, None, None] * 0.5001).all()
+    assert (np.abs(values).max(axis=(1, 2)) == 127).all()
+    assert exact.decode_bytes(1, 0) - rounded.decode_bytes(1, 0) == (
+        (exact.config.attention_bytes + exact.config.unembedding_bytes) // 2
+    )
+    tokens = golden.token_ids(200, seed=3).tolist()
+    ours, theirs = (m.logits(tokens) for m in (rounded, exact))
+    assert 1e-6 < golden.divergence(theirs, ours).mean() < 5e-3  # measured 7e-4 and 1.6e-3; nothing would be suspicious
+
+
+def test_rows_of_zeros_stay_zeros_in_eight_bits():
+    """Guards a division by the largest weight of a row that has none."""
+    values, scales = map(np.asarray, layers.quantize(jnp.zeros((2, 3), jnp.bfloat16).at[1, 2].set(-2), 1))
+    assert (values * scales[:, None]).tolist() == [[0, 0, 0], [0, 0, -2]]

@@ -60,6 +60,14 @@ def test_sharded_equals_unsharded(mesh, folder, expected):
     assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
 
 
+def test_sharded_equals_unsharded_with_dense_int8(folder):
+    """Guards scales: of whole rows of the inputs, wherever those are cut, and each with its own output."""
+    one = gptoss_jax.load(folder, dtype="float32", dense="int8").logits(TOKENS)
+    for mesh in MESHES:
+        sharded = gptoss_jax.load(folder, mesh=mesh, dtype="float32", dense="int8").logits(TOKENS)
+        assert np.abs(sharded - one).max() <= 1e-5 * np.abs(one).max()
+
+
 def test_generation_on_a_mesh_equals_one_device(folder):
     """Guards the engine's own placement: rows on data shards, pages of a row in its shard's pool."""
     alone = gptoss_jax.load(folder, dtype="float32")

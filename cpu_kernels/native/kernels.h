@@ -16,10 +16,11 @@ struct Activations {
   int64_t rows, columns;
 };
 
-// y [rows, outputs] = x w^T, w [outputs, columns] bfloat16.
+// y [rows, outputs] = x w^T, w [outputs, columns] bfloat16 or signed bytes.
 struct LinearCall {
   Activations x;
-  const uint16_t* w;
+  const void* w;
+  bool is_int8;
   int64_t outputs;
   float* y;
 };

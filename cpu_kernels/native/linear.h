@@ -1,4 +1,4 @@
-// y = x w^T with bfloat16 weights: each task takes a panel of the weights' rows, read once for all rows of x.
+// y = x w^T with bfloat16 or int8 weights: each task takes a panel of the weights' rows, read once for all rows of x.
 #ifndef CPU_KERNELS_LINEAR_H_
 #define CPU_KERNELS_LINEAR_H_
 
@@ -6,10 +6,10 @@
 
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
-inline bool linear(const Pool& pool, const LinearCall& call) {
+template <class Weights>
+inline bool linear_of(const Pool& pool, const LinearCall& call, const Weights& w) {
   const Unzipped x(pool, call.x);
   if (!x.ok()) return false;
-  const Bf16Weights w{call.w, call.x.columns};
   auto panel = [&](int64_t task, int64_t) {
     const int64_t first = task * kPanelRows, rest = call.outputs - first;
     multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.rows(), call.x.rows, call.y + first, call.outputs);
@@ -17,6 +17,12 @@ inline bool linear(const Pool& pool, const LinearCall& call) {
   const int64_t products = call.x.rows * call.outputs * call.x.columns;
   parallel_for(pool.for_work(products), round_up(call.outputs, kPanelRows) / kPanelRows, panel);
   return true;
+}
+
+inline bool linear(const Pool& pool, const LinearCall& call) {
+  const int64_t inputs = call.x.columns;
+  if (call.is_int8) return linear_of(pool, call, Int8Weights{static_cast<const int8_t*>(call.w), inputs});
+  return linear_of(pool, call, Bf16Weights{static_cast<const uint16_t*>(call.w), inputs});
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

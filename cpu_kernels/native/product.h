@@ -99,6 +99,28 @@ struct Bf16Weights {
   }
 };
 
+// [outputs, inputs] signed bytes. What a row of them is to be multiplied with is the caller's business.
+struct Int8Weights {
+  const int8_t* data;
+  int64_t inputs;
+
+  int64_t whole_blocks() const { return inputs / kBlock; }
+  bool has_rest() const { return inputs % kBlock != 0; }
+  static constexpr int kRowsAhead = 4;
+  void prefetch(int64_t row, int64_t block) const {
+    constexpr int64_t kBlocksPerLine = 2;
+    if (block % kBlocksPerLine == 0) __builtin_prefetch(data + row * inputs + block * kBlock);
+  }
+  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
+    unpack_int8(data + row * inputs + block * kBlock, even, odd);
+  }
+  void unpack_rest(int64_t row, Vec& even, Vec& odd) const {
+    int8_t rest[kBlock] = {};
+    memcpy(rest, data + row * inputs + whole_blocks() * kBlock, size_t(inputs % kBlock));
+    unpack_int8(rest, even, odd);
+  }
+};
+
 // 2^(scale - 127) for each E8M0 scale: 0 is below float32's normal numbers, 255 is infinity as the exponent's bits are.
 struct Powers {
   float of[256];

@@ -13,12 +13,15 @@ Activations activations(const ffi::AnyBuffer& x) {
   return {x.untyped_data(), x.element_type() == ffi::BF16, x.dimensions()[0], x.dimensions()[1]};
 }
 
-ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, Bf16Matrix w, Result y) {
+ffi::Error linear(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
+  const bool is_int8 = w.element_type() == ffi::S8;
   if (x.dimensions().size() != 2 || !is_float(x)) return invalid("linear: expected x [T, I] of float32 or bfloat16");
+  if (w.dimensions().size() != 2 || !(is_int8 || w.element_type() == ffi::BF16))
+    return invalid("linear: expected w [O, I] of bfloat16 or int8");
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = w.dimensions()[0];
   if (!has_shape(w, {outputs, inputs})) return invalid("linear: expected w [O, I]");
   if (!has_shape(*y, {rows, outputs})) return invalid("linear: expected a result [T, O]");
-  return finished(kernels().linear(pool_of(threads), {activations(x), bf16(w), outputs, y->typed_data()}));
+  return finished(kernels().linear(pool_of(threads), {activations(x), w.untyped_data(), is_int8, outputs, y->typed_data()}));
 }
 
 // An expert matrix from `inputs` to `outputs`; its codes are null where the shapes are of something else.
@@ -57,7 +60,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_kernels_linear, cpu_kernels::linear,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::BufferR2<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_kernels_expert_mlp, cpu_kernels::expert_mlp,

@@ -45,6 +45,7 @@ constexpr int32_t kRounderBits = 0x4B400000;
 //   sum, largest                of all lanes: i with i + 8, then i + 4, i + 2, i + 1
 //   load_bf16(p)                sixteen bfloat16s as float32
 //   unpack_bf16(p, even, odd)   thirty-two bfloat16s, those of even and of odd index
+//   unpack_int8(p, even, odd)   thirty-two signed bytes, those of even and of odd index
 //   round_bf16(a)               a as the nearest bfloat16s, ties to even
 //   times_power(a, n)           a 2^n, rounded once; n as kRounder + n, -300 < n < 300
 //   Codes, codes(scale)         the sixteen MXFP4 codes times a scale
@@ -79,6 +80,12 @@ inline void unpack_bf16(const uint16_t* p, Vec& even, Vec& odd) {
   const __m512i pairs = _mm512_loadu_si512(p);
   even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
+}
+
+inline void unpack_int8(const int8_t* p, Vec& even, Vec& odd) {
+  const __m512i pairs = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+  odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
 }
 
 inline Vec round_bf16(Vec a) {
@@ -150,6 +157,16 @@ inline void unpack_bf16(const uint16_t* p, Vec& even, Vec& odd) {
   const __m256i upper = _mm256_set1_epi32(int32_t(0xFFFF0000));
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)), _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+}
+
+inline void unpack_int8(const int8_t* p, Vec& even, Vec& odd) {
+  const auto pairs = [&](int half) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + half));
+  };
+  const __m256i lo = pairs(0), hi = pairs(1);
+  const auto low_byte = [](__m256i a) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24)); };
+  even = {low_byte(lo), low_byte(hi)};
+  odd = {_mm256_cvtepi32_ps(_mm256_srai_epi32(lo, 8)), _mm256_cvtepi32_ps(_mm256_srai_epi32(hi, 8))};
 }
 
 inline __m256 round_bf16_half(__m256 a) {
@@ -250,6 +267,12 @@ inline void unpack_bf16(const uint16_t* p, Vec& even, Vec& odd) {
   const auto pairs = [&](int i) { return vreinterpretq_u32_u16(vld1q_u16(p + 8 * i)); };
   even = each_quarter([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(i), 16)); });
   odd = each_quarter([&](int i) { return vreinterpretq_f32_u32(vandq_u32(pairs(i), vdupq_n_u32(0xFFFF0000u))); });
+}
+
+inline void unpack_int8(const int8_t* p, Vec& even, Vec& odd) {
+  const auto pairs = [&](int i) { return vmovl_s16(vreinterpret_s16_s8(vld1_s8(p + 8 * i))); };
+  even = each_quarter([&](int i) { return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(pairs(i), 24), 24)); });
+  odd = each_quarter([&](int i) { return vcvtq_f32_s32(vshrq_n_s32(pairs(i), 8)); });
 }
 
 inline Vec round_bf16(Vec a) {
@@ -371,6 +394,11 @@ inline Vec load_bf16(const uint16_t* p) {
 inline void unpack_bf16(const uint16_t* p, Vec& even, Vec& odd) {
   even = each_lane([&](int i) { return from_bits(uint32_t(p[2 * i]) << 16); });
   odd = each_lane([&](int i) { return from_bits(uint32_t(p[2 * i + 1]) << 16); });
+}
+
+inline void unpack_int8(const int8_t* p, Vec& even, Vec& odd) {
+  even = each_lane([&](int i) { return float(p[2 * i]); });
+  odd = each_lane([&](int i) { return float(p[2 * i + 1]); });
 }
 
 inline Vec round_bf16(const Vec& a) {

@@ -1,4 +1,4 @@
-"""Matrix products with dense (bfloat16) weights: what the operation takes and promises, and who can do it.
+"""Matrix products with dense (bfloat16 or int8) weights: what the operation takes and promises, and who can do it.
 
 A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
 `IMPLEMENTATIONS`.
@@ -6,7 +6,7 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from cpu_kernels.linear import linear as cpu_linear
 from pallas_kernels.choice import Choice, best, by_name
@@ -15,9 +15,12 @@ from pallas_kernels.linear import reference, streamed
 
 @runtime_checkable
 class Linear(Protocol):
-    """x [T, I] times w [O, I] transposed: operands in x's dtype, sums and result in float32."""
+    """x [T, I] times w [O, I] transposed: operands in x's dtype, sums and result in float32.
 
-    def __call__(self, x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:  # noqa: D102
+    int8 weights are whole numbers here, exact in any x's dtype; what an output is to be scaled by is the caller's.
+    """
+
+    def __call__(self, x: Float[Array, "T I"], w: Real[Array, "O I"]) -> Float[Array, "T O"]:  # noqa: D102
         ...
 
 

@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 
-def linear(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
+def linear(x: Float[Array, "T I"], w: Real[Array, "O I"]) -> Float[Array, "T O"]:
     """See `pallas_kernels.linear.Linear`."""
     return lax.dot_general(
         x,

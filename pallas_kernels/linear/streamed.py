@@ -6,13 +6,13 @@ of a decoding loop, where it stays: 7 GB beside the 13 GB of the 20b model.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Real
 
 MAX_REDUCED_ROWS = 2  # up to here a fused multiply and reduce reads the weights once a row, at memory speed
 MAX_BLOCK = 1024  # rows of the weights made float32 at a time
 
 
-def linear(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
+def linear(x: Float[Array, "T I"], w: Real[Array, "O I"]) -> Float[Array, "T O"]:
     """See `pallas_kernels.linear.Linear`. Products of bfloat16 are exact in float32, so the operands may grow."""
     x = x.astype(jnp.float32)
     if x.shape[0] <= MAX_REDUCED_ROWS:

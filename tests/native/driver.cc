@@ -65,7 +65,15 @@ bool agree(int64_t size, Run run) {
 bool linear(int64_t rows, int64_t outputs, int64_t inputs) {
   const auto x = bfloat16s(rows * inputs), w = bfloat16s(outputs * inputs);
   return agree(rows * outputs, [&](const Pool& pool, float* y) {
-    return kernels.linear(pool, {{x.data(), true, rows, inputs}, w.data(), outputs, y});
+    return kernels.linear(pool, {{x.data(), true, rows, inputs}, w.data(), false, outputs, y});
+  });
+}
+
+bool linear_int8(int64_t rows, int64_t outputs, int64_t inputs) {
+  const auto x = bfloat16s(rows * inputs);
+  const auto w = bytes(outputs * inputs);
+  return agree(rows * outputs, [&](const Pool& pool, float* y) {
+    return kernels.linear(pool, {{x.data(), true, rows, inputs}, w.data(), true, outputs, y});
   });
 }
 
@@ -131,7 +139,7 @@ bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t
 int main() {
   bool same = true;
   for (int64_t rows : {0, 1, 2, 4, 5, 11})
-    for (int64_t inputs : {1, 31, 32, 33, 95}) same = same && linear(rows, 37, inputs);
+    for (int64_t inputs : {1, 31, 32, 33, 95}) same = same && linear(rows, 37, inputs) && linear_int8(rows, 37, inputs);
   same = same && linear(6, 700, 200);  // enough that helpers are worth waking
   for (int64_t rows : {1, 9, 140}) same = same && experts(rows, 64, 96, 3, 2);
   for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
