@@ -135,13 +135,13 @@ def load(options: flags.FlagValues) -> Subject:
     laid_out = sharding.make()
     if options.checkpoint:
         loaded = runtime.load(options.checkpoint, kernels=options.kernels)
-        programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one)
+        programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
         return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
     kernels, reason = runtime.choose_kernels(options.kernels, jax.default_backend())
     declared = declare(config, laid_out, kernels)
     params = nest({path: jax.device_put(leaf) for path, leaf in leaves})
-    programs = Programs(declared, config, laid_out, options.one_by_one)
+    programs = Programs(declared, config, laid_out, options.one_by_one, options.one_by_one)
     name = f"{Path(options.config).stem} cut to {options.layers} layers, random weights, seed {true_width.SEED}"
     return Subject(config, params, programs, reason, name)
 

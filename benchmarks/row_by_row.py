@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     results: dict[str, Any] = {}
     for rows in map(int, options.rows):
         for name, one_by_one in (("row by row", True), ("batched", False)):
-            programs = Programs(model, config, sharding.make(), one_by_one)
+            programs = Programs(model, config, sharding.make(), one_by_one, one_by_one)
             result = measure(programs, params, rows, options.steps)
             results[f"{rows} rows, {name}"] = result
             milliseconds, mebibytes = 1e3 * result["step_seconds"], result["temporary_bytes"] / 2**20

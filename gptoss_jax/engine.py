@@ -5,7 +5,8 @@ answer can need, and gives both back when it ends, while other rows go on (conti
 compiled before the first token, so nothing compiles while requests of mixed lengths come and go.
 
 Deterministic engines run one row (of each data shard) at a time, so that a row's arithmetic has the same shapes
-whatever runs beside it; the others run all rows in one batch, where sums of other shapes round differently.
+whatever runs beside it; the others run all rows in one batch, where sums of other shapes round differently. Where
+kernels keep rows apart, as those for CPUs do, decoding is deterministic in one batch too.
 """
 
 import collections
@@ -56,7 +57,7 @@ class EngineConfig:
         pool_tokens: tokens that the full-attention layers can hold for all rows together; a request waits until its
             pages are free. None: enough for every row at its longest.
         deterministic: a request's tokens and log probabilities are bitwise the same alone, in any company and in any
-            order; weights are then read once for every row. None: on CPUs, where batches gain little.
+            order; unless kernels keep rows apart, weights are then read once for every row. None: on CPUs.
     """
 
     rows: int = 1
@@ -196,6 +197,8 @@ class Engine:
         self._seconds_per_turn = SECONDS_PER_DISPATCH
         on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
+        apart = model.keeps_rows_apart and sharding.mesh.size == 1  # sums over devices are XLA's
+        self.decodes_alone = self.deterministic and not apart
         self._cache, self._state = self._allocate(cache_dtype)
         began = time.perf_counter()
         self.programs = compiled or self._compile(model, report)
@@ -232,7 +235,7 @@ class Engine:
         """The programs that admit, prefill (for each width) and decode."""
         layouts = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
         draws = self.sharding.named_tree(programs.DRAWS_AXES)
-        run = programs.Programs(model, self.config, self.sharding, self.deterministic)
+        run = programs.Programs(model, self.config, self.sharding, self.deterministic, self.decodes_alone)
         admit = jax.jit(programs.admit, donate_argnums=(0, 1), out_shardings=layouts)
         prefill = jax.jit(run.prefill, donate_argnums=(1, 2), out_shardings=(None, *layouts))
         decode = jax.jit(run.decode, donate_argnums=(1, 2), out_shardings=(draws, *layouts))
@@ -402,7 +405,7 @@ class Engine:
     def _turns_per_step(self) -> int:
         """How often a decoding step runs the model: for all rows at once, or for each row of the busiest shard."""
         active = collections.Counter(self._shard(i) for i, row in enumerate(self._rows) if row)
-        return max(active.values()) if self.deterministic else 1
+        return max(active.values()) if self.decodes_alone else 1
 
     def _events(self, draw: Draw, where: dict[int, Any]) -> list[Event]:
         """What rows drew, as events; `where` says which elements of `draw` are a row's. Rows that ended are freed."""

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, Real
 
+from gptoss_jax.row_sum import row_sum
 from gptoss_jax.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
@@ -22,6 +23,11 @@ class Kernels(NamedTuple):
     attention: attention_op.Attention = attention_op.IMPLEMENTATIONS["reference"]
     expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
     linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
+
+    @property
+    def keep_rows_apart(self) -> bool:
+        """Whether the bits that these give for a row depend on no other row, nor on how many there are."""
+        return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
 
 
 Shape = tuple[int, ...]
@@ -67,7 +73,8 @@ def embed(table: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Arra
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*rows D"]:
     """x / rms(x) * scale, all in float32 (the scale is multiplied before any cast)."""
     x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+    mean = row_sum(x * x)[..., None] / x.shape[-1]
+    return x * lax.rsqrt(mean + eps) * scale.astype(jnp.float32)
 
 
 class Linear(nnx.Module):

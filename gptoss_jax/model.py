@@ -107,6 +107,7 @@ class Model(NamedTuple):
 
     graph: Any
     leaves: dict[str, Leaf]  # by path, as in "layers/0/attention/q/weight"
+    keeps_rows_apart: bool  # see `Kernels.keep_rows_apart`
 
     def bind(self, params: Params) -> Transformer:
         """The module with `params` in it, for use inside a jitted function."""
@@ -120,14 +121,15 @@ def declare(
     policy: DtypePolicy = DTYPE_POLICIES["bfloat16"],
 ) -> Model:
     """The model that `config` describes, without weights."""
-    graph, state = nnx.split(Transformer(config, sharding, kernels or Kernels(), policy))
+    kernels = kernels or Kernels()
+    graph, state = nnx.split(Transformer(config, sharding, kernels, policy))
     leaves = {
         "/".join(map(str, path)): Leaf(
             *(param.get_value().shape, param.get_value().dtype), *map(param.get_metadata, ("axes", "num_inputs"))
         )
         for path, param in nnx.to_flat_state(state)
     }
-    return Model(graph, leaves)
+    return Model(graph, leaves, kernels.keep_rows_apart)
 
 
 def nest(leaves: dict[str, Any]) -> Params:

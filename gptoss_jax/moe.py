@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from gptoss_jax import layers
 from gptoss_jax.config import MXFP4_BLOCK, ModelConfig
 from gptoss_jax.layers import Kernels
+from gptoss_jax.row_sum import row_sum
 from gptoss_jax.sharding import Sharding
 from pallas_kernels import expert_mlp as op
 
@@ -18,7 +19,8 @@ from pallas_kernels import expert_mlp as op
 def route(logits: Float[Array, "*rows E"], choices: int) -> tuple[Int32[Array, "*rows X"], Float[Array, "*rows X"]]:
     """The experts with the largest logits, and the softmax over those alone."""
     top, ids = jax.lax.top_k(logits, choices)
-    return ids, jax.nn.softmax(top, axis=-1)
+    shares = jnp.exp(top - top[..., :1])  # the first is the largest
+    return ids, shares / row_sum(shares)[..., None]
 
 
 class Mxfp4Linear(nnx.Module):

@@ -43,14 +43,15 @@ def admit(
 class Programs(NamedTuple):
     """What the programs are specialised to, beside shapes.
 
-    With `one_by_one`, rows run one at a time (one of each data shard), so that a row's arithmetic has the same shapes
-    whatever the batch: XLA's sums are in an order that follows from the shapes.
+    Rows run alone, one at a time (one of each data shard), where a row's arithmetic is to have the same shapes whatever
+    the batch: sums may be in an order that follows from the shapes.
     """
 
     model: Model
     config: ModelConfig
     sharding: Sharding
-    one_by_one: bool
+    prefills_alone: bool
+    decodes_alone: bool
 
     def prefill(
         self,
@@ -62,7 +63,7 @@ class Programs(NamedTuple):
         budget: Int32[Array, "C"],
         at: Int32[Array, "shards"],
     ) -> tuple[Draw, KVCache, RowState]:
-        """A chunk of each prompt, and what is drawn behind it: C is all rows, or with `one_by_one` one of each shard.
+        """A chunk of each prompt, and what is drawn behind it: C is all rows, or those of one turn.
 
         Args:
             params: the model's weights.
@@ -71,9 +72,9 @@ class Programs(NamedTuple):
             tokens: the chunks.
             counts: tokens of each chunk; 0: the row takes no part.
             budget: tokens that may be drawn behind the chunk; 0: the prompt goes on.
-            at: with `one_by_one`, which of its rows each shard runs.
+            at: where they run alone, which of its rows each shard runs.
         """
-        if not self.one_by_one:
+        if not self.prefills_alone:
             return self._advance(params, cache, state, tokens, counts, budget)
         return self._advance_row(params, cache, state, tokens, counts, budget, at)
 
@@ -96,7 +97,7 @@ class Programs(NamedTuple):
         return jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))[1:]
 
     def _decode_step(self, params: Params, cache: KVCache, state: RowState) -> tuple[Draw, KVCache, RowState]:
-        if not self.one_by_one:
+        if not self.decodes_alone:
             active = (state.remaining > 0).astype(jnp.int32)
             return self._advance(params, cache, state, state.token[:, None], active, state.remaining)
         shards = self.sharding.size("rows")

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from gptoss_jax.row_sum import row_sum
+
 MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
 KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a row's neighbours
 MAX_LOGIT_BIAS = 100  # as in OpenAI's API
@@ -185,7 +187,9 @@ def report_logprobs(
     logits: Float[Array, "*rows V"], token: Int32[Array, "*rows"], with_top: Bool[Array, ""], num_token_ids: int
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
-    logprobs = jax.nn.log_softmax(_named(logits, num_token_ids))
+    shifted = _named(logits, num_token_ids)
+    shifted = shifted - jnp.max(shifted, axis=-1, keepdims=True)
+    logprobs = shifted - jnp.log(row_sum(jnp.exp(shifted)))[..., None]
     logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
     return logprob, *jax.lax.cond(with_top, _top, _no_top, logprobs)
 
@@ -227,7 +231,7 @@ def _top_k_top_p(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array
     enough_ids = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[-1])
     scores = _keep_likeliest(scores, jnp.ones_like(scores), enough_ids.astype(jnp.float32))
     weights = jnp.exp(scores)
-    enough_weight = sampling.top_p * jnp.sum(weights, axis=-1)
+    enough_weight = sampling.top_p * row_sum(weights)
     filtered = _keep_likeliest(scores, weights, enough_weight)
     return jnp.where((sampling.top_p < 1)[:, None], filtered, scores)
 
@@ -243,7 +247,7 @@ def _keep_likeliest(
     keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
 
     def kept_weight(threshold: Int32[Array, "B"]) -> Float[Array, "B"]:
-        return jnp.sum(jnp.where(keys <= threshold[:, None], weights, 0.0), axis=-1)
+        return row_sum(jnp.where(keys <= threshold[:, None], weights, 0.0))
 
     def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
         bit = jnp.int32(1) << (30 - i)

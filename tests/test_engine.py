@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cpu_kernels
 import gptoss_jax
 from gptoss_jax import sampling
 from gptoss_jax.engine import EngineConfig, NumericsError, Request, RequestError
@@ -131,10 +132,10 @@ def _streams(engine, requests) -> list[list[tuple]]:
     return [drawn[i] for i in ids]
 
 
-@pytest.fixture(scope="module")
-def half(folder):
-    """The model in bfloat16, as most people run it."""
-    return gptoss_jax.load(folder)
+@pytest.fixture(scope="module", params=["auto", "reference"])
+def half(folder, request):
+    """The model in bfloat16, as most people run it, with this machine's kernels and with XLA's sums alone."""
+    return gptoss_jax.load(folder, kernels=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,18 @@ def alone(half):
     engine = half.engine(EngineConfig(rows=1, max_context_tokens=384, prefill_widths=(16, 64)))
     assert engine.deterministic
     return [_streams(engine, [request])[0] for request in _mixed_requests(64)]
+
+
+def test_rows_run_alone_only_where_that_is_what_keeps_them_apart(model, folder):
+    """Guards a CPU's batches: its kernels keep rows apart, so a step reads the weights once; XLA's sums do not."""
+    alone = {
+        kernels: gptoss_jax.load(folder, kernels=kernels).engine(EngineConfig(rows=2)).decodes_alone
+        for kernels in ("reference", *(["cpu"] if cpu_kernels.why_not() is None else []))
+    }
+    assert alone == {kernels: kernels == "reference" for kernels in alone}
+    assert not model.engine(EngineConfig(rows=2, deterministic=False)).decodes_alone
+    sharded = gptoss_jax.load(folder, mesh="data=2").engine(EngineConfig(rows=2))
+    assert sharded.decodes_alone
 
 
 @pytest.mark.slow
@@ -180,7 +193,10 @@ def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
                 break  # behind another token everything may differ
             differences.append(abs(mine[1] - other[1]))
     with capsys.disabled():
-        print(f"\nfast mode, batch of 8: {same} of 64 answers the same, logprobs off by up to {max(differences):.1e}")
+        print(
+            f"\nfast mode, batch of 8, {half.kernels.split('(')[0].strip()}: {same} of 64 answers the same, "
+            f"logprobs off by up to {max(differences):.1e}"
+        )
     assert len(differences) > 300
     assert max(differences) < 0.1
     assert same > 32

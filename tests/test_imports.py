@@ -18,6 +18,7 @@ _BASE = {
     "gptoss_jax.rope",
     "gptoss_jax.kv_cache",
     "gptoss_jax.layers",
+    "gptoss_jax.row_sum",
 }
 _CONVERSION = {
     "gptoss_jax.config",
@@ -43,11 +44,12 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.sharding": {"gptoss_jax.config"},
     "gptoss_jax.rope": {"gptoss_jax.config"},
     "gptoss_jax.kv_cache": {"gptoss_jax.config", "gptoss_jax.sharding"},
-    "gptoss_jax.layers": {"gptoss_jax.sharding", "pallas_kernels.*"},
+    "gptoss_jax.row_sum": set(),
+    "gptoss_jax.layers": {"gptoss_jax.row_sum", "gptoss_jax.sharding", "pallas_kernels.*"},
     "gptoss_jax.attention": _BASE,
-    "gptoss_jax.moe": {"gptoss_jax.config", "gptoss_jax.sharding", "gptoss_jax.layers", "pallas_kernels.*"},
+    "gptoss_jax.moe": _BASE | {"pallas_kernels.*"},
     "gptoss_jax.model": _BASE | {"gptoss_jax.attention", "gptoss_jax.moe"},
-    "gptoss_jax.sampling": set(),
+    "gptoss_jax.sampling": {"gptoss_jax.row_sum"},
     "gptoss_jax.host_memory": set(),
     "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding", "gptoss_jax.host_memory"},
     "gptoss_jax.tokenizer": set(),
