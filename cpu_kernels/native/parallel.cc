@@ -41,16 +41,17 @@ class FloatEnvironment {
 struct Loop {
   void (*body)(void*, int64_t, int64_t);
   void* context;
-  int64_t tasks;
+  int64_t tasks, grain;
   std::atomic<int64_t> next{0}, done{0}, workers{0};
 
   void work() {
     if (next.load(std::memory_order_relaxed) >= tasks) return;
     const FloatEnvironment environment;
     const int64_t worker = workers.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      body(context, task, worker);
-      done.fetch_add(1, std::memory_order_release);
+    for (int64_t first; (first = next.fetch_add(grain, std::memory_order_relaxed)) < tasks;) {
+      const int64_t end = first + grain < tasks ? first + grain : tasks;
+      for (int64_t task = first; task < end; ++task) body(context, task, worker);
+      done.fetch_add(end - first, std::memory_order_release);
     }
   }
 };
@@ -58,6 +59,14 @@ struct Loop {
 void help(void* loop) {
   const std::unique_ptr<std::shared_ptr<Loop>> held(static_cast<std::shared_ptr<Loop>*>(loop));
   (*held)->work();
+}
+
+// Tasks that a worker takes at a time. Neighbours read what lies side by side, and fetch ahead for each other; but a
+// worker that takes much at a time may end long after the others.
+int64_t grain_of(int64_t tasks, int64_t workers) {
+  constexpr int64_t kTurns = 8, kMost = 32;
+  const int64_t grain = tasks / (workers * kTurns);
+  return grain < 1 ? 1 : grain < kMost ? grain : kMost;
 }
 
 }  // namespace
@@ -76,6 +85,7 @@ void parallel_for(const Pool& pool, int64_t tasks, void (*body)(void*, int64_t, 
   loop->body = body;
   loop->context = context;
   loop->tasks = tasks;
+  loop->grain = grain_of(tasks, pool.max_workers(tasks));
   for (int64_t helper = 1; helper < pool.max_workers(tasks); ++helper)
     pool.schedule(pool.threads, help, new std::shared_ptr<Loop>(loop));
   loop->work();

@@ -22,7 +22,7 @@ struct Pool {
 
 // body(context, task, worker) for each task in [0, tasks), in any order, on the caller and on threads of the pool.
 //
-// Tasks are taken from a counter, one by one, so a slow thread holds up nobody. The caller works too and, once no task
+// Tasks are taken from a counter, a few neighbours at a time, so a slow thread holds up nobody. The caller works too and, once no task
 // is left, waits only for those that have begun: a pool that is busy or has a single thread cannot stop it. A worker,
 // numbered below `max_workers`, runs one task at a time. Every task sees the same floating-point environment (nearest,
 // subnormals kept), so that results do not depend on who ran it.
