@@ -175,7 +175,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arr
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     logits = _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling)
-    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    greedy = _largest(scores)
     draws = sampling.temperature > 0
     drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
     token = jnp.where(draws, drawn, greedy)
@@ -266,7 +266,17 @@ def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arra
         return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
 
     noises = jax.vmap(noise)(sampling.seed, positions)
-    return jnp.argmax(filter_logits(scores, sampling) + noises, axis=-1).astype(jnp.int32)
+    return _largest(filter_logits(scores, sampling) + noises)
+
+
+def _largest(scores: Float[Array, "B V"]) -> Int32[Array, "B"]:
+    """The first id with the largest score: an argmax as two reductions, which XLA:CPU turns into vectors.
+
+    Among scores that are not numbers, any id.
+    """
+    last = scores.shape[-1] - 1
+    is_largest = scores == jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def _top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:

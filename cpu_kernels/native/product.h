@@ -77,8 +77,7 @@ class Unzipped {
   Scratch values_, rows_;
 };
 
-// Weights as packed; `unpack` gives one block of a row, `unpack_rest` what lies behind its last whole block. `prefetch`
-// asks for a block of a row to come: rows are too short for the processor to see where the next one begins.
+// Weights as packed; `unpack` gives one block of a row, `unpack_rest` what lies behind its last whole block.
 
 // [outputs, inputs] bfloat16.
 struct Bf16Weights {
@@ -87,8 +86,8 @@ struct Bf16Weights {
 
   int64_t whole_blocks() const { return inputs / kBlock; }
   bool has_rest() const { return inputs % kBlock != 0; }
-  static constexpr int kRowsAhead = 4;
-  void prefetch(int64_t row, int64_t block) const { __builtin_prefetch(data + row * inputs + block * kBlock); }
+  static constexpr int kRowsAhead = 4, kBlockBytes = 64;
+  const void* row_at(int64_t row) const { return data + row * inputs; }
   void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
     unpack_bf16(data + row * inputs + block * kBlock, even, odd);
   }
@@ -106,11 +105,8 @@ struct Int8Weights {
 
   int64_t whole_blocks() const { return inputs / kBlock; }
   bool has_rest() const { return inputs % kBlock != 0; }
-  static constexpr int kRowsAhead = 4;
-  void prefetch(int64_t row, int64_t block) const {
-    constexpr int64_t kBlocksPerLine = 2;
-    if (block % kBlocksPerLine == 0) __builtin_prefetch(data + row * inputs + block * kBlock);
-  }
+  static constexpr int kRowsAhead = 4, kBlockBytes = 32;
+  const void* row_at(int64_t row) const { return data + row * inputs; }
   void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
     unpack_int8(data + row * inputs + block * kBlock, even, odd);
   }
@@ -142,11 +138,8 @@ struct Mxfp4Weights {
 
   int64_t whole_blocks() const { return blocks; }
   static constexpr bool has_rest() { return false; }
-  static constexpr int kRowsAhead = 8;
-  void prefetch(int64_t row, int64_t block) const {
-    constexpr int64_t kBlocksPerLine = 4;
-    if (block % kBlocksPerLine == 0) __builtin_prefetch(codes_of + (row * blocks + block) * (kBlock / 2));
-  }
+  static constexpr int kRowsAhead = 8, kBlockBytes = 16;
+  const void* row_at(int64_t row) const { return codes_of + row * blocks * kBlockBytes; }
   void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
     const int64_t at = row * blocks + block;
     unpack_fp4(codes_of + at * (kBlock / 2), codes(kPowers.of[scales[at]]), even, odd);
@@ -176,13 +169,17 @@ inline void multiply_tile(const Weights& w, int64_t row, const float* const* x, 
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
+  // Rows to come are fetched in the order in which they lie in memory, while these are read side by side: that is
+  // what memory gives fastest, and rows are too short for the processor to see where the next one begins.
   constexpr int kAhead = R > Weights::kRowsAhead ? R : Weights::kRowsAhead;
+  constexpr int kStep = R * Weights::kBlockBytes;
+  const char* ahead = static_cast<const char*>(w.row_at(row + kAhead));
   const int64_t whole = w.whole_blocks();
   for (int64_t block = 0; block < whole; ++block) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w.unpack(row + r, block, even[r], odd[r]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w.prefetch(row + kAhead + r, block);
+    for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
     add_block(even, odd, x, block, sums);
   }
   if (w.has_rest()) {
