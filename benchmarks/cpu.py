@@ -134,13 +134,14 @@ def load(options: flags.FlagValues) -> Subject:
     """The model that the flags name."""
     laid_out = sharding.make()
     if options.checkpoint:
-        loaded = runtime.load(options.checkpoint, kernels=options.kernels)
+        loaded = runtime.load(options.checkpoint, kernels=options.kernels, dense=options.dense)
         programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
         return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
     kernels, reason = runtime.choose_kernels(options.kernels, jax.default_backend())
     declared = declare(config, laid_out, kernels)
-    params = nest({path: jax.device_put(leaf) for path, leaf in leaves})
+    placed = {path: jax.device_put(leaf) for path, leaf in leaves}
+    params = nest(runtime.with_dense(placed, declared, options.dense))
     programs = Programs(declared, config, laid_out, options.one_by_one, options.one_by_one)
     name = f"{Path(options.config).stem} cut to {options.layers} layers, random weights, seed {true_width.SEED}"
     return Subject(config, params, programs, reason, name)
@@ -266,7 +267,7 @@ def decode_case(
         if peer.can_run(rows):
             runners[peer.name] = functools.partial(peer.decode, rows, context, steps)
     figures = in_turns(runners, options.rounds)
-    num_bytes = subject.config.decode_bytes(rows, context)
+    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=runtime.DENSE_ITEMSIZE[options.dense])
     return {
         "rows": rows,
         "context_tokens": context,
@@ -309,6 +310,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "In place of a checkpoint: layers of true width with random weights, even.")
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
+    flags.DEFINE_enum("dense", "bfloat16", list(runtime.DENSE_ITEMSIZE), "Weights of attention and unembedding.")
     flags.DEFINE_list("contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens behind a decoding step.")
     flags.DEFINE_list("prefill", ["128", "512", "2048"], "N,N,...: Lengths of prompts.")
     flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Rows of a decoding step.")
@@ -420,6 +422,7 @@ def main(arguments: list[str]) -> None:
         "machine": machine,
         "model": subject.described,
         "kernels": subject.kernels,
+        "dense": options.dense,
         "one_by_one": options.one_by_one,
     }
     about["load_average_before"] = round(load_average, 2)

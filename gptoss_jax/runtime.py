@@ -315,9 +315,7 @@ def load(
         loaded += num_bytes
         report(loaded, total)
 
-    leaves: dict[str, Any] = stored.read(declared.leaves, laid_out, report_more)
-    if dense == "int8":
-        leaves = {path: _quantized(leaves.pop(path), leaf.num_inputs) for path, leaf in declared.leaves.items()}
+    leaves = with_dense(stored.read(declared.leaves, laid_out, report_more), declared, dense)
     params = jax.block_until_ready(model.nest(leaves))
     return LanguageModel(
         config=stored.config,
@@ -333,8 +331,18 @@ def load(
     )
 
 
+def with_dense(leaves: dict[str, jax.Array], declared: Model, dense: str) -> dict[str, Any]:
+    """`leaves` with the weights of dense products in a format of DENSE_ITEMSIZE.
+
+    They are taken out of `leaves` one by one, so that little is in memory twice.
+    """
+    if dense == "bfloat16":
+        return leaves
+    sizes = {path: leaf.num_inputs for path, leaf in declared.leaves.items()}
+    return {path: _quantized(leaves.pop(path), sizes[path]) for path in list(leaves)}
+
+
 def _quantized(array: jax.Array, num_inputs: int) -> Any:
-    """A product's weights in eight bits, anything else as it is; one at a time, so that little is there twice."""
     return jax.block_until_ready(_quantize(array, num_inputs)) if num_inputs else array
 
 
