@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DEMO := build/demo
+BUILT := pyproject.toml setup.py $(wildcard cpu_kernels/native/*)  # what an installation is made of, beside Python
 
 .PHONY: demo test mutations gates lint types clean
 .NOTPARALLEL:
@@ -36,7 +37,7 @@ types: $(VENV)/.develops
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cpu_kernels/*.so
 	find gptoss_jax pallas_kernels converters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each is written last, so what was interrupted is done again, and a changed pyproject.toml is installed again.
@@ -46,12 +47,12 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.runs: $(VENV)/.created pyproject.toml
+$(VENV)/.runs: $(VENV)/.created $(BUILT)
 	@echo "Installing gptoss-jax and what it needs into $(VENV); the first time this takes minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/.develops: $(VENV)/.created pyproject.toml
+$(VENV)/.develops: $(VENV)/.created $(BUILT)
 	@echo "Installing gptoss-jax and its development tools into $(VENV); the first time this takes minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

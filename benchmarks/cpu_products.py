@@ -137,8 +137,8 @@ def main(arguments: list[str]) -> None:
         results.append(result)
         rates = product.num_bytes / seconds / 1e9, product.operations / seconds / 1e9
         print(
-            f"{product.rows:4} x {product.name:22} {1e3 * seconds:8.3f} ms {rates[0]:6.1f} GB/s {rates[1]:6.1f} GFLOP/s "
-            f"{100 * share:4.0f} % of the floor",
+            f"{product.rows:4} x {product.name:22} {1e3 * seconds:8.3f} ms "
+            f"{rates[0]:6.1f} GB/s {rates[1]:6.1f} GFLOP/s {100 * share:4.0f} % of the floor",
             flush=True,
         )
     machine = (
