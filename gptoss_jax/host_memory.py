@@ -19,9 +19,8 @@ def empty(num_bytes: int) -> np.ndarray:
 
     Only whole huge pages are asked for, so that no more than `num_bytes` and one small page become resident.
     """
-    private = (
-        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # what Python shares by default is a file system's, with other pages
+    # Python's default, shared memory, belongs to a file system, which has pages of its own.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     mapping = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, private)  # untouched, the slack costs addresses only
     start = -np.frombuffer(mapping, np.uint8).ctypes.data % HUGE_PAGE_BYTES
     whole = num_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
