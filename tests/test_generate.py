@@ -681,5 +681,5 @@ def test_unknown_dtypes_are_refused(dtype, tmp_path):
     """Guards the policy table against a silent default."""
     with pytest.raises(ValueError, match=f"dtype is '{dtype}', expected one of bfloat16, float32"):
         gptoss_jax.load(tmp_path, dtype=dtype)
-    with pytest.raises(ValueError, match=f"dense is '{dtype}', expected one of bfloat16, int8"):
-        gptoss_jax.load(tmp_path, dense=dtype)
+    with pytest.raises(ValueError, match="dense is 'int4', expected one of bfloat16, int8"):
+        gptoss_jax.load(tmp_path, dense="int4")
