@@ -112,7 +112,7 @@ def test_linear_has_the_same_bits_on_every_instruction_set(weights, dtype):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
     """Guards tiles of one to many rows: each number of rows takes another path, and none may be seen in the bits."""
-    x, w = _linear_arguments(23, 39, 200, dtype, WEIGHTS[weights])
+    x, w = _linear_arguments(23, 39, 1700, dtype, WEIGHTS[weights])
     whole = np.asarray(linear(x, w))
     for rows in range(1, 24):
         np.testing.assert_array_equal(np.asarray(linear(x[:rows], w)), whole[:rows])

@@ -23,6 +23,7 @@ namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPanelRows = 32;  // rows of weights that one task takes
+constexpr int64_t kDepth = 48;      // blocks of some rows of activations that stay in the first cache, weights beside
 
 // A block of a row of weights in registers.
 struct Floats {
@@ -194,41 +195,76 @@ inline void add_products(const Floats (&w)[R], const float* x, Vec (&sums)[R]) {
   for (int r = 0; r < R; ++r) sums[r] = fma(w[r].odd, odd, sums[r]);
 }
 
-// out[m * stride + r] for R rows of weights from `row` on and M rows of activations, weights unpacked in registers.
+// Adds the products of blocks `begin` to `end` of R rows of weights from `row` on, unpacked in registers, and M rows of
+// activations to their sums.
 template <int R, int M, class Weights, typename X>
-inline void multiply_tile(const Weights& w, int64_t row, const X* const* x, float* out, int64_t stride) {
+inline void add_blocks(const Weights& w, int64_t row, int64_t begin, int64_t end, const X* const* x, bool fetch,
+                       Vec (&sums)[M][R]) {
   Block<X> weights[R];
-  Vec sums[M][R];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
   // Rows to come are fetched in the order in which they lie in memory, while these are read side by side: that is
   // what memory gives fastest, and rows are too short for the processor to see where the next one begins.
   constexpr int kAhead = R > Weights::kRowsAhead ? R : Weights::kRowsAhead;
   constexpr int kStep = R * Weights::kBlockBytes;
   const char* ahead = static_cast<const char*>(w.row_at(row + kAhead));
-  const int64_t whole = w.whole_blocks();
-  for (int64_t block = 0; block < whole; ++block) {
+  for (int64_t block = begin; block < end; ++block) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w.block(row + r, block, weights[r]);
+    if (fetch) {
 #pragma GCC unroll 8
-    for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
+      for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) add_products(weights, x[m] + block * kBlock, sums[m]);
   }
-  if (w.has_rest()) {
+  if (w.has_rest() && end == w.whole_blocks()) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) w.rest(row + r, weights[r]);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) add_products(weights, x[m] + whole * kBlock, sums[m]);
+    for (int m = 0; m < M; ++m) add_products(weights, x[m] + end * kBlock, sums[m]);
   }
+}
+
+// out[m * stride + r] for R rows of weights from `row` on and M rows of activations.
+template <int R, int M, class Weights, typename X>
+inline void multiply_tile(const Weights& w, int64_t row, const X* const* x, float* out, int64_t stride) {
+  Vec sums[M][R];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
+  add_blocks(w, row, 0, w.whole_blocks(), x, true, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) out[m * stride + r] = sum(sums[m][r]);
 }
 
+// The same for a panel, kDepth blocks of all its rows at a time: sums wait in memory, so that activations can stay in
+// the first cache. That pays where weights as wide as bfloat16 would push them out.
+template <int R, int M, class Weights, typename X>
+inline void multiply_panel(const Weights& w, int64_t first, const X* const* x, bool fetch, float* out, int64_t stride) {
+  constexpr int64_t kTiles = kPanelRows / R;
+  Vec sums[kTiles][M][R];
+  for (int64_t begin = 0, end; begin < w.whole_blocks(); begin = end) {
+    end = begin + kDepth < w.whole_blocks() ? begin + kDepth : w.whole_blocks();
+    for (int64_t i = 0; i < kTiles; ++i) {
+      Vec tile[M][R];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) tile[m][r] = begin == 0 ? splat(0) : sums[i][m][r];
+      add_blocks(w, first + i * R, begin, end, x, fetch, tile);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[i][m][r] = tile[m][r];
+    }
+  }
+  for (int64_t r = 0; r < kPanelRows; ++r)
+    for (int m = 0; m < M; ++m) out[m * stride + r] = sum(sums[r / R][m][r % R]);
+}
+
+// The same for `count` rows of weights from row `first` on.
 template <int M, class Weights, typename X>
 inline void multiply_few(const Weights& w, int64_t first, int64_t count, const X* const* x, float* out,
                          int64_t stride) {
@@ -250,7 +286,12 @@ inline void multiply_all(const Weights& w, int64_t first, int64_t count, const X
 template <class Weights, typename X>
 inline void multiply(const Weights& w, int64_t first, int64_t count, const X* const* x, int64_t rows, float* out,
                      int64_t stride) {
-  multiply_all<Block<X>::kTileRows>(w, first, count, x, rows, out, stride);
+  constexpr int kRows = Block<X>::kTileRows;
+  if constexpr (Weights::kBlockBytes >= 64)
+    if (count == kPanelRows && w.whole_blocks() > kDepth)
+      for (bool fetch = true; rows >= kRows; rows -= kRows, x += kRows, out += kRows * stride, fetch = false)
+        multiply_panel<Block<X>::kTileWeights, kRows>(w, first, x, fetch, out, stride);
+  multiply_all<kRows>(w, first, count, x, rows, out, stride);
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

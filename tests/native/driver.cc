@@ -144,6 +144,7 @@ int main() {
   for (int64_t rows : {0, 1, 2, 4, 5, 11})
     for (int64_t inputs : {1, 31, 32, 33, 95}) same = same && linear(rows, 37, inputs) && linear_int8(rows, 37, inputs);
   same = same && linear(6, 700, 200);  // enough that helpers are worth waking
+  same = same && linear(13, 37, 1700) && linear_int8(13, 37, 1700);  // deep enough that sums wait in memory
   for (bool is_bf16 : {false, true})
     for (int64_t rows : {1, 9, 140}) same = same && experts(is_bf16, rows, 64, 96, 3, 2);
   for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
