@@ -14,11 +14,13 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("cpu_kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility-inlines-hidden"]
 # GCC 12 warns of what its own AVX-512 header leaves undefined on purpose.
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 X86 = {
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
 MACHINES = {  # instruction sets beside portable C++, with the flags that allow them

@@ -50,11 +50,16 @@ def _on_all_sets(run) -> dict[str, np.ndarray]:
     return found
 
 
-def _assert_same_bits(found: dict[str, np.ndarray], *, with_portable: bool) -> None:
-    """Portable code has no fused multiply-add: its bits are the others' only where every product is exact."""
-    for name, result in found.items():
-        if with_portable or name != "portable":
-            np.testing.assert_array_equal(result, next(iter(found.values())), err_msg=name)
+def _assert_same_bits(found: dict[str, np.ndarray], dtype) -> None:
+    """Of the instruction sets that share one order of adding, where they round alike too.
+
+    Portable code has no fused multiply-add: its bits are the others' only where every product is exact. The bfloat16
+    dot product has an order of its own, and no part in products of float32.
+    """
+    apart = "avx512bf16" if dtype == jnp.bfloat16 else "portable"
+    same = {name: result for name, result in found.items() if name != apart}
+    for name, result in same.items():
+        np.testing.assert_array_equal(result, next(iter(same.values())), err_msg=name)
 
 
 # ---- linear ----
@@ -100,14 +105,14 @@ def test_linear(isa, shape, weights, dtype):
 def test_linear_has_the_same_bits_on_every_instruction_set(weights, dtype):
     """Guards the one order of adding that all share, so that a checkpoint answers alike on different machines."""
     x, w = _linear_arguments(13, 70, 1000, dtype, WEIGHTS[weights])
-    _assert_same_bits(_on_all_sets(lambda: jax.jit(linear)(x, w)), with_portable=dtype == jnp.bfloat16)
+    _assert_same_bits(_on_all_sets(lambda: jax.jit(linear)(x, w)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
     """Guards tiles of one to many rows: each number of rows takes another path, and none may be seen in the bits."""
-    x, w = _linear_arguments(23, 39, 200, dtype, WEIGHTS[weights])
+    x, w = _linear_arguments(23, 39, 1700, dtype, WEIGHTS[weights])
     whole = np.asarray(linear(x, w))
     for rows in range(1, 24):
         np.testing.assert_array_equal(np.asarray(linear(x[:rows], w)), whole[:rows])
@@ -174,7 +179,7 @@ def test_experts_have_the_same_bits_on_every_instruction_set(dtype):
     """Guards exp, division and rounding too: they are the same operations everywhere."""
     arguments = _expert_arguments(9, 64, 96, 5, 3, dtype)
     found = _on_all_sets(lambda: expert_mlp(*arguments, limit=LIMIT))
-    _assert_same_bits(found, with_portable=dtype == jnp.bfloat16)
+    _assert_same_bits(found, dtype)
 
 
 def test_tokens_do_not_depend_on_their_neighbours(isa):
@@ -196,11 +201,13 @@ def test_choices_outside_the_experts_are_skipped(isa):
     np.testing.assert_array_equal(np.asarray(expert_mlp(x, ids, shares, weights, limit=LIMIT)), expected)
 
 
-def test_every_byte_under_every_scale_is_exact(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_under_every_scale_is_exact(isa, dtype):
     """Guards nibble order, sign, the scale's bias and subnormal weights, which XLA's threads would flush to zero.
 
     Token f of expert e makes inner activation f 1 and the others 0, so that the result is column f of e's down: bytes
-    16 e to 16 e + 15, under one scale per row. (Beyond scale byte 252 the codes overflow.)
+    16 e to 16 e + 15, under one scale per row. (Beyond scale byte 252 the codes overflow. The bfloat16 dot product
+    takes subnormal weights as zero.)
     """
     experts, inner, hidden = 16, 32, 256
     one, saturated = 2, 64.0  # the code of 1, and a gate at which the sigmoid is 1
@@ -214,13 +221,16 @@ def test_every_byte_under_every_scale_is_exact(isa):
         *(gate_up, np.full(gate_up.shape[:3], 127, np.uint8), gate_up_bias),
         *(down, np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)),
     )
-    x = np.tile(saturated * np.eye(inner, hidden), (experts, 1)).astype(np.float32)
+    x = np.tile(saturated * np.eye(inner, hidden), (experts, 1)).astype(dtype)
     ids = np.repeat(np.arange(experts, dtype=np.int32), inner)[:, None]
     arguments = jax.tree.map(jnp.asarray, (x, ids, np.ones(ids.shape, np.float32), weights))
     found = expert_mlp(*arguments, limit=100.0)
     codes = np.array(mxfp4.CODES)[np.stack([down & 15, down >> 4], axis=-1)].reshape(experts, hidden, inner)
     expected = (codes * 2.0 ** (scales[:, None].astype(float) - 127)).transpose(0, 2, 1).reshape(-1, hidden)
-    assert (np.abs(expected)[expected != 0].min()) < 2.0**-126
+    subnormal = (np.abs(expected) < 2.0**-126) & (expected != 0)
+    assert subnormal.any()
+    if isa == "avx512bf16" and dtype == jnp.bfloat16:
+        expected[subnormal] = 0
     np.testing.assert_array_equal(np.asarray(found), expected.astype(np.float32))
 
 

@@ -13,16 +13,18 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
 // Those that this machine can run, the best first; null behind the last.
 struct Supported {
-  const Kernels* kernels[4] = {};
+  const Kernels* kernels[5] = {};
 
   Supported() {
     const Kernels** next = kernels;
 #if defined(CPU_KERNELS_HAVE_X86)
+    if (has_avx512bf16()) *next++ = &avx512bf16::kKernels;
     if (has_avx512()) *next++ = &avx512::kKernels;
     if (has_avx2()) *next++ = &avx2::kKernels;
 #elif defined(CPU_KERNELS_HAVE_NEON)

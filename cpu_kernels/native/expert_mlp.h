@@ -12,7 +12,8 @@
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBatchChoices = 256;
-constexpr int64_t kChunkRows = 8 * kTileRows;  // rows whose products wait for their epilogue at a time
+template <typename X>
+constexpr int64_t kChunkRows = 8 * Block<X>::kTileRows;  // rows whose products wait for their epilogue at a time
 constexpr float kSwigluAlpha = 1.702f;
 
 static_assert(kPanelRows == 2 * kLanes && kBlock == 2 * kLanes);
@@ -81,22 +82,23 @@ inline Vec swiglu(Vec gate, Vec linear, float limit) {
   return mul(mul(gate, sigmoid), add(linear, splat(1)));
 }
 
-// Sixteen inner activations from `products`, gate and linear by turns, into their places in an unzipped row.
-inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, const float* products, float* inner) {
-  float gate[kLanes], linear[kLanes], values[kLanes];
+// Sixteen inner activations from `products`, gate and linear by turns, into their places in a row.
+template <typename X>
+inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, const float* products, X* inner) {
+  float gate[kLanes], linear[kLanes];
   for (int i = 0; i < kLanes; ++i) gate[i] = products[2 * i], linear[i] = products[2 * i + 1];
   Vec gate_bias, linear_bias;
   unpack_bf16(call.gate_up.bias + expert * call.gate_up.rows + panel * kPanelRows, gate_bias, linear_bias);
   const Vec value = swiglu(add(load(gate), gate_bias), add(load(linear), linear_bias), call.limit);
-  store(values, call.x.is_bf16 ? round_bf16(value) : value);  // the next product takes operands of x's dtype
-  float* out = inner + panel / 2 * kBlock + panel % 2 * (kLanes / 2);
-  for (int i = 0; i < kLanes / 2; ++i) out[i] = values[2 * i], out[kLanes + i] = values[2 * i + 1];
+  // The next product takes operands of x's dtype.
+  lay_out(call.x.is_bf16 ? round_bf16(value) : value, panel * kLanes, inner);
 }
 
 // Runs first to last of the sorted choices: their inner activations, then what these add to y.
+template <typename X>
 class Batch {
  public:
-  Batch(const ExpertCall& call, const SortedChoices& sorted, const float* const* x, float* const* inner)
+  Batch(const ExpertCall& call, const SortedChoices& sorted, const X* const* x, X* const* inner)
       : call_(call), sorted_(sorted), x_(x), inner_(inner) {}
 
   void run(const Pool& pool, int64_t first, int64_t last) const {
@@ -115,10 +117,10 @@ class Batch {
  private:
   void gate_up_panel(const Run& run, int64_t batch_begin, int64_t panel) const {
     const Mxfp4Weights w = of_expert(call_.gate_up, run.expert);
-    float products[kChunkRows * kPanelRows];
-    const float* rows[kChunkRows];
-    for (int64_t at = run.begin; at < run.end; at += kChunkRows) {
-      const int64_t count = run.end - at < kChunkRows ? run.end - at : kChunkRows;
+    float products[kChunkRows<X> * kPanelRows];
+    const X* rows[kChunkRows<X>];
+    for (int64_t at = run.begin; at < run.end; at += kChunkRows<X>) {
+      const int64_t count = run.end - at < kChunkRows<X> ? run.end - at : kChunkRows<X>;
       for (int64_t i = 0; i < count; ++i) rows[i] = x_[sorted_.choice(at + i) / call_.choices];
       multiply(w, panel * kPanelRows, kPanelRows, rows, count, products, kPanelRows);
       for (int64_t i = 0; i < count; ++i)
@@ -131,9 +133,9 @@ class Batch {
     const int64_t first = panel * kPanelRows;
     const uint16_t* bias = call_.down.bias + run.expert * call_.down.rows + first;
     const Vec biases[2] = {load_bf16(bias), load_bf16(bias + kLanes)};
-    float products[kChunkRows * kPanelRows];
-    for (int64_t at = run.begin; at < run.end; at += kChunkRows) {
-      const int64_t count = run.end - at < kChunkRows ? run.end - at : kChunkRows;
+    float products[kChunkRows<X> * kPanelRows];
+    for (int64_t at = run.begin; at < run.end; at += kChunkRows<X>) {
+      const int64_t count = run.end - at < kChunkRows<X> ? run.end - at : kChunkRows<X>;
       multiply(w, first, kPanelRows, inner_ + at - batch_begin, count, products, kPanelRows);
       for (int64_t i = 0; i < count; ++i)
         add_to_token(sorted_.choice(at + i), first, products + i * kPanelRows, biases);
@@ -149,28 +151,33 @@ class Batch {
 
   const ExpertCall& call_;
   const SortedChoices& sorted_;
-  const float* const* x_;  // by token
-  float* const* inner_;    // by choice of the batch
+  const X* const* x_;  // by token
+  X* const* inner_;    // by choice of the batch
 };
 
-inline bool expert_mlp(const Pool& pool, const ExpertCall& call) {
+template <typename X>
+inline bool expert_mlp_of(const Pool& pool, const ExpertCall& call) {
   memset(call.y, 0, sizeof(float) * size_t(call.x.rows * call.down.rows));
   const SortedChoices sorted(call);
   if (!sorted.ok()) return false;
-  const int64_t most = sorted.size() < kBatchChoices ? sorted.size() : kBatchChoices, width = call.down.blocks * kBlock;
-  const Unzipped x(pool, call.x);
-  const Scratch inner(most * width * int64_t(sizeof(float))), rows(most * int64_t(sizeof(float*)));
-  if (!x.ok() || !inner.data() || !rows.data()) return false;
-  float** inner_rows = static_cast<float**>(rows.data());
-  for (int64_t i = 0; i < most; ++i) inner_rows[i] = inner.floats() + i * width;
+  const Rows<X> x(pool, call.x);
+  const Rows<X> inner(sorted.size() < kBatchChoices ? sorted.size() : kBatchChoices, call.down.blocks * kBlock);
+  if (!x.ok() || !inner.ok()) return false;
 
-  const Batch batch(call, sorted, x.rows(), inner_rows);
+  const Batch<X> batch(call, sorted, x.all(), inner.all());
   for (int64_t first = 0, last; first < sorted.num_runs(); first = last) {
     for (last = first + 1; last < sorted.num_runs(); ++last)
       if (sorted.run(last).end - sorted.run(first).begin > kBatchChoices) break;
     batch.run(pool, first, last);
   }
   return true;
+}
+
+inline bool expert_mlp(const Pool& pool, const ExpertCall& call) {
+#if defined(CPU_KERNELS_AVX512BF16)
+  if (call.x.is_bf16) return expert_mlp_of<uint16_t>(pool, call);
+#endif
+  return expert_mlp_of<float>(pool, call);
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

@@ -53,6 +53,9 @@ struct Kernels {
 };
 
 // Compiled in for the machine's family by setup.py; dispatch.cc says which of them it can run.
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }

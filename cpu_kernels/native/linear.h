@@ -6,23 +6,31 @@
 
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
-template <class Weights>
+template <typename X, class Weights>
 inline bool linear_of(const Pool& pool, const LinearCall& call, const Weights& w) {
-  const Unzipped x(pool, call.x);
+  const Rows<X> x(pool, call.x);
   if (!x.ok()) return false;
   auto panel = [&](int64_t task, int64_t) {
     const int64_t first = task * kPanelRows, rest = call.outputs - first;
-    multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.rows(), call.x.rows, call.y + first, call.outputs);
+    multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.all(), call.x.rows, call.y + first, call.outputs);
   };
   const int64_t products = call.x.rows * call.outputs * call.x.columns;
   parallel_for(pool.for_work(products), round_up(call.outputs, kPanelRows) / kPanelRows, panel);
   return true;
 }
 
+template <class Weights>
+inline bool linear_by(const Pool& pool, const LinearCall& call, const Weights& w) {
+#if defined(CPU_KERNELS_AVX512BF16)
+  if (call.x.is_bf16) return linear_of<uint16_t>(pool, call, w);
+#endif
+  return linear_of<float>(pool, call, w);
+}
+
 inline bool linear(const Pool& pool, const LinearCall& call) {
   const int64_t inputs = call.x.columns;
-  if (call.is_int8) return linear_of(pool, call, Int8Weights{static_cast<const int8_t*>(call.w), inputs});
-  return linear_of(pool, call, Bf16Weights{static_cast<const uint16_t*>(call.w), inputs});
+  if (call.is_int8) return linear_by(pool, call, Int8Weights{static_cast<const int8_t*>(call.w), inputs});
+  return linear_by(pool, call, Bf16Weights{static_cast<const uint16_t*>(call.w), inputs});
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

@@ -7,24 +7,41 @@
 // rows of activations: next to their products that costs less than a copy of unpacked weights in cache would, and a
 // panel of packed weights stays in cache from the first few rows to the last. Every tile adds in this one order, so a
 // row of the result has the same bits beside any neighbours.
+//
+// All this is of float32, which bfloat16 activations are made too. Where the instruction set multiplies bfloat16 itself
+// they stay what they are, and product_bf16.h says how a block is laid out, unpacked and added then.
 #ifndef CPU_KERNELS_PRODUCT_H_
 #define CPU_KERNELS_PRODUCT_H_
 
 #include "kernels.h"
 #include "vec.h"
+#if defined(CPU_KERNELS_AVX512BF16)
+#include "product_bf16.h"
+#endif
 
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBlock = 32;
 constexpr int64_t kPanelRows = 32;  // rows of weights that one task takes
+constexpr int64_t kDepth = 48;      // blocks of some rows of activations that stay in the first cache, weights beside
 
-// Rows of weights and of activations whose products are summed in registers at a time; and rows of weights where there
-// is one row of activations, so that several sums hide each other's latency. By trial.
+// A block of a row of weights in registers.
+struct Floats {
+  Vec even, odd;
+
+  // Rows of weights and of activations whose products are summed in registers at a time; and rows of weights where
+  // there is one row of activations, so that several sums hide each other's latency. By trial.
 #if defined(CPU_KERNELS_AVX512)
-constexpr int kTileWeights = 4, kTileRows = 5, kWeightsOfOneRow = 8;
+  static constexpr int kTileWeights = 4, kTileRows = 5, kWeightsOfOneRow = 8;
 #else
-constexpr int kTileWeights = 1, kTileRows = 4, kWeightsOfOneRow = 4;
+  static constexpr int kTileWeights = 1, kTileRows = 4, kWeightsOfOneRow = 4;
 #endif
+};
+
+// What blocks become beside activations of type X.
+Floats block_of(float);
+template <typename X>
+using Block = decltype(block_of(X{}));
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -41,7 +58,7 @@ inline void unzip_block(const uint16_t* in, float* out) {
 
 // A row of n inputs into round_up(n, 32) floats.
 template <typename T>
-inline void unzip(const T* in, int64_t n, float* out) {
+inline void lay_out(const T* in, int64_t n, float* out) {
   const int64_t whole = n / kBlock * kBlock;
   for (int64_t k = 0; k < whole; k += kBlock) unzip_block(in + k, out + k);
   if (whole == n) return;
@@ -50,34 +67,45 @@ inline void unzip(const T* in, int64_t n, float* out) {
   unzip_block(rest, out + whole);
 }
 
-// All of x, unzipped, and a pointer to each row.
-class Unzipped {
+// Sixteen inputs from the at-th on into a row.
+inline void lay_out(Vec values, int64_t at, float* row) {
+  float in[kLanes], *out = row + at / kBlock * kBlock + at % kBlock / 2;
+  store(in, values);
+  for (int i = 0; i < kLanes / 2; ++i) out[i] = in[2 * i], out[kLanes + i] = in[2 * i + 1];
+}
+
+// Rows of activations of type X, laid out for products, and a pointer to each.
+template <typename X>
+class Rows {
  public:
-  Unzipped(const Pool& pool, const Activations& x)
-      : stride_(round_up(x.columns, kBlock)),
-        values_(x.rows * stride_ * int64_t(sizeof(float))),
-        rows_(x.rows * int64_t(sizeof(float*))) {
+  Rows(int64_t rows, int64_t columns)
+      : values_(rows * round_up(columns, kBlock) * int64_t(sizeof(X))), rows_(rows * int64_t(sizeof(X*))) {
     if (!ok()) return;
-    auto unzip_row = [&](int64_t row, int64_t) {
-      float* out = values_.floats() + row * stride_;
-      rows()[row] = out;
-      if (x.is_bf16)
-        unzip(static_cast<const uint16_t*>(x.data) + row * x.columns, x.columns, out);
-      else
-        unzip(static_cast<const float*>(x.data) + row * x.columns, x.columns, out);
+    for (int64_t i = 0; i < rows; ++i) all()[i] = static_cast<X*>(values_.data()) + i * round_up(columns, kBlock);
+  }
+
+  // All of x; X may be float32 whatever x is.
+  Rows(const Pool& pool, const Activations& x) : Rows(x.rows, x.columns) {
+    if (!ok()) return;
+    auto lay_out_row = [&](int64_t row, int64_t) {
+      if constexpr (sizeof(X) == sizeof(float))
+        if (!x.is_bf16) return lay_out(static_cast<const float*>(x.data) + row * x.columns, x.columns, all()[row]);
+      lay_out(static_cast<const uint16_t*>(x.data) + row * x.columns, x.columns, all()[row]);
     };
-    parallel_for(pool.for_work(x.rows * x.columns), x.rows, unzip_row);
+    parallel_for(pool.for_work(x.rows * x.columns), x.rows, lay_out_row);
   }
 
   bool ok() const { return values_.data() && rows_.data(); }
-  const float** rows() const { return static_cast<const float**>(rows_.data()); }
+  X** all() const { return static_cast<X**>(rows_.data()); }
 
  private:
-  int64_t stride_;
   Scratch values_, rows_;
 };
 
-// Weights as packed; `unpack` gives one block of a row, `unpack_rest` what lies behind its last whole block.
+inline void unpack(const uint16_t* p, Floats& to) { unpack_bf16(p, to.even, to.odd); }
+inline void unpack(const int8_t* p, Floats& to) { unpack_int8(p, to.even, to.odd); }
+
+// Weights as packed; `block` unpacks one block of a row, `rest` what lies behind its last whole block.
 
 // [outputs, inputs] bfloat16.
 struct Bf16Weights {
@@ -88,13 +116,15 @@ struct Bf16Weights {
   bool has_rest() const { return inputs % kBlock != 0; }
   static constexpr int kRowsAhead = 4, kBlockBytes = 64;
   const void* row_at(int64_t row) const { return data + row * inputs; }
-  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
-    unpack_bf16(data + row * inputs + block * kBlock, even, odd);
+  template <class To>
+  void block(int64_t row, int64_t i, To& to) const {
+    unpack(data + row * inputs + i * kBlock, to);
   }
-  void unpack_rest(int64_t row, Vec& even, Vec& odd) const {
-    uint16_t rest[kBlock] = {};
-    memcpy(rest, data + row * inputs + whole_blocks() * kBlock, sizeof(uint16_t) * size_t(inputs % kBlock));
-    unpack_bf16(rest, even, odd);
+  template <class To>
+  void rest(int64_t row, To& to) const {
+    uint16_t last[kBlock] = {};
+    memcpy(last, data + row * inputs + whole_blocks() * kBlock, sizeof(uint16_t) * size_t(inputs % kBlock));
+    unpack(last, to);
   }
 };
 
@@ -107,13 +137,15 @@ struct Int8Weights {
   bool has_rest() const { return inputs % kBlock != 0; }
   static constexpr int kRowsAhead = 4, kBlockBytes = 32;
   const void* row_at(int64_t row) const { return data + row * inputs; }
-  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
-    unpack_int8(data + row * inputs + block * kBlock, even, odd);
+  template <class To>
+  void block(int64_t row, int64_t i, To& to) const {
+    unpack(data + row * inputs + i * kBlock, to);
   }
-  void unpack_rest(int64_t row, Vec& even, Vec& odd) const {
-    int8_t rest[kBlock] = {};
-    memcpy(rest, data + row * inputs + whole_blocks() * kBlock, size_t(inputs % kBlock));
-    unpack_int8(rest, even, odd);
+  template <class To>
+  void rest(int64_t row, To& to) const {
+    int8_t last[kBlock] = {};
+    memcpy(last, data + row * inputs + whole_blocks() * kBlock, size_t(inputs % kBlock));
+    unpack(last, to);
   }
 };
 
@@ -130,90 +162,136 @@ constexpr Powers powers() {
 }
 constexpr Powers kPowers = powers();
 
+inline void unpack(const uint8_t* p, uint8_t scale, Floats& to) {
+  unpack_fp4(p, codes(kPowers.of[scale]), to.even, to.odd);
+}
+
 // [outputs, blocks, 16] MXFP4 codes and their scales, [outputs, blocks].
 struct Mxfp4Weights {
-  const uint8_t* codes_of;
+  const uint8_t* codes;
   const uint8_t* scales;
   int64_t blocks;
 
   int64_t whole_blocks() const { return blocks; }
   static constexpr bool has_rest() { return false; }
   static constexpr int kRowsAhead = 8, kBlockBytes = 16;
-  const void* row_at(int64_t row) const { return codes_of + row * blocks * kBlockBytes; }
-  void unpack(int64_t row, int64_t block, Vec& even, Vec& odd) const {
-    const int64_t at = row * blocks + block;
-    unpack_fp4(codes_of + at * (kBlock / 2), codes(kPowers.of[scales[at]]), even, odd);
+  const void* row_at(int64_t row) const { return codes + row * blocks * kBlockBytes; }
+  template <class To>
+  void block(int64_t row, int64_t i, To& to) const {
+    const int64_t at = row * blocks + i;
+    unpack(codes + at * kBlockBytes, scales[at], to);
   }
-  void unpack_rest(int64_t, Vec&, Vec&) const {}
+  template <class To>
+  void rest(int64_t, To&) const {}
 };
 
-// Adds the products of one block of R rows of weights and M rows of activations to their sums.
-template <int R, int M>
-inline void add_block(const Vec (&even)[R], const Vec (&odd)[R], const float* const* x, int64_t block,
-                      Vec (&sums)[M][R]) {
+// Adds the products of one block of R rows of weights and of x to their sums.
+template <int R>
+inline void add_products(const Floats (&w)[R], const float* x, Vec (&sums)[R]) {
+  const Vec even = load(x), odd = load(x + kLanes);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const Vec x_even = load(x[m] + block * kBlock), x_odd = load(x[m] + block * kBlock + kLanes);
+  for (int r = 0; r < R; ++r) sums[r] = fma(w[r].even, even, sums[r]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[m][r] = fma(even[r], x_even, sums[m][r]);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[m][r] = fma(odd[r], x_odd, sums[m][r]);
-  }
+  for (int r = 0; r < R; ++r) sums[r] = fma(w[r].odd, odd, sums[r]);
 }
 
-// out[m * stride + r] for R rows of weights from `row` on and M rows of activations, weights unpacked in registers.
-template <int R, int M, class Weights>
-inline void multiply_tile(const Weights& w, int64_t row, const float* const* x, float* out, int64_t stride) {
-  Vec sums[M][R], even[R], odd[R];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
+// Adds the products of blocks `begin` to `end` of R rows of weights from `row` on, unpacked in registers, and M rows of
+// activations to their sums.
+template <int R, int M, class Weights, typename X>
+inline void add_blocks(const Weights& w, int64_t row, int64_t begin, int64_t end, const X* const* x, bool fetch,
+                       Vec (&sums)[M][R]) {
+  Block<X> weights[R];
   // Rows to come are fetched in the order in which they lie in memory, while these are read side by side: that is
   // what memory gives fastest, and rows are too short for the processor to see where the next one begins.
   constexpr int kAhead = R > Weights::kRowsAhead ? R : Weights::kRowsAhead;
   constexpr int kStep = R * Weights::kBlockBytes;
   const char* ahead = static_cast<const char*>(w.row_at(row + kAhead));
-  const int64_t whole = w.whole_blocks();
-  for (int64_t block = 0; block < whole; ++block) {
+  for (int64_t block = begin; block < end; ++block) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w.unpack(row + r, block, even[r], odd[r]);
+    for (int r = 0; r < R; ++r) w.block(row + r, block, weights[r]);
+    if (fetch) {
 #pragma GCC unroll 8
-    for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
-    add_block(even, odd, x, block, sums);
+      for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) add_products(weights, x[m] + block * kBlock, sums[m]);
   }
-  if (w.has_rest()) {
+  if (w.has_rest() && end == w.whole_blocks()) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w.unpack_rest(row + r, even[r], odd[r]);
-    add_block(even, odd, x, whole, sums);
+    for (int r = 0; r < R; ++r) w.rest(row + r, weights[r]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) add_products(weights, x[m] + end * kBlock, sums[m]);
   }
+}
+
+// out[m * stride + r] for R rows of weights from `row` on and M rows of activations.
+template <int R, int M, class Weights, typename X>
+inline void multiply_tile(const Weights& w, int64_t row, const X* const* x, float* out, int64_t stride) {
+  Vec sums[M][R];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = splat(0);
+  add_blocks(w, row, 0, w.whole_blocks(), x, true, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) out[m * stride + r] = sum(sums[m][r]);
 }
 
-template <int M, class Weights>
-inline void multiply_few(const Weights& w, int64_t first, int64_t count, const float* const* x, float* out,
+// The same for a panel, kDepth blocks of all its rows at a time: sums wait in memory, so that activations can stay in
+// the first cache. That pays where weights as wide as bfloat16 would push them out.
+template <int R, int M, class Weights, typename X>
+inline void multiply_panel(const Weights& w, int64_t first, const X* const* x, bool fetch, float* out, int64_t stride) {
+  constexpr int64_t kTiles = kPanelRows / R;
+  Vec sums[kTiles][M][R];
+  for (int64_t begin = 0, end; begin < w.whole_blocks(); begin = end) {
+    end = begin + kDepth < w.whole_blocks() ? begin + kDepth : w.whole_blocks();
+    for (int64_t i = 0; i < kTiles; ++i) {
+      Vec tile[M][R];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) tile[m][r] = begin == 0 ? splat(0) : sums[i][m][r];
+      add_blocks(w, first + i * R, begin, end, x, fetch, tile);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[i][m][r] = tile[m][r];
+    }
+  }
+  for (int64_t r = 0; r < kPanelRows; ++r)
+    for (int m = 0; m < M; ++m) out[m * stride + r] = sum(sums[r / R][m][r % R]);
+}
+
+// The same for `count` rows of weights from row `first` on.
+template <int M, class Weights, typename X>
+inline void multiply_few(const Weights& w, int64_t first, int64_t count, const X* const* x, float* out,
                          int64_t stride) {
-  constexpr int kRows = M == 1 ? kWeightsOfOneRow : kTileWeights;
+  constexpr int kRows = M == 1 ? Block<X>::kWeightsOfOneRow : Block<X>::kTileWeights;
   const int64_t whole = count - count % kRows;
   for (int64_t r = 0; r < whole; r += kRows) multiply_tile<kRows, M>(w, first + r, x, out + r, stride);
   for (int64_t r = whole; r < count; ++r) multiply_tile<1, M>(w, first + r, x, out + r, stride);
 }
 
+// The same for any number of rows of activations, the last ones fewer than M.
+template <int M, class Weights, typename X>
+inline void multiply_all(const Weights& w, int64_t first, int64_t count, const X* const* x, int64_t rows, float* out,
+                         int64_t stride) {
+  for (; rows >= M; rows -= M, x += M, out += M * stride) multiply_few<M>(w, first, count, x, out, stride);
+  if constexpr (M > 1) multiply_all<M - 1>(w, first, count, x, rows, out, stride);
+}
+
 // out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` and m below `rows`.
-template <class Weights>
-inline void multiply(const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows, float* out,
+template <class Weights, typename X>
+inline void multiply(const Weights& w, int64_t first, int64_t count, const X* const* x, int64_t rows, float* out,
                      int64_t stride) {
-  for (; rows >= kTileRows; rows -= kTileRows, x += kTileRows, out += kTileRows * stride)
-    multiply_few<kTileRows>(w, first, count, x, out, stride);
-  if constexpr (kTileRows > 4)
-    if (rows == 4) multiply_few<4>(w, first, count, x, out, stride);
-  if constexpr (kTileRows > 3)
-    if (rows == 3) multiply_few<3>(w, first, count, x, out, stride);
-  if (rows == 2) multiply_few<2>(w, first, count, x, out, stride);
-  if (rows == 1) multiply_few<1>(w, first, count, x, out, stride);
+  constexpr int kRows = Block<X>::kTileRows;
+  if constexpr (Weights::kBlockBytes >= 64)
+    if (count == kPanelRows && w.whole_blocks() > kDepth)
+      for (bool fetch = true; rows >= kRows; rows -= kRows, x += kRows, out += kRows * stride, fetch = false)
+        multiply_panel<Block<X>::kTileWeights, kRows>(w, first, x, fetch, out, stride);
+  multiply_all<kRows>(w, first, count, x, rows, out, stride);
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

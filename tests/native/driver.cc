@@ -77,15 +77,18 @@ bool linear_int8(int64_t rows, int64_t outputs, int64_t inputs) {
   });
 }
 
-bool experts(int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t choices) {
-  std::vector<float> x(static_cast<size_t>(rows * hidden), 0.25f), shares(static_cast<size_t>(rows * choices), 0.5f);
+bool experts(bool is_bf16, int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t choices) {
+  const std::vector<float> wide_x(static_cast<size_t>(rows * hidden), 0.25f);
+  const auto narrow_x = bfloat16s(rows * hidden);
+  const void* x = is_bf16 ? static_cast<const void*>(narrow_x.data()) : wide_x.data();
+  const std::vector<float> shares(static_cast<size_t>(rows * choices), 0.5f);
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < rows * choices; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (experts + 2)) - 1);
   const auto up = bytes(experts * inner * hidden), down = bytes(experts * hidden * inner / 2);
   const auto up_scales = scales(experts * 2 * inner * hidden / 32), down_scales = scales(experts * hidden * inner / 32);
   const auto up_bias = bfloat16s(experts * 2 * inner), down_bias = bfloat16s(experts * hidden);
   return agree(rows * hidden, [&](const Pool& pool, float* y) {
-    return kernels.expert_mlp(pool, {{x.data(), false, rows, hidden},
+    return kernels.expert_mlp(pool, {{x, is_bf16, rows, hidden},
                                      ids.data(),
                                      shares.data(),
                                      choices,
@@ -141,7 +144,9 @@ int main() {
   for (int64_t rows : {0, 1, 2, 4, 5, 11})
     for (int64_t inputs : {1, 31, 32, 33, 95}) same = same && linear(rows, 37, inputs) && linear_int8(rows, 37, inputs);
   same = same && linear(6, 700, 200);  // enough that helpers are worth waking
-  for (int64_t rows : {1, 9, 140}) same = same && experts(rows, 64, 96, 3, 2);
+  same = same && linear(13, 37, 1700) && linear_int8(13, 37, 1700);  // deep enough that sums wait in memory
+  for (bool is_bf16 : {false, true})
+    for (int64_t rows : {1, 9, 140}) same = same && experts(is_bf16, rows, 64, 96, 3, 2);
   for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
     for (int64_t tokens : {1, 20})
       for (int32_t start : {0, 70, 1100})

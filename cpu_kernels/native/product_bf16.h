@@ -1,0 +1,79 @@
+// Blocks of weights as bfloat16 pairs, for the instruction that multiplies and adds these: twice as many at a time.
+//
+// Sixteen lanes take a pair of neighbouring inputs each: sum = odd w * odd x + sum, then the even ones, each rounded
+// once. Nothing is unzipped; MXFP4 codes under their scales and signed bytes are bfloat16s exactly. The instruction
+// takes operands and results below 2^-126 as zero.
+#ifndef CPU_KERNELS_PRODUCT_BF16_H_
+#define CPU_KERNELS_PRODUCT_BF16_H_
+
+#include "vec.h"
+
+namespace cpu_kernels::CPU_KERNELS_ISA {
+
+struct Pairs {
+  __m512i all;
+
+  static constexpr int kTileWeights = 4, kTileRows = 6, kWeightsOfOneRow = 8;  // as of Floats
+};
+
+Pairs block_of(uint16_t);
+
+// A row of n inputs into round_up(n, 32).
+inline void lay_out(const uint16_t* in, int64_t n, uint16_t* out) {
+  memcpy(out, in, sizeof(uint16_t) * size_t(n));
+  memset(out + n, 0, sizeof(uint16_t) * size_t(-n & 31));
+}
+
+// Sixteen inputs from the at-th on into a row; they are bfloat16s.
+inline void lay_out(Vec values, int64_t at, uint16_t* row) {
+  const __m512i words = _mm512_srli_epi32(_mm512_castps_si512(values), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + at), _mm512_cvtepi32_epi16(words));
+}
+
+inline void unpack(const uint16_t* p, Pairs& to) { to.all = _mm512_loadu_si512(p); }
+
+inline void unpack(const int8_t* p, Pairs& to) {
+  const __m128i* bytes = reinterpret_cast<const __m128i*>(p);
+  const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+  const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
+  to.all = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
+}
+
+// The sixteen MXFP4 codes under each E8M0 scale, as bfloat16s.
+struct Bf16Codes {
+  uint16_t of[256][16];
+};
+constexpr Bf16Codes bf16_codes() {
+  Bf16Codes result{};
+  for (int scale = 0; scale < 256; ++scale)
+    for (int code = 0; code < 16; ++code) {
+      // Without their sign they are 0, 0.5, then 1, 1.5, 2, 3, 4, 6: an exponent for each two.
+      const int size = code % 8, exponent = scale - 1 + size / 2, fraction = size > 1 && size % 2 ? 0x40 : 0;
+      int bits = exponent < 1 ? (0x80 | fraction) >> (1 - exponent) : exponent << 7 | fraction;
+      if (exponent > 254 || scale == 255) bits = 0x7F80;
+      if (size == 0) bits = scale == 255 ? 0x7FC0 : 0;  // times infinity it is not a number
+      result.of[scale][code] = uint16_t(bits | (code & 8) << 12);
+    }
+  return result;
+}
+alignas(64) constexpr Bf16Codes kBf16Codes = bf16_codes();
+
+inline void unpack(const uint8_t* p, uint8_t scale, Pairs& to) {
+  // The permutation reads the last five bits of a word: a nibble and a bit that makes no difference to the table.
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i nibbles = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+  const __m256i* codes = reinterpret_cast<const __m256i*>(kBf16Codes.of[scale]);
+  to.all = _mm512_permutexvar_epi16(nibbles, _mm512_broadcast_i64x4(_mm256_load_si256(codes)));
+}
+
+// Adds the products of one block of R rows of weights and of x to their sums.
+template <int R>
+inline void add_products(const Pairs (&w)[R], const uint16_t* x, Vec (&sums)[R]) {
+  const __m512bh pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = _mm512_dpbf16_ps(sums[r], reinterpret_cast<__m512bh>(w[r].all), pairs);
+}
+
+}  // namespace cpu_kernels::CPU_KERNELS_ISA
+
+#endif  // CPU_KERNELS_PRODUCT_BF16_H_
