@@ -47,7 +47,7 @@ from gptoss_jax.messages import Conversation
 from gptoss_jax.parser import Delta
 from gptoss_jax.runtime import LanguageModel
 from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import AnswerView, Screen, interruptible, load_model, remarks
+from gptoss_jax.terminal import AnswerView, Screen, interrupted_late, interruptible, load_model, remarks
 from gptoss_jax.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "prompt_file", "token_ids")
@@ -252,11 +252,12 @@ def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prom
 
 def load(options: flags.FlagValues, screen: Screen, rows: int) -> tuple[LanguageModel, Engine]:
     """The model, and an engine of at least so many rows, with a progress bar for each."""
-    language_model = load_model(screen, options, if_random="the text is noise, not an answer")
-    shards = language_model.sharding.size("rows")
-    with screen.progress("compiling") as report:
-        engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
-        return language_model, language_model.engine(engine_config, report=report)
+    with interrupted_late() as pressed:
+        language_model = load_model(screen, options, pressed, if_random="the text is noise, not an answer")
+        shards = language_model.sharding.size("rows")
+        with screen.progress("compiling", pressed) as report:
+            engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
+            return language_model, language_model.engine(engine_config, report=report)
 
 
 # ---- what is said of it ----

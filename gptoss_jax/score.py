@@ -27,7 +27,7 @@ from absl import flags
 from gptoss_jax import command, messages, request_flags, runtime, tokenizer
 from gptoss_jax.runtime import LanguageModel, Scores
 from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import Screen, load_model
+from gptoss_jax.terminal import Screen, interrupted_late, load_model
 from gptoss_jax.tokenizer import Tokenizer
 
 TEXTS = ("text", "file", "token_ids")
@@ -90,15 +90,16 @@ def main(arguments: list[str]) -> None:
     config = runtime.config_from_flags(options)
     for ids in texts:  # before the weights are read
         runtime.check_named(ids, config)
-    language_model = load_model(screen, options, if_random="the probabilities are of noise")
     scores = []
-    with screen.progress("scoring") as report:
-        for i, ids in enumerate(texts):
-            scores.append(score(language_model, ids, windows, options.top_logprobs))
-            if not options.json:
-                show(screen, words, ids, scores[-1], with_tokens=options.tokens)
-                screen.check_reader()
-            report(i + 1, len(texts))
+    with interrupted_late() as pressed:
+        language_model = load_model(screen, options, pressed, if_random="the probabilities are of noise")
+        with screen.progress("scoring", pressed) as report:
+            for i, ids in enumerate(texts):
+                scores.append(score(language_model, ids, windows, options.top_logprobs))
+                if not options.json:
+                    show(screen, words, ids, scores[-1], with_tokens=options.tokens)
+                    screen.check_reader()
+                report(i + 1, len(texts))
     if options.json:
         screen.document(document(options, words, texts, scores))
     elif len(texts) > 1:

@@ -102,11 +102,10 @@ class Screen:
             self._open = "" if text.endswith("\n") else stream
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def progress(self, what: str, interrupted: Callable[[], bool]) -> Iterator[Callable[[int, int], None]]:
         """A bar on stderr while the block runs, for a function that reports how much of all is done.
 
-        Ctrl-C interrupts the block where it reports, at latest at its end: in the middle of what runs there, an
-        exception may fall into one of JAX's callbacks, which swallow it.
+        Once `interrupted`, the report raises KeyboardInterrupt.
         """
         columns = (
             TextColumn("{task.description}"),
@@ -116,16 +115,13 @@ class Screen:
         )
         with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bars:
             bar = bars.add_task(what, total=None)
-            with interruptible() as interrupted:
 
-                def report(done: int, total: int) -> None:
-                    bars.update(bar, completed=done, total=total)
-                    if interrupted():
-                        raise KeyboardInterrupt
-
-                yield report
+            def report(done: int, total: int) -> None:
+                bars.update(bar, completed=done, total=total)
                 if interrupted():
                     raise KeyboardInterrupt
+
+            yield report
 
 
 class AnswerView:
@@ -168,13 +164,16 @@ class AnswerView:
             self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
 
 
-def load_model(screen: Screen, options: flags.FlagValues, *, if_random: str) -> LanguageModel:
+def load_model(
+    screen: Screen, options: flags.FlagValues, interrupted: Callable[[], bool], *, if_random: str
+) -> LanguageModel:
     """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
 
     Raises:
         ValueError: as `runtime.load`.
+        KeyboardInterrupt: once `interrupted`.
     """
-    with screen.progress("loading") as report:
+    with screen.progress("loading", interrupted) as report:
         language_model = runtime.load_from_flags(options, report)
     screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
     screen.say(language_model.kernels)
@@ -208,6 +207,18 @@ def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
         more = f" (and {len(others)} more)" if others else ""
         lines.append(f"not well-formed harmony, {parsed.parse_status}: {first}{more}")
     return lines
+
+
+@contextmanager
+def interrupted_late() -> Iterator[Callable[[], bool]]:
+    """While the block runs, Ctrl-C is only noted, for the block to ask about, and raised at its end at latest.
+
+    In the middle of loading or compiling, an exception may fall into one of JAX's callbacks, which swallow it.
+    """
+    with interruptible() as pressed:
+        yield pressed
+        if pressed():
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gptoss_jax import command
-from gptoss_jax.terminal import Screen, interruptible
+from gptoss_jax.terminal import Screen, interrupted_late, interruptible
 
 
 @pytest.fixture
@@ -50,15 +50,17 @@ def test_progress_is_interrupted_where_it_reports(streams):
     """Guards loading and compiling: Ctrl-C is noted at once and raised where no callback of JAX's can swallow it."""
     screen, _, _ = streams()
     done = []
-    with pytest.raises(KeyboardInterrupt), screen.progress("loading") as report:
+    with pytest.raises(KeyboardInterrupt), interrupted_late() as pressed, screen.progress("loading", pressed) as report:
         report(1, 3)
         os.kill(os.getpid(), signal.SIGINT)
         done.append("went on")
         report(2, 3)
         done.append("too far")
     assert done == ["went on"]
-    with pytest.raises(KeyboardInterrupt), screen.progress("loading"):
+    with pytest.raises(KeyboardInterrupt), interrupted_late():
         os.kill(os.getpid(), signal.SIGINT)
+        done.append("between two bars")
+    assert done[1:] == ["between two bars"]
 
 
 def test_a_second_ctrl_c_interrupts_only_where_it_may():
