@@ -1,4 +1,4 @@
-"""linear for CPUs: bfloat16 or int8 weights read once, made float32 in registers."""
+"""linear for CPUs: bfloat16 or int8 weights read once, and unpacked in registers."""
 
 import jax
 import jax.numpy as jnp

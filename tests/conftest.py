@@ -29,7 +29,8 @@ hypothesis.settings.load_profile("session")
 hypothesis.settings.register_profile("full", hypothesis.settings.get_profile("session"), max_examples=100_000)
 
 
-from tests.gate import TinyModel  # noqa: E402  (jax reads the environment)
+from gptoss_jax import host_memory  # noqa: E402  (jax reads the environment)
+from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
 
@@ -60,3 +61,17 @@ def tiny() -> TinyModel:
 def tiny_folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden model as a published checkpoint, Hugging Face layout."""
     return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def addresses_given(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Where `host_memory.empty` has put what the test asked of it so far."""
+    given, empty = set(), host_memory.empty
+
+    def spy(num_bytes: int):
+        memory = empty(num_bytes)
+        given.add(memory.ctypes.data)
+        return memory
+
+    monkeypatch.setattr(host_memory, "empty", spy)
+    return given

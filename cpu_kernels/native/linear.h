@@ -29,8 +29,8 @@ inline bool linear_by(const Pool& pool, const LinearCall& call, const Weights& w
 
 inline bool linear(const Pool& pool, const LinearCall& call) {
   const int64_t inputs = call.x.columns;
-  if (call.is_int8) return linear_by(pool, call, Int8Weights{static_cast<const int8_t*>(call.w), inputs});
-  return linear_by(pool, call, Bf16Weights{static_cast<const uint16_t*>(call.w), inputs});
+  if (call.is_int8) return linear_by(pool, call, DenseWeights<int8_t>{static_cast<const int8_t*>(call.w), inputs});
+  return linear_by(pool, call, DenseWeights<uint16_t>{static_cast<const uint16_t*>(call.w), inputs});
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

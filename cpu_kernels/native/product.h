@@ -107,14 +107,16 @@ inline void unpack(const int8_t* p, Floats& to) { unpack_int8(p, to.even, to.odd
 
 // Weights as packed; `block` unpacks one block of a row, `rest` what lies behind its last whole block.
 
-// [outputs, inputs] bfloat16.
-struct Bf16Weights {
-  const uint16_t* data;
+// [outputs, inputs], of bfloat16s or of signed bytes; what a row of the latter is to be multiplied with is the caller's
+// business.
+template <typename T>
+struct DenseWeights {
+  const T* data;
   int64_t inputs;
 
   int64_t whole_blocks() const { return inputs / kBlock; }
   bool has_rest() const { return inputs % kBlock != 0; }
-  static constexpr int kRowsAhead = 4, kBlockBytes = 64;
+  static constexpr int kRowsAhead = 4, kBlockBytes = kBlock * int(sizeof(T));
   const void* row_at(int64_t row) const { return data + row * inputs; }
   template <class To>
   void block(int64_t row, int64_t i, To& to) const {
@@ -122,29 +124,8 @@ struct Bf16Weights {
   }
   template <class To>
   void rest(int64_t row, To& to) const {
-    uint16_t last[kBlock] = {};
-    memcpy(last, data + row * inputs + whole_blocks() * kBlock, sizeof(uint16_t) * size_t(inputs % kBlock));
-    unpack(last, to);
-  }
-};
-
-// [outputs, inputs] signed bytes. What a row of them is to be multiplied with is the caller's business.
-struct Int8Weights {
-  const int8_t* data;
-  int64_t inputs;
-
-  int64_t whole_blocks() const { return inputs / kBlock; }
-  bool has_rest() const { return inputs % kBlock != 0; }
-  static constexpr int kRowsAhead = 4, kBlockBytes = 32;
-  const void* row_at(int64_t row) const { return data + row * inputs; }
-  template <class To>
-  void block(int64_t row, int64_t i, To& to) const {
-    unpack(data + row * inputs + i * kBlock, to);
-  }
-  template <class To>
-  void rest(int64_t row, To& to) const {
-    int8_t last[kBlock] = {};
-    memcpy(last, data + row * inputs + whole_blocks() * kBlock, size_t(inputs % kBlock));
+    T last[kBlock] = {};
+    memcpy(last, data + row * inputs + whole_blocks() * kBlock, sizeof(T) * size_t(inputs % kBlock));
     unpack(last, to);
   }
 };
