@@ -37,6 +37,7 @@ from gptoss_jax.kv_cache import PAGE_TOKENS, KVCache
 from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
 from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs, RowState
 from gptoss_jax.sampling import SamplingParams
+from pallas_kernels.choice import Hardware
 
 READ_BYTES = 1 << 29  # far above any cache
 SQUARE = 2048  # rows and columns of the matrices whose product shows the float32 peak
@@ -138,7 +139,7 @@ def load(options: flags.FlagValues) -> Subject:
         programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
         return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
-    kernels, reason = runtime.choose_kernels(options.kernels, jax.default_backend())
+    kernels, reason = runtime.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
     declared = declare(config, laid_out, kernels)
     placed = {path: jax.device_put(leaf) for path, leaf in leaves}
     params = nest(runtime.with_dense(placed, declared, options.dense))

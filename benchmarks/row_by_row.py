@@ -24,6 +24,7 @@ from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
 from gptoss_jax.programs import Programs, RowState
 from gptoss_jax.sampling import SamplingParams
+from pallas_kernels.choice import Hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"
 CONTEXT_TOKENS = 4096
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
     raw = json.loads(CONFIG.read_text())
     types = (raw["layer_types"][:2] * options.layers)[: options.layers]
     config = parse_config(raw | {"num_hidden_layers": options.layers, "layer_types": types})
-    kernels, _ = runtime.choose_kernels("auto", jax.default_backend())
+    kernels, _ = runtime.choose_kernels("auto", Hardware.of(jax.devices()[0]))
     model = declare(config, sharding.make(), kernels)
     params = _params({path: (leaf.shape, leaf.dtype) for path, leaf in model.leaves.items()})
     results: dict[str, Any] = {}

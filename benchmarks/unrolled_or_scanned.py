@@ -24,6 +24,7 @@ from gptoss_jax import command, kv_cache, rope, runtime, sharding
 from gptoss_jax.attention import Step
 from gptoss_jax.config import ModelConfig, parse_config
 from gptoss_jax.model import DTYPE_POLICIES, Layer
+from pallas_kernels.choice import Hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"
 CONTEXT_TOKENS = 1024
@@ -80,7 +81,7 @@ def _config(layers: int, experts: int) -> ModelConfig:
 
 def _layers(config: ModelConfig, count: int) -> tuple[Any, Any]:
     """Graph and abstract weights of the first `count` layers."""
-    kernels, _ = runtime.choose_kernels("auto", jax.default_backend())
+    kernels, _ = runtime.choose_kernels("auto", Hardware.of(jax.devices()[0]))
     policy = DTYPE_POLICIES["bfloat16"]
     modules = nnx.List([Layer(config, i, sharding.make(), kernels, policy) for i in range(count)])
     graph, state = nnx.split(modules)

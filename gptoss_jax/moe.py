@@ -3,6 +3,8 @@
 openai/gpt-oss torch/model.py, MLPBlock: softmax over the chosen logits alone, SwiGLU, biases before weighting.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,6 +37,10 @@ class Mxfp4Linear(nnx.Module):
         self.bias = layers.weight((experts, out), ("experts", out_axis))
 
 
+PACKED = ("gate_up/blocks", "gate_up/scales", "gate_up/bias", "down/blocks", "down/scales", "down/bias")
+"""The leaves that are an `ExpertWeights`, in its order: as declared they are published, at run time in its layout."""
+
+
 class MixtureOfExperts(nnx.Module):
     """One layer's router and experts, from the residual stream to what is added to it."""
 
@@ -51,12 +57,10 @@ class MixtureOfExperts(nnx.Module):
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         ids, weights = route(self.router(x), self.config.experts_per_token)
         ids = jnp.where(is_token[..., None], ids, -1)  # padding chooses no expert
-        leaves = (
-            *(self.gate_up.blocks, self.gate_up.scales, self.gate_up.bias),
-            *(self.down.blocks, self.down.scales, self.down.bias),
-        )
+        leaves = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
         packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
-        packed_axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
+        axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
+        packed_axes = op.packed_axes(self.kernel.layout, axes)
         rows = ("rows", None, None)
         run = self.sharding.map(self._run_local, in_axes=(rows, rows, rows, packed_axes), out_axes=rows)
         return run(x.astype(self.dtype), ids, weights, packed)
@@ -67,5 +71,5 @@ class MixtureOfExperts(nnx.Module):
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
         flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-        y = self.kernel(flat(x), flat(ids), flat(weights), packed, limit=self.config.swiglu_limit)
+        y = self.kernel.run(flat(x), flat(ids), flat(weights), packed, limit=self.config.swiglu_limit)
         return self.sharding.sum_over(self.sharding.sum_over(y, "experts"), "expert_hidden").reshape(x.shape)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
 from converters import source
-from gptoss_jax import checkpoint, host_memory, kv_cache, layers, model, sharding, tokenizer
+from gptoss_jax import checkpoint, host_memory, kv_cache, layers, model, moe, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import NOT_FINITE, Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
 from gptoss_jax.layers import Kernels
@@ -28,6 +28,7 @@ from gptoss_jax.sharding import Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
+from pallas_kernels.choice import Hardware
 
 LOGITS_CHUNK_TOKENS = 256
 DENSE_ITEMSIZE = {"bfloat16": 2, "int8": 1}  # bytes of a weight of attention and unembedding
@@ -303,7 +304,7 @@ def load(
         raise ValueError(f"dense is {dense!r}, expected one of {', '.join(DENSE_ITEMSIZE)}")
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
-    chosen, reason = choose_kernels(kernels, laid_out.mesh.devices.flat[0].platform)
+    chosen, reason = choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]))
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
@@ -316,6 +317,7 @@ def load(
         report(loaded, total)
 
     leaves = with_dense(stored.read(declared.leaves, laid_out, report_more), declared, dense)
+    leaves = with_layout(leaves, declared, chosen.expert_mlp.layout, laid_out)
     params = jax.block_until_ready(model.nest(leaves))
     return LanguageModel(
         config=stored.config,
@@ -349,12 +351,31 @@ def _quantized(array: jax.Array, num_inputs: int) -> Any:
 _quantize = jax.jit(layers.quantize, static_argnums=1)
 
 
-def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
-    """Each op's implementation on `platform`, and one line that says which and why.
+def with_layout(
+    leaves: dict[str, Any], declared: Model, layout: expert_op.Layout, sharding: Sharding
+) -> dict[str, Any]:
+    """`leaves` with the experts' weights in `layout`, each on the devices that its axes then name.
+
+    They are taken out of `leaves` one by one, so that little is in memory twice.
+    """
+    ways = dict(zip(moe.PACKED, layout, strict=True))
+
+    def rearranged(path: str) -> Any:
+        array, way = leaves.pop(path), ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED)
+        if way is expert_op.AS_PUBLISHED:
+            return array
+        pack = jax.jit(way.pack, out_shardings=sharding.named(way.axes(declared.leaves[path].axes)))
+        return jax.block_until_ready(pack(array))
+
+    return {path: rearranged(path) for path in list(leaves)}
+
+
+def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
+    """Each op's implementation on `hardware`, and one line that says which and why.
 
     Args:
         names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
-        platform: of the devices, as JAX calls it.
+        hardware: what the devices are.
 
     Raises:
         ValueError: no op or no implementation has that name.
@@ -366,7 +387,7 @@ def choose_kernels(names: str, platform: str) -> tuple[Kernels, str]:
         raise ValueError(f"kernels {names!r} names an op twice")
     for op in asked.keys() - ops.keys():
         raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
-    chosen = {op: choose(asked.get(op, "auto"), platform) for op, choose in ops.items()}
+    chosen = {op: choose(asked.get(op, "auto"), hardware) for op, choose in ops.items()}
     line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
     return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
 

@@ -1,11 +1,26 @@
-"""Which implementation of an op was taken, and why: each op's own table decides, this is how the answer looks."""
+"""Which implementation of an op was taken, and why: what each kind of kernel needs, and how the answer looks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 import cpu_kernels
 
-CPU = "cpu"  # in every table: the C++ kernels
+HOPPER = 9  # the major compute capability whose tensor cores the GPU kernels are written for
+
+
+class Hardware(NamedTuple):
+    """What the devices of a mesh are, as far as kernels care."""
+
+    platform: str  # as JAX calls it: cpu, gpu, tpu
+    name: str = ""  # as in "NVIDIA H200" or "TPU v6 lite"
+    compute_capability: str = ""  # of NVIDIA GPUs, as in "9.0"
+
+    @classmethod
+    def of(cls, device: jax.Device) -> "Hardware":
+        """What `device` is."""
+        return cls(device.platform, device.device_kind, str(getattr(device, "compute_capability", "")))
 
 
 class Choice(NamedTuple):
@@ -16,23 +31,44 @@ class Choice(NamedTuple):
     reason: str
 
 
-def by_name(op: str, implementations: Mapping[str, Any], name: str) -> Choice:
+def by_name(op: str, implementations: Mapping[str, Any], name: str, hardware: Hardware) -> Choice:
     """The implementation of `op` called `name`, which then runs or raises: there is no fallback.
 
     Raises:
-        ValueError: none has that name, or the C++ kernels are asked for and were not built.
+        ValueError: none has that name, or it cannot run on `hardware`.
     """
     if name not in implementations:
         raise ValueError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
-    if name == CPU and (missing := cpu_kernels.why_not()):
+    if name in KERNELS_OF and (missing := why_not(name, hardware)):
         raise ValueError(f"{op} kernel {name!r} cannot run: {missing}")
     return Choice(name, implementations[name], "asked for by name")
 
 
-def best(platform: str, implementations: Mapping[str, Any], otherwise: Choice) -> Choice:
-    """On CPUs the C++ kernels, if they were built (else the reason says why not); on other platforms `otherwise`."""
-    if platform != "cpu":
+def best(implementations: Mapping[str, Any], hardware: Hardware, otherwise: Choice) -> Choice:
+    """The kernel written for `hardware`, if the op has one and it can run; else `otherwise`, with the reason why."""
+    name = hardware.platform
+    if name not in KERNELS_OF or name not in implementations:
         return otherwise
-    if missing := cpu_kernels.why_not():
+    if missing := why_not(name, hardware):
         return otherwise._replace(reason=f"{otherwise.reason}; slow: {missing}")
-    return Choice(CPU, implementations[CPU], f"C++ for {cpu_kernels.instruction_sets()[0]}")
+    return Choice(name, implementations[name], f"{KERNELS_OF[name]} for {_described(name, hardware)}")
+
+
+KERNELS_OF = {"cpu": "C++", "gpu": "Mosaic GPU", "tpu": "Mosaic TPU"}
+"""In the tables, a platform's name is that of the kernels written for it; and how they are called."""
+
+
+def why_not(name: str, hardware: Hardware) -> str | None:
+    """Why the kernels called `name`, one of KERNELS_OF, cannot run on `hardware`, in a few words; None if they can."""
+    if hardware.platform != name:
+        return f"it is {KERNELS_OF[name]} for {name.upper()}s, and the devices are {hardware.platform}"
+    if name == "cpu":
+        return cpu_kernels.why_not()
+    if name == "gpu" and not hardware.compute_capability.startswith(f"{HOPPER}."):
+        capability = hardware.compute_capability or "unknown"
+        return f"it is for Hopper (compute capability {HOPPER}.x), and {hardware.name} has {capability}"
+    return None
+
+
+def _described(name: str, hardware: Hardware) -> str:
+    return cpu_kernels.instruction_sets()[0] if name == "cpu" else hardware.name

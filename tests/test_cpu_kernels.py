@@ -24,6 +24,7 @@ from cpu_kernels.linear import linear
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 from pallas_kernels import mxfp4
+from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import reference
 from pallas_kernels.shapes import GPT_OSS_20B
 
@@ -347,9 +348,9 @@ def test_the_best_instruction_set_is_in_use_and_said():
     """Guards the kernel line: it names what runs."""
     assert INSTRUCTION_SETS[-1] == "portable" and len(set(INSTRUCTION_SETS)) == len(INSTRUCTION_SETS)
     for op in (linear_op, expert_op):
-        choice = op.choose("auto", "cpu")
+        choice = op.choose("auto", Hardware("cpu"))
         assert (choice.name, choice.reason) == ("cpu", f"C++ for {INSTRUCTION_SETS[0]}")
-        assert op.choose("auto", "gpu").name == "reference"
+        assert op.choose("auto", Hardware("gpu", "NVIDIA A100", "8.0")).name == "reference"
     with pytest.raises(ValueError, match=r"instruction set 'mmx', expected one of .*portable"):
         with cpu_kernels.instruction_set("mmx"):
             pass
@@ -358,14 +359,14 @@ def test_the_best_instruction_set_is_in_use_and_said():
 def test_without_a_library_the_line_says_what_is_lost(monkeypatch):
     """Guards an installation without a compiler: it works, says so, and refuses what was asked for by name."""
     monkeypatch.setattr(cpu_kernels, "why_not", lambda: "cpu_kernels was installed without a C++ compiler")
-    choice = linear_op.choose("auto", "cpu")
+    choice = linear_op.choose("auto", Hardware("cpu"))
     assert choice.name == "streamed"
     assert choice.reason.endswith(
         "float32 copies of the weights; slow: cpu_kernels was installed without a C++ compiler"
     )
-    assert expert_op.choose("auto", "cpu").name == "reference"
+    assert expert_op.choose("auto", Hardware("cpu")).name == "reference"
     with pytest.raises(ValueError, match=r"linear kernel 'cpu' cannot run: cpu_kernels was installed without a C\+\+"):
-        linear_op.choose("cpu", "cpu")
+        linear_op.choose("cpu", Hardware("cpu"))
 
 
 # ---- sanitizers ----

@@ -18,6 +18,7 @@ from gptoss_jax import generate, runtime, score, tokenizer
 from gptoss_jax.checkpoint import CheckpointError
 from gptoss_jax.engine import RequestError
 from gptoss_jax.sampling import SamplingParams
+from pallas_kernels.choice import Hardware
 from tests import commands, scripted
 from tests.gate import TinyModel
 from tests.goldens import make as golden
@@ -667,13 +668,13 @@ def test_logits_refuse_ids_outside_the_vocabulary(tmp_path):
 
 def test_kernels_are_chosen_by_op_or_altogether():
     """Guards the flag: each op can be named by itself, and a name that is no op is refused."""
-    both, line = runtime.choose_kernels("reference", "cpu")
+    both, line = runtime.choose_kernels("reference", Hardware("cpu"))
     assert "linear: reference (asked for by name)" in line
-    mixed, line = runtime.choose_kernels("linear=streamed", "gpu")
-    assert "attention: reference (no fused kernel for gpu yet)" in line
+    mixed, line = runtime.choose_kernels("linear=streamed", Hardware("gpu", "NVIDIA A100", "8.0"))
+    assert "attention: reference (portable jnp" in line
     assert both.linear is not mixed.linear
     with pytest.raises(ValueError, match="unknown op 'attn', expected attention, expert_mlp, linear"):
-        runtime.choose_kernels("attn=reference", "cpu")
+        runtime.choose_kernels("attn=reference", Hardware("cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

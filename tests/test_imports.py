@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "converters.*": _CONVERSION | {"gptoss_jax.command"},
     "gptoss_jax.runtime": _BASE
     | _CONVERSION
-    | {"gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
+    | {"gptoss_jax.moe", "gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
     "gptoss_jax": {"gptoss_jax.runtime"},
     "gptoss_jax.answer": {"gptoss_jax.engine", *_WORDS},
     "gptoss_jax.terminal": {

@@ -16,7 +16,8 @@ from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp import reference as expert_reference
+from pallas_kernels.choice import Hardware
+from pallas_kernels.expert_mlp import tiles as tiles_of
 from pallas_kernels.shapes import MODELS
 from tests import reference
 from tests.goldens import make as golden
@@ -133,11 +134,39 @@ def test_expert_mlp(name, shape, routing):
     ids = _choices(rng, routing, tokens, experts, choices)
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
     shares = rng.random((tokens, choices)).astype(np.float32)
-    run = jax.jit(expert_op.IMPLEMENTATIONS[name], static_argnames="limit")
-    found = np.asarray(run(x, ids, shares, jax.tree.map(jnp.asarray, weights), limit=7.0))
+    implementation = expert_op.IMPLEMENTATIONS[name]
+    run = jax.jit(implementation.run, static_argnames="limit")
+    packed = expert_op.packed(implementation.layout, jax.tree.map(jnp.asarray, weights))
+    found = np.asarray(run(x, ids, shares, packed, limit=7.0))
     expected = _expected(x, ids, shares, weights, 7.0)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_every_choice_has_a_row_of_its_own(data):
+    """Guards the tiles that kernels walk over: each choice in one row of its expert, none lost, the bound on tiles."""
+    tokens, choices = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+    experts, rows = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 2, 8]))
+    ids = np.array(data.draw(st.lists(st.integers(-1, experts), min_size=tokens * choices, max_size=tokens * choices)))
+    ids = ids.astype(np.int32).reshape(tokens, choices)
+    tiled = jax.tree.map(np.asarray, tiles_of.TiledRows.of(jnp.asarray(ids), experts, rows))
+    taken = (ids >= 0) & (ids < experts)
+    assert len(tiled.expert) == tiles_of.max_tiles(ids.size, experts, rows) >= tiled.used
+    assert sorted(tiled.choice[tiled.choice >= 0]) == list(np.flatnonzero(taken))
+    for at in np.argwhere(taken):
+        row = tiled.row[tuple(at)]
+        assert row // rows < tiled.used
+        assert tiled.choice[row] == at[0] * choices + at[1]
+        assert tiled.expert[row // rows] == ids[tuple(at)]
+    assert (tiled.row[~taken] == len(tiled.choice)).all()
+    x = np.arange(1.0, 2 * tokens + 1, dtype=np.float32).reshape(tokens, 2)
+    gathered = np.asarray(jax.tree.map(jnp.asarray, tiles_of.TiledRows(*tiled)).gather(jnp.asarray(x)))
+    spoilt = jnp.where(jnp.asarray(tiled.choice)[:, None] < 0, jnp.nan, gathered)  # empty rows may hold anything
+    shares = np.arange(1.0, ids.size + 1, dtype=np.float32).reshape(ids.shape)
+    combined = tiles_of.TiledRows(*tiled).combine(spoilt, jnp.asarray(shares))
+    np.testing.assert_allclose(combined, x * (shares * taken).sum(axis=1, keepdims=True))
 
 
 def test_reference_visits_the_chosen_experts_only():
@@ -146,12 +175,12 @@ def test_reference_visits_the_chosen_experts_only():
         ids = jnp.asarray(
             np.random.default_rng(0).permutation(model.experts)[None, : model.experts_per_token], jnp.int32
         )
-        rows = expert_reference.tile_rows(ids.size, model.experts)
-        tiles = expert_reference.Tiles.of(ids, model.experts, rows)
+        rows = tiles_of.tile_rows(ids.size, model.experts)
+        tiles = tiles_of.Tiles.of(ids, model.experts, rows)
         assert int(tiles.end_tile[-1]) == model.experts_per_token
     ids = jnp.full((512, 4), 3, jnp.int32)
-    rows = expert_reference.tile_rows(ids.size, 32)
-    assert int(expert_reference.Tiles.of(ids, 32, rows).end_tile[-1]) == ids.size // rows
+    rows = tiles_of.tile_rows(ids.size, 32)
+    assert int(tiles_of.Tiles.of(ids, 32, rows).end_tile[-1]) == ids.size // rows
 
 
 # ---- dense products ----
@@ -262,11 +291,11 @@ def test_banded_attention(name, tokens):
 def test_unknown_implementations_are_refused():
     """Guards against a silent fallback: a kernel asked for by name runs or raises."""
     with pytest.raises(ValueError, match="expert_mlp kernel 'fast', expected auto or one of reference"):
-        expert_op.choose("fast", "cpu")
+        expert_op.choose("fast", Hardware("cpu"))
     with pytest.raises(ValueError, match="attention kernel 'fast', expected auto or one of reference, cpu"):
-        attention_op.choose("fast", "cpu")
+        attention_op.choose("fast", Hardware("cpu"))
     with pytest.raises(ValueError, match="linear kernel 'fast', expected auto or one of reference, streamed"):
-        linear_op.choose("fast", "cpu")
+        linear_op.choose("fast", Hardware("cpu"))
 
 
 def test_shapes_are_the_configs():

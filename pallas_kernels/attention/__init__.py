@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
 from pallas_kernels.attention import reference
-from pallas_kernels.choice import Choice, best, by_name
+from pallas_kernels.choice import Choice, Hardware, best, by_name
 
 
 @runtime_checkable
@@ -63,16 +63,16 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 }
 
 
-def choose(name: str, platform: str) -> Choice:
-    """The implementation called `name`, or for "auto" the best on `platform`.
+def choose(name: str, hardware: Hardware) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `hardware`.
 
     Raises:
         ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
-        return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("attention", IMPLEMENTATIONS, name)
+        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp")
+        return best(IMPLEMENTATIONS, hardware, otherwise)
+    return by_name("attention", IMPLEMENTATIONS, name, hardware)
 
 
 __all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]

@@ -4,24 +4,32 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 `IMPLEMENTATIONS`.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
-from pallas_kernels.choice import Choice, best, by_name
+from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.expert_mlp import reference
-from pallas_kernels.expert_mlp.reference import ExpertWeights
+from pallas_kernels.expert_mlp.layout import (
+    AS_PUBLISHED,
+    PUBLISHED,
+    ExpertWeights,
+    Layout,
+    packed,
+    packed_axes,
+    published,
+)
 
 
 @runtime_checkable
-class ExpertMlp(Protocol):
-    """One implementation.
+class RunExperts(Protocol):
+    """What an implementation does.
 
-    Takes x [T, D], the experts that each token chose and their weights, [T, X], and the layer's `ExpertWeights`; gives
-    sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias), float32 [T, D]. Matrix products take operands of x's dtype
-    and accumulate in float32. A choice outside [0, E) is skipped: that is how padding, and experts that live on
-    another device, are said.
+    Takes x [T, D], the experts that each token chose and their weights, [T, X], and the layer's `ExpertWeights`, in the
+    implementation's layout; gives sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias), float32 [T, D]. Matrix
+    products take operands of x's dtype and accumulate in float32. A choice outside [0, E) is skipped: that is how
+    padding, and experts that live on another device, are said.
     """
 
     def __call__(  # noqa: D102
@@ -35,19 +43,40 @@ class ExpertMlp(Protocol):
     ) -> Float[Array, "T D"]: ...
 
 
-IMPLEMENTATIONS: dict[str, ExpertMlp] = {"reference": reference.expert_mlp, "cpu": cpu_expert_mlp}
+class ExpertMlp(NamedTuple):
+    """One implementation, and how it wants the weights to lie."""
+
+    run: RunExperts
+    layout: Layout = PUBLISHED
 
 
-def choose(name: str, platform: str) -> Choice:
-    """The implementation called `name`, or for "auto" the best on `platform`.
+IMPLEMENTATIONS: dict[str, ExpertMlp] = {
+    "reference": ExpertMlp(reference.expert_mlp),
+    "cpu": ExpertMlp(cpu_expert_mlp),
+}
+
+
+def choose(name: str, hardware: Hardware) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `hardware`.
 
     Raises:
         ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        otherwise = Choice("reference", reference.expert_mlp, f"no fused kernel for {platform} yet")
-        return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("expert_mlp", IMPLEMENTATIONS, name)
+        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp")
+        return best(IMPLEMENTATIONS, hardware, otherwise)
+    return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
 
 
-__all__ = ["IMPLEMENTATIONS", "ExpertMlp", "ExpertWeights", "choose"]
+__all__ = [
+    "AS_PUBLISHED",
+    "IMPLEMENTATIONS",
+    "ExpertMlp",
+    "ExpertWeights",
+    "Layout",
+    "RunExperts",
+    "choose",
+    "packed",
+    "packed_axes",
+    "published",
+]

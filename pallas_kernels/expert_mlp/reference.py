@@ -4,31 +4,16 @@ Portable and right rather than fast; the kernels are tested against it. Work and
 chosen: a token costs X experts, whatever E is, and one expert's weights are unpacked at a time.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mxfp4
+from pallas_kernels.expert_mlp.layout import ExpertWeights
+from pallas_kernels.expert_mlp.tiles import Tiles, tile_rows
 
 ALPHA = 1.702  # sigmoid's slope in the SwiGLU (openai/gpt-oss torch/model.py, swiglu)
-MAX_TILE_ROWS = 128
-
-
-class ExpertWeights(NamedTuple):
-    """The experts of one layer, as published: E experts, D hidden, F expert hidden, blocks of 32 along the input.
-
-    Rows of gate_up are interleaved: even rows are the gate, odd rows the linear part.
-    """
-
-    gate_up_blocks: UInt8[Array, "E F2 DB 16"]
-    gate_up_scales: UInt8[Array, "E F2 DB"]
-    gate_up_bias: Float[Array, "E F2"]
-    down_blocks: UInt8[Array, "E D FB 16"]
-    down_scales: UInt8[Array, "E D FB"]
-    down_bias: Float[Array, "E D"]
 
 
 def swiglu(h: Float[Array, "M F2"], limit: float) -> Float[Array, "M F"]:
@@ -36,33 +21,6 @@ def swiglu(h: Float[Array, "M F2"], limit: float) -> Float[Array, "M F"]:
     gate = jnp.minimum(h[:, 0::2], limit)
     linear = jnp.clip(h[:, 1::2], -limit, limit)
     return gate * jax.nn.sigmoid(ALPHA * gate) * (linear + 1)
-
-
-class Tiles(NamedTuple):
-    """Choices sorted by expert and cut into tiles of at most M rows of one expert each."""
-
-    choices: Int32[Array, "A"]  # the flat (token, x) choices, in order of their expert
-    first_choice: Int32[Array, "E"]  # where each expert's run begins in `choices`
-    end_choice: Int32[Array, "E"]
-    first_tile: Int32[Array, "E"]
-    end_tile: Int32[Array, "E"]
-
-    @classmethod
-    def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "Tiles":
-        """Cuts; counts by comparing, which compiles to far less than scatters and cumulative sums do."""
-        flat, expert = expert_ids.reshape(-1), jnp.arange(num_experts, dtype=jnp.int32)
-        flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # skipped ones sort last
-        first = jnp.sum(flat < expert[:, None], axis=1, dtype=jnp.int32)
-        end = jnp.sum(flat <= expert[:, None], axis=1, dtype=jnp.int32)
-        tiles = (end - first + rows - 1) // rows
-        end_tile = jnp.sum(jnp.where(expert <= expert[:, None], tiles, 0), axis=1, dtype=jnp.int32)
-        return cls(jnp.argsort(flat, stable=True).astype(jnp.int32), first, end, end_tile - tiles, end_tile)
-
-
-def tile_rows(num_choices: int, num_experts: int) -> int:
-    """Rows per tile: a power of two near the mean run of an expert, so that few rows are padding."""
-    mean = max(1, num_choices // num_experts)
-    return min(MAX_TILE_ROWS, 1 << (mean - 1).bit_length())
 
 
 def expert_mlp(

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Array, Float, Real
 
 from cpu_kernels.linear import linear as cpu_linear
-from pallas_kernels.choice import Choice, best, by_name
+from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.linear import reference, streamed
 
 
@@ -27,18 +27,18 @@ class Linear(Protocol):
 IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear, "cpu": cpu_linear}
 
 
-def choose(name: str, platform: str) -> Choice:
-    """The implementation called `name`, or for "auto" the best on `platform`.
+def choose(name: str, hardware: Hardware) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `hardware`.
 
     Raises:
         ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        otherwise = Choice("reference", reference.linear, f"no kernel of our own for {platform}")
-        if platform == "cpu":
+        otherwise = Choice("reference", reference.linear, "a plain product is XLA's own business")
+        if hardware.platform == "cpu":
             otherwise = Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
-        return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("linear", IMPLEMENTATIONS, name)
+        return best(IMPLEMENTATIONS, hardware, otherwise)
+    return by_name("linear", IMPLEMENTATIONS, name, hardware)
 
 
 __all__ = ["IMPLEMENTATIONS", "Linear", "choose"]

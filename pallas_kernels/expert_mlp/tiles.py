@@ -1,0 +1,84 @@
+"""Choices sorted by expert and cut into tiles of rows of one expert each: what an expert kernel walks over.
+
+A token's choice of an expert becomes one row; an expert's rows begin at a tile of their own, and what its last tile has
+to spare stays empty. So a tile is one dense block of activations beside one expert's weights, whatever the imbalance.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+MAX_TILE_ROWS = 128
+
+
+class Tiles(NamedTuple):
+    """Tiles of at most M rows of one expert each, in order of their experts."""
+
+    choices: Int32[Array, "A"]  # the flat (token, x) choices, in order of their expert; skipped ones last
+    first_choice: Int32[Array, "E"]  # where each expert's run begins in `choices`
+    end_choice: Int32[Array, "E"]
+    first_tile: Int32[Array, "E"]
+    end_tile: Int32[Array, "E"]
+
+    @classmethod
+    def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "Tiles":
+        """Cuts; counts by comparing, which compiles to far less than scatters and cumulative sums do."""
+        flat, expert = expert_ids.reshape(-1), jnp.arange(num_experts, dtype=jnp.int32)
+        flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # skipped ones sort last
+        first = jnp.sum(flat < expert[:, None], axis=1, dtype=jnp.int32)
+        end = jnp.sum(flat <= expert[:, None], axis=1, dtype=jnp.int32)
+        tiles = (end - first + rows - 1) // rows
+        end_tile = jnp.sum(jnp.where(expert <= expert[:, None], tiles, 0), axis=1, dtype=jnp.int32)
+        return cls(jnp.argsort(flat, stable=True).astype(jnp.int32), first, end, end_tile - tiles, end_tile)
+
+
+class TiledRows(NamedTuple):
+    """All tiles' rows side by side, for kernels that take every tile at once: I tiles of M rows.
+
+    Example: two tokens that chose experts (0, 2) and (2, 2), tiles of two rows, three experts. Tile 0 is of expert 0
+    with choice 0 and an empty row, tile 1 of expert 2 with choices 1 and 2, tile 2 of expert 2 with choice 3 and an
+    empty row: expert = [0, 2, 2], choice = [0, -1, 1, 2, 3, -1], row = [[0, 2], [3, 4]], used = 3.
+    """
+
+    expert: Int32[Array, "I"]  # of each tile; beyond the last tile in use, that tile's again: nothing new is fetched
+    used: Int32[Array, ""]  # tiles in use
+    choice: Int32[Array, "IM"]  # the flat choice in each row; -1: an empty row
+    row: Int32[Array, "T X"]  # where each choice went; I M for a skipped one
+
+    @classmethod
+    def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "TiledRows":
+        """Lays out; I is the most tiles that any routing needs."""
+        tiles = Tiles.of(expert_ids, num_experts, rows)
+        used, num_tiles = tiles.end_tile[-1], max_tiles(expert_ids.size, num_experts, rows)
+        at = jnp.minimum(jnp.arange(num_tiles, dtype=jnp.int32), jnp.maximum(used - 1, 0))
+        expert = jnp.minimum(jnp.sum(tiles.end_tile <= at[:, None], axis=1, dtype=jnp.int32), num_experts - 1)
+        nth = (jnp.arange(num_tiles, dtype=jnp.int32) - tiles.first_tile[expert])[:, None] * rows
+        place = (tiles.first_choice[expert][:, None] + nth + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
+        taken = place < jnp.repeat(tiles.end_choice[expert], rows)
+        choice = jnp.where(taken, tiles.choices.at[place].get(mode="clip"), -1)
+        row = jnp.full(expert_ids.size, num_tiles * rows, jnp.int32)
+        to = jnp.where(taken, choice, expert_ids.size)  # beyond the array: dropped
+        row = row.at[to].set(jnp.arange(num_tiles * rows, dtype=jnp.int32), mode="drop")
+        return cls(expert, used, choice, row.reshape(expert_ids.shape))
+
+    def gather(self, x: Float[Array, "T D"]) -> Float[Array, "IM D"]:
+        """Each row's token; 0 in an empty row."""
+        token = jnp.where(self.choice < 0, x.shape[0], self.choice // self.row.shape[1])
+        return x.at[token].get(mode="fill", fill_value=0)
+
+    def combine(self, y: Float[Array, "IM D"], expert_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
+        """Each token's choices, weighted and summed in float32; what empty rows hold is not read."""
+        chosen = y.at[self.row].get(mode="fill", fill_value=0).astype(jnp.float32)
+        return jnp.sum(chosen * expert_weights.astype(jnp.float32)[..., None], axis=1)
+
+
+def max_tiles(num_choices: int, num_experts: int, rows: int) -> int:
+    """The most tiles that `num_choices` can need: each expert that is chosen leaves at most rows - 1 rows empty."""
+    return (num_choices + min(num_choices, num_experts) * (rows - 1)) // rows
+
+
+def tile_rows(num_choices: int, num_experts: int, fewest: int = 1, most: int = MAX_TILE_ROWS) -> int:
+    """Rows per tile: a power of two near the mean run of an expert, so that few rows are padding."""
+    mean = max(1, num_choices // num_experts)
+    return min(most, max(fewest, 1 << (mean - 1).bit_length()))
