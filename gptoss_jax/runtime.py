@@ -358,7 +358,7 @@ def with_layout(
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
     """
-    ways = dict(zip(moe.PACKED, layout, strict=True))
+    ways: dict[str, expert_op.Rearrangement] = dict(zip(moe.PACKED, layout, strict=True))
 
     def rearranged(path: str) -> Any:
         array, way = leaves.pop(path), ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 import cpu_kernels
 
 HOPPER = 9  # the major compute capability whose tensor cores the GPU kernels are written for
@@ -18,8 +16,8 @@ class Hardware(NamedTuple):
     compute_capability: str = ""  # of NVIDIA GPUs, as in "9.0"
 
     @classmethod
-    def of(cls, device: jax.Device) -> "Hardware":
-        """What `device` is."""
+    def of(cls, device: Any) -> "Hardware":
+        """What `device`, a `jax.Device`, is."""
         return cls(device.platform, device.device_kind, str(getattr(device, "compute_capability", "")))
 
 
