@@ -358,16 +358,21 @@ def with_layout(
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
     """
-    ways: dict[str, expert_op.Rearrangement] = dict(zip(moe.PACKED, layout, strict=True))
 
-    def rearranged(path: str) -> Any:
-        array, way = leaves.pop(path), ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED)
+    def rearranged(path: str, way: expert_op.Rearrangement) -> Any:
+        array = leaves.pop(path)
         if way is expert_op.AS_PUBLISHED:
             return array
         pack = jax.jit(way.pack, out_shardings=sharding.named(way.axes(declared.leaves[path].axes)))
         return jax.block_until_ready(pack(array))
 
-    return {path: rearranged(path) for path in list(leaves)}
+    return {path: rearranged(path, way) for path, way in rearrangements(declared, layout).items()}
+
+
+def rearrangements(declared: Model, layout: expert_op.Layout) -> dict[str, expert_op.Rearrangement]:
+    """What `layout` does to each leaf of a model."""
+    ways: dict[str, expert_op.Rearrangement] = dict(zip(moe.PACKED, layout, strict=True))
+    return {path: ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED) for path in declared.leaves}
 
 
 def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
