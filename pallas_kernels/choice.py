@@ -16,14 +16,19 @@ class Choice(NamedTuple):
     reason: str
 
 
-def by_name(op: str, implementations: Mapping[str, Any], name: str) -> Choice:
+def by_name(op: str, implementations: Mapping[str, Any], name: str, platform: str) -> Choice:
     """The implementation of `op` called `name`, which then runs or raises: there is no fallback.
 
     Raises:
-        ValueError: none has that name, or the C++ kernels are asked for and were not built.
+        ValueError: none has that name, or the C++ kernels are asked for and were not built, or not for `platform`.
     """
     if name not in implementations:
         raise ValueError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
+    if name == CPU and platform != "cpu":
+        others = ", ".join(other for other in implementations if other != CPU)
+        raise ValueError(
+            f"{op} kernel {name!r} runs on CPUs alone, not on {platform}: expected auto or one of {others}"
+        )
     if name == CPU and (missing := cpu_kernels.why_not()):
         raise ValueError(f"{op} kernel {name!r} cannot run: {missing}")
     return Choice(name, implementations[name], "asked for by name")

@@ -72,7 +72,7 @@ def choose(name: str, platform: str) -> Choice:
     if name == "auto":
         otherwise = Choice("reference", IMPLEMENTATIONS["reference"], f"no fused kernel for {platform} yet")
         return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("attention", IMPLEMENTATIONS, name)
+    return by_name("attention", IMPLEMENTATIONS, name, platform)
 
 
 __all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]

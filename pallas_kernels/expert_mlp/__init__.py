@@ -47,7 +47,7 @@ def choose(name: str, platform: str) -> Choice:
     if name == "auto":
         otherwise = Choice("reference", reference.expert_mlp, f"no fused kernel for {platform} yet")
         return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("expert_mlp", IMPLEMENTATIONS, name)
+    return by_name("expert_mlp", IMPLEMENTATIONS, name, platform)
 
 
 __all__ = ["IMPLEMENTATIONS", "ExpertMlp", "ExpertWeights", "choose"]

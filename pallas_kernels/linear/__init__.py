@@ -38,7 +38,7 @@ def choose(name: str, platform: str) -> Choice:
         if platform == "cpu":
             otherwise = Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
         return best(platform, IMPLEMENTATIONS, otherwise)
-    return by_name("linear", IMPLEMENTATIONS, name)
+    return by_name("linear", IMPLEMENTATIONS, name, platform)
 
 
 __all__ = ["IMPLEMENTATIONS", "Linear", "choose"]
