@@ -28,7 +28,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from benchmarks import true_width
-from gptoss_jax import command, kv_cache, runtime, sampling, sharding
+from gptoss_jax import command, kv_cache, layers, sampling, sharding
 from gptoss_jax.config import ModelConfig, parse_config
 from gptoss_jax.model import DTYPE_POLICIES, declare, nest
 from gptoss_jax.programs import STATE_AXES, Programs, RowState
@@ -148,10 +148,10 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     target = TARGETS[step.target]
     config = _config(step)
     laid_out = sharding.make(step.mesh, devices(target))
-    chosen, _ = runtime.choose_kernels(kernels, target.hardware)
+    chosen, _ = layers.choose_kernels(kernels, target.hardware)
     declared = declare(config, laid_out, chosen)
     placed = lambda array, axes: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))  # noqa: E731
-    ways = runtime.rearrangements(declared, chosen.expert_mlp.layout)
+    ways = declared.rearrangements(chosen.expert_mlp.layout)
     params = nest(
         {
             path: placed(jax.eval_shape(ways[path].pack, jax.ShapeDtypeStruct(*leaf[:2])), ways[path].axes(leaf.axes))

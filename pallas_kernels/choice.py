@@ -38,7 +38,7 @@ def by_name(op: str, implementations: Mapping[str, Any], name: str, hardware: Ha
     if name not in implementations:
         raise ValueError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
     if name in KERNELS_OF and (missing := why_not(name, hardware)):
-        raise ValueError(f"{op} kernel {name!r} cannot run: {missing}")
+        raise ValueError(f"{op} kernel {name!r} cannot run: {missing}; auto takes the best that can")
     return Choice(name, implementations[name], "asked for by name")
 
 
