@@ -1,4 +1,4 @@
-"""What attention and experts are both made of: kernels, declared weights, RMSNorm, linear maps, weights of eight bits."""
+"""What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
 
 import dataclasses
 import math
