@@ -1,7 +1,8 @@
 """Compiles for GPUs and TPUs on a machine that has none: what fits where, and what the compilers say of the kernels.
 
     python -m benchmarks.ahead_of_time models     # arguments + temporaries of whole steps against each device's memory
-    python -m benchmarks.ahead_of_time kernels    # registers, spills and shared memory of each kernel at real shapes
+    python -m benchmarks.ahead_of_time kernels    # temporaries, registers and spills of each kernel at real shapes
+    python -m benchmarks.ahead_of_time launches   # kernels, copies and library calls of a decoding step on a GPU
 
 The compilers are the vendors' own, from the compile-only wheels that `make gates` installs; nothing is run. A program
 that is too large for a TPU is refused by its compiler; for a GPU it is not, so its bytes are compared here. The last
@@ -315,10 +316,15 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     laid_out = sharding.make(None, devices(target))
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
-    report: dict[str, Any] = {"case": case.name, "temporaries_mib": round(memory(compiled).temporaries / 2**20, 2)}
+    temporaries = round(memory(compiled).temporaries / 2**20, 2)
     if target.platform == "gpu":
-        report["kernels"] = assembler_reports(Path(os.environ[DUMP_TO])) if DUMP_TO in os.environ else []
-    return report
+        return {
+            "case": case.name,
+            "temporaries_mib": temporaries,
+            "kernels": assembler_reports(Path(os.environ[DUMP_TO])),
+        }
+    kernels = [{"kernel": name} for name in re.findall(r'custom_call_target="(tpu_custom_call)"', compiled.as_text())]
+    return {"case": case.name, "temporaries_mib": temporaries, "kernels": kernels}
 
 
 def assembler_reports(folder: Path) -> list[dict[str, Any]]:
@@ -348,22 +354,42 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     """Prints one table, then one JSON line."""
-    if len(arguments) != 1 or arguments[0] not in ("models", "kernels"):
-        raise ValueError(f"{' '.join(arguments) or 'nothing'} asked for, expected models or kernels")
+    found = {"models": _models, "kernels": _kernels, "launches": _launches}
+    if len(arguments) != 1 or arguments[0] not in found:
+        raise ValueError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
     names = flags.FLAGS.target or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
         raise ValueError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
     reports = []
-    if arguments[0] == "models":
-        for step in (step for step in MODEL_STEPS if step.target in names):
-            reports.append(fit(step, flags.FLAGS.kernels))
-            print(_fit_line(reports[-1]), flush=True)
-    else:
-        for name in (name for name in names if TARGETS[name].devices == 1):
-            for case in cases(TARGETS[name]):
-                reports.append({"target": name, **compile_kernel(case, TARGETS[name])})
-                print(_kernel_line(reports[-1]), flush=True)
+    for report, line in found[arguments[0]](names):
+        reports.append(report)
+        print(line, flush=True)
     print(json.dumps({"jax": jax.__version__, arguments[0]: reports}))
+
+
+def _models(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    for step in (step for step in MODEL_STEPS if step.target in names):
+        report = fit(step, flags.FLAGS.kernels)
+        yield report, _fit_line(report)
+
+
+def _kernels(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    for name in (name for name in names if TARGETS[name].devices == 1):
+        for case in cases(TARGETS[name]):
+            report = {"target": name, **compile_kernel(case, TARGETS[name])}
+            yield report, _kernel_line(report)
+
+
+def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """From two depths, so that what a layer adds stands apart from the step's own (embedding, logits, sampling)."""
+    for name in (name for name in names if TARGETS[name].platform == "gpu" and TARGETS[name].devices == 1):
+        two, four = (
+            launches(compile_step(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels))
+            for layers in (2, 4)
+        )
+        report = {"target": name, "per_layer": (four - two) / 2, "beside_layers": 2 * two - four}
+        line = f"{name}: {report['per_layer']:g} a layer and {report['beside_layers']} beside them, in a decoding step"
+        yield report, line
 
 
 def _fit_line(report: dict[str, Any]) -> str:
@@ -379,7 +405,9 @@ def _fit_line(report: dict[str, Any]) -> str:
 
 def _kernel_line(report: dict[str, Any]) -> str:
     line = f"{report['target']:7} {report['case']:62} {report['temporaries_mib']:9.2f} MiB"
-    for kernel in report.get("kernels", ()):
+    if TARGETS[report["target"]].platform == "tpu":
+        return f"{line}; {len(report['kernels'])} kernels"
+    for kernel in report["kernels"]:
         line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
         line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"
     return line

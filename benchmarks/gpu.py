@@ -4,10 +4,10 @@
 
 Needs jax with CUDA, flax, jaxtyping, absl and this repository, and no files: random weights of the true shapes are made
 on the device. First each kernel is held against float32 arithmetic on random data; then each op is timed against its
-two floors (bytes / copying, operations / multiplying, both limits measured in the same run), repeated within one program
-so that launching from Python does not count; then whole models decode and prefill. What the time (--minutes) or the
-memory (--memory-gib) does not allow is left out and said. Transformers is timed beside where torch sees the GPU. A
-table, then one JSON line.
+two floors (bytes / copying, operations / multiplying, both limits measured in the same run), repeated within one
+program so that launching from Python does not count; then whole models decode and prefill. What the time (--minutes)
+or the memory (--memory-gib) does not allow is left out and said. Transformers is timed beside where torch sees the GPU.
+A table, then one JSON line.
 """
 
 import concurrent.futures

@@ -18,6 +18,14 @@ NO_STOP = -2
 CACHE_DTYPE = DTYPE_POLICIES["bfloat16"].cache
 
 
+def start(config: ModelConfig, rows: int, context_tokens: int, room: int) -> tuple[KVCache, RowState]:
+    """Rows with `context_tokens` behind them and room for more, each on a token of its own."""
+    capacity = context_tokens + room
+    sizes = (config, rows, rows * kv_cache.num_pages(capacity), capacity)
+    cache = jax.jit(filled, static_argnums=(0, 1, 2, 3))(*sizes)
+    return behind(cache, context_tokens), greedy(config, rows)
+
+
 def filled(config: ModelConfig, rows: int, pages: int, max_context_tokens: int) -> KVCache:
     """A cache of `rows` rows over a pool of `pages` pages, both full of random keys and values."""
     empty = kv_cache.empty(config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=CACHE_DTYPE)
