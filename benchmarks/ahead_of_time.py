@@ -316,15 +316,13 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     laid_out = sharding.make(None, devices(target))
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
-    temporaries = round(memory(compiled).temporaries / 2**20, 2)
     if target.platform == "gpu":
-        return {
-            "case": case.name,
-            "temporaries_mib": temporaries,
-            "kernels": assembler_reports(Path(os.environ[DUMP_TO])),
-        }
-    kernels = [{"kernel": name} for name in re.findall(r'custom_call_target="(tpu_custom_call)"', compiled.as_text())]
-    return {"case": case.name, "temporaries_mib": temporaries, "kernels": kernels}
+        kernels = assembler_reports(Path(os.environ[DUMP_TO]))
+    else:
+        calls = re.findall(r'custom_call_target="(tpu_custom_call)"', compiled.as_text())
+        kernels = [{"kernel": name} for name in calls]
+    temporaries_mib = round(memory(compiled).temporaries / 2**20, 2)
+    return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
 
 def assembler_reports(folder: Path) -> list[dict[str, Any]]:

@@ -492,6 +492,11 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "FILE: also write the result there.")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command line."""
     define_flags()
     command.run(main, "gpu")
+
+
+if __name__ == "__main__":
+    cli()
