@@ -5,8 +5,9 @@
 // words of two bfloat16s unpack without a shuffle, and activations are laid out to fit ("unzipped": of each block first
 // the even inputs, then the odd ones, zeros behind the last). Weights are unpacked in registers, again for each few
 // rows of activations: next to their products that costs less than a copy of unpacked weights in cache would, and a
-// panel of packed weights stays in cache from the first few rows to the last. Every tile adds in this one order, so a
-// row of the result has the same bits beside any neighbours.
+// panel of packed weights stays in cache from the first few rows to the last. AVX2 alone, with half the registers, keeps
+// such a copy where rows are many. Every tile adds in this one order, so a row of the result has the same bits beside
+// any neighbours.
 //
 // All this is of float32, which bfloat16 activations are made too. Where the instruction set multiplies bfloat16 itself
 // they stay what they are, and product_bf16.h says how a block is laid out, unpacked and added then.
@@ -296,9 +297,9 @@ constexpr bool kUnpacksOnce = true;
 constexpr bool kUnpacksOnce = false;
 #endif
 
-constexpr int kUnpackedTile = 3;       // rows of weights beside four of activations: sixteen registers, all in use
+constexpr int kUnpackedTile = 3;       // rows of weights beside four of activations: all sixteen registers
 constexpr int64_t kUnpackedRows = 12;  // of weights, so that they stay in the second cache
-constexpr int64_t kUnpackedDepth = 24;  // blocks of four rows of activations that stay in the first cache, weights passing
+constexpr int64_t kUnpackedDepth = 24;  // blocks of four rows of activations that stay in the first cache
 
 // Rows of activations that are worth it; bfloat16s unpack in so few steps that it takes more of them. By trial.
 constexpr int64_t kManyRows = 6;
@@ -353,7 +354,7 @@ inline void add_unpacked(const float* w, int64_t row_floats, const float* const 
     for (int r = 0; r < R; ++r) sums[m][r] = all[m][r];
 }
 
-// out[m * stride + r] for `count` of kUnpackedRows rows of weights and any number of activations, M and fewer at a time.
+// out[m * stride + r] for the first `count` unpacked rows of weights and any of activations, M and fewer at a time.
 template <int M>
 inline void multiply_unpacked(const float* w, int64_t blocks, int64_t count, const float* const* x, int64_t rows,
                               float* out, int64_t stride) {
