@@ -11,9 +11,10 @@ from tests import commands
 
 SIZES = ("--batch", 2, "--contexts", "16,100000", "--prefill", 16, "--chunk", 8)
 SMALL = ("--copy-elements", 4096, "--matrix-side", 32, "--calls", 1, "--steps", 2, "--op-tokens", 3)
-SMALL += ("--op-attention", "2x1x40", "--memory-gib", 0.25, "--notransformers")
+SMALL += ("--op-attention", "2x1x40", "--memory-gib", 0.01, "--notransformers")
 
 
+@pytest.mark.slow
 def test_command_measures_and_says_what_it_left_out(tmp_path):
     """Flags that are not read, rates that do not follow from one another, a case that vanishes without a word."""
     out, config = tmp_path / "results.json", tmp_path / "small.json"
