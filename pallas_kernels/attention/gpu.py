@@ -10,6 +10,7 @@ Where few queries meet many keys (decoding), the tiles of a row are split among 
 merged behind the kernel by their log-sum-exp. The sink is the first logit that split 0 sees: it enters once.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -118,7 +119,9 @@ class _Pages(NamedTuple):
         per_page = self.page_tokens // self.copied
         for i in range(self.copies):
             ordinal = tile * self.copies + i  # of the copy, among the row's
-            page = jnp.minimum(lax.div(ordinal, per_page), self.pages_per_row - 1)  # one repeated is behind every position
+            page = jnp.minimum(
+                lax.div(ordinal, per_page), self.pages_per_row - 1
+            )  # one repeated is behind every position
             within = pl.ds(lax.rem(ordinal, per_page) * self.copied, self.copied)
             at = (table[row, page], within, head)
             to = pl.ds(i * self.copied, self.copied)
@@ -209,26 +212,38 @@ def _attend(
     _check(q, sources, interpret)
     group = n // kv_heads
     rows = ROWS if t * group <= ROWS else 2 * ROWS
-    stored = min(rows, pl.cdiv(t * group, 8) * 8)  # one token's 8 heads are 8 rows of 64: the rest is neither read nor written
-    q = _padded(q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, t * group, h), 2, stored)
-    row_positions = jnp.repeat(positions, group, axis=1)
-    row_positions = _padded(row_positions, 1, rows, mode="edge")
-    row_sinks = _padded(jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, t)), 1, rows)
-    row_tiles = row_positions.shape[1] // rows
-    bounds = row_positions.reshape(b, row_tiles, rows)
-    bounds = jnp.stack([bounds.min(-1), bounds.max(-1)], axis=-1)
+    stored = min(
+        rows, pl.cdiv(t * group, 8) * 8
+    )  # one token's 8 heads are 8 rows of 64: the rest is neither read nor written
+    q = _padded(
+        q.reshape(b, t, kv_heads, group, h).transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, t * group, h), 2, stored
+    )
+    row_tiles = pl.cdiv(t * group, rows)
     splits = max(1, min(keys.splits, BLOCKS // (b * kv_heads * row_tiles)))
     shape = (b, kv_heads, splits, q.shape[2])
     num_sources = len(sources) + len(scalars)
     out_dtype = jnp.float32 if splits > 1 else q.dtype
 
-    def body(q_ref, positions_ref, sinks_ref, bounds_ref, *refs):
-        refs, (out_ref, lse_ref), scratch = refs[:num_sources], refs[num_sources : num_sources + 2], refs[num_sources + 2 :]
+    def body(q_ref, positions_ref, sinks_ref, *refs):
+        refs, (out_ref, lse_ref), scratch = (
+            refs[:num_sources],
+            refs[num_sources : num_sources + 2],
+            refs[num_sources + 2 :],
+        )
         q_smem, k_smem, v_smem, out_smem, lse_smem, q_ready, ready = scratch
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         row_tile = row_tiles - 1 - lax.axis_index("row_tile")  # the latest queries see the most keys: they go first
-        plgpu.copy_gmem_to_smem(q_ref.at[row, head, pl.ds(row_tile * rows, stored)], q_smem.at[pl.ds(0, stored)], q_ready)
-        first, last = bounds_ref[row, row_tile, 0], bounds_ref[row, row_tile, 1]
+        plgpu.copy_gmem_to_smem(
+            q_ref.at[row, head, pl.ds(row_tile * rows, stored)], q_smem.at[pl.ds(0, stored)], q_ready
+        )
+        ordinal = row_tile * rows + _laid_out(lax.broadcasted_iota(jnp.int32, (rows,), 0), interpret)
+        tokens = [lax.div(row_tile * rows, group) + i for i in range(min(t, pl.cdiv(rows - 1, group) + 1))]
+        token_positions = [positions_ref[row, jnp.minimum(token, t - 1)] for token in tokens]
+        starts = [token * group for token in tokens]
+        query_positions = _staircase(ordinal, starts, token_positions)
+        row_sinks = [sinks_ref[head * group + i].astype(jnp.float32) for i in range(group)]
+        row_sinks = _staircase(ordinal - _staircase(ordinal, starts, starts), list(range(group)), row_sinks)
+        first, last = functools.reduce(jnp.minimum, token_positions), functools.reduce(jnp.maximum, token_positions)
         begin, partial, end = keys.tiles(refs, row, first, last)
         per_split = lax.div(end - begin + splits - 1, splits)
         begin = begin + split * per_split
@@ -237,6 +252,7 @@ def _attend(
 
         def fetch(tile):
             slot = lax.rem(tile - begin, STAGES)
+
             @pl.when(tile < end)
             def _():
                 keys.fetch(refs, row, head, tile, k_smem.at[slot], v_smem.at[slot], ready.at[slot])
@@ -244,9 +260,8 @@ def _attend(
         for i in range(STAGES):
             fetch(begin + i)
 
-        query_positions = _vector(positions_ref, (row, pl.ds(row_tile * rows, rows)), interpret)
         without_sink = jnp.where(split == 0, 0.0, LOWEST)
-        top = jnp.maximum(_vector(sinks_ref, (head, pl.ds(row_tile * rows, rows)), interpret) * LOG2_E + without_sink, LOWEST)
+        top = jnp.maximum(row_sinks * LOG2_E + without_sink, LOWEST)
         total = _laid_out(jnp.broadcast_to(jnp.where(split == 0, 1.0, 0.0), (rows,)), interpret)
         value = _laid_out(jnp.zeros((rows, h), jnp.float32), interpret)
         plgpu.barrier_wait(q_ready)
@@ -258,10 +273,16 @@ def _attend(
             plgpu.barrier_wait(ready.at[slot])
             logits = _logits(q_smem, k, interpret)
             if not whole:
-                key_positions = keys.positions(refs, row, tile, _laid_out(lax.broadcasted_iota(jnp.int32, (rows, KEYS), 1), interpret))
+                key_positions = keys.positions(
+                    refs, row, tile, _laid_out(lax.broadcasted_iota(jnp.int32, (rows, KEYS), 1), interpret)
+                )
                 visible = keys.sees(lax.broadcast_in_dim(query_positions, (rows, KEYS), [0]), key_positions)
                 logits = jnp.where(visible, logits, -jnp.inf)
-                _clean(v, keys.positions(refs, row, tile, _laid_out(lax.broadcasted_iota(jnp.int32, (KEYS, h), 0), interpret)) <= last)
+                _clean(
+                    v,
+                    keys.positions(refs, row, tile, _laid_out(lax.broadcasted_iota(jnp.int32, (KEYS, h), 0), interpret))
+                    <= last,
+                )
             scale = h**-0.5 * LOG2_E
             new_top = jnp.maximum(top, logits.max(axis=1) * scale)
             weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(new_top, (rows, KEYS), [0]))
@@ -298,16 +319,10 @@ def _attend(
         ),
         grid=(b, kv_heads, splits, row_tiles),
         grid_names=("row", "head", "split", "row_tile"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(q, row_positions, row_sinks, bounds, *sources, *scalars)
-    if splits > 1:
-        weights = jnp.exp2(lse - lse.max(axis=2, keepdims=True))
-        out = (out * weights[..., None]).sum(axis=2) / weights.sum(axis=2)[..., None]
-    else:
-        out = out[:, :, 0]
+    )(q, positions, sinks, *sources, *scalars)
+    out = _merged(out, lse)
     return out[:, :, : t * group].reshape(b, kv_heads, t, group, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
@@ -319,11 +334,22 @@ def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _vector(ref: Ref, at: tuple, interpret: Any) -> Array:
-    """A number per query, one of which each thread holds that works on its row."""
-    if interpret is not None:  # the interpreter does not know layouts
-        return ref[at]
-    return _laid_out(plgpu.load(ref, at, optimized=False), interpret)
+def _merged(out: Float[Array, "B K splits R H"], lse: Float[Array, "B K splits R"]) -> Float[Array, "B K R H"]:
+    """The mean of the splits' outputs by their shares of the softmax. Written out, since XLA fuses that into one launch."""
+    splits = range(out.shape[2])
+    if len(splits) == 1:
+        return out[:, :, 0]
+    top = functools.reduce(jnp.maximum, (lse[:, :, i] for i in splits))
+    weights = [jnp.exp2(lse[:, :, i] - top)[..., None] for i in splits]
+    return sum(weights[i] * out[:, :, i] for i in splits) / sum(weights)
+
+
+def _staircase(x: Int32[Array, "R"], starts: list, values: list) -> Array:
+    """For each x the value of the last step that starts at or before it; a number per thread, and no gather."""
+    y = jnp.full(x.shape, values[0])
+    for start, value in zip(starts[1:], values[1:], strict=True):
+        y = jnp.where(x >= start, value, y)
+    return y
 
 
 def _laid_out(x: Array, interpret: Any) -> Array:
