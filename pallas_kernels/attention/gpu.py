@@ -122,7 +122,9 @@ class _Pages(NamedTuple):
         """Starts the copies of a tile."""
         k_pages, v_pages, table = refs
         per_page = self.page_tokens // self.copied
-        for i in range(self.copies):
+
+        @pl.loop(0, self.copies)
+        def _(i: Scalar):
             ordinal = tile * self.copies + i  # of the copy, among the row's
             page = jnp.minimum(lax.div(ordinal, per_page), self.pages_per_row - 1)  # one too many is never visible
             at = (table[row, page], pl.ds(lax.rem(ordinal, per_page) * self.copied, self.copied), head)
@@ -253,7 +255,7 @@ def _attend(
     by_head = q.reshape(b, t, kv_heads, plan.group, h).transpose(0, 2, 1, 3, 4)
     by_head = _padded(by_head.reshape(b, kv_heads, t * plan.group, h), 2, plan.stored)
     shape = (b, kv_heads, plan.splits, by_head.shape[2])
-    out_dtype = jnp.float32 if plan.splits > 1 else q.dtype
+    out_dtype = jnp.dtype(jnp.float32) if plan.splits > 1 else q.dtype
     out, lse = plgpu.kernel(
         functools.partial(_block, plan),
         out_type=(jax.ShapeDtypeStruct((*shape, h), out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
@@ -319,8 +321,7 @@ def _block(
         fetch(tile + STAGES)
         return softmax
 
-    for i in range(STAGES):
-        fetch(begin + i)
+    pl.loop(begin, begin + STAGES)(fetch)
     plgpu.barrier_wait(q_ready)
     softmax = _Softmax.before_keys(queries.sinks, split == 0, plan)
     softmax = lax.fori_loop(begin, partial, functools.partial(add_tile, whole=True), softmax)
