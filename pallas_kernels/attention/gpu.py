@@ -98,6 +98,8 @@ class _Pages(NamedTuple):
     page_tokens: int
     pages_per_row: int
 
+    kernel_name = "paged_attention"
+
     @property
     def copied(self) -> int:
         """Tokens per copy."""
@@ -154,6 +156,7 @@ class _Band(NamedTuple):
     ring_copied: int  # tokens per copy from the ring
     new_copied: int  # and from the new keys
 
+    kernel_name = "banded_attention"
     copies = 1
     splits = 1
 
@@ -203,7 +206,7 @@ class _Band(NamedTuple):
 
     def sees(self, query: Int32[Array, "R Y"], key: Int32[Array, "R Y"]) -> Bool[Array, "R Y"]:
         """See `_Pages.sees`."""
-        return (key <= query) & (query - key < self.window)
+        return (query - key).astype(jnp.uint32) < jnp.uint32(self.window)  # unsigned, a key behind is far before
 
 
 def _copied(tokens: int) -> int:
@@ -272,6 +275,7 @@ def _attend(
         grid_names=("row", "head", "split", "row_tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
+        kernel_name=keys.kernel_name,
     )(by_head, positions, sinks, *stored_keys, where)
     out = _merged(out, lse)[:, :, : t * plan.group]
     return out.reshape(b, kv_heads, t, plan.group, h).transpose(0, 2, 1, 3, 4).reshape(q.shape)
@@ -459,14 +463,11 @@ def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
 
 
 def _merged(out: Float[Array, "B K splits R H"], lse: Float[Array, "B K splits R"]) -> Float[Array, "B K R H"]:
-    """The mean of the splits' outputs by their shares of the softmax; written out, since XLA fuses that into less."""
-    splits = range(out.shape[2])
-    if len(splits) == 1:
+    """The mean of the splits' outputs by their shares of the softmax."""
+    if out.shape[2] == 1:
         return out[:, :, 0]
-    top = functools.reduce(jnp.maximum, (lse[:, :, i] for i in splits))
-    weights = [jnp.exp2(lse[:, :, i] - top)[..., None] for i in splits]
-    total = functools.reduce(jnp.add, weights)
-    return functools.reduce(jnp.add, (weights[i] * out[:, :, i] for i in splits)) / total
+    weights = jnp.exp2(lse - lse.max(axis=2, keepdims=True))[..., None]
+    return (out * weights).sum(axis=2) / weights.sum(axis=2)
 
 
 def _padded(x: Array, axis: int, multiple: int) -> Array:
