@@ -255,6 +255,7 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+"  # its address, in the assembler's listing
 DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another with it
 
 
@@ -329,7 +330,7 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     """What ptxas said of each Mosaic kernel in `folder`, and what its code holds; the files are then deleted."""
     reports = []
     for path in sorted(folder.glob("*.ptxas")):
-        said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass"))
+        said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass*"))
         number = lambda pattern, said=said: max(map(int, re.findall(pattern, said)), default=0)  # noqa: E731
         reports.append(
             {
@@ -338,13 +339,33 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
                 "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
                 "wgmma_serialized": "wgmma" in said.lower() and "serializ" in said.lower(),
                 "tensor_core_instructions": len(re.findall(r"\bHGMMA", code)),
+                "tensor_core_loops": tensor_core_loops(code),
                 "local_memory_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-                "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)),
+                "instructions": len(re.findall(INSTRUCTION, code)),
             }
         )
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
     return reports
+
+
+def tensor_core_loops(code: str) -> list[int]:
+    """Instructions in each innermost loop around tensor core instructions, in the order of the code."""
+    labels, instructions, loops = {}, [], []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(INSTRUCTION + r"(.*)", line):
+            instructions.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*\((\.L\w+)\)", instruction[1])
+            body = range(labels.get(branch[1], len(instructions)) if branch else len(instructions), len(instructions))
+            if any("HGMMA" in instructions[i] for i in body):
+                loops.append(body)
+    innermost: list[range] = []
+    for loop in sorted(loops, key=len):  # what waits for a barrier out of line jumps back into the middle of a loop
+        if all(loop.stop <= other.start or other.stop <= loop.start for other in innermost):
+            innermost.append(loop)
+    return [len(loop) for loop in sorted(innermost, key=lambda loop: loop.start)]
 
 
 # ---- the command ----
@@ -408,6 +429,9 @@ def _kernel_line(report: dict[str, Any]) -> str:
     for kernel in report["kernels"]:
         line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
         line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"
+        line += (
+            f", loops of {' and '.join(map(str, kernel['tensor_core_loops']))}" if kernel["tensor_core_loops"] else ""
+        )
     return line
 
 

@@ -6,14 +6,16 @@ says padding, whose output is 0. The sink is one more logit per query head in th
 A back end is one file beside this one with functions of the same signatures, and one entry in `IMPLEMENTATIONS`.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import gpu, reference
 from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
 from pallas_kernels.choice import Choice, Hardware, best, by_name
+from pallas_kernels.interpreter import InterpretGPUParams
 
 
 @runtime_checkable
@@ -65,6 +67,11 @@ def _with_gradient(paged: PagedAttention, banded: BandedAttention) -> Attention:
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": _with_gradient(reference.paged_attention, reference.banded_attention),
     "cpu": _with_gradient(cpu.paged_attention, cpu.banded_attention),
+    "gpu": _with_gradient(gpu.paged_attention, gpu.banded_attention),
+    "gpu-interpreted": _with_gradient(
+        functools.partial(gpu.paged_attention, interpret=InterpretGPUParams()),
+        functools.partial(gpu.banded_attention, interpret=InterpretGPUParams()),
+    ),
 }
 
 
