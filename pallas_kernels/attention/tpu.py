@@ -98,7 +98,7 @@ def paged_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((steps, heads.groups, heads.group * tile, heads.lanes), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True),
         name="paged_attention",
         interpret=interpret or False,
     )(
@@ -147,12 +147,19 @@ def _paged_kernel(
         count = jnp.clip((highest[of_step] + page) // page - i * block_pages, 0, block_pages)
 
         def of_page(n, _):
-            at = its_table[0, 0, i * block_pages + n]
+            at = jnp.clip(its_table[0, 0, i * block_pages + n], 0, k_pages.shape[0] - 1)
             place = pl.ds(pl.multiple_of(n * page, page), page)
             for pages, buffer in ((k_pages, k_buffer), (v_pages, v_buffer)):
                 act(pltpu.make_async_copy(pages.at[at], buffer.at[half, place], arrived.at[half]))
 
-        lax.fori_loop(0, count, of_page, None)
+        @pl.when(count == block_pages)  # nearly always: without a loop, a copy starts every few cycles
+        def _():
+            for n in range(block_pages):
+                of_page(n, None)
+
+        @pl.when(count < block_pages)
+        def _():
+            lax.fori_loop(0, count, of_page, None)
 
     start = functools.partial(each_copy, lambda copy: copy.start())
     wait = functools.partial(each_copy, lambda copy: copy.wait())
@@ -294,23 +301,30 @@ def _banded_kernel(
 
     def add(k, v, position_of: Callable):
         """Adds keys and values, the n-th of which stands at `position_of(n)`."""
-        count = k.shape[1]
+        count = k.shape[0]
         key = position_of(lax.broadcasted_iota(jnp.int32, (1, count), 1))
         distance = heads.by_query(positions[0]) - key
         held = position_of(lax.broadcasted_iota(jnp.int32, (count, 1), 0))
         seen = (distance >= 0) & (distance < window) & (key >= 0)
-        softmax.add(k.at[0], v.at[0], seen, (held >= 0) & (held <= last))
+        softmax.add(k, v, seen, (held >= 0) & (held <= last))
 
-    @pl.when(tile == 0)
-    def _():
-        newest = lax.rem(first, window)  # the slot that token `first` will take, with the oldest token in it
-        add(k_ring, v_ring, lambda slot: first - newest + slot - jnp.where(slot < newest, 0, window))
+    oldest = lax.rem(first, window)  # its slot, which token `first` will take
+    if tokens == 1:  # as if it had been taken: one block of keys
+        slots = lax.broadcasted_iota(jnp.int32, k_ring.shape[1:], 0)
+        k, v = (jnp.where(slots == oldest, own[0], ring[0]) for own, ring in ((k_own, k_ring), (v_own, v_ring)))
+        add(k, v, lambda slot: first - oldest + slot - jnp.where(slot <= oldest, 0, window))
+    else:
 
-    @pl.when(tile > 0)
-    def _():
-        add(k_before, v_before, lambda n: first + (tile - 1) * tokens + n)
+        @pl.when(tile == 0)
+        def _():
+            in_slot = lambda slot: first - oldest + slot - jnp.where(slot < oldest, 0, window)  # noqa: E731
+            add(k_ring.at[0], v_ring.at[0], in_slot)
 
-    add(k_own, v_own, lambda n: first + tile * tokens + n)
+        @pl.when(tile > 0)
+        def _():
+            add(k_before.at[0], v_before.at[0], lambda n: first + (tile - 1) * tokens + n)
+
+        add(k_own.at[0], v_own.at[0], lambda n: first + tile * tokens + n)
     softmax.finish(out, positions)
 
 
@@ -363,24 +377,23 @@ class _Heads(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """A softmax under way, in VMEM (as `reference.Softmax`), for all groups of heads of one query tile."""
+    """A softmax under way, in VMEM (as `reference.Softmax`), for all groups of heads of one query tile.
+
+    What there is one of for each row fills a register's lanes, so that it meets logits and values without a broadcast.
+    """
 
     heads: _Heads
     q: Float[Array, "groups rows lanes"]  # each row has one head's lanes, and zeros
-    top: Float[Array, "groups rows 1"]  # largest logit
-    total: Float[Array, "groups rows 1"]  # sum of 2^(logit - top)
+    top: Float[Array, "groups rows 128"]  # largest logit
+    total: Float[Array, "groups rows 128"]  # sum of 2^(logit - top)
     value: Float[Array, "groups rows lanes"]  # sum of 2^(logit - top) * value; of use in the row's own head's lanes
 
     @classmethod
     def scratch(cls, heads: _Heads, tile: int, dtype: jnp.dtype) -> list:
         rows = heads.packed * heads.group * tile
-        shape, column = (heads.groups, rows, heads.lanes), (heads.groups, rows, 1)
-        return [
-            pltpu.VMEM(shape, dtype),
-            pltpu.VMEM(column, jnp.float32),
-            pltpu.VMEM(column, jnp.float32),
-            pltpu.VMEM(shape, jnp.float32),
-        ]
+        by_lane, by_row = (heads.groups, rows, heads.lanes), (heads.groups, rows, LANES)
+        kinds = ((by_lane, dtype), (by_row, jnp.float32), (by_row, jnp.float32), (by_lane, jnp.float32))
+        return [pltpu.VMEM(*kind) for kind in kinds]
 
     def begin(self, q, sinks):
         """Takes the query tile in; the sinks are the only logits, and have no values."""
@@ -391,7 +404,7 @@ class _Softmax(NamedTuple):
             sink = sinks[j]
             if tile > 1:
                 sink = jnp.concatenate([jnp.broadcast_to(sink[n : n + 1], (tile, 1)) for n in range(len(sink))])
-            self.top[j] = sink
+            self.top[j] = jnp.broadcast_to(sink, self.top.shape[1:])
         self.total[...] = jnp.ones_like(self.total)
         self.value[...] = jnp.zeros_like(self.value)
 
@@ -415,10 +428,11 @@ class _Softmax(NamedTuple):
                 values = jnp.where(held, values, jnp.zeros_like(values))
             before = self.top[j]
             top = jnp.maximum(before, logits.max(1, keepdims=True))
-            weights, shrink = jnp.exp2(logits - top), jnp.exp2(before - top)
+            weights, shrink = jnp.exp2(logits - _widen(top, logits.shape[1])), jnp.exp2(before - top)
             self.top[j] = top
             self.total[j] = self.total[j] * shrink + weights.sum(1, keepdims=True)
-            self.value[j] = self.value[j] * shrink + product(weights.astype(v.dtype), values, (((1,), (0,)), ((), ())))
+            value = product(weights.astype(v.dtype), values, (((1,), (0,)), ((), ())))
+            self.value[j] = self.value[j] * _widen(shrink, heads.lanes) + value
 
     def finish(self, out, positions):
         """Writes the weighted means, the heads of a group side by side again, and zeros for padding."""
@@ -426,9 +440,16 @@ class _Softmax(NamedTuple):
         rows = out.shape[2]
         real = heads.by_query(positions[0])[:rows] >= 0
         for j in range(heads.groups):
-            mean = self.value[j] / self.total[j]
+            mean = self.value[j] / _widen(self.total[j], heads.lanes)
             parts = [self._own_lanes(n, mean[n * rows : (n + 1) * rows]) for n in range(heads.packed)]
             out[0, j] = jnp.where(real, sum(parts[1:], start=parts[0]), 0.0)
+
+
+def _widen(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
+    """x, all of whose lanes are alike, over `width` lanes."""
+    if width % LANES:
+        return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+    return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
 def _paged_tile(tokens: int) -> int:
