@@ -1,4 +1,4 @@
-"""attention for TPUs: a flash softmax (Pallas) whose keys and values stay in HBM and pass through VMEM once a query tile.
+"""attention for TPUs: a flash softmax (Pallas); keys and values stay in HBM and pass through VMEM once a query tile.
 
 Paged: a grid step is a tile of one row's queries. It copies the row's own pages, a block of several at a time and all
 heads of a page in one piece, into one half of a buffer while the other half is attended to; at its end it already
@@ -13,18 +13,17 @@ zeros as it would for a head alone, and nothing is ever shifted between lanes. L
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 LANES = 128
-KEYS_PER_BLOCK = 512  # one megabyte of bfloat16 keys and values: a copy long enough to hide what starting it costs
-QUERIES_PER_TILE = 64  # 512 rows for each key/value head: enough products for each byte of keys
+UNROLLED_PAGES = 8  # copies started, or awaited, by one turn of a loop: a third of the time
 VMEM_BYTES = 48 * 2**20  # more than any tile takes, less than the smallest memory (64 MiB) among those compiled for
 
 
@@ -38,11 +37,14 @@ def paged_attention(
     *,
     interpret: pltpu.InterpretParams | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.PagedAttention`. bfloat16 weights of the softmax are rounded before they meet values.
+    """See `pallas_kernels.attention.PagedAttention`.
+
+    Products of float32 have float32's precision. In bfloat16 logits and sums are float32, and the softmax's weights
+    are rounded to bfloat16 before they meet the values.
 
     Args:
-        q: queries; all arrays but the positions are of one dtype, float32 (products as exact as the device's) or bfloat16.
-        k_pages: keys. Reshaped to [P, S, K H], which is free only where the pool is stored so.
+        q: queries, float32 or bfloat16.
+        k_pages: keys, of the same dtype. Reshaped to [P, S, K H], which is free where the pool is stored so.
         v_pages: values, likewise.
         page_table: page of each run of S tokens.
         positions: of the queries; -1 is padding.
@@ -57,14 +59,13 @@ def paged_attention(
     if interpret is None and page % _sublanes(k_pages.dtype):
         raise ValueError(f"attention: k_pages has {page} tokens a page, expected a multiple of 16 (float32: of 8)")
     heads = _Heads.of(q, kv_heads)
-    tile = _paged_tile(q.shape[1])
-    positions = _pad_tokens(positions, tile, -1)
-    tiles = positions.reshape(-1, tile)
+    tile, block = _paged_tile(q.shape[1])
+    tiles = _pad_tokens(positions, tile, -1).reshape(-1, tile)
     rows, steps = q.shape[0], len(tiles)
     tiles_per_row = steps // rows
     lowest, highest = jnp.where(tiles < 0, jnp.iinfo(jnp.int32).max, tiles).min(1), tiles.max(1)
     lowest = jnp.where(highest < 0, -1, lowest)  # padding alone is not to be taken for the end of a long row
-    block_pages = min(-(-KEYS_PER_BLOCK // page), page_table.shape[1])
+    block_pages = min(-(-block // page), page_table.shape[1])
 
     def table_of(step_of: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -90,7 +91,7 @@ def paged_attention(
             ],
             out_specs=by_step(heads.groups, heads.group * tile, heads.lanes),
             scratch_shapes=[
-                *_Softmax.scratch(heads, tile, q.dtype),
+                _State.scratch(heads, tile, q.dtype),
                 buffer,
                 buffer,
                 pltpu.SemaphoreType.DMA((2,)),
@@ -98,7 +99,11 @@ def paged_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((steps, heads.groups, heads.group * tile, heads.lanes), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),  # each step starts the next one's first copies
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # starting a copy takes a third of the time; the pages' numbers are clipped
+        ),
         name="paged_attention",
         interpret=interpret or False,
     )(
@@ -126,10 +131,7 @@ def _paged_kernel(
     k_pages,
     v_pages,
     out,
-    rows,
-    top,
-    total,
-    value,
+    state: "_State",
     k_buffer,
     v_buffer,
     arrived,
@@ -152,14 +154,13 @@ def _paged_kernel(
             for pages, buffer in ((k_pages, k_buffer), (v_pages, v_buffer)):
                 act(pltpu.make_async_copy(pages.at[at], buffer.at[half, place], arrived.at[half]))
 
-        @pl.when(count == block_pages)  # nearly always: without a loop, a copy starts every few cycles
-        def _():
-            for n in range(block_pages):
-                of_page(n, None)
+        def of_pages(n, _):
+            for m in range(UNROLLED_PAGES):
+                of_page(n * UNROLLED_PAGES + m, None)
 
-        @pl.when(count < block_pages)
-        def _():
-            lax.fori_loop(0, count, of_page, None)
+        whole = count // UNROLLED_PAGES
+        lax.fori_loop(0, whole, of_pages, None)
+        lax.fori_loop(whole * UNROLLED_PAGES, count, of_page, None)
 
     start = functools.partial(each_copy, lambda copy: copy.start())
     wait = functools.partial(each_copy, lambda copy: copy.wait())
@@ -169,7 +170,7 @@ def _paged_kernel(
         half[0] = 0
         start(step, table, 0, 0)
 
-    softmax = _Softmax(heads, rows, top, total, value)
+    softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
     blocks = jnp.maximum(1, (highest[step] + block) // block)  # a row without tokens takes part, and copies nothing
     seen_by_all = jnp.minimum(blocks, (lowest[step] + 1) // block)
@@ -184,12 +185,16 @@ def _paged_kernel(
             start(step + 1, next_table, 0, 1 - half)
 
         wait(step, table, i, half)
-        if masked:
-            key = i * block + lax.broadcasted_iota(jnp.int32, (1, block), 1)
-            held = i * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0) <= highest[step]
-            softmax.add(k_buffer.at[half], v_buffer.at[half], key <= heads.by_query(positions[0]), held)
-        else:
-            softmax.add(k_buffer.at[half], v_buffer.at[half])
+        if not masked:
+            softmax.add(lambda lanes: (k_buffer[half, :, lanes], v_buffer[half, :, lanes]))
+            return 1 - half
+
+        keys = i * block + lax.broadcasted_iota(jnp.int32, (1, block), 1)
+        held = i * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0) <= highest[step]
+        softmax.add(
+            lambda lanes: (k_buffer[half, :, lanes], _only(held, v_buffer[half, :, lanes])),
+            visible=keys <= heads.by_query(positions[0]),
+        )
         return 1 - half
 
     half_now = lax.fori_loop(0, seen_by_all, functools.partial(add_block, False), half[0])
@@ -249,7 +254,7 @@ def banded_attention(
                 own,
             ],
             out_specs=by_tile(heads.groups, heads.group * tile, heads.lanes),
-            scratch_shapes=_Softmax.scratch(heads, tile, q.dtype),
+            scratch_shapes=[_State.scratch(heads, tile, q.dtype)],
         ),
         out_shape=jax.ShapeDtypeStruct((len(tiles), heads.groups, heads.group * tile, heads.lanes), jnp.float32),
         compiler_params=pltpu.CompilerParams(
@@ -286,45 +291,51 @@ def _banded_kernel(
     k_own,
     v_own,
     out,
-    rows,
-    top,
-    total,
-    value,
+    state: "_State",
     *,
     heads: "_Heads",
 ):
     row, tile = pl.program_id(0), pl.program_id(1)
     first, last = start[row], highest[row]
     window, tokens = k_ring.shape[1], k_own.shape[1]
-    softmax = _Softmax(heads, rows, top, total, value)
+    softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
 
-    def add(k, v, position_of: Callable):
-        """Adds keys and values, the n-th of which stands at `position_of(n)`."""
-        count = k.shape[0]
-        key = position_of(lax.broadcasted_iota(jnp.int32, (1, count), 1))
-        distance = heads.by_query(positions[0]) - key
-        held = position_of(lax.broadcasted_iota(jnp.int32, (count, 1), 0))
-        seen = (distance >= 0) & (distance < window) & (key >= 0)
-        softmax.add(k, v, seen, (held >= 0) & (held <= last))
+    def add(count: int, load: Callable, position_of: Callable):
+        """Adds `count` keys and values, the n-th of which stands at `position_of(n)`."""
+        keys = position_of(lax.broadcasted_iota(jnp.int32, (1, count), 1))
+        distance = heads.by_query(positions[0]) - keys
+        place = position_of(lax.broadcasted_iota(jnp.int32, (count, 1), 0))
+        held = (place >= 0) & (place <= last)
 
+        def held_only(lanes):
+            k, v = load(lanes)
+            return k, _only(held, v)
+
+        softmax.add(held_only, visible=(distance >= 0) & (distance < window) & (keys >= 0))
+
+    of_ring = lambda lanes: (k_ring[0, :, lanes], v_ring[0, :, lanes])  # noqa: E731
+    of_tile_before = lambda lanes: (k_before[0, :, lanes], v_before[0, :, lanes])  # noqa: E731
+    of_tile = lambda lanes: (k_own[0, :, lanes], v_own[0, :, lanes])  # noqa: E731
     oldest = lax.rem(first, window)  # its slot, which token `first` will take
     if tokens == 1:  # as if it had been taken: one block of keys
-        slots = lax.broadcasted_iota(jnp.int32, k_ring.shape[1:], 0)
-        k, v = (jnp.where(slots == oldest, own[0], ring[0]) for own, ring in ((k_own, k_ring), (v_own, v_ring)))
-        add(k, v, lambda slot: first - oldest + slot - jnp.where(slot <= oldest, 0, window))
+
+        def of_ring_then(lanes):
+            taken = lax.broadcasted_iota(jnp.int32, (window, 1), 0) == oldest
+            return tuple(jnp.where(taken, new, old) for new, old in zip(of_tile(lanes), of_ring(lanes), strict=True))
+
+        add(window, of_ring_then, lambda slot: first - oldest + slot - jnp.where(slot <= oldest, 0, window))
     else:
 
         @pl.when(tile == 0)
         def _():
-            in_slot = lambda slot: first - oldest + slot - jnp.where(slot < oldest, 0, window)  # noqa: E731
-            add(k_ring.at[0], v_ring.at[0], in_slot)
+            add(window, of_ring, lambda slot: first - oldest + slot - jnp.where(slot < oldest, 0, window))
 
         @pl.when(tile > 0)
         def _():
-            add(k_before.at[0], v_before.at[0], lambda n: first + (tile - 1) * tokens + n)
+            add(tokens, of_tile_before, lambda n: first + (tile - 1) * tokens + n)
 
-        add(k_own.at[0], v_own.at[0], lambda n: first + tile * tokens + n)
+        add(tokens, of_tile, lambda n: first + tile * tokens + n)
     softmax.finish(out, positions)
 
 
@@ -376,73 +387,95 @@ class _Heads(NamedTuple):
         return jnp.broadcast_to(x, (copies, 1)) if x.shape[0] == 1 else jnp.concatenate([x] * copies)
 
 
-class _Softmax(NamedTuple):
-    """A softmax under way, in VMEM (as `reference.Softmax`), for all groups of heads of one query tile.
+class _State(NamedTuple):
+    """What a softmax under way holds in VMEM (as `reference.Softmax`), for all groups of heads of one query tile.
 
     What there is one of for each row fills a register's lanes, so that it meets logits and values without a broadcast.
     """
 
-    heads: _Heads
-    q: Float[Array, "groups rows lanes"]  # each row has one head's lanes, and zeros
-    top: Float[Array, "groups rows 128"]  # largest logit
-    total: Float[Array, "groups rows 128"]  # sum of 2^(logit - top)
-    value: Float[Array, "groups rows lanes"]  # sum of 2^(logit - top) * value; of use in the row's own head's lanes
+    q: Any  # [groups, rows, lanes]: each row has one head's lanes, and zeros
+    top: Any  # [groups, rows, 128], float32: largest logit
+    total: Any  # [groups, rows, 128], float32: sum of 2^(logit - top)
+    value: Any  # [groups, rows, lanes], float32: sum of 2^(logit - top) * value; of use in the row's own head's lanes
 
     @classmethod
-    def scratch(cls, heads: _Heads, tile: int, dtype: jnp.dtype) -> list:
+    def scratch(cls, heads: _Heads, tile: int, dtype: jnp.dtype) -> "_State":
         rows = heads.packed * heads.group * tile
         by_lane, by_row = (heads.groups, rows, heads.lanes), (heads.groups, rows, LANES)
         kinds = ((by_lane, dtype), (by_row, jnp.float32), (by_row, jnp.float32), (by_lane, jnp.float32))
-        return [pltpu.VMEM(*kind) for kind in kinds]
+        return cls(*(pltpu.VMEM(*kind) for kind in kinds))
+
+
+class _Softmax(NamedTuple):
+    """The steps of a softmax, each for all groups of heads of one query tile."""
+
+    heads: _Heads
+    state: _State
 
     def begin(self, q, sinks):
         """Takes the query tile in; the sinks are the only logits, and have no values."""
-        heads = self.heads
-        tile = self.q.shape[1] // (heads.packed * heads.group)
+        heads, state = self
+        tile = state.q.shape[1] // (heads.packed * heads.group)
         for j in range(heads.groups):
-            self.q[j] = jnp.concatenate([self._own_lanes(n, q[0, j]) for n in range(heads.packed)])
+            state.q[j] = jnp.concatenate([self._own_lanes(n, q[0, j]) for n in range(heads.packed)])
             sink = sinks[j]
             if tile > 1:
                 sink = jnp.concatenate([jnp.broadcast_to(sink[n : n + 1], (tile, 1)) for n in range(len(sink))])
-            self.top[j] = jnp.broadcast_to(sink, self.top.shape[1:])
-        self.total[...] = jnp.ones_like(self.total)
-        self.value[...] = jnp.zeros_like(self.value)
+            state.top[j] = jnp.broadcast_to(sink, state.top.shape[1:])
+        state.total[...] = jnp.ones_like(state.total)
+        state.value[...] = jnp.zeros_like(state.value)
 
     def _own_lanes(self, n: int, x: Float[Array, "rows lanes"]) -> Float[Array, "rows lanes"]:
         """x with zeros in all lanes but those of the n-th head of a group."""
-        head = lax.broadcasted_iota(jnp.int32, x.shape, 1) // self.heads.size
-        return jnp.where(head == n, x, jnp.zeros_like(x))
+        return _only(lax.broadcasted_iota(jnp.int32, x.shape, 1) // self.heads.size == n, x)
 
-    def add(self, k, v, visible=None, held=None):
-        """Takes in a block of keys and values, those `visible` to each row; values not `held` may be NaN."""
-        heads = self.heads
-        exact = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
-        product = functools.partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
-        for j in range(heads.groups):
-            lanes = slice(j * heads.lanes, (j + 1) * heads.lanes)
-            logits = product(self.q[j], k[:, lanes], (((1,), (1,)), ((), ())))
-            logits *= heads.size**-0.5 * math.log2(math.e)
-            values = v[:, lanes]
+    def add(self, load: Callable, *, visible: Bool[Array, "rows keys"] | None = None):
+        """Takes in a block of keys and values, those `visible` to each row.
+
+        Args:
+            load: gives one group's keys and values, [keys, lanes], when told which lanes. No value may be NaN.
+            visible: None if every row sees every key.
+        """
+        heads, state = self
+
+        def add_group(j, _):
+            k, v = load(pl.ds(pl.multiple_of(j * heads.lanes, heads.lanes), heads.lanes))
+            logits = _product(state.q[j], k, contracted=1) * (heads.size**-0.5 * math.log2(math.e))
             if visible is not None:
                 logits = jnp.where(visible, logits, -jnp.inf)
-                values = jnp.where(held, values, jnp.zeros_like(values))
-            before = self.top[j]
+            before = state.top[j]
             top = jnp.maximum(before, logits.max(1, keepdims=True))
             weights, shrink = jnp.exp2(logits - _widen(top, logits.shape[1])), jnp.exp2(before - top)
-            self.top[j] = top
-            self.total[j] = self.total[j] * shrink + weights.sum(1, keepdims=True)
-            value = product(weights.astype(v.dtype), values, (((1,), (0,)), ((), ())))
-            self.value[j] = self.value[j] * _widen(shrink, heads.lanes) + value
+            state.top[j] = top
+            state.total[j] = state.total[j] * shrink + weights.sum(1, keepdims=True)
+            value = _product(weights.astype(v.dtype), v, contracted=0)
+            state.value[j] = state.value[j] * _widen(shrink, heads.lanes) + value
+
+        # A few rows are too little work to fill the pipeline; many rows fill it, and would take minutes to compile.
+        few = state.q.shape[1] <= LANES
+        lax.fori_loop(0, heads.groups, add_group, None, unroll=heads.groups if few else 1)
 
     def finish(self, out, positions):
         """Writes the weighted means, the heads of a group side by side again, and zeros for padding."""
-        heads = self.heads
+        heads, state = self
         rows = out.shape[2]
         real = heads.by_query(positions[0])[:rows] >= 0
         for j in range(heads.groups):
-            mean = self.value[j] / _widen(self.total[j], heads.lanes)
+            mean = state.value[j] / _widen(state.total[j], heads.lanes)
             parts = [self._own_lanes(n, mean[n * rows : (n + 1) * rows]) for n in range(heads.packed)]
-            out[0, j] = jnp.where(real, sum(parts[1:], start=parts[0]), 0.0)
+            out[0, j] = _only(real, sum(parts[1:], start=parts[0]))
+
+
+def _product(x: Float[Array, "rows inner"], y: Array, *, contracted: int) -> Float[Array, "rows columns"]:
+    """x times y, [columns, inner] or [inner, columns], summed in float32, over y's axis `contracted`."""
+    exact = lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+    axes = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(x, y, axes, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _only(where: Bool[Array, "..."], x: Array) -> Array:
+    """x where it is wanted, else zero, even in place of NaN."""
+    return jnp.where(where, x, jnp.zeros_like(x))
 
 
 def _widen(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
@@ -452,9 +485,14 @@ def _widen(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def _paged_tile(tokens: int) -> int:
-    """Query tokens of a grid step: one when decoding, else whole registers of rows (16 in bfloat16)."""
-    return 1 if tokens == 1 else min(_round_up(tokens, 16), QUERIES_PER_TILE)
+def _paged_tile(tokens: int) -> tuple[int, int]:
+    """Query tokens of a grid step and keys of a block.
+
+    Decoding waits for copies, so that a block is 2 MiB (of the real models, in bfloat16): what memory delivers in the
+    microsecond that a copy takes to begin. A prompt waits for the vector unit: 64 tokens are enough products for each
+    byte of keys, and more of either only overflow the registers. Tiles are whole registers of rows (16 in bfloat16).
+    """
+    return (1, 1024) if tokens == 1 else (min(_round_up(tokens, 16), 64), 512)
 
 
 def _banded_tile(tokens: int, window: int) -> int:
