@@ -6,12 +6,14 @@ says padding, whose output is 0. The sink is one more logit per query head in th
 A back end is one file beside this one with functions of the same signatures, and one entry in `IMPLEMENTATIONS`.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, tpu
 from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 
@@ -65,6 +67,11 @@ def _with_gradient(paged: PagedAttention, banded: BandedAttention) -> Attention:
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": _with_gradient(reference.paged_attention, reference.banded_attention),
     "cpu": _with_gradient(cpu.paged_attention, cpu.banded_attention),
+    "tpu": _with_gradient(tpu.paged_attention, tpu.banded_attention),
+    "tpu-interpreted": _with_gradient(
+        functools.partial(tpu.paged_attention, interpret=pltpu.InterpretParams()),
+        functools.partial(tpu.banded_attention, interpret=pltpu.InterpretParams()),
+    ),
 }
 
 

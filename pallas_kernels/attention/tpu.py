@@ -69,7 +69,9 @@ def paged_attention(
 
     def table_of(step_of: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (1, 1, page_table.shape[1]), lambda s, *_: (step_of(s) // tiles_per_row, 0, 0), memory_space=pltpu.SMEM
+            (1, 1, page_table.shape[1]),
+            lambda s, *_: (lax.div(step_of(s), tiles_per_row), 0, 0),
+            memory_space=pltpu.SMEM,
         )
 
     by_step = lambda *block: pl.BlockSpec((1, *block), lambda s, *_: (s, *(0 for _ in block)))  # noqa: E731
@@ -146,7 +148,7 @@ def _paged_kernel(
 
     def each_copy(act: Callable, of_step, its_table, i, half):
         """Acts on the copies of block `i`'s pages, those that the row really has."""
-        count = jnp.clip((highest[of_step] + page) // page - i * block_pages, 0, block_pages)
+        count = jnp.clip(lax.div(highest[of_step] + page, page) - i * block_pages, 0, block_pages)
 
         def of_page(n, _):
             at = jnp.clip(its_table[0, 0, i * block_pages + n], 0, k_pages.shape[0] - 1)
@@ -158,7 +160,7 @@ def _paged_kernel(
             for m in range(UNROLLED_PAGES):
                 of_page(n * UNROLLED_PAGES + m, None)
 
-        whole = count // UNROLLED_PAGES
+        whole = lax.div(count, UNROLLED_PAGES)
         lax.fori_loop(0, whole, of_pages, None)
         lax.fori_loop(whole * UNROLLED_PAGES, count, of_page, None)
 
@@ -172,10 +174,12 @@ def _paged_kernel(
 
     softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
-    blocks = jnp.maximum(1, (highest[step] + block) // block)  # a row without tokens takes part, and copies nothing
-    seen_by_all = jnp.minimum(blocks, (lowest[step] + 1) // block)
+    blocks = jnp.maximum(
+        1, lax.div(highest[step] + block, block)
+    )  # a row without tokens takes part, and copies nothing
+    seen_by_all = jnp.minimum(blocks, lax.div(lowest[step] + 1, block))
 
-    def add_block(masked: bool, i, half):
+    def add_block(i, half):
         @pl.when(i + 1 < blocks)
         def _():
             start(step, table, i + 1, 1 - half)
@@ -185,20 +189,23 @@ def _paged_kernel(
             start(step + 1, next_table, 0, 1 - half)
 
         wait(step, table, i, half)
-        if not masked:
-            softmax.add(lambda lanes: (k_buffer[half, :, lanes], v_buffer[half, :, lanes]))
-            return 1 - half
 
-        keys = i * block + lax.broadcasted_iota(jnp.int32, (1, block), 1)
-        held = i * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0) <= highest[step]
-        softmax.add(
-            lambda lanes: (k_buffer[half, :, lanes], _only(held, v_buffer[half, :, lanes])),
-            visible=keys <= heads.by_query(positions[0]),
-        )
+        @pl.when(i < seen_by_all)
+        def _():
+            softmax.add(lambda lanes: (k_buffer[half, :, lanes], v_buffer[half, :, lanes]))
+
+        @pl.when(i >= seen_by_all)
+        def _():
+            keys = i * block + lax.broadcasted_iota(jnp.int32, (1, block), 1)
+            held = i * block + lax.broadcasted_iota(jnp.int32, (block, 1), 0) <= highest[step]
+            softmax.add(
+                lambda lanes: (k_buffer[half, :, lanes], _only(held, v_buffer[half, :, lanes])),
+                visible=keys <= heads.by_query(positions[0]),
+            )
+
         return 1 - half
 
-    half_now = lax.fori_loop(0, seen_by_all, functools.partial(add_block, False), half[0])
-    half[0] = lax.fori_loop(seen_by_all, blocks, functools.partial(add_block, True), half_now)
+    half[0] = lax.fori_loop(0, blocks, add_block, half[0])
     softmax.finish(out, positions)
 
 
@@ -379,7 +386,9 @@ class _Heads(NamedTuple):
         return out.reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
 
     def split_sinks(self, sinks: Float[Array, "N"]) -> Float[Array, "groups heads 1"]:
-        return sinks.astype(jnp.float32).reshape(self.groups, self.packed * self.group, 1) * math.log2(math.e)
+        """The sinks as logits in powers of two; one of minus infinity, which takes nothing, stays a number."""
+        finite = jnp.maximum(sinks.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
+        return finite.reshape(self.groups, self.packed * self.group, 1) * math.log2(math.e)
 
     def by_query(self, x: Array) -> Array:
         """[T, 1], one for each token, as one for each row of a group: [packed * group * T, 1]."""
@@ -416,18 +425,22 @@ class _Softmax(NamedTuple):
         """Takes the query tile in; the sinks are the only logits, and have no values."""
         heads, state = self
         tile = state.q.shape[1] // (heads.packed * heads.group)
-        for j in range(heads.groups):
+
+        def begin_group(j, _):
             state.q[j] = jnp.concatenate([self._own_lanes(n, q[0, j]) for n in range(heads.packed)])
             sink = sinks[j]
             if tile > 1:
                 sink = jnp.concatenate([jnp.broadcast_to(sink[n : n + 1], (tile, 1)) for n in range(len(sink))])
             state.top[j] = jnp.broadcast_to(sink, state.top.shape[1:])
-        state.total[...] = jnp.ones_like(state.total)
-        state.value[...] = jnp.zeros_like(state.value)
+            state.total[j] = jnp.ones_like(state.total[j])
+            state.value[j] = jnp.zeros_like(state.value[j])
+
+        self._each_group(begin_group)
 
     def _own_lanes(self, n: int, x: Float[Array, "rows lanes"]) -> Float[Array, "rows lanes"]:
         """x with zeros in all lanes but those of the n-th head of a group."""
-        return _only(lax.broadcasted_iota(jnp.int32, x.shape, 1) // self.heads.size == n, x)
+        lane, size = lax.broadcasted_iota(jnp.int32, x.shape, 1), self.heads.size
+        return _only((lane >= n * size) & (lane < (n + 1) * size), x)
 
     def add(self, load: Callable, *, visible: Bool[Array, "rows keys"] | None = None):
         """Takes in a block of keys and values, those `visible` to each row.
@@ -451,19 +464,25 @@ class _Softmax(NamedTuple):
             value = _product(weights.astype(v.dtype), v, contracted=0)
             state.value[j] = state.value[j] * _widen(shrink, heads.lanes) + value
 
-        # A few rows are too little work to fill the pipeline; many rows fill it, and would take minutes to compile.
-        few = state.q.shape[1] <= LANES
-        lax.fori_loop(0, heads.groups, add_group, None, unroll=heads.groups if few else 1)
+        self._each_group(add_group)
 
     def finish(self, out, positions):
         """Writes the weighted means, the heads of a group side by side again, and zeros for padding."""
         heads, state = self
         rows = out.shape[2]
         real = heads.by_query(positions[0])[:rows] >= 0
-        for j in range(heads.groups):
+
+        def finish_group(j, _):
             mean = state.value[j] / _widen(state.total[j], heads.lanes)
             parts = [self._own_lanes(n, mean[n * rows : (n + 1) * rows]) for n in range(heads.packed)]
             out[0, j] = _only(real, sum(parts[1:], start=parts[0]))
+
+        self._each_group(finish_group)
+
+    def _each_group(self, act: Callable):
+        """A few rows are too little work to fill the pipeline; many rows fill it, and would take minutes to compile."""
+        groups, rows = self.state.q.shape[:2]
+        lax.fori_loop(0, groups, act, None, unroll=groups if rows <= LANES else 1)
 
 
 def _product(x: Float[Array, "rows inner"], y: Array, *, contracted: int) -> Float[Array, "rows columns"]:
