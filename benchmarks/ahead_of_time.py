@@ -317,11 +317,8 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     laid_out = sharding.make(None, devices(target))
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
-    if target.platform == "gpu":
-        kernels = assembler_reports(Path(os.environ[DUMP_TO]))
-    else:
-        calls = re.findall(r'custom_call_target="(tpu_custom_call)"', compiled.as_text())
-        kernels = [{"kernel": name} for name in calls]
+    folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
+    kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
     temporaries_mib = round(memory(compiled).temporaries / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
@@ -366,6 +363,27 @@ def tensor_core_loops(code: str) -> list[int]:
         if all(loop.stop <= other.start or other.stop <= loop.start for other in innermost):
             innermost.append(loop)
     return [len(loop) for loop in sorted(innermost, key=lambda loop: loop.start)]
+
+
+def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
+    """The static cost of each TPU kernel in `compiled`, from the dumps in `folder`; the files are then deleted.
+
+    A bundle is what a TPU's core issues in one cycle, unless it waits. The longest runs without a branch are a kernel's
+    inner loops: of attention, what it does with a block of keys (of decoding, first masked, then not).
+    """
+    reports = []
+    for name in re.findall(r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"", compiled):
+        (path,) = folder.glob(f"*-{name}-*[0-9]-final_bundles.txt")
+        runs = [0]
+        for line in path.read_text().splitlines():
+            if re.match(r"\s*(0x[0-9a-f]+|0)\s[^{]*\{", line):
+                runs[-1] += 1
+            if "sbr.rel" in line or re.match(r"\s*0x[0-9a-f]+\s+(LB|PF|PB)\b", line):
+                runs.append(0)
+        reports.append({"kernel": name, "bundles": sum(runs), "longest_runs": sorted(runs)[:-4:-1]})
+    for path in glob.glob(f"{folder}/*"):
+        os.remove(path)
+    return reports
 
 
 # ---- the command ----
@@ -424,9 +442,10 @@ def _fit_line(report: dict[str, Any]) -> str:
 
 def _kernel_line(report: dict[str, Any]) -> str:
     line = f"{report['target']:7} {report['case']:62} {report['temporaries_mib']:9.2f} MiB"
-    if TARGETS[report["target"]].platform == "tpu":
-        return f"{line}; {len(report['kernels'])} kernels"
     for kernel in report["kernels"]:
+        if TARGETS[report["target"]].platform == "tpu":
+            line += f"; {kernel['bundles']} bundles, longest runs {kernel['longest_runs']}"
+            continue
         line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
         line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"
         line += (
@@ -444,6 +463,9 @@ def cli() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = {DUMP_TO: folder, **{f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTXAS", "SASS")}}
+        if "kernels" in sys.argv:  # of whole models they would be gigabytes
+            llo = (f"dump_to={folder}", "dump_llo_text=true", "dump_llo_pass_label_regex=.*final.*")
+            dumps["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in llo)
         call = [sys.executable, "-m", "benchmarks.ahead_of_time", *sys.argv[1:]]
         sys.exit(subprocess.run(call, env=os.environ | ENVIRONMENT | dumps, check=False).returncode)
 

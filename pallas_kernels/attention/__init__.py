@@ -9,10 +9,11 @@ A back end is one file beside this one with functions of the same signatures, an
 import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
-from pallas_kernels.attention import gpu, reference
+from pallas_kernels.attention import gpu, reference, tpu
 from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.interpreter import InterpretGPUParams
@@ -71,6 +72,11 @@ IMPLEMENTATIONS: dict[str, Attention] = {
     "gpu-interpreted": _with_gradient(
         functools.partial(gpu.paged_attention, interpret=InterpretGPUParams()),
         functools.partial(gpu.banded_attention, interpret=InterpretGPUParams()),
+    ),
+    "tpu": _with_gradient(tpu.paged_attention, tpu.banded_attention),
+    "tpu-interpreted": _with_gradient(
+        functools.partial(tpu.paged_attention, interpret=pltpu.InterpretParams()),
+        functools.partial(tpu.banded_attention, interpret=pltpu.InterpretParams()),
     ),
 }
 
