@@ -41,8 +41,9 @@ from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
 from pallas_kernels.mxfp4 import BLOCK
 
-BLOCKS = 4  # blocks of 32 inputs in one step: one for each thread that shares a row
-GROUP = BLOCKS * BLOCK  # inputs of one step
+BLOCKS = 4  # blocks of 32 inputs in a group: one for each thread that shares a row
+GROUP = BLOCKS * BLOCK  # inputs that are dequantised together
+GROUPS = 2  # of a step, which is what is loaded and waited for at once
 WORDS = BLOCK // 8  # 32-bit words of a block
 OUTPUTS = 64  # of one warpgroup: wgmma's M
 FEWEST_ROWS = 8  # of a tile: wgmma's least N
@@ -98,7 +99,10 @@ def _interleave(array: Array, axis: int = 1) -> Array:
 
 def _words(before: Any, after: Any, described: str) -> Rearrangement:
     return Rearrangement(
-        lambda blocks: before(_to_words(blocks)), lambda words: _from_words(after(words)), lambda axes: axes[:3], described
+        lambda blocks: before(_to_words(blocks)),
+        lambda words: _from_words(after(words)),
+        lambda axes: axes[:3],
+        described,
     )
 
 
@@ -153,9 +157,10 @@ def expert_mlp(
         TypeError: x has another type.
     """
     num_experts = weights.gate_up_blocks.shape[0]
-    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, MOST_ROWS)
-    tiles = TiledRows.of(expert_ids, num_experts, rows)
     terms = _terms(x)
+    most = MOST_ROWS if len(terms) == 1 else MOST_ROWS // 4  # three terms take three times the shared memory
+    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, most)
+    tiles = TiledRows.of(expert_ids, num_experts, rows)
     gathered = jnp.stack([_in_fragment_order(tiles.gather(term)) for term in terms])
     run = functools.partial(_product, tiles, rows, interpret=interpret)
     hidden = run(gathered, *weights[:3], limit=limit)
@@ -196,17 +201,21 @@ class _Tiling(NamedTuple):
     terms: int  # of each activation
     warpgroups: int  # each with 64 outputs of its own
     stages: int  # steps in shared memory
+    parts: int  # in which a group is dequantised: two need fewer registers
 
     @classmethod
     def of(cls, rows: int, terms: int) -> "_Tiling":
         """Few rows: as many small blocks as there can be, for decoding is 4 x 90 of them and there are 132 SMs.
 
-        Many rows: 256 outputs share the activations, which are then most of what is loaded.
+        Three such blocks share an SM, each with three steps of 8.5 KB on their way. Many rows: 256 outputs share the
+        activations, which are then most of what is loaded, and 512 threads have 128 registers each.
         """
-        warpgroups = 1 if rows < 64 else 4
-        step = warpgroups * (OUTPUTS * WORDS * BLOCKS * 4 + OUTPUTS * BLOCKS) + terms * rows * GROUP * 2
-        budget = 72 * 1024 if warpgroups == 1 else 208 * 1024  # three blocks of threads an SM, or one
-        return cls(rows, terms, warpgroups, max(2, min(10, budget // step)))
+        return cls(rows, terms, 1, 4, 1) if rows < 64 and terms == 1 else cls(rows, terms, 4, 2, 2)
+
+    @property
+    def width(self) -> int:
+        """Outputs of a block of threads."""
+        return self.warpgroups * OUTPUTS
 
 
 def _product(
@@ -241,43 +250,50 @@ def _product(
     shape = (terms, x.shape[1], columns) if limit is not None else (x.shape[1], columns)
     out = jax.ShapeDtypeStruct(shape, jnp.float32 if limit is None else jnp.bfloat16)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, steps=inputs // GROUP, limit=limit, interpret=interpret),
+        functools.partial(_kernel, tiling=tiling, groups=inputs // GROUP, limit=limit, interpret=interpret),
         out_type=out,
         scratch_types=_scratch(tiling, bias.dtype, interpret),
         grid=(len(tiles.expert), blocks),  # blocks run fastest: tiles of one expert find its weights in L2
         grid_names=("tile", "block"),
         num_threads=tiling.warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # `loaded` and `consumed` say all there is to say
+        ),
         **({} if interpret is None else {"interpret": interpret}),
     )
     return kernel(tiles.expert, tiles.used.reshape(1), x, words, scales, bias)
 
 
 def _scratch(tiling: _Tiling, bias_dtype: Any, interpret: Any) -> dict[str, Any]:
-    operands = ((tiling.warpgroups, OUTPUTS, GROUP), (tiling.warpgroups, GROUP, tiling.rows))
-    each = (tiling.stages, tiling.warpgroups)
+    """Shared memory and barriers; what is loaded at once has a place of its own, aligned as TMA wants it."""
+    stages, each = tiling.stages, (tiling.stages, tiling.warpgroups)
+    inputs = GROUP // tiling.parts
+    operands = ((tiling.warpgroups, OUTPUTS, inputs), (tiling.warpgroups, inputs, tiling.rows))
     return {
-        "x_s": plgpu.SMEM((tiling.stages, tiling.terms, tiling.rows, GROUP), jnp.bfloat16, transforms=_SWIZZLED),
-        "words_s": plgpu.SMEM((*each, 4, 16, BLOCKS * WORDS), jnp.uint32),
-        "scales_s": plgpu.SMEM((*each, BLOCKS, 4, 16), jnp.uint8),
+        "x_s": plgpu.SMEM((stages, tiling.terms, tiling.rows, GROUPS * GROUP), jnp.bfloat16, transforms=_SWIZZLED),
+        "words_s": plgpu.SMEM((*each, GROUPS, 4, 16, BLOCKS * WORDS), jnp.uint32),
+        "scales_s": plgpu.SMEM((*each, GROUPS * BLOCKS, 4, 16), jnp.uint8),
         "bias_s": plgpu.SMEM((tiling.warpgroups, 4, 16), bias_dtype),
-        "loaded": plgpu.Barrier(num_arrivals=2 * tiling.warpgroups + 1, num_barriers=tiling.stages),
-        "consumed": plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.stages),
+        "loaded": plgpu.Barrier(num_arrivals=(GROUPS + 1) * tiling.warpgroups + 1, num_barriers=stages),
+        "consumed": plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=stages),
         "bias_loaded": plgpu.Barrier(num_arrivals=tiling.warpgroups),
         "operands_s": [] if interpret is None else [plgpu.SMEM(shape, jnp.bfloat16) for shape in operands],
     }
 
 
 def _kernel(
-    expert, used, x, words, scales, bias, out, *, x_s, words_s, scales_s, bias_s, loaded, consumed, bias_loaded, operands_s,
-    tiling: _Tiling, steps: int, limit: float | None, interpret: Any,
+    expert, used, x, words, scales, bias, out, *,
+    x_s, words_s, scales_s, bias_s, loaded, consumed, bias_loaded, operands_s,
+    tiling: _Tiling, groups: int, limit: float | None, interpret: Any,
 ):  # fmt: skip
     """One tile, and for each warpgroup 64 outputs."""
     tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
     unit = lax.axis_index("block") * tiling.warpgroups + warpgroup
-    apart = words.shape[2]
-    pieces, phase = pl.ds(unit // apart * 4, 4), lax.rem(unit, apart)
+    pieces, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
+    rows, steps = pl.ds(tile * tiling.rows, tiling.rows), pl.cdiv(groups, GROUPS)
+    operands_s = [ref.at[warpgroup] for ref in operands_s]
 
     @pl.when(tile < used[0])
     def _():
@@ -285,45 +301,55 @@ def _kernel(
 
         def load(step):
             slot = lax.rem(step, tiling.stages)
-            k = pl.ds(step * BLOCKS * WORDS, BLOCKS * WORDS)
-            plgpu.copy_gmem_to_smem(words.at[own, pieces, phase, :, k], words_s.at[slot, warpgroup], loaded.at[slot])
-            of_step = scales.at[own, pl.ds(step * BLOCKS, BLOCKS), pieces, phase]
+            for group in range(GROUPS):
+                of_group = words.at[
+                    own, pieces, phase, :, pl.ds((step * GROUPS + group) * BLOCKS * WORDS, BLOCKS * WORDS)
+                ]
+                plgpu.copy_gmem_to_smem(of_group, words_s.at[slot, warpgroup, group], loaded.at[slot])
+            of_step = scales.at[own, pl.ds(step * GROUPS * BLOCKS, GROUPS * BLOCKS), pieces, phase]
             plgpu.copy_gmem_to_smem(of_step, scales_s.at[slot, warpgroup], loaded.at[slot])
 
             @pl.when(warpgroup == 0)
             def _():
-                of_tile = x.at[:, pl.ds(tile * tiling.rows, tiling.rows), pl.ds(step * GROUP, GROUP)]
+                of_tile = x.at[:, rows, pl.ds(step * GROUPS * GROUP, GROUPS * GROUP)]
                 plgpu.copy_gmem_to_smem(of_tile, x_s.at[slot], loaded.at[slot])
+
+        def release(step):
+            slot = lax.rem(step, tiling.stages)
+            plgpu.barrier_arrive(consumed.at[slot])
+
+            @pl.when(step + tiling.stages < steps)
+            def _():
+                plgpu.barrier_wait(consumed.at[slot])
+                load(step + tiling.stages)
+
+        def multiply(acc, step, groups):
+            slot = lax.rem(step, tiling.stages)
+            plgpu.barrier_wait(loaded.at[slot])
+            for part in range(groups * tiling.parts):
+                group, part_of_group = divmod(part, tiling.parts)
+                blocks = pl.ds(group * BLOCKS, BLOCKS)
+                refs = words_s.at[slot, warpgroup, group], scales_s.at[slot, warpgroup, blocks]
+                a = _weights(*refs, part_of_group, tiling.parts, interpret)
+                inputs = pl.ds(part * a.shape[1], a.shape[1])
+                for term in range(tiling.terms):
+                    _multiply(acc, a, x_s.at[slot, term, :, inputs], *operands_s)
+                # What was started before is done: the registers of its weights can be written, and its slot.
+                plgpu.wgmma_wait(tiling.terms)
+                if part == 0:
+                    pl.when(step > 0)(lambda: release(step - 1))
+
+        def accumulate(acc):
+            lax.fori_loop(0, groups // GROUPS, lambda step, _: multiply(acc, step, GROUPS), None)
+            if groups % GROUPS:
+                multiply(acc, jnp.int32(steps - 1), groups % GROUPS)
+            return acc[...]
 
         plgpu.copy_gmem_to_smem(bias.at[own, pieces, phase], bias_s.at[warpgroup], bias_loaded)
         for step in range(min(tiling.stages, steps)):
             load(jnp.int32(step))
-
-        def accumulate(acc):
-            def one(step, _):
-                slot = lax.rem(step, tiling.stages)
-                plgpu.barrier_wait(loaded.at[slot])
-                a = _weights(words_s.at[slot, warpgroup], scales_s.at[slot, warpgroup], interpret)
-                for term in range(tiling.terms):
-                    _multiply(acc, a, x_s.at[slot, term], *(ref.at[warpgroup] for ref in operands_s))
-                plgpu.wgmma_wait(tiling.terms)  # the step before is done with its slot
-
-                @pl.when(step > 0)
-                def _():
-                    before = lax.rem(step - 1, tiling.stages)
-                    plgpu.barrier_arrive(consumed.at[before])
-
-                    @pl.when(step - 1 + tiling.stages < steps)
-                    def _():
-                        plgpu.barrier_wait(consumed.at[before])
-                        load(step - 1 + tiling.stages)
-
-            lax.fori_loop(0, steps, one, None)
-            return acc[...]
-
         total = pl.run_scoped(accumulate, plgpu.ACC((OUTPUTS, tiling.rows), jnp.float32))
         plgpu.barrier_wait(bias_loaded)
-        rows = pl.ds(tile * tiling.rows, tiling.rows)
         if limit is None:
             out[rows, pl.ds(unit * OUTPUTS, OUTPUTS)] = _biased(total, bias_s.at[warpgroup], interpret)
         else:
@@ -345,7 +371,9 @@ def _tiled(tiles: tuple[tuple[int, ...], ...], warps: Any, lanes: Any) -> Any:
 
 
 _EACH_OF_4 = fragments.Replicated(4)
-_WORDS_LAYOUT = _tiled(((4, 16, 16), (8, 16), (4,)), (-6,), (-3, -2))  # warp, row, (block, word)
+_WORDS_LAYOUTS = {  # by parts: warp, row, (block, word)
+    parts: _tiled(((4, 16, 16 // parts), (8, 16 // parts), (4 // parts,)), (-6,), (-3, -2)) for parts in (1, 2)
+}
 _SCALES_LAYOUT = _tiled(((4, 4, 16), (8,), (1,)), (-4,), (-2, -5))  # block, warp, row
 _BIAS_LAYOUT = _tiled(((4, 16), (8,), (1,)), (-4,), (-2, _EACH_OF_4))  # warp, row
 _HIDDEN_LAYOUT = _tiled(((8, 32), (2, 8), (2,), (1,)), (-3,), (-5, -2, -6))  # activation row, column of fragment order
@@ -356,7 +384,16 @@ def _load(ref: Any, layout: Any, interpret: Any) -> Array:
     return plgpu.load(ref, (), layout=layout, optimized=False) if interpret is None else ref[...]
 
 
-def _pairs(words: UInt32[Array, "4 16 16"]) -> list[Array]:
+def _weights(words_ref: Any, scales_ref: Any, part: int, parts: int, interpret: Any) -> Float[Array, "64 K"]:
+    """A part of a group as an A operand: each code times 2^(scale - 127), exactly, in fragment order."""
+    words, scales = _load(words_ref, _WORDS_LAYOUTS[1], interpret), _load(scales_ref, _SCALES_LAYOUT, interpret)
+    if interpret is not None:
+        of_part = words.reshape(4, 16, BLOCKS, parts, WORDS // parts)[:, :, :, part]
+        return _scaled_interpreted(_pairs(of_part), scales)
+    return _scaled(_pairs(_part(words, part, parts)), scales, parts)
+
+
+def _pairs(words: UInt32[Array, "*shape"]) -> list[Array]:
     """Each word's 4 pairs of codes, as bits of pairs of bfloat16 that are 2^-126 times the codes' values."""
     turned = [words] + [(words << jnp.uint32(n)) | (words >> jnp.uint32(32 - n)) for n in _TURNS[1:]]
     left = sum(1 << bit << half for bit in _GATHER for half in (0, 16))
@@ -364,48 +401,59 @@ def _pairs(words: UInt32[Array, "4 16 16"]) -> list[Array]:
     return [word & jnp.uint32(_MASK) for word in turned]
 
 
-def _weights(words_ref: Any, scales_ref: Any, interpret: Any) -> Float[Array, "64 128"]:
-    """The A operand of one step: each code times 2^(scale - 127), exactly, in fragment order."""
-    pairs = _pairs(_load(words_ref, _WORDS_LAYOUT, interpret))
-    scales = _load(scales_ref, _SCALES_LAYOUT, interpret)
-    if interpret is None:
-        return _scaled(scales, *pairs)
-    return _scaled_interpreted(scales, pairs)
-
-
-def _scaled_interpreted(scales: UInt8[Array, "4 4 16"], pairs: list[Array]) -> Float[Array, "64 128"]:
+def _scaled_interpreted(pairs: list[Array], scales: UInt8[Array, "4 4 16"]) -> Float[Array, "64 K"]:
     """Counts rather than multiplies by 2^126: XLA's CPU takes numbers below 2^-126 for 0."""
-    halves = lax.bitcast_convert_type(jnp.stack(pairs), jnp.uint16)  # pair, warp, row, (block, word), half
-    by_block = halves.reshape(4, 4, 16, BLOCKS, WORDS, 2)
-    magnitude = (by_block >> 6 & 7).astype(jnp.int32)
+    halves = lax.bitcast_convert_type(jnp.stack(pairs), jnp.uint16)  # pair, warp, row, block, word, half
+    magnitude = (halves >> 6 & 7).astype(jnp.int32)
     doubled = jnp.where(magnitude < 2, magnitude, (2 + magnitude % 2) << (magnitude // 2 - 1).clip(0))
-    value = jnp.where(by_block >> 15 == 1, -doubled, doubled).astype(jnp.float32) / 2
+    value = jnp.where(halves >> 15 == 1, -doubled, doubled).astype(jnp.float32) / 2
     power = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
     weights = value * power.transpose(1, 2, 0)[None, :, :, :, None, None]
     # pair, warp, row, block, word, half -> warp, row, word, pair, block, half
-    return weights.transpose(1, 2, 4, 0, 3, 5).reshape(OUTPUTS, GROUP).astype(jnp.bfloat16)
+    return weights.transpose(1, 2, 4, 0, 3, 5).reshape(OUTPUTS, -1).astype(jnp.bfloat16)
 
 
-@plgpu.inline_mgpu(
-    arg_types=(_SCALES_LAYOUT, *(4 * (_WORDS_LAYOUT,))),
-    return_type=plgpu.ShapeDtypeStruct((OUTPUTS, GROUP), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
-)
-def _scaled(_, scales, *pairs):
+def _part(words: UInt32[Array, "4 16 16"], part: int, parts: int) -> UInt32[Array, "4 16 W"]:
+    """The words of one part, of each block."""
+    shape, layout = (4, 16, BLOCKS * WORDS // parts), _WORDS_LAYOUTS[parts]
+    some = WORDS // parts
+
+    def take(_, words):
+        of_part = ir.VectorType.get((some,), _int32())
+        slices = [vector.extract_strided_slice(of_part, r, [part * some], [some], [1]) for r in words.registers.flat]
+        return _fragments(slices, layout, shape, is_signed=False)
+
+    result = plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(_WORDS_LAYOUTS[1],), return_type=result)(take)(words)
+
+
+def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> Float[Array, "64 K"]:
     """Two exact products, by 2^126 and by the scale: no one bfloat16 factor serves scale bytes from 0 to 254."""
-    up = _as_pair(_constant(0x7E80_7E80))  # 2^126, twice
-    registers = np.empty(fragments.WGMMA_LAYOUT.registers_shape((OUTPUTS, GROUP)), dtype=object)
-    for half, scale in enumerate(scales.registers.flat):  # rows g and g + 8
-        exponent = arith.extui(ir.IntegerType.get_signless(32), vector.extract(scale, [], [0]))
-        factor = _as_pair(arith.muli(exponent, _constant(0x0080_0080)))
-        for column in range(4 * WORDS):
-            word, pair = divmod(column, 4)
-            value = _as_pair(vector.extract(pairs[pair].registers.flat[half], [], [word]))
-            registers[0, column, 0, 0, half] = arith.mulf(arith.mulf(value, up), factor)
-    return fragments.FragmentedArray(_registers=registers, _layout=fragments.WGMMA_LAYOUT, _is_signed=None)
+    shape = (OUTPUTS, GROUP // parts)
+
+    def scale_up(_, pairs, scales):
+        up = _as_pair(_constant(0x7E80_7E80))  # 2^126, twice
+        exponents = (arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat)
+        factors = [_as_pair(arith.muli(exponent, _constant(0x0080_0080))) for exponent in exponents]
+        values = [  # for each 8 columns, which are a pair of each thread, rows g and g + 8
+            arith.mulf(arith.mulf(_as_pair(vector.extract(bits.registers.flat[half], [], [word])), up), factors[half])
+            for word in range(WORDS // parts)
+            for bits in pairs
+            for half in range(2)
+        ]
+        return _fragments(values, plgpu.Layout.WGMMA, shape)
+
+    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    arguments = ([_WORDS_LAYOUTS[parts]] * len(pairs), _SCALES_LAYOUT)
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=result)(scale_up)(pairs, scales)
+
+
+def _int32() -> Any:
+    return ir.IntegerType.get_signless(32)
 
 
 def _constant(value: int) -> Any:
-    return arith.constant(ir.IntegerType.get_signless(32), value)
+    return arith.constant(_int32(), value)
 
 
 def _as_pair(bits: Any) -> Any:
@@ -487,10 +535,9 @@ def _one(register: Any, at: int) -> Any:
     return vector.extract_strided_slice(ir.VectorType.get((1,), ir.F32Type.get()), register, [at], [1], [1])
 
 
-def _fragments(registers: list[Any], layout: Any, shape: tuple[int, ...]) -> Any:
+def _fragments(registers: list[Any], layout: Any, shape: tuple[int, ...], is_signed: bool | None = None) -> Any:
     tiled = layout.to_mgpu()
     values = np.empty(len(registers), dtype=object)
     values[:] = registers
-    return fragments.FragmentedArray(
-        _registers=values.reshape(tiled.registers_shape(shape)), _layout=tiled, _is_signed=None
-    )
+    in_place = values.reshape(tiled.registers_shape(shape))
+    return fragments.FragmentedArray(_registers=in_place, _layout=tiled, _is_signed=is_signed)
