@@ -207,15 +207,11 @@ class _Tiling(NamedTuple):
     def of(cls, rows: int, terms: int) -> "_Tiling":
         """Few rows: as many small blocks as there can be, for decoding is 4 x 90 of them and there are 132 SMs.
 
-        Three such blocks share an SM, each with three steps of 8.5 KB on their way. Many rows: 256 outputs share the
-        activations, which are then most of what is loaded, and 512 threads have 128 registers each.
+        Three such blocks share an SM, each with three steps of 8.5 KB on their way (float32's three terms leave room
+        for fewer). Many rows: 256 outputs share the activations, which are then most of what is loaded, and 512
+        threads have 128 registers each.
         """
-        return cls(rows, terms, 1, 4, 1) if rows < 64 and terms == 1 else cls(rows, terms, 4, 2, 2)
-
-    @property
-    def width(self) -> int:
-        """Outputs of a block of threads."""
-        return self.warpgroups * OUTPUTS
+        return cls(rows, terms, 4, 2, 2) if rows >= 64 else cls(rows, terms, 1, 4 if terms == 1 else 2, 1)
 
 
 def _product(
@@ -342,6 +338,7 @@ def _kernel(
         def accumulate(acc):
             lax.fori_loop(0, groups // GROUPS, lambda step, _: multiply(acc, step, GROUPS), None)
             if groups % GROUPS:
+                plgpu.wgmma_wait(0)  # or ptxas, which looks for hazards across the loop's end, serialises all of it
                 multiply(acc, jnp.int32(steps - 1), groups % GROUPS)
             return acc[...]
 
