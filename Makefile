@@ -25,9 +25,11 @@ test: lint types
 mutations: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/test_parser.py -k "mutations or well_formed" --hypothesis-profile=full
 
-# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), and GGUF files.
-gates: $(VENV)/.gates
+# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, and
+# the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.
+gates: $(VENV)/.gates $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
+	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -m ahead_of_time
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .
@@ -60,4 +62,9 @@ $(VENV)/.develops: $(VENV)/.created $(BUILT)
 $(VENV)/.gates: $(VENV)/.develops
 	@echo "Installing torch, transformers and gguf into $(VENV); the first time this takes minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'gguf>=0.19,<0.20'
+	@touch $@
+
+$(VENV)/.compilers: $(VENV)/.develops
+	@echo "Installing compilers for GPUs and TPUs into $(VENV)/compilers; the first time this takes minutes."
+	$(BIN)/python -m benchmarks.compilers | xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/compilers
 	@touch $@

@@ -29,21 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import true_width
+from benchmarks import true_width, under_load
 from benchmarks.peers import Llama, Transformers
-from gptoss_jax import command, host_memory, kv_cache, runtime, sampling, sharding
+from gptoss_jax import command, host_memory, layers, runtime, sharding
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kv_cache import PAGE_TOKENS, KVCache
-from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
-from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs, RowState
-from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.model import Params, declare, nest
+from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs
 from pallas_kernels.choice import Hardware
 
 READ_BYTES = 1 << 29  # far above any cache
 SQUARE = 2048  # rows and columns of the matrices whose product shows the float32 peak
-NO_STOP = -2
 LISTS = ("contexts", "prefill", "batch", "prefill_batch", "peer_contexts")  # flags that are lists of numbers
-CACHE_DTYPE = DTYPE_POLICIES["bfloat16"].cache
 
 
 class Peer(Protocol):
@@ -115,19 +111,6 @@ def multiplying() -> Callable[[], float]:
 # ---- the cost model ----
 
 
-def prefill_operations(config: ModelConfig, rows: int, tokens: int) -> int:
-    """Multiplications and additions of a prompt's forward pass: matrices, and attention's two products."""
-    expert = 3 * config.intermediate_size * config.hidden_size
-    per_layer = config.experts_per_token * expert + config.num_experts * config.hidden_size
-    weights = config.attention_bytes // 2 + config.num_layers * per_layer
-    banded = sum(config.is_banded(i) for i in range(config.num_layers))
-    window = min(tokens, config.sliding_window)
-    keys = (config.num_layers - banded) * tokens * (tokens + 1) // 2
-    keys += banded * (window * (window + 1) // 2 + (tokens - window) * window)
-    attention = 4 * config.num_heads * config.head_dim * keys
-    return rows * (2 * weights * tokens + attention + config.unembedding_bytes)
-
-
 # ---- ours ----
 
 
@@ -139,7 +122,7 @@ def load(options: flags.FlagValues) -> Subject:
         programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
         return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
-    kernels, reason = runtime.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
+    kernels, reason = layers.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
     declared = declare(config, laid_out, kernels)
     placed = {path: jax.device_put(leaf) for path, leaf in leaves}
     params = nest(runtime.with_dense(placed, declared, options.dense))
@@ -148,36 +131,9 @@ def load(options: flags.FlagValues) -> Subject:
     return Subject(config, params, programs, reason, name)
 
 
-def _start(config: ModelConfig, rows: int, context_tokens: int, room: int) -> tuple[KVCache, RowState]:
-    """Rows with `context_tokens` random keys and values behind them and room for more, each on a token of its own."""
-    capacity = context_tokens + room
-    pages = kv_cache.num_pages(capacity)
-    shape = {"rows": rows, "pages": rows * pages, "max_context_tokens": capacity}
-    cache = jax.jit(functools.partial(_filled, config, **shape))()
-    table = jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
-    cache = cache._replace(page_table=table, lengths=jnp.full(rows, context_tokens, jnp.int32))
-    drawn = sampling.row(SamplingParams(temperature=0.0), (), config.vocab_size, config.num_token_ids)
-    every = jax.tree.map(lambda x: jnp.asarray(np.stack([x] * rows)), drawn)
-    token = jnp.asarray(np.random.default_rng(rows).integers(0, config.num_token_ids, rows), jnp.int32)
-    stop_ids = jnp.full((rows, 8), NO_STOP, jnp.int32)
-    return cache, RowState(token, jnp.full(rows, 1 << 30, jnp.int32), stop_ids, every)
-
-
-def _filled(config: ModelConfig, rows: int, pages: int, max_context_tokens: int) -> KVCache:
-    """A cache of random keys and values: one random page over and over, as a billion random numbers take long."""
-    empty = kv_cache.empty(config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=CACHE_DTYPE)
-    page = jax.random.normal(jax.random.key(0), (PAGE_TOKENS, config.num_kv_heads, config.head_dim), CACHE_DTYPE)
-
-    def fill(layer: jax.Array) -> jax.Array:
-        repeats = -(-layer.shape[1] // PAGE_TOKENS)
-        return jnp.broadcast_to(jnp.tile(page, (repeats, 1, 1))[: layer.shape[1]], layer.shape)
-
-    return empty._replace(k=tuple(map(fill, empty.k)), v=tuple(map(fill, empty.v)))
-
-
 def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Callable[[], float]:
     """Decodes `steps` tokens of each row in one dispatch, behind the context: tokens per second of all rows."""
-    cache, state = _start(subject.config, rows, context_tokens, steps)
+    cache, state = under_load.start(subject.config, rows, context_tokens, steps)
     decode = jax.jit(subject.programs.decode, donate_argnums=(1, 2))
     compiled = decode.lower(subject.params, cache, state, np.int32(steps)).compile()
 
@@ -200,7 +156,7 @@ def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Ca
 def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable[[], float]:
     """Runs a prompt of each row, chunk by chunk, up to its first drawn token: tokens per second of all rows."""
     width = min(chunk, tokens)
-    cache, state = _start(subject.config, rows, 0, tokens)
+    cache, state = under_load.start(subject.config, rows, 0, tokens)
     ids = np.random.default_rng(tokens).integers(0, subject.config.num_token_ids, (rows, tokens)).astype(np.int32)
     chunks = [ids[:, at : at + width] for at in range(0, tokens, width)]
     counts = [np.full(rows, piece.shape[1], np.int32) for piece in chunks]
@@ -289,7 +245,7 @@ def prefill_case(
         if peer.can_run(rows):
             runners[peer.name] = functools.partial(peer.prefill, rows, tokens)
     figures = in_turns(runners, options.rounds)
-    operations = prefill_operations(subject.config, rows, tokens)
+    operations = under_load.prefill_operations(subject.config, rows, tokens)
     return {
         "rows": rows,
         "prompt_tokens": tokens,

@@ -84,7 +84,7 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, config: ModelConfig, threads: int):
+    def __init__(self, config: ModelConfig, threads: int, device: str = "cpu"):
         import torch
         import transformers
 
@@ -94,8 +94,10 @@ class Transformers:
         with torch.no_grad():
             before = torch.get_default_dtype()
             torch.set_default_dtype(torch.bfloat16)
-            self._model = transformers.GptOssForCausalLM(settings).eval()
+            with torch.device(device):
+                self._model = transformers.GptOssForCausalLM(settings).eval()
             torch.set_default_dtype(before)
+        self._device = device
         self._vocab_size = config.vocab_size
 
     @staticmethod
@@ -117,18 +119,19 @@ class Transformers:
         """Tokens per second."""
         del rows
         cache = self._prefill(context_tokens)[1]
-        token = self._torch.zeros((1, 1), dtype=self._torch.long)
-        self._step(token, cache)  # allocates
+        token = self._torch.zeros((1, 1), dtype=self._torch.long, device=self._device)
+        int(self._step(token, cache))  # allocates
         began = time.perf_counter()
         for _ in range(steps):
             token = self._step(token, cache)
+        int(token)  # waits for the device
         return steps / (time.perf_counter() - began)
 
     def _prefill(self, tokens: int) -> tuple[float, Any]:
-        ids = self._torch.randint(0, self._vocab_size, (1, tokens))
+        ids = self._torch.randint(0, self._vocab_size, (1, tokens), device=self._device)
         cache = self._cache(config=self._model.config)
         began = time.perf_counter()
-        self._step(ids, cache)
+        int(self._step(ids, cache))  # waits for the device
         return time.perf_counter() - began, cache
 
     def _step(self, ids: Any, cache: Any) -> Any:

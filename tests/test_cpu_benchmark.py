@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, true_width, write_gguf
+from benchmarks import true_width, under_load, write_gguf
 from converters.random_weights import random_tensors, with_vocab_size, write_checkpoint
 from gptoss_jax.config import parse_config
 from pallas_kernels import mxfp4
@@ -111,7 +111,7 @@ def test_prefill_operations_are_counted(raw):
     experts = config.experts_per_token * 3 * config.hidden_size * config.intermediate_size
     per_token = 2 * LAYERS * (projections + experts + config.num_experts * config.hidden_size)
     unembedding = 2 * config.vocab_size * config.hidden_size
-    assert cpu.prefill_operations(config, 3, tokens) == 3 * (per_token * tokens + scores + unembedding)
+    assert under_load.prefill_operations(config, 3, tokens) == 3 * (per_token * tokens + scores + unembedding)
 
 
 # ---- GGUF ----

@@ -1,0 +1,20 @@
+"""Prints the wheels that compile for GPUs and TPUs on a machine without them, one a line, for the JAX that is here.
+
+The CUDA ones are a tenth of what `jax[cuda13]` brings: no library that only a GPU could run.
+"""
+
+import importlib.metadata
+import re
+
+
+def wheels() -> list[str]:
+    """What pip is to install, without dependencies."""
+    version = importlib.metadata.version("jax")
+    wanted = importlib.metadata.requires("jax") or []
+    libtpu = next(line for line in wanted if re.match(r"libtpu\b", line) and "extra" in line)
+    cuda = [f"jax-cuda13-{part}=={version}" for part in ("plugin", "pjrt")]
+    return [libtpu.split(";")[0].replace(" ", ""), *cuda, "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvdisasm"]
+
+
+if __name__ == "__main__":
+    print("\n".join(wheels()))

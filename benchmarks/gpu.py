@@ -1,0 +1,502 @@
+"""Measures the kernels and whole models on one GPU against what its memory and its tensor cores allow.
+
+    python -m benchmarks.gpu --out results.json
+
+Needs jax with CUDA, flax, jaxtyping, absl and this repository, and no files: random weights of the true shapes are made
+on the device. First each kernel is held against float32 arithmetic on random data; then each op is timed against its
+two floors (bytes / copying, operations / multiplying, both limits measured in the same run), repeated within one
+program so that launching from Python does not count; then whole models decode and prefill. What the time (--minutes)
+or the memory (--memory-gib) does not allow is left out and said. Transformers is timed beside where torch sees the GPU.
+A table, then one JSON line.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import lax
+
+from benchmarks import under_load
+from gptoss_jax import command, kv_cache, layers, sharding
+from gptoss_jax.config import ModelConfig, read_config
+from gptoss_jax.kv_cache import PAGE_TOKENS
+from gptoss_jax.model import Model, declare, nest
+from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.sharding import Sharding
+from pallas_kernels import attention as attention_op
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels.choice import Hardware
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LIMIT = 7.0  # of the SwiGLU
+BF16_ERROR = 2e-2  # ||out - expected|| / ||expected|| of bfloat16 operands; a wrong kernel is off by far more
+GIB = 1 << 30
+RESERVE_GIB = 6  # of the device's memory, for temporaries and what XLA keeps
+
+
+class Limits(NamedTuple):
+    """What the device can do, measured."""
+
+    copied_bytes_per_second: float  # read and written
+    bfloat16_operations_per_second: float
+
+
+class Timing(NamedTuple):
+    """One op, and its floors."""
+
+    op: str
+    seconds: float
+    bytes: int
+    operations: int
+
+    def report(self, limits: Limits) -> dict[str, Any]:
+        """With both floors, and the share of the higher one."""
+        floors = self.bytes / limits.copied_bytes_per_second, self.operations / limits.bfloat16_operations_per_second
+        return {
+            **self._asdict(),
+            "floor_of_bytes": floors[0],
+            "floor_of_operations": floors[1],
+            "share_of_floor": max(floors) / self.seconds,
+        }
+
+
+# ---- time ----
+
+
+def per_call(step: Callable[..., Any], carry: Any, others: Any, calls: int) -> float:
+    """Seconds of one `step(i, carry, others) -> carry`, repeated on the device: a slope over the number of calls."""
+
+    @jax.jit
+    def repeat(count, carry, others):
+        return lax.fori_loop(0, count, lambda i, c: step(i, c, others), carry)
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(repeat(count, carry, others))
+        return time.perf_counter() - began
+
+    seconds(1)  # compiles
+    slopes = [(seconds(3 * calls) - seconds(calls)) / (2 * calls) for _ in range(3)]
+    return statistics.median(slopes)
+
+
+def measure_limits(elements: int, side: int, calls: int) -> Limits:
+    """Copies a large array, and multiplies random bfloat16 matrices."""
+    x = jax.random.normal(jax.random.key(0), (elements,), jnp.bfloat16)
+    copying = per_call(lambda i, x, _: -x, x, (), calls)
+    a, b = (jax.random.normal(jax.random.key(k), (side, side), jnp.bfloat16) for k in (1, 2))
+
+    def multiply(i, a, b):
+        return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(side**-0.5)
+
+    return Limits(2 * x.nbytes / copying, 2 * side**3 / per_call(multiply, a, b, calls))
+
+
+# ---- random weights, made on the device ----
+
+
+def random_params(config: ModelConfig, declared: Model, laid_out: Sharding, layout: expert_op.Layout) -> Any:
+    """Weights of the declared shapes in `layout`: codes uniform, scales near 2^-6, dense weights normal / 50."""
+    ways = declared.rearrangements(layout)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def make(path: str, way: expert_op.Rearrangement, seed: jax.Array) -> jax.Array:
+        leaf, key = declared.leaves[path], jax.random.key(seed)
+        if path.endswith("scales"):
+            return way.pack(jax.random.randint(key, leaf.shape, 119, 123, jnp.int32).astype(jnp.uint8))
+        if leaf.dtype == jnp.uint8:
+            return way.pack(jax.random.bits(key, leaf.shape, jnp.uint8))
+        if path.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return way.pack(jax.random.normal(key, leaf.shape, leaf.dtype) * leaf.dtype.type(0.02))
+
+    return nest({path: make(path, ways[path], jnp.uint32(n)) for n, path in enumerate(declared.leaves)})
+
+
+# ---- ops ----
+
+
+class Experts(NamedTuple):
+    """One layer's expert op, and weights for it."""
+
+    implementation: expert_op.ExpertMlp
+    weights: expert_op.ExpertWeights  # in the implementation's layout
+    config: ModelConfig
+
+    def arguments(self, tokens: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x, ids, weights: each token chooses evenly."""
+        config, keys = self.config, jax.random.split(jax.random.key(seed), 3)
+        x = jax.random.normal(keys[0], (tokens, config.hidden_size), jnp.float32).astype(dtype)
+        scores = jax.random.uniform(keys[1], (tokens, config.num_experts))
+        ids = lax.top_k(scores, config.experts_per_token)[1].astype(jnp.int32)
+        return x, ids, jax.nn.softmax(jax.random.normal(keys[2], ids.shape, jnp.float32))
+
+    def error(self, tokens: int) -> float:
+        """Relative error against the reference in float32, on fresh data."""
+        x, ids, shares = self.arguments(tokens, seed=time.time_ns() % 2**31)
+        found = jax.jit(functools.partial(self.implementation.run, limit=LIMIT))(x, ids, shares, self.weights)
+        published = jax.jit(functools.partial(expert_op.published, self.implementation.layout))(self.weights)
+        run = jax.jit(functools.partial(expert_op.IMPLEMENTATIONS["reference"].run, limit=LIMIT))
+        return relative_error(found, run(x.astype(jnp.float32), ids, shares, published))
+
+    def time(self, tokens: int, calls: int) -> Timing:
+        """Other experts in each call, so that no cache holds them."""
+        x, ids, shares = self.arguments(tokens, seed=tokens)
+        experts, choices = self.config.num_experts, self.config.experts_per_token
+
+        def step(i, x, others):
+            shares, weights = others
+            y = self.implementation.run(x, (ids + choices * i) % experts, shares, weights, limit=LIMIT)
+            return (x + (y * 1e-6).astype(x.dtype)) * x.dtype.type(0.999)
+
+        seconds = per_call(step, x, (shares, self.weights), calls)
+        touched = len(np.unique(np.asarray(ids)))
+        expert = 3 * self.config.hidden_size * self.config.intermediate_size
+        num_bytes = touched * self.config.expert_bytes + 6 * x.size
+        return Timing(f"expert_mlp, {tokens} tokens", seconds, num_bytes, 2 * ids.size * expert)
+
+
+def attention_error(implementation: attention_op.Attention, config: ModelConfig, rows: int, tokens: int) -> float:
+    """Relative error of both forms against the reference in float32, the larger one."""
+    q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
+    reference, errors = attention_op.IMPLEMENTATIONS["reference"], []
+    new = [jax.random.normal(jax.random.key(k), (*q.shape[:2], *cache.k[0].shape[2:]), q.dtype) for k in (5, 6)]
+    paged = cache.k[1], cache.v[1], cache.page_table
+    banded = cache.k[0], cache.v[0], *new, cache.lengths
+    for form, arguments in (("paged", paged), ("banded", banded)):
+        run, judge = (jax.jit(getattr(op, form)) for op in (implementation, reference))
+        exact = [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arguments]
+        expected = judge(q.astype(jnp.float32), *exact, positions, sinks)
+        errors.append(relative_error(run(q, *arguments, positions, sinks), expected))
+    return max(errors)
+
+
+def _attention_arguments(config: ModelConfig, rows: int, tokens: int, behind: int) -> tuple[Any, ...]:
+    """q, a cache of one banded and one full layer of random numbers, positions, sinks."""
+    capacity = behind + tokens
+    shape = (rows, tokens, config.num_heads, config.head_dim)
+    q = jax.random.normal(jax.random.key(time.time_ns() % 2**31), shape, jnp.bfloat16)
+    pages = rows * kv_cache.num_pages(capacity)
+    heads = (config.num_kv_heads, config.head_dim)
+    draw = lambda k, *first: jax.random.normal(jax.random.key(k), (*first, *heads), jnp.bfloat16)  # noqa: E731
+    table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(rows, -1)
+    cache = kv_cache.KVCache(
+        k=(draw(1, rows, config.sliding_window), draw(2, pages, PAGE_TOKENS)),
+        v=(draw(3, rows, config.sliding_window), draw(4, pages, PAGE_TOKENS)),
+        page_table=table,
+        lengths=jnp.full(rows, behind, jnp.int32),
+    )
+    positions = jnp.broadcast_to(behind + jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
+    return q, cache, positions, jax.random.normal(jax.random.key(9), (config.num_heads,), jnp.bfloat16)
+
+
+def time_paged(
+    implementation: attention_op.Attention, config: ModelConfig, rows: int, tokens: int, behind: int, calls: int
+) -> Timing:
+    """Attention over pages: `tokens` queries of each row behind `behind` others."""
+    q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind)
+
+    def step(i, q, others):
+        y = implementation.paged(q, *others)
+        return (q + (y * 1e-6).astype(q.dtype)) * q.dtype.type(0.999)
+
+    seconds = per_call(step, q, (cache.k[1], cache.v[1], cache.page_table, positions, sinks), calls)
+    keys = tokens * behind + tokens * (tokens + 1) // 2
+    num_bytes = 4 * rows * (behind + tokens) * config.num_kv_heads * config.head_dim + 6 * q.size
+    name = f"paged attention, {rows} rows of {tokens} behind {behind}"
+    return Timing(name, seconds, num_bytes, 4 * rows * keys * config.num_heads * config.head_dim)
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """||found - expected|| / ||expected||; inf if anything is not finite."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+# ---- whole models ----
+
+
+class Whole(NamedTuple):
+    """A model with random weights on the device."""
+
+    name: str
+    config: ModelConfig
+    declared: Model
+    laid_out: Sharding
+    params: Any
+    pool_tokens: int  # of the pool that every decoding case shares, so that one program serves all contexts
+
+    def programs(self) -> Programs:
+        """All rows at once, in one batch."""
+        return Programs(self.declared, self.config, self.laid_out, False, False)
+
+    def compile_decode(self, rows: int) -> Any:
+        """The program, for any context that the pool holds."""
+        shapes = jax.eval_shape(functools.partial(self._cache, rows)), under_load.greedy(self.config, rows)
+        program = jax.jit(self.programs().decode, donate_argnums=(1, 2))
+        return program.lower(self.params, *shapes, jnp.int32(1)).compile()
+
+    def _cache(self, rows: int) -> kv_cache.KVCache:
+        most = min(self.config.max_context_tokens, self.pool_tokens // rows)
+        return under_load.filled(self.config, rows, self.pool_tokens // PAGE_TOKENS, most)
+
+    def decode(self, compiled: Any, rows: int, contexts: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
+        """Tokens per second of all rows behind each context that fits; the best of two dispatches."""
+        cache, state = jax.jit(self._cache, static_argnums=0)(rows), under_load.greedy(self.config, rows)
+        for context in contexts:
+            rates = []
+            for _ in range(3):  # the first one warms up
+                cache = jax.block_until_ready(under_load.behind(cache, context))
+                began = time.perf_counter()
+                draws, cache, state = compiled(self.params, cache, state, jnp.int32(steps))
+                token = np.asarray(draws.token)[:, :steps]
+                rates.append(rows * steps / (time.perf_counter() - began))
+                if token.min() < 0:
+                    raise ValueError(f"{self.name}: logits are not finite behind {context} tokens")
+            yield context, max(rates[1:])
+
+    def prefill(self, tokens: int, width: int) -> float:
+        """Tokens per second of one prompt, in chunks of `width`; the best of two runs."""
+        width = min(width, tokens)
+        shape = (self.config, 1, kv_cache.num_pages(tokens), tokens)
+        cache = under_load.behind(jax.jit(under_load.filled, static_argnums=(0, 1, 2, 3))(*shape), 0)
+        state = under_load.greedy(self.config, 1)
+        ids = jax.random.randint(jax.random.key(1), (1, width), 0, self.config.num_token_ids, jnp.int32)
+        counts, at = jnp.full(1, width, jnp.int32), jnp.zeros(1, jnp.int32)
+        program = jax.jit(self.programs().prefill, donate_argnums=(1, 2))
+        compiled = program.lower(self.params, cache, state, ids, counts, counts, at).compile()
+        rates = []
+        for _ in range(3):
+            cache = jax.block_until_ready(under_load.behind(cache, 0))
+            began = time.perf_counter()
+            for _ in range(tokens // width):
+                draw, cache, state = compiled(self.params, cache, state, ids, counts, counts, at)
+            jax.block_until_ready(draw)
+            rates.append(tokens / (time.perf_counter() - began))
+        return max(rates[1:])
+
+
+def build(path: Path, kernels: layers.Kernels, memory_bytes: int) -> Whole:
+    """The model of a config.json, with as large a pool of pages as memory leaves room for.
+
+    Raises:
+        ValueError: its weights do not fit.
+    """
+    config, laid_out = read_config(path), sharding.make()
+    free = memory_bytes - config.weight_bytes
+    per_token = config.cache_bytes(2 * config.sliding_window) - config.cache_bytes(2 * config.sliding_window - 1)
+    tokens = min(free // per_token, 64 * config.max_context_tokens) // PAGE_TOKENS * PAGE_TOKENS
+    if tokens < config.max_context_tokens // 16:
+        raise ValueError(f"{path.stem} needs {config.weight_bytes / GIB:.1f} GiB of {memory_bytes / GIB:.1f}")
+    declared = declare(config, laid_out, kernels)
+    params = random_params(config, declared, laid_out, kernels.expert_mlp.layout)
+    return Whole(path.stem, config, declared, laid_out, params, tokens)
+
+
+# ---- the command ----
+
+
+class Run:
+    """What has been found so far, and the time that is left for more."""
+
+    def __init__(self, minutes: float):
+        self.ends = time.monotonic() + 60 * minutes
+        self.report: dict[str, Any] = {"left_out": []}
+
+    def has_time_for(self, what: str, seconds: float = 0) -> bool:
+        """Whether `what`, which takes about `seconds`, can still be done; if not, that is noted."""
+        if time.monotonic() + seconds < self.ends:
+            return True
+        self.leave_out(what, "no time")
+        return False
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Notes what was not measured."""
+        self.report["left_out"].append(f"{what}: {why}")
+        print(f"left out: {what}: {why}", flush=True)
+
+    def add(self, section: str, entry: dict[str, Any], line: str) -> None:
+        """Keeps a figure and prints its line."""
+        self.report.setdefault(section, []).append(entry)
+        print(line, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Everything, in order of importance."""
+    if arguments:
+        raise ValueError(f"{' '.join(arguments)}: expected flags only (--help lists them)")
+    options, run = flags.FLAGS, Run(flags.FLAGS.minutes)
+    hardware = Hardware.of(jax.devices()[0])
+    kernels, line = layers.choose_kernels(options.kernels, hardware)
+    print(f"{hardware.name}, jax {jax.__version__}\n{line}", flush=True)
+    limits = measure_limits(options.copy_elements, options.matrix_side, options.calls)
+    run.report |= {"device": hardware.name, "jax": jax.__version__, "date": date.today().isoformat(), "kernels": line}
+    run.report["limits"] = limits._asdict()
+    gigabytes, teraflops = limits.copied_bytes_per_second / 1e9, limits.bfloat16_operations_per_second / 1e12
+    print(f"copies {gigabytes:,.0f} GB/s, multiplies {teraflops:,.0f} TFLOP/s (bfloat16)", flush=True)
+    memory = options.memory_gib * GIB if options.memory_gib else _memory_bytes()
+    for name in options.models:
+        path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
+        measure_model(run, path, kernels, limits, int(memory))
+    if options.transformers:
+        beside_transformers(run, read_config(CONFIGS / "gpt-oss-20b.json"))
+    text = json.dumps(run.report)
+    if options.out:
+        Path(options.out).write_text(json.dumps(run.report, indent=1) + "\n")
+    print(text)
+
+
+def _memory_bytes() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ValueError("the device does not say how much memory it has, expected --memory-gib")
+    return stats["bytes_limit"] - RESERVE_GIB * GIB
+
+
+def measure_model(run: Run, path: Path, kernels: layers.Kernels, limits: Limits, memory: int) -> None:
+    """One model: its kernels' numbers, its ops, decoding, prefill."""
+    options = flags.FLAGS
+    if not run.has_time_for(path.stem, 30):
+        return
+    try:
+        whole = build(path, kernels, memory)
+    except ValueError as error:
+        return run.leave_out(path.stem, str(error))
+    compiling = concurrent.futures.ThreadPoolExecutor(len(options.batch))
+    programs = {rows: compiling.submit(whole.compile_decode, rows) for rows in map(int, options.batch)}
+    layer = whole.params["layers"][1]["moe"]
+    weights = expert_op.ExpertWeights(*(layer[m][n] for m in ("gate_up", "down") for n in ("blocks", "scales", "bias")))
+    experts = Experts(kernels.expert_mlp, weights, whole.config)
+    check(run, whole, experts, kernels.attention)
+    for rows, program in programs.items():
+        if run.has_time_for(f"{whole.name}: decoding {rows} rows", 15):
+            decode(run, whole, program.result(), rows, limits)
+    for tokens in map(int, options.prefill):
+        if run.has_time_for(f"{whole.name}: prefill of {tokens}", 40):
+            prefill(run, whole, tokens, limits)
+    for timing in time_ops(run, whole, experts, kernels.attention):
+        entry = {"model": whole.name, **timing.report(limits)}
+        floor = max(entry["floor_of_bytes"], entry["floor_of_operations"])
+        times = f"{timing.seconds * 1e6:10.1f} us, floor {floor * 1e6:8.1f}, {entry['share_of_floor']:6.1%}"
+        run.add("ops", entry, f"{whole.name:13} {timing.op:48} {times}")
+
+
+def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attention) -> None:
+    """Every kernel against float32 on the device.
+
+    Raises:
+        ValueError: one is wrong; timing it would say nothing.
+    """
+    errors = {f"expert_mlp, {tokens} tokens": experts.error(tokens) for tokens in (1, 67, 300)}
+    errors |= {
+        f"attention, {rows} rows of {tokens}": attention_error(attention, whole.config, rows, tokens)
+        for rows, tokens in ((3, 1), (2, 200))
+    }
+    for what, error in errors.items():
+        run.add("errors", {"model": whole.name, "op": what, "error": error}, f"{whole.name:13} {what:48} {error:.1e}")
+        if error > BF16_ERROR:
+            raise ValueError(f"{whole.name}: {what} is off by {error:.1e}, at most {BF16_ERROR:.0e} expected")
+
+
+def decode(run: Run, whole: Whole, compiled: Any, rows: int, limits: Limits) -> None:
+    """Decoding of `rows` rows behind each context that fits."""
+    steps = min(flags.FLAGS.steps, MAX_STEPS_PER_DISPATCH)
+    most = min(whole.config.max_context_tokens, whole.pool_tokens // rows // PAGE_TOKENS * PAGE_TOKENS) - steps
+    contexts = [min(context, whole.config.max_context_tokens - steps) for context in map(int, flags.FLAGS.contexts)]
+    for context in contexts:
+        if context > most:
+            run.leave_out(f"{whole.name}: {rows} rows behind {context:,}", "more than the pool of pages holds")
+    for context, rate in whole.decode(compiled, rows, [c for c in contexts if c <= most], steps):
+        seconds = rows / rate
+        share = whole.config.decode_bytes(rows, context) / limits.copied_bytes_per_second / seconds
+        entry = {"model": whole.name, "rows": rows, "context_tokens": context, "tokens_per_second": rate}
+        line = (
+            f"{whole.name:13} decoding {rows:3} rows behind {context:7,} {rate:12,.1f} tokens/s, {share:6.1%} of bytes"
+        )
+        run.add("decode", entry | {"share_of_roofline": share}, line)
+
+
+def prefill(run: Run, whole: Whole, tokens: int, limits: Limits) -> None:
+    """A prompt of `tokens`."""
+    rate = whole.prefill(tokens, flags.FLAGS.chunk)
+    operations = under_load.prefill_operations(whole.config, 1, tokens) / tokens * rate
+    share = operations / limits.bfloat16_operations_per_second
+    entry = {"model": whole.name, "prompt_tokens": tokens, "tokens_per_second": rate, "share_of_multiplying": share}
+    run.add(
+        "prefill", entry, f"{whole.name:13} prefill of {tokens:7,} {rate:12,.1f} tokens/s, {share:6.1%} of multiplying"
+    )
+
+
+def time_ops(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attention) -> Iterator[Timing]:
+    """Each op at the sizes of decoding and of prefill."""
+    calls = flags.FLAGS.calls
+    for tokens in map(int, flags.FLAGS.op_tokens):
+        if run.has_time_for(f"{whole.name}: expert_mlp of {tokens} tokens", 10):
+            yield experts.time(tokens, calls)
+    for size in flags.FLAGS.op_attention:
+        rows, tokens, behind = map(int, size.split("x"))
+        if run.has_time_for(f"{whole.name}: attention {size}", 10):
+            yield time_paged(attention, whole.config, rows, tokens, behind, calls)
+
+
+def beside_transformers(run: Run, config: ModelConfig) -> None:
+    """Hugging Face's model on the same GPU, experts in bfloat16 as it runs them without further kernels."""
+    what = "transformers"
+    if absent := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        return run.leave_out(what, f"{' and '.join(absent)} not installed")
+    import torch
+
+    if not torch.cuda.is_available():
+        return run.leave_out(what, "torch sees no GPU")
+    if not run.has_time_for(what, 60):
+        return None
+    from benchmarks.peers import Transformers
+
+    jax.clear_caches()
+    peer = Transformers(config, threads=8, device="cuda")
+    figures = {"decode": peer.decode(1, 1024, 32), "prefill": peer.prefill(1, 2048)}
+    line = f"transformers, 20b: decoding {figures['decode']:.1f} tokens/s, prefill {figures['prefill']:,.0f}"
+    run.add("transformers", {"decode_context": 1024, "prefill_tokens": 2048, **figures}, line)
+
+
+def define_flags() -> None:
+    """What is measured."""
+    flags.DEFINE_list("models", ["gpt-oss-20b", "gpt-oss-120b"], "NAMES: of configs/, or config.json files.")
+    flags.DEFINE_string("kernels", "auto", "NAMES: as for generate.")
+    flags.DEFINE_float("minutes", 8.5, "after which no further case is begun.")
+    flags.DEFINE_float("memory_gib", None, "of the device to use; by default what it has, less a reserve.")
+    flags.DEFINE_list("batch", ["1", "8", "64", "256"], "NUMBERS: rows that decode together.")
+    flags.DEFINE_list("contexts", ["1024", "8192", "65536", "131072"], "NUMBERS: tokens behind each row.")
+    flags.DEFINE_list("prefill", ["512", "2048", "16384"], "NUMBERS: tokens of a prompt, multiples of the chunk.")
+    flags.DEFINE_integer("chunk", 2048, "tokens of a prompt that go in at once.", lower_bound=1)
+    flags.DEFINE_integer("steps", 32, "tokens drawn in one dispatch.", lower_bound=1)
+    flags.DEFINE_integer("calls", 20, "of an op between two times.", lower_bound=1)
+    flags.DEFINE_list("op_tokens", ["1", "8", "64", "256", "2048", "8192"], "NUMBERS: tokens of expert_mlp.")
+    sizes = ["1x1x8192", "1x1x130000", "8x1x65536", "64x1x8192", "1x2048x0", "1x2048x30720"]
+    flags.DEFINE_list("op_attention", sizes, "SIZES: rows x tokens x tokens behind them.")
+    flags.DEFINE_integer("copy_elements", 1 << 30, "of the array that is copied.")
+    flags.DEFINE_integer("matrix_side", 8192, "of the matrices that are multiplied.")
+    flags.DEFINE_boolean("transformers", True, "Run Hugging Face's model beside.")
+    flags.DEFINE_string("out", None, "FILE: also write the result there.")
+
+
+def cli() -> None:
+    """The command line."""
+    define_flags()
+    command.run(main, "gpu")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,103 @@
+"""Kernels and whole models compiled for GPUs and TPUs by the vendors' own compilers, on a machine that has neither.
+
+`make gates` installs the compilers and runs these; each runs in a process of its own, since compilers read their
+settings once.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import ahead_of_time, compilers
+
+pytestmark = pytest.mark.ahead_of_time
+
+# arguments + temporaries, GiB: what is left of a 16 GB and an 80 GB device
+BUDGETS = {("gpt-oss-20b", 8_192): 14.9, ("gpt-oss-120b", 131_072): 74.5}
+
+
+def _needs(platform):
+    missing = ahead_of_time.missing(platform)
+    return pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
+@functools.cache
+def _report(what: str, target: str) -> list[dict]:
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", what, "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(*done.stdout.splitlines()[:-1], sep="\n")
+    return json.loads(done.stdout.splitlines()[-1])[what]
+
+
+@pytest.mark.slow
+@_needs("gpu")
+def test_whole_steps_fit_one_gpu():
+    """Guards the promise: 20b in 16 GB, 120b with 131,072 tokens in 80 GB, decoding and prefill."""
+    found = {(r["model"], r["context_tokens"], r["width"]): r for r in _report("models", "H200")}
+    for (model, context), budget in BUDGETS.items():
+        for width in (1, 512):
+            report = found[model, context, width]
+            assert report["arguments_gib"] + report["temporaries_gib"] <= budget, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [pytest.param("8 H200", marks=_needs("gpu")), pytest.param("v6e", marks=_needs("tpu"))]
+)
+def test_whole_steps_fit(target):
+    """Guards sharded programs, and 131,072 tokens of the 20b on one v6e: the compiler says what they take."""
+    for report in _report("models", target):
+        assert report["fits"], report
+
+
+@pytest.mark.slow
+@_needs("gpu")
+def test_kernels_for_gpus_spill_nothing():
+    """Guards speed that nobody here can measure: no spills, tensor cores in use and not one after the other."""
+    reports = _report("kernels", "H200")
+    kernels = [kernel | {"case": report["case"]} for report in reports for kernel in report["kernels"]]
+    assert {report["case"] for report in reports} == {kernel["case"] for kernel in kernels}, (
+        "a case ran no kernel of ours"
+    )
+    for kernel in kernels:
+        assert kernel["spilled_bytes"] == kernel["local_memory_instructions"] == 0, kernel
+        assert not kernel["wgmma_serialized"] and kernel["tensor_core_instructions"] > 0, kernel
+
+
+@pytest.mark.slow
+@_needs("tpu")
+@pytest.mark.parametrize("target", ["v5e", "v6e", "v5p", "tpu7x"])
+def test_kernels_for_tpus_compile(target):
+    """Guards against too much VMEM and types that a generation lacks: its compiler takes every call of both models."""
+    reports = _report("kernels", target)
+    assert len(reports) == 20 and all(report["kernels"] for report in reports), "a case ran no kernel of ours"
+
+
+@pytest.mark.slow
+@_needs("gpu")
+def test_a_decoding_step_launches_few_kernels():
+    """Guards decoding of one row, where launches cost as much as bytes: more than this a layer is a regression."""
+    (report,) = _report("launches", "H200")
+    assert report["per_layer"] <= LAUNCHES_PER_LAYER, report
+
+
+LAUNCHES_PER_LAYER = 40
+
+
+def test_compilers_are_those_of_this_jax():
+    """Guards `make gates`: wheels of another version than JAX's would not load, or compile something else."""
+    wheels = compilers.wheels()
+    assert any(wheel.startswith("libtpu==") for wheel in wheels)
+    assert f"jax-cuda13-plugin=={ahead_of_time.jax.__version__}" in wheels
+
+
+def test_unknown_targets_are_refused():
+    """Guards the flag: a name that is no device must not give an empty table."""
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "models", "--target", "H300"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown target H300, expected some of H200" in done.stderr
