@@ -23,6 +23,7 @@ exact and sums are float32, in the tensor core's order of adding. Activations be
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ _BITS = "words of 8 codes whose bits are permuted"
 LAYOUT = Layout(
     _words(_split, _interleave, f"{_BITS}, 8 gates before 8 linear rows"),
     _columns(_split, _interleave, "[E, DB, F2], 8 gates before 8 linear rows"),
-    Rearrangement(_split, _interleave, _same, "8 gates before 8 linear rows"),
+    AS_PUBLISHED,
     _words(_same, _same, _BITS),
     _columns(_same, _same, "[E, FB, D]"),
     AS_PUBLISHED,
@@ -373,6 +374,7 @@ _WORDS_LAYOUTS = {  # by parts: warp, row, (block, word)
 }
 _SCALES_LAYOUT = _tiled(((4, 4, 16), (8,), (1,)), (-4,), (-2, -5))  # block, warp, row
 _BIAS_LAYOUT = _tiled(((4, 16), (8,), (1,)), (-4,), (-2, _EACH_OF_4))  # warp, row
+_PAIRED_BIAS_LAYOUT = _tiled(((4, 16), (2,), (1,)), (-4,), (-3, _EACH_OF_4))  # warp, row as published: 2 g, 2 g + 1
 _HIDDEN_LAYOUT = _tiled(((8, 32), (2, 8), (2,), (1,)), (-3,), (-5, -2, -6))  # activation row, column of fragment order
 _BIASED_LAYOUT = _tiled(((8, 64), (2, 16), (8,), (1,)), (-5,), (-2, -6))  # activation row, output
 
@@ -424,6 +426,14 @@ def _part(words: UInt32[Array, "4 16 16"], part: int, parts: int) -> UInt32[Arra
     return plgpu.inline_mgpu(arg_types=(_WORDS_LAYOUTS[1],), return_type=result)(take)(words)
 
 
+def _registers(parts: int) -> list[tuple[int, int, int]]:
+    """What wgmma's A registers hold, in order: (word of a block, pair of codes, output g or g + 8).
+
+    For each 8 columns a thread holds 2 neighbours of row g, and then of row g + 8.
+    """
+    return [*itertools.product(range(WORDS // parts), range(4), (0, 1))]
+
+
 def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> Float[Array, "64 K"]:
     """Two exact products, by 2^126 and by the scale: no one bfloat16 factor serves scale bytes from 0 to 254."""
     shape = (OUTPUTS, GROUP // parts)
@@ -432,11 +442,9 @@ def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> F
         up = _as_pair(_constant(0x7E80_7E80))  # 2^126, twice
         exponents = (arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat)
         factors = [_as_pair(arith.muli(exponent, _constant(0x0080_0080))) for exponent in exponents]
-        values = [  # for each 8 columns, which are a pair of each thread, rows g and g + 8
-            arith.mulf(arith.mulf(_as_pair(vector.extract(bits.registers.flat[half], [], [word])), up), factors[half])
-            for word in range(WORDS // parts)
-            for bits in pairs
-            for half in range(2)
+        values = [
+            arith.mulf(arith.mulf(_as_pair(vector.extract(of_half[half], [], [word])), up), factors[half])
+            for word, of_half, half in ((w, pairs[pair].registers.flat, half) for w, pair, half in _registers(parts))
         ]
         return _fragments(values, plgpu.Layout.WGMMA, shape)
 
@@ -479,21 +487,19 @@ def _biased(total: Float[Array, "64 M"], bias_ref: Any, interpret: Any) -> Float
     rows = total.shape[1]
 
     def relabel(_, total, bias):
-        registers = [
-            arith.addf(_one(total.registers.flat[2 * eight + half], row), bias.registers.flat[half])
-            for eight in range(rows // 8)
-            for row in range(2)
-            for half in range(2)
-        ]
-        return _fragments(registers, _BIASED_LAYOUT, (rows, OUTPUTS))
+        sums = _sums(total, bias)
+        return _fragments(
+            [sums[at] for at in itertools.product(range(rows // 8), (0, 1), (0, 1))], _BIASED_LAYOUT, shape
+        )
 
-    shape = plgpu.ShapeDtypeStruct((rows, OUTPUTS), jnp.float32, layout=_BIASED_LAYOUT)
-    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _BIAS_LAYOUT), return_type=shape)(relabel)(total, bias)
+    shape = (rows, OUTPUTS)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_BIASED_LAYOUT)
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _BIAS_LAYOUT), return_type=result)(relabel)(total, bias)
 
 
 def _gated(total: Float[Array, "64 M"], bias_ref: Any, limit: float, interpret: Any) -> Float[Array, "M 32"]:
     """The SwiGLU of sums and bias (as `reference.swiglu`), activation rows first, in fragment order."""
-    bias = _load(bias_ref, _BIAS_LAYOUT, interpret).astype(jnp.float32)
+    bias = _load(bias_ref, _PAIRED_BIAS_LAYOUT, interpret).astype(jnp.float32)
     gate, linear = _halves(total, bias, interpret)
     gate = jnp.minimum(gate, limit)
     linear = jnp.minimum(jnp.maximum(linear, -limit), limit)
@@ -504,28 +510,28 @@ def _halves(total: Float[Array, "64 M"], bias: Float[Array, "4 16"], interpret: 
     """Gates and linear parts, which are rows g and g + 8 of each warp's 16: one thread has both."""
     rows = total.shape[1]
     if interpret is not None:
+        by_part = total.reshape(4, 2, 8, rows) + bias.reshape(4, 8, 2).swapaxes(1, 2)[..., None]
         # warp, part, half of g, last bit of g, row -> part, row, half of g, warp, last bit of g
-        parts = (total + bias.reshape(OUTPUTS, 1)).reshape(4, 2, 4, 2, rows).transpose(1, 4, 2, 0, 3)
+        parts = by_part.reshape(4, 2, 4, 2, rows).transpose(1, 4, 2, 0, 3)
         gate, linear = parts.reshape(2, rows, OUTPUTS // 2)
         return gate, linear
 
     def relabel(_, total, bias):
-        return tuple(
-            _fragments(
-                [
-                    arith.addf(_one(total.registers.flat[2 * eight + half], row), bias.registers.flat[half])
-                    for eight in range(rows // 8)
-                    for row in range(2)
-                ],
-                _HIDDEN_LAYOUT,
-                (rows, OUTPUTS // 2),
-            )
-            for half in range(2)
-        )
+        sums, places = _sums(total, bias), list(itertools.product(range(rows // 8), (0, 1)))
+        return tuple(_fragments([sums[*at, half] for at in places], _HIDDEN_LAYOUT, shape) for half in (0, 1))
 
-    shape = plgpu.ShapeDtypeStruct((rows, OUTPUTS // 2), jnp.float32, layout=_HIDDEN_LAYOUT)
-    inline = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _BIAS_LAYOUT), return_type=(shape, shape))
+    shape = (rows, OUTPUTS // 2)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_HIDDEN_LAYOUT)
+    inline = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _PAIRED_BIAS_LAYOUT), return_type=(result, result))
     return inline(relabel)(total, bias)
+
+
+def _sums(total: Any, bias: Any) -> dict[tuple[int, int, int], Any]:
+    """A thread's accumulators plus bias, by (8 activation rows, which of its 2 of those, output g or g + 8)."""
+    return {
+        (eight, row, half): arith.addf(_one(total.registers.flat[2 * eight + half], row), bias.registers.flat[half])
+        for eight, row, half in itertools.product(range(total.registers.size // 2), (0, 1), (0, 1))
+    }
 
 
 def _one(register: Any, at: int) -> Any:
