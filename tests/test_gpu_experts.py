@@ -123,8 +123,8 @@ def test_every_code_under_every_scale():
     inputs = gpu.GROUP
     scales = np.minimum(np.arange(256, dtype=np.uint8).reshape(1, 64, 4), 254)
     blocks = np.tile(np.arange(16, dtype=np.uint8) * 0x11 ^ 0x70, (1, 64, 4, 1))
-    blocks[scales == 254] &= 0xBB  # 4 and 6 times 2^127 are more than bfloat16 holds
-    expected = np.asarray(mxfp4.dequantize(jnp.asarray(blocks), jnp.asarray(scales), jnp.float32))
+    blocks[scales >= 253] &= 0xBB  # 4 x 2^126 and 2 x 2^127 are more than bfloat16 holds
+    expected = np.asarray(mxfp4.dequantize(jnp.asarray(blocks), jnp.asarray(scales), jnp.float32))[0]
     packed = [way.pack(jnp.asarray(array)) for way, array in zip(gpu.LAYOUT[3:5], (blocks, scales), strict=True)]
     tiles = TiledRows.of(jnp.zeros((inputs, 1), jnp.int32), 1, 32)
     x = gpu._in_fragment_order(tiles.gather(jnp.eye(inputs, dtype=jnp.bfloat16)))[None]
@@ -150,22 +150,24 @@ def _tiling(monkeypatch, **changes):
     monkeypatch.setattr(gpu._Tiling, "of", lambda *sizes: of(*sizes)._replace(**changes))
 
 
-@pytest.mark.parametrize(("warpgroups", "parts"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("planted", [False, True])
-def test_races(warpgroups, parts, planted, monkeypatch):
-    """Guards the circle of buffers, over more steps than stages and an odd last group: no read races with a copy.
-
-    Without the waits the interpreter sees it.
-    """
+@pytest.mark.parametrize(("warpgroups", "parts"), [(1, 1), (2, 2)])
+def test_buffers_are_reused_without_races(warpgroups, parts, monkeypatch):
+    """Guards the circle of buffers over more steps than stages and an odd last group, in either form of the kernel."""
     _tiling(monkeypatch, warpgroups=warpgroups, parts=parts, stages=2)
-    if planted:
-        monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
-    arguments, expected = _call(hidden=32 * 20 - 32, inner=32, tokens=2)  # 19 blocks: 2 steps and one group
+    arguments, expected = _call(hidden=32 * 17, inner=32, tokens=2)  # 17 blocks: 2 steps and one group
     run = functools.partial(gpu.expert_mlp, limit=7.0, interpret=_with(detect_races=True))
     found = np.asarray(jax.jit(run)(*arguments))
-    assert interpreter.races_found() == planted
-    if not planted:
-        np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
+    assert not interpreter.races_found()
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
+
+
+def test_a_forgotten_wait_is_seen(monkeypatch):
+    """Guards the test above: with nothing waiting for copies the interpreter reports a race."""
+    monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
+    arguments, _ = _call(hidden=32, inner=32, tokens=2)
+    run = functools.partial(gpu.expert_mlp, limit=7.0, interpret=_with(detect_races=True))
+    jax.block_until_ready(jax.jit(run)(*arguments))
+    assert interpreter.races_found()
 
 
 def test_other_types_are_refused():

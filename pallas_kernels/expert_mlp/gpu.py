@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, scf, vector
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement
@@ -439,14 +439,22 @@ def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> F
     shape = (OUTPUTS, GROUP // parts)
 
     def scale_up(_, pairs, scales):
-        up = _as_pair(_constant(0x7E80_7E80))  # 2^126, twice
-        exponents = (arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat)
-        factors = [_as_pair(arith.muli(exponent, _constant(0x0080_0080))) for exponent in exponents]
+        exponents = [arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat]
+        small = [arith.minui(exponent, _constant(_LARGEST)) for exponent in exponents]
+        factors = [_power(arith.addi(exponent, _constant(126))) for exponent in small]
         values = [
-            arith.mulf(arith.mulf(_as_pair(vector.extract(of_half[half], [], [word])), up), factors[half])
-            for word, of_half, half in ((w, pairs[pair].registers.flat, half) for w, pair, half in _registers(parts))
+            arith.mulf(_as_pair(vector.extract(pairs[pair].registers.flat[half], [], [word])), factors[half])
+            for word, pair, half in _registers(parts)
         ]
-        return _fragments(values, plgpu.Layout.WGMMA, shape)
+        is_larger = arith.cmpi(arith.CmpIPredicate.ugt, arith.maxui(*exponents), _constant(_LARGEST))
+        larger = scf.IfOp(is_larger, [values[0].type] * len(values), has_else=True)
+        with ir.InsertionPoint(larger.then_block):
+            rest = [_power(arith.addi(arith.subi(e, s), _constant(127))) for e, s in zip(exponents, small, strict=True)]
+            order = zip(values, _registers(parts), strict=True)
+            scf.yield_([arith.mulf(value, rest[half]) for value, (_, _, half) in order])
+        with ir.InsertionPoint(larger.else_block):
+            scf.yield_(values)
+        return _fragments(list(larger.results), plgpu.Layout.WGMMA, shape)
 
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
     arguments = ([_WORDS_LAYOUTS[parts]] * len(pairs), _SCALES_LAYOUT)
@@ -455,6 +463,13 @@ def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> F
 
 def _int32() -> Any:
     return ir.IntegerType.get_signless(32)
+
+
+_LARGEST = 128
+
+
+def _power(exponent: Any) -> Any:
+    return _as_pair(arith.muli(exponent, _constant(0x0080_0080)))
 
 
 def _constant(value: int) -> Any:
@@ -466,7 +481,7 @@ def _as_pair(bits: Any) -> Any:
     return vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), one)
 
 
-def _multiply(acc: Any, a: Float[Array, "64 128"], x_s: Any, *operands_s: Any) -> None:
+def _multiply(acc: Any, a: Float[Array, "64 K"], x_s: Any, *operands_s: Any) -> None:
     """Starts acc += a @ x.T; the interpreter takes both from shared memory, as they are, so they are put there."""
     if not operands_s:
         plgpu.wgmma(acc, a, plgpu.transpose_ref(x_s, (1, 0)))
