@@ -4,13 +4,14 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 `IMPLEMENTATIONS`.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, best, by_name
-from pallas_kernels.expert_mlp import reference
+from pallas_kernels.expert_mlp import gpu, reference
 from pallas_kernels.expert_mlp.gradient import differentiable
 from pallas_kernels.expert_mlp.layout import (
     AS_PUBLISHED,
@@ -22,6 +23,7 @@ from pallas_kernels.expert_mlp.layout import (
     packed_axes,
     published,
 )
+from pallas_kernels.interpreter import InterpretGPUParams
 
 
 @runtime_checkable
@@ -56,9 +58,16 @@ def _with_gradient(run: RunExperts, layout: Layout = PUBLISHED) -> ExpertMlp:
     return ExpertMlp(differentiable(run, layout), layout)
 
 
+# TMA fills with zeros what lies beyond an array; in JAX 0.10 the interpreter does so by this setting only.
+GPU_INTERPRETER = InterpretGPUParams(
+    out_of_bounds_reads="uninitialized", uninitialized_memory="zero", num_tma_threads_per_device=16
+)
+
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {
     "reference": _with_gradient(reference.expert_mlp),
     "cpu": _with_gradient(cpu_expert_mlp),
+    "gpu": _with_gradient(gpu.expert_mlp, gpu.LAYOUT),
+    "gpu-interpreted": _with_gradient(functools.partial(gpu.expert_mlp, interpret=GPU_INTERPRETER), gpu.LAYOUT),
 }
 
 
