@@ -57,8 +57,8 @@ def expert_mlp(
     num_experts = weights.down_blocks.shape[0]
     rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, MOST_ROWS)
     tiles = TiledRows.of(expert_ids, num_experts, rows)
-    x_parts = tiles.gather(x).reshape(len(tiles.choice), -1, form.parts, BLOCK // form.parts)
-    x_parts = jnp.moveaxis(x_parts, 2, 0).reshape(form.parts, len(tiles.choice), -1)
+    x_parts = jnp.moveaxis(x.reshape(len(x), -1, form.parts, BLOCK // form.parts), 2, 0)  # see `Form`
+    x_parts = jax.vmap(tiles.gather)(x_parts.reshape(form.parts, len(x), -1))
     y = _run_tiles(tiles, x_parts, weights, limit=limit, form=form, rows=rows, interpret=interpret)
     return tiles.combine(y, expert_weights)
 
@@ -176,6 +176,8 @@ def _run_tiles(
         interpret=interpret or False,
         name="expert_mlp",
     )
+    if interpret is None:  # else XLA would copy what it can of all experts, chosen or not, to VMEM beforehand
+        weights = ExpertWeights(*(pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in weights))
     return call(tiles.expert, x, *weights)
 
 
@@ -215,8 +217,7 @@ def _step(
     @pl.when(step >= steps.first_down)
     def _():
         for at in _pieces(steps.hidden_block):
-            hidden = h.at[:, :, : steps.inner]
-            y[:, at] = _product(hidden, down, down_scales, at, unpack, scratch) + down_bias[:, at].astype(jnp.float32)
+            y[:, at] = _product(h[:, :, : steps.inner], down, down_scales, at, unpack, scratch) + down_bias[:, at].astype(jnp.float32)
 
 
 def _pieces(outputs: int) -> list[slice]:
