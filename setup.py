@@ -1,7 +1,7 @@
 """Builds the CPU kernels' shared library, one object file per instruction set; all else is in pyproject.toml.
 
 An installation without a C++17 compiler, or on a machine that the kernels do not know, goes on without the library:
-the package then computes with XLA alone.
+the package then computes with XLA alone. A compiler that is too old for an instruction set loses that one.
 """
 
 import platform
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NATIVE = Path("cpu_kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility-inlines-hidden"]
@@ -23,6 +24,7 @@ X86 = {
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
+PORTABLE = "portable"
 MACHINES = {  # instruction sets beside portable C++, with the flags that allow them
     "x86_64": X86,
     "amd64": X86,
@@ -33,11 +35,16 @@ MACHINES = {  # instruction sets beside portable C++, with the flags that allow 
 
 def machine_flags() -> dict[str, list[str]]:
     """The compiler's flags for each instruction set that machines of this family may have."""
-    return {**MACHINES.get(platform.machine().lower(), {}), "portable": []}
+    return {**MACHINES.get(platform.machine().lower(), {}), PORTABLE: []}
+
+
+def macro(what: str) -> tuple[str, None]:
+    """The definition that the sources ask for: CPU_KERNELS_AVX2, CPU_KERNELS_HAVE_AVX2."""
+    return f"CPU_KERNELS_{what.upper()}", None
 
 
 class BuildKernels(build_ext):
-    """Compiles `kernels.cc` once per instruction set, the rest once, and links them."""
+    """Compiles `kernels.cc` once per instruction set, the rest once, knowing which there are, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension, or says in one line what is lost without it."""
@@ -49,13 +56,16 @@ class BuildKernels(build_ext):
     def _build(self, library: Path) -> None:
         import jax.ffi
 
-        sets = machine_flags()
-        have = [("CPU_KERNELS_HAVE_X86", None)] if "avx2" in sets else []
-        have += [("CPU_KERNELS_HAVE_NEON", None)] if "neon" in sets else []
+        objects = self._compile(["kernels.cc"], PORTABLE, [macro(PORTABLE)], [])  # any C++17 compiler can build these
+        have = []
+        for name, flags in MACHINES.get(platform.machine().lower(), {}).items():
+            try:
+                objects += self._compile(["kernels.cc"], name, [macro(name)], flags)
+                have.append(macro(f"have_{name}"))
+            except CompileError as error:
+                print(f"gptoss-jax: CPU kernels without {name}, which this compiler lacks ({error})", file=sys.stderr)
         once = [path.name for path in sorted(NATIVE.glob("*.cc")) if path.name != "kernels.cc"]
-        objects = self._compile(once, "common", have, ["-isystem", jax.ffi.include_dir()])
-        for name, flags in sets.items():
-            objects += self._compile(["kernels.cc"], name, [(f"CPU_KERNELS_{name.upper()}", None)], flags)
+        objects += self._compile(once, "common", have, ["-isystem", jax.ffi.include_dir()])
         library.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(library), target_lang="c++")
 
@@ -69,13 +79,15 @@ class BuildKernels(build_ext):
         )
 
 
+def extension() -> Extension:
+    """The library, whose sources and headers a source distribution takes along."""
+    sources, headers = (sorted(map(str, NATIVE.glob(pattern))) for pattern in ("*.cc", "*.h"))
+    return Extension("cpu_kernels._native", sources, depends=headers, optional=True)
+
+
 def main() -> None:
     """What the build backend runs."""
-    sources, headers = (sorted(map(str, NATIVE.glob(pattern))) for pattern in ("*.cc", "*.h"))
-    setup(
-        ext_modules=[Extension("cpu_kernels._native", sources, depends=headers, optional=True)],
-        cmdclass={"build_ext": BuildKernels},
-    )
+    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildKernels})
 
 
 if __name__ == "__main__":

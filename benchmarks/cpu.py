@@ -31,7 +31,7 @@ from absl import flags
 
 from benchmarks import true_width
 from benchmarks.peers import Llama, Transformers
-from gptoss_jax import command, host_memory, kv_cache, runtime, sampling, sharding
+from gptoss_jax import command, host_memory, kv_cache, layers, runtime, sampling, sharding
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kv_cache import PAGE_TOKENS, KVCache
 from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
@@ -139,7 +139,7 @@ def load(options: flags.FlagValues) -> Subject:
         programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
         return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
-    kernels, reason = runtime.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
+    kernels, reason = layers.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
     declared = declare(config, laid_out, kernels)
     placed = {path: jax.device_put(leaf) for path, leaf in leaves}
     params = nest(runtime.with_dense(placed, declared, options.dense))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, kv_cache, runtime, sampling, sharding
+from gptoss_jax import command, kv_cache, layers, sampling, sharding
 from gptoss_jax.config import ModelConfig, parse_config
 from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     raw = json.loads(CONFIG.read_text())
     types = (raw["layer_types"][:2] * options.layers)[: options.layers]
     config = parse_config(raw | {"num_hidden_layers": options.layers, "layer_types": types})
-    kernels, _ = runtime.choose_kernels("auto", Hardware.of(jax.devices()[0]))
+    kernels, _ = layers.choose_kernels("auto", Hardware.of(jax.devices()[0]))
     model = declare(config, sharding.make(), kernels)
     params = _params({path: (leaf.shape, leaf.dtype) for path, leaf in model.leaves.items()})
     results: dict[str, Any] = {}

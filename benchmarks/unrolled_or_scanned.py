@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from gptoss_jax import command, kv_cache, rope, runtime, sharding
+from gptoss_jax import command, kv_cache, layers, rope, sharding
 from gptoss_jax.attention import Step
 from gptoss_jax.config import ModelConfig, parse_config
 from gptoss_jax.model import DTYPE_POLICIES, Layer
@@ -81,7 +81,7 @@ def _config(layers: int, experts: int) -> ModelConfig:
 
 def _layers(config: ModelConfig, count: int) -> tuple[Any, Any]:
     """Graph and abstract weights of the first `count` layers."""
-    kernels, _ = runtime.choose_kernels("auto", Hardware.of(jax.devices()[0]))
+    kernels, _ = layers.choose_kernels("auto", Hardware.of(jax.devices()[0]))
     policy = DTYPE_POLICIES["bfloat16"]
     modules = nnx.List([Layer(config, i, sharding.make(), kernels, policy) for i in range(count)])
     graph, state = nnx.split(modules)

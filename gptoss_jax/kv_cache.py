@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.sharding import Sharding
@@ -99,6 +99,7 @@ def write_ring(
     return _write(ring, new, row, positions % window, first, end)
 
 
+@jax.custom_vjp
 def _write(
     stored: Float[Array, "Z Y K H"],
     new: Float[Array, "B T K H"],
@@ -114,9 +115,27 @@ def _write(
     )
 
 
+def _write_forward(stored, new, major, minor, first, end):
+    return _write(stored, new, major, minor, first, end), (new[:0], major, minor, first, end)
+
+
+def _write_backward(saved, gradient):
+    """What was written learns from where it went; what it replaced does not."""
+    none, major, minor, first, end = saved
+    new = jnp.where(_is_written(major, first, end)[..., None, None], gradient[major, minor], 0).astype(none.dtype)
+    return _write(gradient, jnp.zeros_like(new), major, minor, first, end), new, None, None, None, None
+
+
+_write.defvjp(_write_forward, _write_backward)
+
+
+def _is_written(major: Int32[Array, "B T"], first: Int32[Array, "B"], end: Int32[Array, "B"]) -> Bool[Array, "B T"]:
+    ordinal = jnp.arange(major.shape[1], dtype=jnp.int32)
+    return (ordinal >= first[:, None]) & (ordinal < end[:, None])
+
+
 def _write_scattered(stored, new, major, minor, first, end):
-    ordinal = jnp.arange(new.shape[1], dtype=jnp.int32)
-    written = (ordinal >= first[:, None]) & (ordinal < end[:, None])
+    written = _is_written(major, first, end)
     major = jnp.where(written, major, stored.shape[0])  # beyond the array: dropped
     return stored.at[major, minor].set(new, mode="drop")
 

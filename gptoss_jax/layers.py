@@ -1,4 +1,4 @@
-"""What attention and experts are both made of: a declared weight, RMSNorm, a linear map, weights of eight bits."""
+"""What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
 
 import dataclasses
 import math
@@ -15,6 +15,7 @@ from gptoss_jax.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
+from pallas_kernels.choice import Hardware
 
 
 class Kernels(NamedTuple):
@@ -28,6 +29,28 @@ class Kernels(NamedTuple):
     def keep_rows_apart(self) -> bool:
         """Whether the bits that these give for a row depend on no other row, nor on how many there are."""
         return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
+
+
+def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
+    """Each op's implementation on `hardware`, and one line that says which and why.
+
+    Args:
+        names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
+        hardware: what the devices are.
+
+    Raises:
+        ValueError: no op or no implementation has that name.
+    """
+    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
+    pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
+    asked = {pair[0]: pair[-1] for pair in pairs}
+    if len(asked) < len(pairs):
+        raise ValueError(f"kernels {names!r} names an op twice")
+    for op in asked.keys() - ops.keys():
+        raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
+    chosen = {op: choose(asked.get(op, "auto"), hardware) for op, choose in ops.items()}
+    line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
+    return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
 
 
 Shape = tuple[int, ...]

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from gptoss_jax import layers, rope
+from gptoss_jax import layers, moe, rope
 from gptoss_jax.attention import Attention, Step
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kv_cache import KVCache
 from gptoss_jax.layers import Kernels
 from gptoss_jax.moe import MixtureOfExperts
 from gptoss_jax.sharding import Axes, Sharding
+from pallas_kernels import expert_mlp as expert_op
 
 
 class DtypePolicy(NamedTuple):
@@ -112,6 +113,11 @@ class Model(NamedTuple):
     def bind(self, params: Params) -> Transformer:
         """The module with `params` in it, for use inside a jitted function."""
         return nnx.merge(self.graph, params)
+
+    def rearrangements(self, layout: expert_op.Layout) -> dict[str, expert_op.Rearrangement]:
+        """What `layout` does to each leaf."""
+        ways: dict[str, expert_op.Rearrangement] = dict(zip(moe.PACKED, layout, strict=True))
+        return {path: ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED) for path in self.leaves}
 
 
 def declare(

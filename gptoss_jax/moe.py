@@ -4,6 +4,7 @@ openai/gpt-oss torch/model.py, MLPBlock: softmax over the chosen logits alone, S
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class MixtureOfExperts(nnx.Module):
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         ids, weights = route(self.router(x), self.config.experts_per_token)
         ids = jnp.where(is_token[..., None], ids, -1)  # padding chooses no expert
-        leaves = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
+        leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
         packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
         axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
         packed_axes = op.packed_axes(self.kernel.layout, axes)

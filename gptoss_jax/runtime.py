@@ -18,16 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
 from converters import source
-from gptoss_jax import checkpoint, host_memory, kv_cache, layers, model, moe, sharding, tokenizer
+from gptoss_jax import checkpoint, host_memory, kv_cache, layers, model, sharding, tokenizer
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.engine import NOT_FINITE, Compiled, Engine, EngineConfig, Event, NumericsError, Request, RequestError
-from gptoss_jax.layers import Kernels
 from gptoss_jax.model import DtypePolicy, Model, Params
 from gptoss_jax.sampling import MAX_TOP_LOGPROBS, SamplingParams, report_logprobs
 from gptoss_jax.sharding import Sharding
-from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
-from pallas_kernels import linear as linear_op
 from pallas_kernels.choice import Hardware
 
 LOGITS_CHUNK_TOKENS = 256
@@ -288,7 +285,7 @@ def load(
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
         dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
             longer exact (docs/numerics.md has its cost); experts stay as they are.
-        kernels: "auto", or implementations by name, which then run or raise: see `choose_kernels`.
+        kernels: "auto", or implementations by name, which then run or raise: see `layers.choose_kernels`.
         report: called with the bytes of weights that are loaded, and of all.
 
     Raises:
@@ -304,7 +301,7 @@ def load(
         raise ValueError(f"dense is {dense!r}, expected one of {', '.join(DENSE_ITEMSIZE)}")
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
-    chosen, reason = choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]))
+    chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]))
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
@@ -358,38 +355,15 @@ def with_layout(
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
     """
-    ways = dict(zip(moe.PACKED, layout, strict=True))
 
-    def rearranged(path: str) -> Any:
-        array, way = leaves.pop(path), ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED)
+    def rearranged(path: str, way: expert_op.Rearrangement) -> Any:
+        array = leaves.pop(path)
         if way is expert_op.AS_PUBLISHED:
             return array
         pack = jax.jit(way.pack, out_shardings=sharding.named(way.axes(declared.leaves[path].axes)))
         return jax.block_until_ready(pack(array))
 
-    return {path: rearranged(path) for path in list(leaves)}
-
-
-def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
-    """Each op's implementation on `hardware`, and one line that says which and why.
-
-    Args:
-        names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
-        hardware: what the devices are.
-
-    Raises:
-        ValueError: no op or no implementation has that name.
-    """
-    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
-    pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
-    asked = {pair[0]: pair[-1] for pair in pairs}
-    if len(asked) < len(pairs):
-        raise ValueError(f"kernels {names!r} names an op twice")
-    for op in asked.keys() - ops.keys():
-        raise ValueError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
-    chosen = {op: choose(asked.get(op, "auto"), hardware) for op, choose in ops.items()}
-    line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
-    return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
+    return {path: rearranged(path, way) for path, way in declared.rearrangements(layout).items()}
 
 
 class _Stored(NamedTuple):

@@ -8,13 +8,13 @@ and its line to `filter_logits`; then its flag in `generate.py`.
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
 from gptoss_jax.row_sum import row_sum
 
@@ -222,36 +222,39 @@ def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
     scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
     column = lambda x: x[:, None]  # noqa: E731
-    truncates = (sampling.top_k > 0) | (sampling.top_p < 1)
-    scores = jax.lax.cond(jnp.any(truncates), lambda: _top_k_top_p(scores, sampling), lambda: scores)
+    by_count, by_weight = sampling.top_k > 0, sampling.top_p < 1
+    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.top_k), lambda: scores)
+    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.top_p), lambda: scores)
     return jnp.where(scores >= jnp.log(column(sampling.min_p)), scores, -jnp.inf)  # the largest score is 0
 
 
-def _top_k_top_p(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    enough_ids = jnp.where(sampling.top_k > 0, sampling.top_k, scores.shape[-1])
-    scores = _keep_likeliest(scores, jnp.ones_like(scores), enough_ids.astype(jnp.float32))
+def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
+    """Counts are whole numbers, which XLA may add up in any order: no need for `row_sum`, which takes longer."""
+    enough = jnp.where(top_k > 0, top_k, scores.shape[-1])
+    return _keep_likeliest(scores, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32), enough)
+
+
+def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
     weights = jnp.exp(scores)
-    enough_weight = sampling.top_p * row_sum(weights)
-    filtered = _keep_likeliest(scores, weights, enough_weight)
-    return jnp.where((sampling.top_p < 1)[:, None], filtered, scores)
+    enough = top_p * row_sum(weights)
+    filtered = _keep_likeliest(scores, lambda kept: row_sum(jnp.where(kept, weights, 0.0)), enough)
+    return jnp.where((top_p < 1)[:, None], filtered, scores)
 
 
 def _keep_likeliest(
-    scores: Float[Array, "B V"], weights: Float[Array, "B V"], enough: Float[Array, "B"]
+    scores: Float[Array, "B V"], sum_of: Callable[[Bool[Array, "B V"]], Real[Array, "B"]], enough: Real[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """The largest scores (at most 0) whose weights first sum to `enough`, at least one; -inf for the others.
+    """The largest scores (at most 0) whose `sum_of` first reaches `enough`, at least one; -inf for the others.
 
     Finds the threshold bit by bit instead of sorting: the bits of a float that is not positive, read as an integer,
     grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
     """
     keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
 
-    def kept_weight(threshold: Int32[Array, "B"]) -> Float[Array, "B"]:
-        return row_sum(jnp.where(keys <= threshold[:, None], weights, 0.0))
-
     def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
         bit = jnp.int32(1) << (30 - i)
-        too_few = kept_weight(threshold + bit - 1) < enough  # all that could be kept with this bit clear
+        most = threshold + bit - 1  # the largest key that could be kept with this bit clear
+        too_few = sum_of(keys <= most[:, None]) < enough
         return jnp.where(too_few, threshold + bit, threshold)
 
     threshold = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(scores.shape[:1], jnp.int32))

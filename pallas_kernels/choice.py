@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 import cpu_kernels
 
 HOPPER = 9  # the major compute capability whose tensor cores the GPU kernels are written for
@@ -18,8 +16,8 @@ class Hardware(NamedTuple):
     compute_capability: str = ""  # of NVIDIA GPUs, as in "9.0"
 
     @classmethod
-    def of(cls, device: jax.Device) -> "Hardware":
-        """What `device` is."""
+    def of(cls, device: Any) -> "Hardware":
+        """What `device`, a `jax.Device`, is."""
         return cls(device.platform, device.device_kind, str(getattr(device, "compute_capability", "")))
 
 
@@ -40,7 +38,7 @@ def by_name(op: str, implementations: Mapping[str, Any], name: str, hardware: Ha
     if name not in implementations:
         raise ValueError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
     if name in KERNELS_OF and (missing := why_not(name, hardware)):
-        raise ValueError(f"{op} kernel {name!r} cannot run: {missing}")
+        raise ValueError(f"{op} kernel {name!r} cannot run: {missing}; auto takes the best that can")
     return Choice(name, implementations[name], "asked for by name")
 
 

@@ -3,10 +3,12 @@
 tests/test_kernels.py holds them to the contract of every implementation; this is about what C++ can get wrong.
 """
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -369,7 +371,7 @@ def test_without_a_library_the_line_says_what_is_lost(monkeypatch):
         linear_op.choose("cpu", Hardware("cpu"))
 
 
-# ---- sanitizers ----
+# ---- built by other compilers ----
 
 
 def _setup():
@@ -378,6 +380,42 @@ def _setup():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one instruction set beside C++")
+@pytest.mark.parametrize(
+    ("flag", "lost"), [("-mavx512bf16", ["avx512bf16"]), ("-mavx512f", ["avx512bf16", "avx512"]), ("-std=c++17", None)]
+)
+def test_a_compiler_loses_what_it_lacks_and_no_more(flag, lost, tmp_path, monkeypatch, capsys):
+    """Guards older compilers: one unknown flag must not cost the whole library, or pass without a word."""
+    setuptools = pytest.importorskip("setuptools")
+    build = _setup()
+    compiler = tmp_path / "compiler"
+    real = os.environ.get("CXX", "g++")  # without optimising, which takes long
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" {flag} "*) exit 1;; esac\nexec {real} "$@" -O0\n')
+    compiler.chmod(0o755)
+    for variable in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"):
+        monkeypatch.setenv(variable, f"{compiler} -shared" if variable.startswith("LD") else str(compiler))
+    monkeypatch.chdir(ROOT)
+    command = build.BuildKernels(setuptools.Distribution({"ext_modules": [build.extension()]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+    built, said = list(tmp_path.glob("lib/cpu_kernels/_native*.so")), capsys.readouterr().err.splitlines()
+    if lost is None:
+        assert not built and [line[:50] for line in said] == ["gptoss-jax: no CPU kernels, XLA alone will run the"]
+        return
+    assert [line.partition(", which")[0] for line in said] == [f"gptoss-jax: CPU kernels without {s}" for s in lost]
+    sets, content = build.machine_flags(), built[0].read_bytes()
+    tables = [name for name in sets if f"cpu_kernels{len(name)}{name}8kKernels".encode() in content]
+    assert tables == [name for name in sets if name not in lost]
+    native = ctypes.CDLL(str(built[0]))
+    native.cpu_kernels_supported.restype = ctypes.c_char_p
+    assert native.cpu_kernels_supported(0).decode() == next(name for name in INSTRUCTION_SETS if name not in lost)
+
+
+# ---- sanitizers ----
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`python -m gptoss_jax.generate` as people run it, in processes of its own; and `load` from Python."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import gptoss_jax
 from converters import convert
-from gptoss_jax import generate, runtime, score, tokenizer
+from gptoss_jax import generate, layers, runtime, score, sharding, tokenizer
 from gptoss_jax.checkpoint import CheckpointError
 from gptoss_jax.engine import RequestError
 from gptoss_jax.sampling import SamplingParams
@@ -668,13 +670,35 @@ def test_logits_refuse_ids_outside_the_vocabulary(tmp_path):
 
 def test_kernels_are_chosen_by_op_or_altogether():
     """Guards the flag: each op can be named by itself, and a name that is no op is refused."""
-    both, line = runtime.choose_kernels("reference", Hardware("cpu"))
+    both, line = layers.choose_kernels("reference", Hardware("cpu"))
     assert "linear: reference (asked for by name)" in line
-    mixed, line = runtime.choose_kernels("linear=streamed", Hardware("gpu", "NVIDIA A100", "8.0"))
+    mixed, line = layers.choose_kernels("linear=streamed", Hardware("gpu", "NVIDIA A100", "8.0"))
     assert "attention: reference (portable jnp" in line
     assert both.linear is not mixed.linear
     with pytest.raises(ValueError, match="unknown op 'attn', expected attention, expert_mlp, linear"):
-        runtime.choose_kernels("attn=reference", Hardware("cpu"))
+        layers.choose_kernels("attn=reference", Hardware("cpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """As much of an accelerator as a mesh looks at."""
+
+    platform: str
+    id: int = 0
+    device_kind: str = "a device"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_for_cpus_are_refused_for_other_devices(platform, tmp_path):
+    """Guards against kernels that are found to have no such target only where XLA compiles, after all was loaded."""
+    mesh = Mesh(np.array([[[_Device(platform), _Device(platform, 1)]]], object), sharding.MESH_AXES)
+    for kernels in ("cpu", "linear=reference,attention=cpu"):
+        message = (
+            f"attention kernel 'cpu' cannot run: it is C\\+\\+ for CPUs, and the devices are {platform}; auto takes"
+        )
+        with pytest.raises(ValueError, match=message):
+            gptoss_jax.load(tmp_path, mesh=mesh, kernels=kernels)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

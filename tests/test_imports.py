@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "gptoss_jax.layers": {"gptoss_jax.row_sum", "gptoss_jax.sharding", "pallas_kernels.*"},
     "gptoss_jax.attention": _BASE,
     "gptoss_jax.moe": _BASE | {"pallas_kernels.*"},
-    "gptoss_jax.model": _BASE | {"gptoss_jax.attention", "gptoss_jax.moe"},
+    "gptoss_jax.model": _BASE | {"gptoss_jax.attention", "gptoss_jax.moe", "pallas_kernels.*"},
     "gptoss_jax.sampling": {"gptoss_jax.row_sum"},
     "gptoss_jax.host_memory": set(),
     "gptoss_jax.checkpoint": {"gptoss_jax.config", "gptoss_jax.sharding", "gptoss_jax.host_memory"},
@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "converters.*": _CONVERSION | {"gptoss_jax.command"},
     "gptoss_jax.runtime": _BASE
     | _CONVERSION
-    | {"gptoss_jax.moe", "gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
+    | {"gptoss_jax.sampling", "gptoss_jax.engine", "gptoss_jax.tokenizer", "pallas_kernels.*"},
     "gptoss_jax": {"gptoss_jax.runtime"},
     "gptoss_jax.answer": {"gptoss_jax.engine", *_WORDS},
     "gptoss_jax.terminal": {

@@ -23,7 +23,7 @@ from tests import reference
 from tests.goldens import make as golden
 
 
-def _all_of(implementations) -> list:
+def all_of(implementations) -> list:
     """The names in an op's table; the C++ kernels are skipped where they were not built."""
     missing = cpu_kernels.why_not()
     marks = {"cpu": pytest.mark.skip(reason=missing)} if missing else {}
@@ -86,7 +86,9 @@ SHAPES = {  # tokens, hidden, expert hidden, experts, choices: no two sizes alik
 ROUTINGS = ("random", "all to one expert", "with skipped choices", "everything skipped")
 
 
-def _weights(rng: np.random.Generator, hidden: int, inner: int, experts: int) -> expert_op.ExpertWeights:
+def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: int) -> expert_op.ExpertWeights:
+    """One layer's experts, any codes under scales near 1, as published."""
+
     def packed(out, inputs):
         blocks = rng.integers(0, 256, (experts, out, inputs // 32, 16), dtype=np.uint8)
         return blocks, rng.integers(121, 125, (experts, out, inputs // 32), dtype=np.uint8)
@@ -96,7 +98,8 @@ def _weights(rng: np.random.Generator, hidden: int, inner: int, experts: int) ->
     return expert_op.ExpertWeights(*gate_up, bias(2 * inner), *down, bias(hidden))
 
 
-def _choices(rng: np.random.Generator, routing: str, tokens: int, experts: int, choices: int) -> np.ndarray:
+def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, choices: int) -> np.ndarray:
+    """The experts that each token chose, under one of ROUTINGS."""
     ids = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
     if routing == "all to one expert":
         ids[:, 0] = 2
@@ -123,15 +126,15 @@ def _expected(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: f
     return out
 
 
-@pytest.mark.parametrize("name", _all_of(expert_op.IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", all_of(expert_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_expert_mlp(name, shape, routing):
     """Guards drops and duplicates: every choice counts once whatever the imbalance, skipped ones not at all."""
     tokens, hidden, inner, experts, choices = SHAPES[shape]
     rng = np.random.default_rng(0)
-    weights = _weights(rng, hidden, inner, experts)
-    ids = _choices(rng, routing, tokens, experts, choices)
+    weights = random_experts(rng, hidden, inner, experts)
+    ids = choices_of(rng, routing, tokens, experts, choices)
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
     shares = rng.random((tokens, choices)).astype(np.float32)
     implementation = expert_op.IMPLEMENTATIONS[name]
@@ -186,7 +189,7 @@ def test_reference_visits_the_chosen_experts_only():
 # ---- dense products ----
 
 
-@pytest.mark.parametrize("name", _all_of(linear_op.IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", all_of(linear_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("rows", [1, 2, 3, 130])
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 96), (2050, 40), (1571, 33)])
 def test_linear(name, rows, outputs, inputs):
@@ -237,7 +240,7 @@ def _attend(q, k, v, sinks, visible):
     return np.einsum("tns,snh->tnh", weights[..., :-1], np.repeat(v, group, axis=1))
 
 
-@pytest.mark.parametrize("name", _all_of(attention_op.IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_paged_attention(name, tokens):
     """Guards page tables, ragged rows and sinks: rows of 0, 3, 70 and 700 earlier tokens on shuffled pages."""
@@ -260,7 +263,7 @@ def test_paged_attention(name, tokens):
         np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", _all_of(attention_op.IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("tokens", [1, 5, 12, 40])
 def test_banded_attention(name, tokens):
     """Guards the ring: slots not yet written, wrap-around, and chunks shorter and longer than the window of 12."""

@@ -1,4 +1,4 @@
-// Which instruction set's kernels run: the best that this machine has, or the one that a test asks for.
+// Which instruction set's kernels run: the best that was built and this machine has, or the one that a test asks for.
 #include <atomic>
 #include <cstring>
 
@@ -7,27 +7,37 @@
 namespace cpu_kernels {
 namespace {
 
-#if defined(CPU_KERNELS_HAVE_X86)
-// The compiler's own test asks the operating system too: whether it keeps the wide registers of a thread.
+// The compiler's own test asks the operating system too: whether it keeps the wide registers of a thread. A compiler
+// that lacks an instruction set does not know its name either.
+#if defined(CPU_KERNELS_HAVE_AVX512)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+#endif
+#if defined(CPU_KERNELS_HAVE_AVX512BF16)
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#if defined(CPU_KERNELS_HAVE_AVX2)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-// Those that this machine can run, the best first; null behind the last.
+// Those that were built and that this machine can run, the best first; null behind the last.
 struct Supported {
   const Kernels* kernels[5] = {};
 
   Supported() {
     const Kernels** next = kernels;
-#if defined(CPU_KERNELS_HAVE_X86)
+#if defined(CPU_KERNELS_HAVE_AVX512BF16)
     if (has_avx512bf16()) *next++ = &avx512bf16::kKernels;
+#endif
+#if defined(CPU_KERNELS_HAVE_AVX512)
     if (has_avx512()) *next++ = &avx512::kKernels;
+#endif
+#if defined(CPU_KERNELS_HAVE_AVX2)
     if (has_avx2()) *next++ = &avx2::kKernels;
-#elif defined(CPU_KERNELS_HAVE_NEON)
+#endif
+#if defined(CPU_KERNELS_HAVE_NEON)
     *next++ = &neon::kKernels;
 #endif
     *next++ = &portable::kKernels;

@@ -52,7 +52,7 @@ struct Kernels {
   bool (*attention)(const Pool&, const AttentionCall&);
 };
 
-// Compiled in for the machine's family by setup.py; dispatch.cc says which of them it can run.
+// Compiled in by setup.py, those of the machine's family that the compiler knows; dispatch.cc says which of them run.
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }

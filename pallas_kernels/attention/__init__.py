@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
 from pallas_kernels.attention import reference
+from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 
 
@@ -57,9 +58,13 @@ class Attention(NamedTuple):
     banded: BandedAttention
 
 
+def _with_gradient(paged: PagedAttention, banded: BandedAttention) -> Attention:
+    return Attention(differentiable_paged(paged), differentiable_banded(banded))
+
+
 IMPLEMENTATIONS: dict[str, Attention] = {
-    "reference": Attention(reference.paged_attention, reference.banded_attention),
-    "cpu": Attention(cpu.paged_attention, cpu.banded_attention),
+    "reference": _with_gradient(reference.paged_attention, reference.banded_attention),
+    "cpu": _with_gradient(cpu.paged_attention, cpu.banded_attention),
 }
 
 

@@ -34,14 +34,11 @@ class Softmax(NamedTuple):
         visible: Bool[Array, "B T S"],
     ) -> "Softmax":
         """Takes in one block of keys and values, those that are visible to each query."""
-        logits = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest", preferred_element_type=jnp.float32)
-        logits = jnp.where(visible[:, None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+        logits = logits_of(q, k, visible)
         top = jnp.maximum(self.top, logits.max(-1))
         weights = jnp.exp(logits - top[..., None])
         shrink = jnp.exp(self.top - top)
-        seen = jnp.any(visible, axis=1)[..., None, None]  # what an earlier owner left in a page may be NaN
-        v = jnp.where(seen, v.astype(jnp.float32), 0)
-        value = jnp.einsum("bkgts,bskh->bkgth", weights, v, precision="highest")
+        value = jnp.einsum("bkgts,bskh->bkgth", weights, seen(v, visible), precision="highest")
         return Softmax(top, self.total * shrink + weights.sum(-1), self.value * shrink[..., None] + value)
 
     def output(self) -> Float[Array, "B T N H"]:
@@ -50,8 +47,62 @@ class Softmax(NamedTuple):
         return (self.value / self.total[..., None]).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
 
 
+def logits_of(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]
+) -> Float[Array, "B K G T S"]:
+    """Scaled products of queries and keys; -inf where a key is not visible."""
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest", preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+
+
+def seen(v: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]) -> Float[Array, "B S K H"]:
+    """v in float32, and 0 where no query sees it: what an earlier owner left in a page may be NaN."""
+    return jnp.where(jnp.any(visible, axis=1)[..., None, None], v.astype(jnp.float32), 0)
+
+
 def _grouped(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
     return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+
+
+class Blocks(NamedTuple):
+    """The keys behind some queries, as blocks of a few pages of each row."""
+
+    q: Float[Array, "B T K G H"]
+    k_pages: Float[Array, "P S K H"]
+    v_pages: Float[Array, "P S K H"]
+    page_table: Int32[Array, "B M"]
+    positions: Int32[Array, "B T"]
+    pages: int  # of each row in a block
+    number: Int32[Array, ""]  # blocks that the longest row has keys in
+
+    @classmethod
+    def of(cls, q, k_pages, v_pages, page_table, positions) -> "Blocks":
+        """Cuts, into about KEYS_PER_BLOCK keys each."""
+        pages = max(1, KEYS_PER_BLOCK // k_pages.shape[1])
+        keys = pages * k_pages.shape[1]
+        number = (jnp.max(positions) + keys) // keys
+        return cls(_grouped(q, k_pages.shape[2]), k_pages, v_pages, page_table, positions, pages, number)
+
+    def take(self, i: Int32[Array, ""]) -> tuple[Array, Array, Array, Bool[Array, "B T S"]]:
+        """Block i: its pages [B, pages], its keys and values [B, S, K, H], and which of them each query sees."""
+        page = i * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
+        at = self.page_table[:, jnp.minimum(page, self.page_table.shape[1] - 1)]  # repeats lie beyond every position
+        (rows, _), (_, page_tokens, *heads) = at.shape, self.k_pages.shape
+        keys = self.pages * page_tokens
+        k = _take(self.k_pages, at).reshape(rows, keys, *heads)
+        v = _take(self.v_pages, at).reshape(rows, keys, *heads)
+        key_positions = i * keys + jnp.arange(keys, dtype=jnp.int32)
+        visible = key_positions <= self.positions[..., None]
+        return at, k, seen(v, visible), visible
+
+    def attend(self, sinks: Float[Array, "N"]) -> Softmax:
+        """The softmax over all blocks."""
+
+        def add_block(i: Int32[Array, ""], softmax: Softmax) -> Softmax:
+            _, k, v, visible = self.take(i)
+            return softmax.add(self.q, k, v, visible)
+
+        return lax.fori_loop(0, self.number, add_block, Softmax.of_sinks(sinks, self.q))
 
 
 def paged_attention(
@@ -63,21 +114,7 @@ def paged_attention(
     sinks: Float[Array, "N"],
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.attention.PagedAttention`. Reads as many blocks as the longest row has keys."""
-    (_, page_tokens, num_kv_heads, _), (rows, num_pages) = k_pages.shape, page_table.shape
-    q = _grouped(q, num_kv_heads)
-    pages_per_block = max(1, KEYS_PER_BLOCK // page_tokens)
-    block = pages_per_block * page_tokens
-
-    def add_block(i: Int32[Array, ""], softmax: Softmax) -> Softmax:
-        page = i * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
-        at = page_table[:, jnp.minimum(page, num_pages - 1)]  # a repeated last page lies beyond every position
-        k = _take(k_pages, at).reshape(rows, block, *k_pages.shape[2:])
-        v = _take(v_pages, at).reshape(rows, block, *v_pages.shape[2:])
-        key_positions = i * block + jnp.arange(block, dtype=jnp.int32)
-        return softmax.add(q, k, v, key_positions <= positions[..., None])
-
-    num_blocks = (jnp.max(positions) + block) // block
-    return lax.fori_loop(0, num_blocks, add_block, Softmax.of_sinks(sinks, q)).output()
+    return Blocks.of(q, k_pages, v_pages, page_table, positions).attend(sinks).output()
 
 
 def _take(pages: Float[Array, "P S K H"], at: Int32[Array, "B C"]) -> Float[Array, "B C S K H"]:

@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, Int32
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.expert_mlp import reference
+from pallas_kernels.expert_mlp.gradient import differentiable
 from pallas_kernels.expert_mlp.layout import (
     AS_PUBLISHED,
     PUBLISHED,
     ExpertWeights,
     Layout,
+    Rearrangement,
     packed,
     packed_axes,
     published,
@@ -50,9 +52,13 @@ class ExpertMlp(NamedTuple):
     layout: Layout = PUBLISHED
 
 
+def _with_gradient(run: RunExperts, layout: Layout = PUBLISHED) -> ExpertMlp:
+    return ExpertMlp(differentiable(run, layout), layout)
+
+
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {
-    "reference": ExpertMlp(reference.expert_mlp),
-    "cpu": ExpertMlp(cpu_expert_mlp),
+    "reference": _with_gradient(reference.expert_mlp),
+    "cpu": _with_gradient(cpu_expert_mlp),
 }
 
 
@@ -74,6 +80,7 @@ __all__ = [
     "ExpertMlp",
     "ExpertWeights",
     "Layout",
+    "Rearrangement",
     "RunExperts",
     "choose",
     "packed",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Real
 from cpu_kernels.linear import linear as cpu_linear
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.linear import reference, streamed
+from pallas_kernels.linear.gradient import differentiable
 
 
 @runtime_checkable
@@ -24,7 +25,11 @@ class Linear(Protocol):
         ...
 
 
-IMPLEMENTATIONS: dict[str, Linear] = {"reference": reference.linear, "streamed": streamed.linear, "cpu": cpu_linear}
+IMPLEMENTATIONS: dict[str, Linear] = {
+    "reference": differentiable(reference.linear),
+    "streamed": differentiable(streamed.linear),
+    "cpu": differentiable(cpu_linear),
+}
 
 
 def choose(name: str, hardware: Hardware) -> Choice:
@@ -34,9 +39,10 @@ def choose(name: str, hardware: Hardware) -> Choice:
         ValueError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
-        otherwise = Choice("reference", reference.linear, "a plain product is XLA's own business")
+        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "a plain product is XLA's own business")
         if hardware.platform == "cpu":
-            otherwise = Choice("streamed", streamed.linear, "XLA:CPU would keep float32 copies of the weights")
+            reason = "XLA:CPU would keep float32 copies of the weights"
+            otherwise = Choice("streamed", IMPLEMENTATIONS["streamed"], reason)
         return best(IMPLEMENTATIONS, hardware, otherwise)
     return by_name("linear", IMPLEMENTATIONS, name, hardware)
 

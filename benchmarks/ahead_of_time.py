@@ -1,0 +1,402 @@
+"""Compiles for GPUs and TPUs on a machine that has none: what fits where, and what the compilers say of the kernels.
+
+    python -m benchmarks.ahead_of_time models     # arguments + temporaries of whole steps against each device's memory
+    python -m benchmarks.ahead_of_time kernels    # registers, spills and shared memory of each kernel at real shapes
+
+The compilers are the vendors' own, from the compile-only wheels that `make gates` installs; nothing is run. A program
+that is too large for a TPU is refused by its compiler; for a GPU it is not, so its bytes are compared here. The last
+line is JSON. Times and numbers need the device itself: `benchmarks.gpu`.
+"""
+
+import functools
+import glob
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+
+from benchmarks import true_width
+from gptoss_jax import command, kv_cache, layers, sampling, sharding
+from gptoss_jax.config import ModelConfig, parse_config
+from gptoss_jax.model import DTYPE_POLICIES, declare, nest
+from gptoss_jax.programs import STATE_AXES, Programs, RowState
+from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.sharding import Sharding
+from pallas_kernels import attention as attention_op
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels.choice import Hardware
+from pallas_kernels.shapes import MODELS, ModelShape
+
+ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+GIB = 1 << 30
+H200_SPEC = Path(__file__).with_name("h200.txtpb")
+
+
+class Target(NamedTuple):
+    """A device to compile for, and how many."""
+
+    platform: str  # gpu or tpu
+    topology: str
+    hardware: Hardware
+    memory_gib: float  # that a program may use, of one device
+    devices: int = 1
+
+
+_H200 = Hardware("gpu", "NVIDIA H200", "9.0")
+TARGETS = {
+    "H200": Target("gpu", "1x1x1", _H200, 141.0),
+    "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
+    "v5e": Target("tpu", "v5e:2x2", Hardware("tpu", "TPU v5 lite"), 15.75),
+    "8 v5e": Target("tpu", "v5e:2x4", Hardware("tpu", "TPU v5 lite"), 15.75, 8),
+    "v6e": Target("tpu", "v6e:2x2", Hardware("tpu", "TPU v6 lite"), 31.25),
+    "8 v6e": Target("tpu", "v6e:2x4", Hardware("tpu", "TPU v6 lite"), 31.25, 8),
+    "v5p": Target("tpu", "v5p:2x2x1", Hardware("tpu", "TPU v5"), 95.74),
+    "tpu7x": Target("tpu", "tpu7x:2x2x1", Hardware("tpu", "TPU7x"), 94.75),
+}
+
+
+def missing(platform: str) -> str | None:
+    """Why nothing can be compiled for `platform` here, in a few words, or None if it can."""
+    wheels = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda13", "nvidia.cu13")}[platform]
+    absent = [name for name in wheels if not _is_installed(name)]
+    return (
+        f"no compile-only wheels for {platform} here ({', '.join(absent)}): make gates installs them"
+        if absent
+        else None
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it would be in
+        return False
+
+
+def devices(target: Target) -> list[Any]:
+    """Devices of `target` that can be compiled for, and nothing else.
+
+    Raises:
+        ValueError: the compiler's wheels are not installed.
+    """
+    if absent := missing(target.platform):
+        raise ValueError(absent)
+    if target.platform == "gpu":
+        spec = {"target_config": "".join(H200_SPEC.read_text().splitlines(keepends=True)[1:])}
+        return topologies.get_topology_desc("", "cuda", topology=target.topology, **spec).devices[: target.devices]
+    return topologies.get_topology_desc(target.topology, "tpu").devices[: target.devices]
+
+
+def lower(function: Callable[..., Any], laid_out: Sharding, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    """`function` of ShapeDtypeStructs, lowered for the devices of `laid_out`."""
+    platform = "tpu" if laid_out.mesh.devices.flat[0].platform == "tpu" else "cuda"
+    with jax.sharding.use_abstract_mesh(laid_out.mesh.abstract_mesh):  # so that kernels see which device it is
+        return jax.jit(function, donate_argnums=donate).trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+# ---- whole steps ----
+
+
+class Step(NamedTuple):
+    """One program of an engine, of shapes alone."""
+
+    model: str
+    target: str
+    rows: int
+    context_tokens: int
+    width: int = 1  # tokens of each row: 1 decodes, more are a chunk of a prompt
+    mesh: str = ""
+    layers: int | None = None  # fewer than the model has; None: all
+
+
+class Memory(NamedTuple):
+    """What a compiled program takes of one device."""
+
+    arguments: int
+    temporaries: int
+
+    @property
+    def gib(self) -> float:
+        """Both, in GiB: what is given back takes the place of what was donated."""
+        return (self.arguments + self.temporaries) / GIB
+
+
+def compile_step(step: Step, kernels: str = "auto") -> Any:
+    """The compiled program of `step`, sampling included."""
+    target = TARGETS[step.target]
+    config = _config(step)
+    laid_out = sharding.make(step.mesh, devices(target))
+    chosen, _ = layers.choose_kernels(kernels, target.hardware)
+    declared = declare(config, laid_out, chosen)
+    placed = lambda array, axes: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))  # noqa: E731
+    ways = declared.rearrangements(chosen.expert_mlp.layout)
+    params = nest(
+        {
+            path: placed(jax.eval_shape(ways[path].pack, jax.ShapeDtypeStruct(*leaf[:2])), ways[path].axes(leaf.axes))
+            for path, leaf in declared.leaves.items()
+        }
+    )
+    cache, state = _cache(config, step), _state(config, step.rows)
+    cache = jax.tree.map(placed, cache, kv_cache.axes(config), is_leaf=_is_array)
+    state = jax.tree.map(placed, state, STATE_AXES, is_leaf=_is_array)
+    programs = Programs(declared, config, laid_out, False, False)
+    ints = lambda *axes, shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)  # noqa: E731
+    if step.width == 1:
+        return lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2)).compile()
+    chunk, counts = ints("rows", None, shape=(step.rows, step.width)), ints("rows", shape=(step.rows,))
+    at = ints("rows", shape=(laid_out.size("rows"),))
+    prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
+    return prefill.compile()
+
+
+def memory(compiled: Any) -> Memory:
+    """What the compiler says that a program takes."""
+    found = compiled.memory_analysis()
+    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes)
+
+
+def launches(compiled: Any) -> int:
+    """Kernels, copies and library calls in one turn of a decoding program's loop; loops inside count once."""
+    text = compiled.as_text()
+    body = max(re.findall(r"while\(.*body=%?([\w.-]+)", text), key=lambda name: len(_computation(text, name)))
+    silent = r"parameter|get-tuple-element|tuple|bitcast|constant|iota|after-all|partition-id|replica-id"
+    opcodes = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(", _computation(text, body), re.MULTILINE)
+    return sum(re.fullmatch(silent, opcode) is None for opcode in opcodes)
+
+
+def _computation(text: str, name: str) -> str:
+    found = re.search(rf"^%?{re.escape(name)} .*?\{{$(.*?)^\}}", text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype")
+
+
+def _config(step: Step) -> ModelConfig:
+    path = true_width.CONFIG.with_name(f"{step.model}.json")
+    raw = json.loads(path.read_text())
+    return parse_config(raw if step.layers is None else true_width.raw_config(step.layers, path))
+
+
+def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
+    pages = step.rows * kv_cache.num_pages(step.context_tokens)
+    shape = {"rows": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
+    return jax.eval_shape(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))
+
+
+def _state(config: ModelConfig, rows: int) -> RowState:
+    drawn = sampling.row(SamplingParams(temperature=0.0), (), config.vocab_size, config.num_token_ids)
+    row = RowState(np.int32(0), np.int32(0), np.zeros(8, np.int32), drawn)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), row)
+
+
+MODEL_STEPS = (
+    Step("gpt-oss-20b", "H200", 1, 8_192),
+    Step("gpt-oss-20b", "H200", 1, 8_192, width=512),
+    Step("gpt-oss-20b", "H200", 1, 131_072),
+    Step("gpt-oss-120b", "H200", 1, 131_072),
+    Step("gpt-oss-120b", "H200", 1, 131_072, width=512),
+    Step("gpt-oss-120b", "8 H200", 64, 8_192, mesh="expert=8"),
+    Step("gpt-oss-120b", "8 H200", 8, 8_192, width=512, mesh="expert=8"),
+    Step("gpt-oss-20b", "v6e", 1, 131_072),
+    Step("gpt-oss-20b", "v6e", 1, 131_072, width=512),
+    Step("gpt-oss-20b", "8 v5e", 8, 8_192, mesh="expert=8"),
+    Step("gpt-oss-120b", "8 v6e", 8, 131_072, mesh="expert=8"),
+    Step("gpt-oss-120b", "v5p", 1, 131_072),
+    Step("gpt-oss-120b", "tpu7x", 1, 131_072),
+)
+
+
+def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
+    """One line of the table: bytes of a step beside those of its device."""
+    try:
+        found = memory(compile_step(step, kernels))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
+    sizes = {"arguments_gib": found.arguments / GIB, "temporaries_gib": found.temporaries / GIB}
+    limit = TARGETS[step.target].memory_gib
+    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": found.gib <= limit}
+
+
+# ---- kernels by themselves ----
+
+
+class Case(NamedTuple):
+    """One call of an op at a size that a real model makes."""
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another with it
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """Every op of both models, decoding and prefill, as `target` runs it."""
+    attention = attention_op.choose("auto", target.hardware).implementation
+    experts = expert_op.choose("auto", target.hardware).implementation
+    for model, shape in MODELS.items():
+        for tokens in (1, 8, 64, 512, 4_096):
+            run = functools.partial(experts.run, limit=7.0)
+            yield Case(f"{model} expert_mlp, {tokens} tokens", run, _expert_arguments(shape, tokens, experts.layout))
+    shape = MODELS["gpt-oss-20b"]  # attention is that of the 120b
+    for rows, tokens in ((1, 1), (8, 1), (64, 1), (1, 512), (1, 2_048)):
+        size = f"{rows} rows of {tokens} tokens"
+        yield Case(
+            f"paged attention, {size}, 131,072 of context", attention.paged, _paged_arguments(shape, rows, tokens)
+        )
+        yield Case(f"banded attention, {size}", attention.banded, _banded_arguments(shape, rows, tokens))
+
+
+def _expert_arguments(shape: ModelShape, tokens: int, layout: expert_op.Layout) -> tuple[Any, ...]:
+    s, experts = shape, shape.experts
+    uint8, bfloat16, float32 = jnp.uint8, jnp.bfloat16, jnp.float32
+    published = expert_op.ExpertWeights(
+        *_arrays(((experts, 2 * s.expert_hidden, s.hidden // 32, 16), uint8)),
+        *_arrays(((experts, 2 * s.expert_hidden, s.hidden // 32), uint8)),
+        *_arrays(((experts, 2 * s.expert_hidden), bfloat16)),
+        *_arrays(((experts, s.hidden, s.expert_hidden // 32, 16), uint8)),
+        *_arrays(((experts, s.hidden, s.expert_hidden // 32), uint8)),
+        *_arrays(((experts, s.hidden), bfloat16)),
+    )
+    packed = jax.eval_shape(functools.partial(expert_op.packed, layout), published)
+    choices = (tokens, s.experts_per_token)
+    return (*_arrays(((tokens, s.hidden), bfloat16), (choices, jnp.int32), (choices, float32)), packed)
+
+
+def _paged_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
+    pages = kv_cache.num_pages(131_072)
+    pool = ((rows * pages, kv_cache.PAGE_TOKENS, shape.kv_heads, shape.head_size), jnp.bfloat16)
+    q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
+    table, positions = ((rows, pages), jnp.int32), ((rows, tokens), jnp.int32)
+    return _arrays(q, pool, pool, table, positions, ((shape.heads,), jnp.bfloat16))
+
+
+def _banded_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
+    ring = ((rows, shape.window, shape.kv_heads, shape.head_size), jnp.bfloat16)
+    new = ((rows, tokens, shape.kv_heads, shape.head_size), jnp.bfloat16)
+    q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
+    places = ((rows,), jnp.int32), ((rows, tokens), jnp.int32)
+    return _arrays(q, ring, ring, new, new, *places, ((shape.heads,), jnp.bfloat16))
+
+
+def _arrays(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes_and_dtypes)
+
+
+def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
+    """Compiles one case for one device: its temporaries, and for a GPU what the assembler says of each kernel."""
+    laid_out = sharding.make(None, devices(target))
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
+    compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
+    report: dict[str, Any] = {"case": case.name, "temporaries_mib": round(memory(compiled).temporaries / 2**20, 2)}
+    if target.platform == "gpu":
+        report["kernels"] = assembler_reports(Path(os.environ[DUMP_TO])) if DUMP_TO in os.environ else []
+    return report
+
+
+def assembler_reports(folder: Path) -> list[dict[str, Any]]:
+    """What ptxas said of each Mosaic kernel in `folder`, and what its code holds; the files are then deleted."""
+    reports = []
+    for path in sorted(folder.glob("*.ptxas")):
+        said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass"))
+        number = lambda pattern, said=said: max(map(int, re.findall(pattern, said)), default=0)  # noqa: E731
+        reports.append(
+            {
+                "kernel": path.stem,
+                "registers": number(r"Used (\d+) registers"),
+                "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                "wgmma_serialized": "wgmma" in said.lower() and "serializ" in said.lower(),
+                "tensor_core_instructions": len(re.findall(r"\bHGMMA", code)),
+                "local_memory_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+                "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)),
+            }
+        )
+    for path in glob.glob(f"{folder}/*"):
+        os.remove(path)
+    return reports
+
+
+# ---- the command ----
+
+
+def main(arguments: list[str]) -> None:
+    """Prints one table, then one JSON line."""
+    if len(arguments) != 1 or arguments[0] not in ("models", "kernels"):
+        raise ValueError(f"{' '.join(arguments) or 'nothing'} asked for, expected models or kernels")
+    names = flags.FLAGS.target or list(TARGETS)
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise ValueError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
+    reports = []
+    if arguments[0] == "models":
+        for step in (step for step in MODEL_STEPS if step.target in names):
+            reports.append(fit(step, flags.FLAGS.kernels))
+            print(_fit_line(reports[-1]), flush=True)
+    else:
+        for name in (name for name in names if TARGETS[name].devices == 1):
+            for case in cases(TARGETS[name]):
+                reports.append({"target": name, **compile_kernel(case, TARGETS[name])})
+                print(_kernel_line(reports[-1]), flush=True)
+    print(json.dumps({"jax": jax.__version__, arguments[0]: reports}))
+
+
+def _fit_line(report: dict[str, Any]) -> str:
+    kind = "decoding" if report["width"] == 1 else f"prefill of {report['width']}"
+    what = f"{report['model']} on {report['target']}: {kind}, {report['rows']} x {report['context_tokens']:,} tokens"
+    if "why" in report:
+        return f"{what:70} does not fit: {report['why']}"
+    total = report["arguments_gib"] + report["temporaries_gib"]
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    parts = f"{report['arguments_gib']:7.2f} + {report['temporaries_gib']:5.2f} = {total:6.2f} GiB"
+    return f"{what:70} {parts} of {report['of_gib']}: {verdict}"
+
+
+def _kernel_line(report: dict[str, Any]) -> str:
+    line = f"{report['target']:7} {report['case']:62} {report['temporaries_mib']:9.2f} MiB"
+    for kernel in report.get("kernels", ()):
+        line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
+        line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"
+    return line
+
+
+def cli() -> None:
+    """The command line, in a process whose environment suits the compilers."""
+    if os.environ.get(DUMP_TO) or "--help" in sys.argv:
+        flags.DEFINE_list("target", None, "NAMES: compile for these only, comma-separated.")
+        flags.DEFINE_string("kernels", "auto", "NAMES: as for generate; auto takes the best for each target.")
+        command.run(main, "ahead_of_time")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dumps = {DUMP_TO: folder, **{f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTXAS", "SASS")}}
+        call = [sys.executable, "-m", "benchmarks.ahead_of_time", *sys.argv[1:]]
+        sys.exit(subprocess.run(call, env=os.environ | ENVIRONMENT | dumps, check=False).returncode)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,90 @@
+"""The gradient of expert_mlp, in jnp, for any implementation of it: what fine-tuning through a kernel needs.
+
+Packed weights are whole numbers and have no gradient; x, the experts' weights per token and the biases do. Each tile of
+rows is run again, one expert unpacked at a time, so memory stays that of one expert.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.expert_mlp import reference
+from pallas_kernels.expert_mlp.layout import ExpertWeights, Layout, published
+from pallas_kernels.expert_mlp.tiles import Tiles, tile_rows
+
+
+def differentiable(run: Any, layout: Layout) -> Any:
+    """`run`, an implementation whose weights lie in `layout`, with a gradient."""
+
+    def expert_mlp(
+        x: Float[Array, "T D"],
+        expert_ids: Int32[Array, "T X"],
+        expert_weights: Float[Array, "T X"],
+        weights: ExpertWeights,
+        *,
+        limit: float,
+    ) -> Float[Array, "T D"]:
+        return _run(run, layout, limit, x, expert_ids, expert_weights, weights)
+
+    return expert_mlp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run(run, layout, limit, x, expert_ids, expert_weights, weights):
+    return run(x, expert_ids, expert_weights, weights, limit=limit)
+
+
+def _forward(run, layout, limit, *arguments):
+    return run(*arguments, limit=limit), arguments
+
+
+def _backward(run, layout, limit, saved, gradient):
+    del run
+    x, expert_ids, expert_weights, weights = saved
+    num_experts, per_token = weights.gate_up_bias.shape[0], expert_ids.shape[1]
+    rows = tile_rows(expert_ids.size, num_experts)
+    tiles = Tiles.of(expert_ids, num_experts, rows)
+    flat_weights = expert_weights.reshape(-1)
+
+    def add_tile(tile, sums):
+        dx, d_weights, d_gate_up_bias, d_down_bias = sums
+        expert = jnp.sum(tiles.end_tile <= tile, dtype=jnp.int32)
+        of_expert = _unpacked(weights, layout, expert)
+        at = tiles.first_choice[expert] + (tile - tiles.first_tile[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
+        choice = tiles.choices.at[at].get(mode="clip")
+        token, taken = choice // per_token, at < tiles.end_choice[expert]
+        dy = jnp.where(taken[:, None], gradient[token], 0)
+
+        def one_expert(x, gate_up_bias, down_bias):
+            biased = of_expert._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
+            return reference.one_expert(x, biased, limit)
+
+        y, pull = jax.vjp(one_expert, x[token], of_expert.gate_up_bias, of_expert.down_bias)
+        dx_tile, *d_biases = pull(dy * flat_weights[choice][:, None])
+        return (
+            dx.at[token].add(dx_tile.astype(jnp.float32)),
+            d_weights.at[choice].add(jnp.sum(dy * y, axis=-1)),
+            d_gate_up_bias.at[expert].add(d_biases[0].astype(jnp.float32)),
+            d_down_bias.at[expert].add(d_biases[1].astype(jnp.float32)),
+        )
+
+    zeros = (x, flat_weights, weights.gate_up_bias, weights.down_bias)
+    sums = tuple(jnp.zeros(array.shape, jnp.float32) for array in zeros)
+    dx, d_weights, *d_biases = lax.fori_loop(0, tiles.end_tile[-1], add_tile, sums)
+    biases = zip(("gate_up_bias", "down_bias"), d_biases, strict=True)
+    learnt: Any = {name: d.astype(getattr(weights, name).dtype) for name, d in biases}
+    d_packed = ExpertWeights(*[learnt.get(name) for name in ExpertWeights._fields])  # pyright: ignore[reportArgumentType]
+    return dx.astype(x.dtype), None, d_weights.reshape(expert_ids.shape).astype(expert_weights.dtype), d_packed
+
+
+def _unpacked(weights: ExpertWeights, layout: Layout, expert: Int32[Array, ""]) -> ExpertWeights:
+    """One expert's weights as published, without the leading E."""
+    one = jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, expert, 1), weights)
+    return jax.tree.map(lambda w: w[0], published(layout, one))
+
+
+_run.defvjp(_forward, _backward)
