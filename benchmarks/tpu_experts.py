@@ -57,7 +57,14 @@ def main() -> None:
     for name in options.only.split(",") if options.only else GENERATIONS:
         for experts in options.experts.split(","):
             for tokens in options.tokens.split(","):
-                case = [name, options.form or GENERATIONS[name].form, experts, tokens, options.expert_hidden, options.dtype]
+                case = [
+                    name,
+                    options.form or GENERATIONS[name].form,
+                    experts,
+                    tokens,
+                    options.expert_hidden,
+                    options.dtype,
+                ]
                 print(measured(*map(str, case)), flush=True)
 
 
@@ -66,7 +73,13 @@ def measured(*case: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
         environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": dump}
-        command = [sys.executable, "-W", "ignore", "-c", f"from benchmarks.tpu_experts import compiled; compiled(*{case})"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"from benchmarks.tpu_experts import compiled; compiled(*{case})",
+        ]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode:
             reason = [line for line in run.stderr.splitlines() if "Error" in line]

@@ -16,7 +16,7 @@ from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 from pallas_kernels import mxfp4
-from pallas_kernels.choice import Hardware
+from pallas_kernels.choice import KERNELS_OF, Hardware, why_not
 from pallas_kernels.expert_mlp import tiles as tiles_of
 from pallas_kernels.shapes import MODELS
 from tests import reference
@@ -24,9 +24,10 @@ from tests.goldens import make as golden
 
 
 def all_of(implementations) -> list:
-    """The names in an op's table; the C++ kernels are skipped where they were not built."""
-    missing = cpu_kernels.why_not()
-    marks = {"cpu": pytest.mark.skip(reason=missing)} if missing else {}
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
+    here = Hardware.of(jax.devices()[0])
+    missing = {name: why_not(name, here) for name in KERNELS_OF}
+    marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
     return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
 
 
@@ -112,7 +113,7 @@ def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int
     return ids
 
 
-def _expected(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
+def expected_of(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
     """In float64, choice by choice, with the parts of the float64 reference."""
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(ids.shape):
@@ -141,7 +142,7 @@ def test_expert_mlp(name, shape, routing):
     run = jax.jit(implementation.run, static_argnames="limit")
     packed = expert_op.packed(implementation.layout, jax.tree.map(jnp.asarray, weights))
     found = np.asarray(run(x, ids, shares, packed, limit=7.0))
-    expected = _expected(x, ids, shares, weights, 7.0)
+    expected = expected_of(x, ids, shares, weights, 7.0)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.expert_mlp.layout import ExpertWeights
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
-from pallas_kernels.expert_mlp.tpu_forms import FORMS, LANES, Form
+from pallas_kernels.expert_mlp.tpu_forms import LANES, Form
 from pallas_kernels.mxfp4 import BLOCK
 
 FEWEST_ROWS = 16  # of bfloat16 in one register
@@ -119,7 +119,7 @@ def _run_tiles(
     interpret: Any,
 ) -> Float[Array, "IM D"]:
     """down(swiglu(gate_up(x))) of every row of a tile in use; other rows are left as they are, whatever that is."""
-    experts, parts, _, _, inner = weights.gate_up_blocks.shape
+    _, parts, _, _, inner = weights.gate_up_blocks.shape
     hidden = weights.down_blocks.shape[2]
     steps = Steps(parts, inner, hidden)
 
@@ -217,7 +217,9 @@ def _step(
     @pl.when(step >= steps.first_down)
     def _():
         for at in _pieces(steps.hidden_block):
-            y[:, at] = _product(h[:, :, : steps.inner], down, down_scales, at, unpack, scratch) + down_bias[:, at].astype(jnp.float32)
+            y[:, at] = _product(h[:, :, : steps.inner], down, down_scales, at, unpack, scratch) + down_bias[
+                :, at
+            ].astype(jnp.float32)
 
 
 def _pieces(outputs: int) -> list[slice]:
@@ -227,10 +229,10 @@ def _pieces(outputs: int) -> list[slice]:
 def _product(x: Any, codes: Any, scales: Any, at: slice, unpack: Any, scratch: Any) -> Float[Array, "M N"]:
     """The outputs `at` of x times a block of weights; all but `at` are refs."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return sum(
-        jnp.dot(x[part], w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
-        for part, w in enumerate(unpack(codes, scales, at, scratch))
-    )
+    out = jnp.zeros((x.shape[1], at.stop - at.start), jnp.float32)
+    for part, w in enumerate(unpack(codes, scales, at, scratch)):
+        out += jnp.dot(x[part], w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return out
 
 
 def _swiglu(gate: Float[Array, "M N"], linear: Float[Array, "M N"], limit: float) -> Float[Array, "M N"]:

@@ -4,8 +4,8 @@ All forms give the same bits, and each is undone to the published bytes. A TPU h
 computes in bfloat16, one before that in float32 and integers only, and TPU v7x converts E2M1 itself. The costs that
 made the choice are in docs/kernels.md.
 
-Scale bytes are taken to lie in 1 .. 252, which keeps every weight a finite bfloat16: byte 0 reads as 1 (what it scales is
-below 2^-123 either way), 253 and 254 as 252. What is then below 2^-126 is zero.
+Scale bytes are taken to lie in 1 .. 252, which keeps every weight a finite bfloat16: byte 0 reads as 1 (what it scales
+is below 2^-123 either way), 253 and 254 as 252. What is then below 2^-126 is zero.
 """
 
 import functools
@@ -41,9 +41,9 @@ mantissa. Sixteen bits hold three codes that one shift brings there, and a fourt
 
 HALF_STEP = 0x0040  # the first mantissa bit: what separates one E2M1 magnitude from the next
 ZERO = HALF_STEP  # the rung of the ladder 0.5, 0.75, 1, 1.5, 2, 3, 4, 6 that E2M1 has no use for
-"""E2M1's magnitudes are eight neighbouring bfloat16 numbers but for its 0, 0.5, where these have 0.5, 0.75. So its code 1
-is kept as 0, and its 0 as 1; adding the scale to the exponent then gives all weights at once, and only what is
-kept as 1 has still to be made zero."""
+"""E2M1's magnitudes are eight neighbouring bfloat16 numbers but for its 0, 0.5, where these have 0.5, 0.75. So its code
+1 is kept as 0, and its 0 as 1; adding the scale to the exponent then gives all weights at once, and only what is kept
+as 1 has still to be made zero."""
 
 
 def _both(half: int) -> Int32[Array, ""]:
@@ -217,3 +217,8 @@ FORMS = {
     "words, by selection": Form(len(PLACES), _WORDS, functools.partial(_unpack_words, _by_selection)),
     "float4": Form(1, _layout(1, _to_float4, _from_float4, "float4_e2m1fn"), _unpack_float4),
 }
+
+
+def form_for(tpu: str) -> Form:
+    """The cheapest form on a TPU that JAX calls `tpu`, as in "TPU v6 lite"; any other gets what every TPU can run."""
+    return FORMS[{"TPU7x": "float4", "TPU v6 lite": "words, by selection"}.get(tpu, "words, by integers")]
