@@ -2,8 +2,8 @@
 
 Needs libtpu, the compiler (`pip install 'jax[tpu]'`). For each generation and form, at the real shapes: whether it
 compiles, the weights in HBM beside the published bytes, temporaries, and the static cost, as the instruction bundles
-that 2^19 weights take (one block of 1,024 x 512). A bundle is a clock; waiting for memory is not in it. The memory's own
-time for as many weights stands beside it.
+that 2^19 weights take (one block of 1,024 x 512). A bundle is a clock; waiting for memory is not in it, and what the
+memory takes for as many weights stands beside it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HIDDEN = EXPERT_HIDDEN = 2880
 
 
 class Generation(NamedTuple):
-    """A TPU core as published (cloud.google.com/tpu/docs/system-architecture-tpu-vm; clocks follow from the peak rates)."""
+    """A TPU's core, from cloud.google.com/tpu/docs/system-architecture-tpu-vm; clocks are what peak rates suggest."""
 
     topology: str
     form: str
@@ -86,12 +86,12 @@ def measured(*case: str) -> str:
             return f"{case[0]:6} {case[1]:20} fails: {(reason or run.stderr.splitlines())[-1][:300]}"
         found = json.loads(run.stdout.splitlines()[-1])
         used = bundles(pathlib.Path(folder))
-    blocks = found["step_weights"] / BLOCK_WEIGHTS
+    per_block = used["bundles"] * BLOCK_WEIGHTS / found["step_weights"]
     memory = BLOCK_WEIGHTS * found["packed"] / found["weights"] / GENERATIONS[case[0]].bytes_per_clock
+    mib = {key: f"{found[key] / 2**20:.1f}" for key in ("packed", "published", "temporaries")}
     return (
-        f"{case[0]:6} {case[1]:20} {case[2]:4} {case[3]:5} {found['rows']:4}  {used['bundles'] / blocks:7.0f}  {memory:8.0f}  "
-        f"{used.get('VSTORE:SPILL', 0):6}  {found['packed'] / 2**20:11.1f} ({found['published'] / 2**20:.1f})"
-        f"  {found['temporaries'] / 2**20:20.2f}"
+        f"{case[0]:6} {case[1]:20} {case[2]:4} {case[3]:5} {found['rows']:4}  {per_block:7.0f}  {memory:8.0f}"
+        f"  {used.get('VSTORE:SPILL', 0):6}  {mib['packed']:>11} ({mib['published']})  {mib['temporaries']:>20}"
     )
 
 
