@@ -152,11 +152,12 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     chosen, _ = layers.choose_kernels(kernels, target.hardware)
     declared = declare(config, laid_out, chosen)
     placed = lambda array, axes: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))  # noqa: E731
-    ways = declared.rearrangements(chosen.expert_mlp.layout)
     params = nest(
         {
-            path: placed(jax.eval_shape(ways[path].pack, jax.ShapeDtypeStruct(*leaf[:2])), ways[path].axes(leaf.axes))
-            for path, leaf in declared.leaves.items()
+            path: _rearranged(
+                jax.ShapeDtypeStruct(*declared.leaves[path][:2]), way, declared.leaves[path].axes, laid_out
+            )
+            for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
         }
     )
     cache, state = _cache(config, step), _state(config, step.rows)
@@ -170,6 +171,13 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     at = ints("rows", shape=(laid_out.size("rows"),))
     prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
     return prefill.compile()
+
+
+def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
+    """What `runtime.with_layout` makes of a leaf."""
+    placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.by_rows
+    packed = jax.eval_shape(way.pack, array)
+    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
 
 
 def memory(compiled: Any) -> Memory:
@@ -254,6 +262,10 @@ class Case(NamedTuple):
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
 
+    def is_rearranged(self, array: Any) -> bool:
+        """Whether `array` is one of an expert's, which lie as their layout says."""
+        return any(array is weight for group in self.arguments if isinstance(group, tuple) for weight in group)
+
 
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+"  # its address, in the assembler's listing
 DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another with it
@@ -315,7 +327,8 @@ def _arrays(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeD
 def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     """Compiles one case for one device: its temporaries, and for a GPU what the assembler says of each kernel."""
     laid_out = sharding.make(None, devices(target))
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
+    where = lambda x: laid_out.by_rows if case.is_rearranged(x) else laid_out.named  # noqa: E731
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
     kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)

@@ -360,7 +360,7 @@ def with_layout(
         array = leaves.pop(path)
         if way is expert_op.AS_PUBLISHED:
             return array
-        pack = jax.jit(way.pack, out_shardings=sharding.named(way.axes(declared.leaves[path].axes)))
+        pack = jax.jit(way.pack, out_shardings=sharding.by_rows(way.axes(declared.leaves[path].axes)))
         return jax.block_until_ready(pack(array))
 
     return {path: rearranged(path, way) for path, way in declared.rearrangements(layout).items()}

@@ -113,7 +113,7 @@ def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int
     return ids
 
 
-def _expected(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
+def expected_of(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
     """In float64, choice by choice, with the parts of the float64 reference."""
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(ids.shape):
@@ -142,7 +142,7 @@ def test_expert_mlp(name, shape, routing):
     run = jax.jit(implementation.run, static_argnames="limit")
     packed = expert_op.packed(implementation.layout, jax.tree.map(jnp.asarray, weights))
     found = np.asarray(run(x, ids, shares, packed, limit=7.0))
-    expected = _expected(x, ids, shares, weights, 7.0)
+    expected = expected_of(x, ids, shares, weights, 7.0)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
