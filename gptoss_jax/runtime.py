@@ -301,7 +301,7 @@ def load(
         raise ValueError(f"dense is {dense!r}, expected one of {', '.join(DENSE_ITEMSIZE)}")
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
-    chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]))
+    chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]), policy.activations)
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
