@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 KEYS = 64  # of a tile: a page of the real cache
 STAGES = 4  # tiles under way per block: two blocks keep 128 KiB in flight per SM, and an H200's latency asks for 36
+SHARED_BYTES = 111 * 1024  # for tiles, queries and outputs of a block, so that an SM's 228 KiB hold two blocks
 ROWS = 64  # queries of one wgmma; a block takes two lots where there are as many, which halves the reads of keys
 BLOCKS = 264  # that run at once: 2 on each of Hopper's 132 SMs
 TILES_PER_SPLIT = 4  # a split of fewer costs more in starting and merging than it saves
@@ -228,6 +229,8 @@ class _Plan(NamedTuple):
     stored: int  # of these, how many are read and written: one token's 8 heads are 8 rows of 64
     row_tiles: int  # blocks for the queries of a batch row
     splits: int  # blocks for its keys
+    stages: int  # tiles under way
+    out_dtype: jnp.dtype
     interpret: Any
 
     @classmethod
@@ -239,7 +242,12 @@ class _Plan(NamedTuple):
         row_tiles = pl.cdiv(pairs, rows)
         splits = max(1, min(keys.splits, BLOCKS // (b * kv_heads * row_tiles)))
         stored = min(rows, pl.cdiv(pairs, 8) * 8)
-        return cls(keys, tokens, n // kv_heads, head_size, rows, stored, row_tiles, splits, interpret)
+        out_dtype = jnp.dtype(jnp.float32) if splits > 1 else q.dtype
+        free_bytes = SHARED_BYTES - rows * head_size * (q.dtype.itemsize + out_dtype.itemsize)
+        stages = max(2, min(STAGES, free_bytes // (2 * KEYS * head_size * q.dtype.itemsize)))
+        return cls(
+            keys, tokens, n // kv_heads, head_size, rows, stored, row_tiles, splits, stages, out_dtype, interpret
+        )
 
 
 def _attend(
@@ -258,18 +266,17 @@ def _attend(
     by_head = q.reshape(b, t, kv_heads, plan.group, h).transpose(0, 2, 1, 3, 4)
     by_head = _padded(by_head.reshape(b, kv_heads, t * plan.group, h), 2, plan.stored)
     shape = (b, kv_heads, plan.splits, by_head.shape[2])
-    out_dtype = jnp.dtype(jnp.float32) if plan.splits > 1 else q.dtype
     out, lse = plgpu.kernel(
         functools.partial(_block, plan),
-        out_type=(jax.ShapeDtypeStruct((*shape, h), out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((*shape, h), plan.out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
         scratch_types={
             "q": _shared((plan.rows, h), q.dtype),
-            "k": _shared((STAGES, KEYS, h), q.dtype),
-            "v": _shared((STAGES, KEYS, h), q.dtype),
-            "out": _shared((plan.rows, h), out_dtype),
+            "k": _shared((plan.stages, KEYS, h), q.dtype),
+            "v": _shared((plan.stages, KEYS, h), q.dtype),
+            "out": _shared((plan.rows, h), plan.out_dtype),
             "lse": plgpu.SMEM((plan.rows,), jnp.float32),
             "q_ready": plgpu.Barrier(),
-            "ready": plgpu.Barrier(num_arrivals=2 * keys.copies, num_barriers=STAGES),
+            "ready": plgpu.Barrier(num_arrivals=2 * keys.copies, num_barriers=plan.stages),
         },
         grid=(b, kv_heads, plan.splits, plan.row_tiles),
         grid_names=("row", "head", "split", "row_tile"),
@@ -306,11 +313,11 @@ def _block(
     begin, partial, end = _share(split, plan.splits, *keys.tiles(sources, row, queries.first, queries.last))
 
     def fetch(tile: Scalar):
-        slot = lax.rem(tile - begin, STAGES)
+        slot = lax.rem(tile - begin, plan.stages)
         pl.when(tile < end)(lambda: keys.fetch(sources, row, head, tile, k.at[slot], v.at[slot], ready.at[slot]))
 
     def add_tile(tile: Scalar, softmax: _Softmax, *, whole: bool) -> _Softmax:
-        slot = lax.rem(tile - begin, STAGES)
+        slot = lax.rem(tile - begin, plan.stages)
         plgpu.barrier_wait(ready.at[slot])
         logits = _logits(q, k.at[slot], plan.interpret)
         if not whole:
@@ -322,10 +329,10 @@ def _block(
             logits = jnp.where(seen, logits, -jnp.inf)
             _clean(v.at[slot], position(by_row) <= queries.last)
         softmax = softmax.add(logits, plan.head_size**-0.5 * LOG2_E, v.at[slot], plan.interpret)
-        fetch(tile + STAGES)
+        fetch(tile + plan.stages)
         return softmax
 
-    pl.loop(begin, begin + STAGES)(fetch)
+    pl.loop(begin, begin + plan.stages)(fetch)
     plgpu.barrier_wait(q_ready)
     softmax = _Softmax.before_keys(queries.sinks, split == 0, plan)
     softmax = lax.fori_loop(begin, partial, functools.partial(add_tile, whole=True), softmax)
