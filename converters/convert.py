@@ -30,6 +30,9 @@ from gptoss_jax.checkpoint import CheckpointError, Leaf, Writer, leaf_bytes
 from gptoss_jax.config import to_huggingface
 
 NAME = "convert"
+LAYOUT = (
+    "published"  # of the weights on disk, in the checkpoint's metadata; a kernel's own is made when they are loaded
+)
 LEAF_OVERHEAD_BYTES = 64 << 10  # zarr.json, the index of parts, and what the file system rounds up
 LINE_SECONDS = 10  # between lines of progress where stderr is no terminal
 SAMPLE_BYTES = 128 << 20  # read to estimate the time
@@ -205,7 +208,7 @@ def _print_rounding(reports: Mapping[str, FileReport]) -> None:
 
 
 def _provenance(source: Source, reports: Mapping[str, FileReport]) -> dict:
-    return {"tool": f"gptoss-jax {_version()}"} | source.provenance(reports)
+    return {"tool": f"gptoss-jax {_version()}", "layout": LAYOUT} | source.provenance(reports)
 
 
 def _version() -> str:
@@ -218,7 +221,8 @@ def _version() -> str:
 def is_made_from(dst: Path, source: Source, reports: Mapping[str, FileReport]) -> bool:
     """Whether the checkpoint at `dst` was made from this very source, whichever version of the tool made it."""
     recorded = checkpoint.read_provenance(dst)
-    return {key: recorded[key] for key in recorded if key != "tool"} == source.provenance(reports)
+    ours = ("tool", "layout")
+    return {key: recorded[key] for key in recorded if key not in ours} == source.provenance(reports)
 
 
 def verify(source: Source, dst: Path, leaves: Leaves) -> int:

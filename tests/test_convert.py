@@ -250,6 +250,7 @@ def test_provenance_and_what_makes_it_self_contained(small, small_converted):
         assert file["size_bytes"] == (small / name).stat().st_size
         assert file["metadata"]["weights"] == "random, seed 0"
     assert provenance["experts"] == "published MXFP4 bytes"
+    assert provenance["layout"] == "published"
     assert json.loads((small_converted / "config.json").read_text())["vocab_size"] == 512
     assert {path.name for path in small_converted.iterdir() if path.is_file()} == {
         "_METADATA",
