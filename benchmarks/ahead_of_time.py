@@ -385,7 +385,9 @@ def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
     inner loops: of attention, what it does with a block of keys (of decoding, first masked, then not).
     """
     reports = []
-    for name in re.findall(r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"", compiled):
+    calls = re.findall(r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"(.*)", compiled)
+    for name, settings in calls:
+        vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', settings)
         (path,) = folder.glob(f"*-{name}-*[0-9]-final_bundles.txt")
         runs = [0]
         for line in path.read_text().splitlines():
@@ -393,7 +395,9 @@ def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
                 runs[-1] += 1
             if "sbr.rel" in line or re.match(r"\s*0x[0-9a-f]+\s+(LB|PF|PB)\b", line):
                 runs.append(0)
-        reports.append({"kernel": name, "bundles": sum(runs), "longest_runs": sorted(runs)[:-4:-1]})
+        vmem_mib = round(int(vmem[1]) / 2**20, 2) if vmem else None
+        cost = {"bundles": sum(runs), "longest_runs": sorted(runs)[:-4:-1], "vmem_mib": vmem_mib}
+        reports.append({"kernel": name, **cost})
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
     return reports
@@ -457,7 +461,9 @@ def _kernel_line(report: dict[str, Any]) -> str:
     line = f"{report['target']:7} {report['case']:62} {report['temporaries_mib']:9.2f} MiB"
     for kernel in report["kernels"]:
         if TARGETS[report["target"]].platform == "tpu":
-            line += f"; {kernel['bundles']} bundles, longest runs {kernel['longest_runs']}"
+            line += (
+                f"; {kernel['bundles']} bundles, longest runs {kernel['longest_runs']}, VMEM {kernel['vmem_mib']} MiB"
+            )
             continue
         line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
         line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"

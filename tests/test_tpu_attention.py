@@ -104,7 +104,7 @@ def test_a_prompt_of_several_tiles():
 
 
 @pytest.mark.parametrize(("heads", "dtype", "window"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 7, 150])
+@pytest.mark.parametrize("tokens", [1, 150])
 def test_banded_is_the_reference(heads, dtype, window, tokens):
     """Guards the ring: unwritten slots, wrap-around, tiles that see the ring and tiles that do not, padding."""
     start = [0, 5, 128, 1020]

@@ -174,9 +174,8 @@ def _paged_kernel(
 
     softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
-    blocks = jnp.maximum(
-        1, lax.div(highest[step] + block, block)
-    )  # a row without tokens takes part, and copies nothing
+    # A row without tokens takes part, and copies nothing.
+    blocks = jnp.maximum(1, lax.div(highest[step] + block, block))
     seen_by_all = jnp.minimum(blocks, lax.div(lowest[step] + 1, block))
 
     def add_block(i, half):
