@@ -171,9 +171,10 @@ def attention_error(implementation: attention_op.Attention, config: ModelConfig,
     """Relative error of both forms against the reference in float32, the larger one."""
     q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
     reference, errors = attention_op.IMPLEMENTATIONS["reference"], []
-    new = [jax.random.normal(jax.random.key(k), (*q.shape[:2], *cache.k[0].shape[2:]), q.dtype) for k in (5, 6)]
-    paged = cache.k[1], cache.v[1], cache.page_table
-    banded = cache.k[0], cache.v[0], *new, cache.lengths
+    heads = (config.num_kv_heads, config.head_dim)
+    new = [jax.random.normal(jax.random.key(k), (*q.shape[:2], *heads), q.dtype) for k in (5, 6)]
+    stored = [[kv_cache.by_heads(layer[i], heads[0]) for layer in (cache.k, cache.v)] for i in (0, 1)]
+    paged, banded = (*stored[1], cache.page_table), (*stored[0], *new, cache.lengths)
     for form, arguments in (("paged", paged), ("banded", banded)):
         run, judge = (jax.jit(getattr(op, form)) for op in (implementation, reference))
         exact = [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arguments]
@@ -188,8 +189,8 @@ def _attention_arguments(config: ModelConfig, rows: int, tokens: int, behind: in
     shape = (rows, tokens, config.num_heads, config.head_dim)
     q = jax.random.normal(jax.random.key(time.time_ns() % 2**31), shape, jnp.bfloat16)
     pages = rows * kv_cache.num_pages(capacity)
-    heads = (config.num_kv_heads, config.head_dim)
-    draw = lambda k, *first: jax.random.normal(jax.random.key(k), (*first, *heads), jnp.bfloat16)  # noqa: E731
+    width = config.num_kv_heads * config.head_dim
+    draw = lambda k, *first: jax.random.normal(jax.random.key(k), (*first, width), jnp.bfloat16)  # noqa: E731
     table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(rows, -1)
     cache = kv_cache.KVCache(
         k=(draw(1, rows, config.sliding_window), draw(2, pages, PAGE_TOKENS)),
@@ -208,7 +209,8 @@ def time_paged(
     q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind)
 
     def step(i, q, others):
-        y = implementation.paged(q, *others)
+        k, v, *where = others
+        y = implementation.paged(q, *(kv_cache.by_heads(pool, config.num_kv_heads) for pool in (k, v)), *where)
         return (q + (y * 1e-6).astype(q.dtype)) * q.dtype.type(0.999)
 
     seconds = per_call(step, q, (cache.k[1], cache.v[1], cache.page_table, positions, sinks), calls)

@@ -29,11 +29,11 @@ def start(config: ModelConfig, rows: int, context_tokens: int, room: int) -> tup
 def filled(config: ModelConfig, rows: int, pages: int, max_context_tokens: int) -> KVCache:
     """A cache of `rows` rows over a pool of `pages` pages, both full of random keys and values."""
     empty = kv_cache.empty(config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=CACHE_DTYPE)
-    page = jax.random.normal(jax.random.key(0), (PAGE_TOKENS, config.num_kv_heads, config.head_dim), CACHE_DTYPE)
+    page = jax.random.normal(jax.random.key(0), (PAGE_TOKENS, config.num_kv_heads * config.head_dim), CACHE_DTYPE)
 
     def fill(layer: jax.Array) -> jax.Array:
         repeats = -(-layer.shape[1] // PAGE_TOKENS)
-        return jnp.broadcast_to(jnp.tile(page, (repeats, 1, 1))[: layer.shape[1]], layer.shape)
+        return jnp.broadcast_to(jnp.tile(page, (repeats, 1))[: layer.shape[1]], layer.shape)
 
     return empty._replace(k=tuple(map(fill, empty.k)), v=tuple(map(fill, empty.v)))
 

@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
         """Attends on every device to its own rows and heads, and gives the cache with k and v written."""
         banded = self.config.is_banded(self.layer)
-        tokens, stored = ("rows", None, "heads", None), ("rows" if banded else "pages", None, "heads", None)
+        tokens, stored = ("rows", None, "heads", None), ("rows" if banded else "pages", None, "heads")
         attend = self.sharding.map(
             self._banded if banded else self._paged,
             in_axes=(tokens, tokens, tokens, stored, stored, ("rows", None), ("rows", None), ("rows",), ("heads",)),
@@ -78,9 +78,11 @@ class Attention(nnx.Module):
         del lengths  # written before they are read: a query finds every key up to its own in the pool
         k_pages = kv_cache.write_pages(k_pages, k, page_table, positions)
         v_pages = kv_cache.write_pages(v_pages, v, page_table, positions)
-        return self.kernel.paged(q, k_pages, v_pages, page_table, positions, sinks), k_pages, v_pages
+        keys, values = (kv_cache.by_heads(pool, k.shape[2]) for pool in (k_pages, v_pages))
+        return self.kernel.paged(q, keys, values, page_table, positions, sinks), k_pages, v_pages
 
     def _banded(self, q, k, v, k_ring, v_ring, positions, page_table, lengths, sinks):
         del page_table
-        attended = self.kernel.banded(q, k_ring, v_ring, k, v, lengths, positions, sinks)
+        keys, values = (kv_cache.by_heads(ring, k.shape[2]) for ring in (k_ring, v_ring))
+        attended = self.kernel.banded(q, keys, values, k, v, lengths, positions, sinks)
         return attended, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)

@@ -25,14 +25,14 @@ class KVCache(NamedTuple):
     tokens 64 to 69 the first six slots of page 2; token 70 comes next. Its banded layers hold token p in slot p % 128.
     """
 
-    k: tuple[
-        Float[Array, "_ _ K H"], ...
-    ]  # by layer: pages [P, S, K, H] where attention is full, else a ring [B, W, K, H]
-    v: tuple[Float[Array, "_ _ K H"], ...]  # alike
+    # By layer: pages [P, S, K H] where attention is full, else a ring [B, W, K H]. Heads and their size are one axis:
+    # two of them a TPU would lay out with the pages innermost, and copy the pool for a kernel that wants it by rows.
+    k: tuple[Float[Array, "_ _ KH"], ...]
+    v: tuple[Float[Array, "_ _ KH"], ...]  # alike
     page_table: Int32[Array, "B M"]  # the page of each run of S tokens, counted within the row's data shard
     lengths: Int32[Array, "B"]  # tokens that the row holds
 
-    def with_layer(self, i: int, k: Float[Array, "_ _ K H"], v: Float[Array, "_ _ K H"]) -> "KVCache":
+    def with_layer(self, i: int, k: Float[Array, "_ _ KH"], v: Float[Array, "_ _ KH"]) -> "KVCache":
         """The cache with layer i's keys and values replaced."""
         return self._replace(k=(*self.k[:i], k, *self.k[i + 1 :]), v=(*self.v[:i], v, *self.v[i + 1 :]))
 
@@ -47,7 +47,7 @@ def empty(config: ModelConfig, *, rows: int, pages: int, max_context_tokens: int
 
     def layer(i: int) -> jax.Array:
         first = (rows, config.sliding_window) if config.is_banded(i) else (pages, PAGE_TOKENS)
-        return jnp.zeros((*first, config.num_kv_heads, config.head_dim), dtype)
+        return jnp.zeros((*first, config.num_kv_heads * config.head_dim), dtype)
 
     return KVCache(
         k=tuple(layer(i) for i in range(config.num_layers)),
@@ -59,7 +59,7 @@ def empty(config: ModelConfig, *, rows: int, pages: int, max_context_tokens: int
 
 def axes(config: ModelConfig) -> KVCache:
     """The logical axes of each array of a cache, as a KVCache of them."""
-    layer = tuple(("rows" if config.is_banded(i) else "pages", None, "heads", None) for i in range(config.num_layers))
+    layer = tuple(("rows" if config.is_banded(i) else "pages", None, "heads") for i in range(config.num_layers))
     return KVCache._make([layer, layer, ("rows", None), ("rows",)])
 
 
@@ -77,37 +77,46 @@ def allocator(
 
 
 def write_pages(
-    pages: Float[Array, "P S K H"],
+    pages: Float[Array, "P S KH"],
     new: Float[Array, "B T K H"],
     page_table: Int32[Array, "B M"],
     positions: Int32[Array, "B T"],
-) -> Float[Array, "P S K H"]:
+) -> Float[Array, "P S KH"]:
     """The pool with `new` at its `positions`; position -1 (padding, behind a row's tokens) is not written."""
     page = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
     end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    return _write(pages, new, page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)
+    return _write(pages, _flat(new), page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)
 
 
 def write_ring(
-    ring: Float[Array, "B W K H"], new: Float[Array, "B T K H"], positions: Int32[Array, "B T"]
-) -> Float[Array, "B W K H"]:
+    ring: Float[Array, "B W KH"], new: Float[Array, "B T K H"], positions: Int32[Array, "B T"]
+) -> Float[Array, "B W KH"]:
     """The ring with the last W of `new` at their `positions`; position -1 (padding) is not written."""
     rows, window = ring.shape[:2]
     row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], positions.shape)
     end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     first = jnp.maximum(end - window, 0)  # an older token would fight for a newer one's slot
-    return _write(ring, new, row, positions % window, first, end)
+    return _write(ring, _flat(new), row, positions % window, first, end)
+
+
+def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
+    """Keys or values as the attention op takes them: the same bytes."""
+    return stored.reshape(*stored.shape[:2], kv_heads, -1)
+
+
+def _flat(new: Float[Array, "B T K H"]) -> Float[Array, "B T KH"]:
+    return new.reshape(*new.shape[:2], -1)
 
 
 @jax.custom_vjp
 def _write(
-    stored: Float[Array, "Z Y K H"],
-    new: Float[Array, "B T K H"],
+    stored: Float[Array, "Z Y KH"],
+    new: Float[Array, "B T KH"],
     major: Int32[Array, "B T"],
     minor: Int32[Array, "B T"],
     first: Int32[Array, "B"],
     end: Int32[Array, "B"],
-) -> Float[Array, "Z Y K H"]:
+) -> Float[Array, "Z Y KH"]:
     """`stored` with tokens `first` to `end` of each row of `new` at [major, minor]."""
     new = new.astype(stored.dtype)
     return jax.lax.platform_dependent(
@@ -122,7 +131,7 @@ def _write_forward(stored, new, major, minor, first, end):
 def _write_backward(saved, gradient):
     """What was written learns from where it went; what it replaced does not."""
     none, major, minor, first, end = saved
-    new = jnp.where(_is_written(major, first, end)[..., None, None], gradient[major, minor], 0).astype(none.dtype)
+    new = jnp.where(_is_written(major, first, end)[..., None], gradient[major, minor], 0).astype(none.dtype)
     return _write(gradient, jnp.zeros_like(new), major, minor, first, end), new, None, None, None, None
 
 
@@ -148,7 +157,7 @@ def _write_slices(stored, new, major, minor, first, end):
     bits = jnp.dtype(f"uint{8 * stored.dtype.itemsize}")
 
     def write_token(row, token, stored):
-        at = (major[row, token], minor[row, token], 0, 0)
+        at = (major[row, token], minor[row, token], 0)
         update = jax.lax.bitcast_convert_type(new[row, token][None, None], bits)
         written = jax.lax.dynamic_update_slice(jax.lax.bitcast_convert_type(stored, bits), update, at)
         return jax.lax.bitcast_convert_type(written, stored.dtype)
