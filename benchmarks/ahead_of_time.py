@@ -152,11 +152,12 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     chosen, _ = layers.choose_kernels(kernels, target.hardware)
     declared = declare(config, laid_out, chosen)
     placed = lambda array, axes: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))  # noqa: E731
-    ways = declared.rearrangements(chosen.expert_mlp.layout)
     params = nest(
         {
-            path: placed(jax.eval_shape(ways[path].pack, jax.ShapeDtypeStruct(*leaf[:2])), ways[path].axes(leaf.axes))
-            for path, leaf in declared.leaves.items()
+            path: _rearranged(
+                jax.ShapeDtypeStruct(*declared.leaves[path][:2]), way, declared.leaves[path].axes, laid_out
+            )
+            for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
         }
     )
     cache, state = _cache(config, step), _state(config, step.rows)
@@ -170,6 +171,13 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     at = ints("rows", shape=(laid_out.size("rows"),))
     prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
     return prefill.compile()
+
+
+def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
+    """What `runtime.with_layout` makes of a leaf."""
+    placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.by_rows
+    packed = jax.eval_shape(way.pack, array)
+    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
 
 
 def memory(compiled: Any) -> Memory:
@@ -254,7 +262,12 @@ class Case(NamedTuple):
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
 
+    def is_rearranged(self, array: Any) -> bool:
+        """Whether `array` is one of an expert's, which lie as their layout says."""
+        return any(array is weight for group in self.arguments if isinstance(group, tuple) for weight in group)
 
+
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+"  # its address, in the assembler's listing
 DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another with it
 
 
@@ -314,13 +327,11 @@ def _arrays(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeD
 def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     """Compiles one case for one device: its temporaries, and for a GPU what the assembler says of each kernel."""
     laid_out = sharding.make(None, devices(target))
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named((None,) * len(x.shape)))  # noqa: E731
+    where = lambda x: laid_out.by_rows if case.is_rearranged(x) else laid_out.named  # noqa: E731
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
-    if target.platform == "gpu":
-        kernels = assembler_reports(Path(os.environ[DUMP_TO]))
-    else:
-        calls = re.findall(r'custom_call_target="(tpu_custom_call)"', compiled.as_text())
-        kernels = [{"kernel": name} for name in calls]
+    folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
+    kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
     temporaries_mib = round(memory(compiled).temporaries / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
@@ -329,7 +340,7 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     """What ptxas said of each Mosaic kernel in `folder`, and what its code holds; the files are then deleted."""
     reports = []
     for path in sorted(folder.glob("*.ptxas")):
-        said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass"))
+        said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass*"))
         number = lambda pattern, said=said: max(map(int, re.findall(pattern, said)), default=0)  # noqa: E731
         reports.append(
             {
@@ -338,10 +349,55 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
                 "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
                 "wgmma_serialized": "wgmma" in said.lower() and "serializ" in said.lower(),
                 "tensor_core_instructions": len(re.findall(r"\bHGMMA", code)),
+                "tensor_core_loops": tensor_core_loops(code),
                 "local_memory_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-                "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)),
+                "instructions": len(re.findall(INSTRUCTION, code)),
             }
         )
+    for path in glob.glob(f"{folder}/*"):
+        os.remove(path)
+    return reports
+
+
+def tensor_core_loops(code: str) -> list[int]:
+    """Instructions in each innermost loop around tensor core instructions, in the order of the code."""
+    labels, instructions, loops = {}, [], []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(INSTRUCTION + r"(.*)", line):
+            instructions.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*\((\.L\w+)\)", instruction[1])
+            body = range(labels.get(branch[1], len(instructions)) if branch else len(instructions), len(instructions))
+            if any("HGMMA" in instructions[i] for i in body):
+                loops.append(body)
+    innermost: list[range] = []
+    for loop in sorted(loops, key=len):  # what waits for a barrier out of line jumps back into the middle of a loop
+        if all(loop.stop <= other.start or other.stop <= loop.start for other in innermost):
+            innermost.append(loop)
+    return [len(loop) for loop in sorted(innermost, key=lambda loop: loop.start)]
+
+
+def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
+    """The static cost of each TPU kernel in `compiled`, from the dumps in `folder`; the files are then deleted.
+
+    A bundle is what a TPU's core issues in one cycle, unless it waits. The longest runs without a branch are a kernel's
+    inner loops: of attention, what it does with a block of keys (of decoding, first masked, then not).
+    """
+    reports = []
+    calls = re.findall(r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"(.*)", compiled)
+    for name, settings in calls:
+        vmem = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', settings)
+        (path,) = folder.glob(f"*-{name}-*[0-9]-final_bundles.txt")
+        runs = [0]
+        for line in path.read_text().splitlines():
+            if re.match(r"\s*(0x[0-9a-f]+|0)\s[^{]*\{", line):
+                runs[-1] += 1
+            if "sbr.rel" in line or re.match(r"\s*0x[0-9a-f]+\s+(LB|PF|PB)\b", line):
+                runs.append(0)
+        vmem_mib = round(int(vmem[1]) / 2**20, 2) if vmem else None
+        cost = {"bundles": sum(runs), "longest_runs": sorted(runs)[:-4:-1], "vmem_mib": vmem_mib}
+        reports.append({"kernel": name, **cost})
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
     return reports
@@ -403,11 +459,17 @@ def _fit_line(report: dict[str, Any]) -> str:
 
 def _kernel_line(report: dict[str, Any]) -> str:
     line = f"{report['target']:7} {report['case']:62} {report['temporaries_mib']:9.2f} MiB"
-    if TARGETS[report["target"]].platform == "tpu":
-        return f"{line}; {len(report['kernels'])} kernels"
     for kernel in report["kernels"]:
+        if TARGETS[report["target"]].platform == "tpu":
+            line += (
+                f"; {kernel['bundles']} bundles, longest runs {kernel['longest_runs']}, VMEM {kernel['vmem_mib']} MiB"
+            )
+            continue
         line += f"; {kernel['registers']} registers, {kernel['spilled_bytes']} bytes spilled"
         line += f", {kernel['tensor_core_instructions']} of {kernel['instructions']} instructions on tensor cores"
+        line += (
+            f", loops of {' and '.join(map(str, kernel['tensor_core_loops']))}" if kernel["tensor_core_loops"] else ""
+        )
     return line
 
 
@@ -420,6 +482,9 @@ def cli() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         dumps = {DUMP_TO: folder, **{f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in ("PTXAS", "SASS")}}
+        if "kernels" in sys.argv:  # of whole models they would be gigabytes
+            llo = (f"dump_to={folder}", "dump_llo_text=true", "dump_llo_pass_label_regex=.*final.*")
+            dumps["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in llo)
         call = [sys.executable, "-m", "benchmarks.ahead_of_time", *sys.argv[1:]]
         sys.exit(subprocess.run(call, env=os.environ | ENVIRONMENT | dumps, check=False).returncode)
 

@@ -1,8 +1,9 @@
 """What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 from pallas_kernels.choice import Hardware
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 class Kernels(NamedTuple):
@@ -31,17 +34,19 @@ class Kernels(NamedTuple):
         return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
 
 
-def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
+def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) -> tuple[Kernels, str]:
     """Each op's implementation on `hardware`, and one line that says which and why.
 
     Args:
         names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
         hardware: what the devices are.
+        dtype: of the activations.
 
     Raises:
         ValueError: no op or no implementation has that name.
     """
-    ops = {"attention": attention_op.choose, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
+    attention = functools.partial(attention_op.choose, dtype=dtype)
+    ops: dict[str, Any] = {"attention": attention, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
     pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
     asked = {pair[0]: pair[-1] for pair in pairs}
     if len(asked) < len(pairs):
@@ -54,7 +59,6 @@ def choose_kernels(names: str, hardware: Hardware) -> tuple[Kernels, str]:
 
 
 Shape = tuple[int, ...]
-BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 class Dense8(NamedTuple):

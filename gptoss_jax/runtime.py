@@ -301,7 +301,7 @@ def load(
         raise ValueError(f"dense is {dense!r}, expected one of {', '.join(DENSE_ITEMSIZE)}")
     policy = model.DTYPE_POLICIES[dtype]
     laid_out = sharding.make(mesh)
-    chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]))
+    chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]), policy.activations)
     stored = _open(Path(path))
     laid_out.check(stored.config, rows=laid_out.size("rows"))
     declared = model.declare(stored.config, laid_out, chosen, policy)
@@ -360,7 +360,7 @@ def with_layout(
         array = leaves.pop(path)
         if way is expert_op.AS_PUBLISHED:
             return array
-        pack = jax.jit(way.pack, out_shardings=sharding.named(way.axes(declared.leaves[path].axes)))
+        pack = jax.jit(way.pack, out_shardings=sharding.by_rows(way.axes(declared.leaves[path].axes)))
         return jax.block_until_ready(pack(array))
 
     return {path: rearranged(path, way) for path, way in declared.rearrangements(layout).items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.config import MXFP4_BLOCK, ModelConfig
@@ -83,6 +84,14 @@ class Sharding:
     def named(self, axes: Axes) -> NamedSharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def by_rows(self, axes: Axes) -> Format:
+        """`named`, with the last axis innermost in memory.
+
+        That is how a kernel reads its operands. A TPU's compiler prefers whatever order pads an array least, and would
+        then copy it before each call.
+        """
+        return Format(Layout(major_to_minor=tuple(range(len(axes)))), self.named(axes))
 
     def named_tree(self, axes: Any) -> Any:
         """`named` of every array in a tree of axes."""

@@ -61,8 +61,10 @@ def test_experts(name, routing):
         return jnp.sum(_dense_experts(*floats, ids, weights) * towards)
 
     floats = x, shares, packed.gate_up_bias, packed.down_bias
-    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*floats)
-    bias = floats[2].astype(jnp.float32), floats[3].astype(jnp.float32)
+    *found, d_gate_up, d_down = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*floats)
+    layout = implementation.layout
+    found += [layout.gate_up_bias.unpack(d_gate_up), layout.down_bias.unpack(d_down)]
+    bias = weights.gate_up_bias.astype(jnp.float32), weights.down_bias.astype(jnp.float32)
     _close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
 
 

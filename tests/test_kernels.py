@@ -113,7 +113,7 @@ def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int
     return ids
 
 
-def _expected(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
+def expected_of(x, ids, expert_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
     """In float64, choice by choice, with the parts of the float64 reference."""
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(ids.shape):
@@ -142,7 +142,7 @@ def test_expert_mlp(name, shape, routing):
     run = jax.jit(implementation.run, static_argnames="limit")
     packed = expert_op.packed(implementation.layout, jax.tree.map(jnp.asarray, weights))
     found = np.asarray(run(x, ids, shares, packed, limit=7.0))
-    expected = _expected(x, ids, shares, weights, 7.0)
+    expected = expected_of(x, ids, shares, weights, 7.0)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -311,3 +311,27 @@ def test_shapes_are_the_configs():
         assert (shape.experts, shape.experts_per_token) == (raw["num_local_experts"], raw["num_experts_per_tok"])
         assert (shape.expert_hidden, shape.vocabulary) == (raw["intermediate_size"], raw["vocab_size"])
         assert (shape.head_size, shape.window) == (raw["head_dim"], raw["sliding_window"])
+
+
+def test_each_device_gets_the_kernels_written_for_it():
+    """Guards the choice at start: Hopper and TPUs by name and reason, older GPUs the portable path, and it is said."""
+    hopper, ampere = Hardware("gpu", "NVIDIA H200", "9.0"), Hardware("gpu", "NVIDIA A100", "8.0")
+    for op in (attention_op, expert_op):
+        assert op.choose("auto", hopper)[::2] == ("gpu", "Mosaic GPU for NVIDIA H200")
+        assert op.choose("auto", Hardware("tpu", "TPU v6 lite"))[::2] == ("tpu", "Mosaic TPU for TPU v6 lite")
+        older = op.choose("auto", ampere)
+        assert older.name == "reference"
+        assert older.reason.endswith("it is for Hopper (compute capability 9.x), and NVIDIA A100 has 8.0")
+        with pytest.raises(
+            ValueError, match="kernel 'tpu' cannot run: it is Mosaic TPU for TPUs, and the devices are gpu"
+        ):
+            op.choose("tpu", hopper)
+
+
+def test_exact_attention_is_not_rounded_by_a_gpu():
+    """Guards dtype="float32": tensor cores would round it, so it takes the portable path, or is refused by name."""
+    hopper = Hardware("gpu", "NVIDIA H200", "9.0")
+    exact = attention_op.choose("auto", hopper, jnp.float32)
+    assert exact[::2] == ("reference", "portable jnp; a GPU's tensor cores would round float32")
+    with pytest.raises(ValueError, match="attention kernel 'gpu' cannot run: a GPU's tensor cores would round float32"):
+        attention_op.choose("gpu", hopper, jnp.float32)

@@ -12,8 +12,8 @@
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBatchChoices = 256;
-template <typename X>
-constexpr int64_t kChunkRows = 8 * Block<X>::kTileRows;  // rows whose products wait for their epilogue at a time
+template <typename X>  // rows whose products wait for their epilogue at a time
+constexpr int64_t kChunkRows = kUnpacksOnce ? kBatchChoices : 8 * Block<X>::kTileRows;
 constexpr float kSwigluAlpha = 1.702f;
 
 static_assert(kPanelRows == 2 * kLanes && kBlock == 2 * kLanes);
@@ -98,37 +98,43 @@ inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, cons
 template <typename X>
 class Batch {
  public:
-  Batch(const ExpertCall& call, const SortedChoices& sorted, const X* const* x, X* const* inner)
-      : call_(call), sorted_(sorted), x_(x), inner_(inner) {}
+  Batch(const ExpertCall& call, const SortedChoices& sorted, const X* const* x, X* const* inner, float* rooms)
+      : call_(call), sorted_(sorted), x_(x), inner_(inner), rooms_(rooms) {}
+
+  // Floats of each worker's room.
+  static int64_t room(const ExpertCall& call) {
+    const int64_t blocks = call.gate_up.blocks > call.down.blocks ? call.gate_up.blocks : call.down.blocks;
+    return room_of(call.x.rows, blocks * kBlock);
+  }
 
   void run(const Pool& pool, int64_t first, int64_t last) const {
     const int64_t panels = call_.gate_up.rows / kPanelRows, begin = sorted_.run(first).begin;
     const int64_t products = (sorted_.run(last - 1).end - begin) * call_.gate_up.rows * call_.down.rows;
-    auto gate_up = [&](int64_t task, int64_t) {
-      gate_up_panel(sorted_.run(first + task / panels), begin, task % panels);
+    auto gate_up = [&](int64_t task, int64_t worker) {
+      gate_up_panel(sorted_.run(first + task / panels), begin, task % panels, rooms_ + worker * room(call_));
     };
     parallel_for(pool.for_work(products), (last - first) * panels, gate_up);
-    auto down = [&](int64_t panel, int64_t) {
-      for (int64_t i = first; i < last; ++i) down_panel(sorted_.run(i), begin, panel);
+    auto down = [&](int64_t panel, int64_t worker) {
+      for (int64_t i = first; i < last; ++i) down_panel(sorted_.run(i), begin, panel, rooms_ + worker * room(call_));
     };
     parallel_for(pool.for_work(products / 2), call_.down.rows / kPanelRows, down);
   }
 
  private:
-  void gate_up_panel(const Run& run, int64_t batch_begin, int64_t panel) const {
+  void gate_up_panel(const Run& run, int64_t batch_begin, int64_t panel, float* room) const {
     const Mxfp4Weights w = of_expert(call_.gate_up, run.expert);
     float products[kChunkRows<X> * kPanelRows];
     const X* rows[kChunkRows<X>];
     for (int64_t at = run.begin; at < run.end; at += kChunkRows<X>) {
       const int64_t count = run.end - at < kChunkRows<X> ? run.end - at : kChunkRows<X>;
       for (int64_t i = 0; i < count; ++i) rows[i] = x_[sorted_.choice(at + i) / call_.choices];
-      multiply(w, panel * kPanelRows, kPanelRows, rows, count, products, kPanelRows);
+      multiply(w, panel * kPanelRows, kPanelRows, rows, count, products, kPanelRows, room);
       for (int64_t i = 0; i < count; ++i)
         activate(call_, run.expert, panel, products + i * kPanelRows, inner_[at + i - batch_begin]);
     }
   }
 
-  void down_panel(const Run& run, int64_t batch_begin, int64_t panel) const {
+  void down_panel(const Run& run, int64_t batch_begin, int64_t panel, float* room) const {
     const Mxfp4Weights w = of_expert(call_.down, run.expert);
     const int64_t first = panel * kPanelRows;
     const uint16_t* bias = call_.down.bias + run.expert * call_.down.rows + first;
@@ -136,7 +142,7 @@ class Batch {
     float products[kChunkRows<X> * kPanelRows];
     for (int64_t at = run.begin; at < run.end; at += kChunkRows<X>) {
       const int64_t count = run.end - at < kChunkRows<X> ? run.end - at : kChunkRows<X>;
-      multiply(w, first, kPanelRows, inner_ + at - batch_begin, count, products, kPanelRows);
+      multiply(w, first, kPanelRows, inner_ + at - batch_begin, count, products, kPanelRows, room);
       for (int64_t i = 0; i < count; ++i)
         add_to_token(sorted_.choice(at + i), first, products + i * kPanelRows, biases);
     }
@@ -153,6 +159,7 @@ class Batch {
   const SortedChoices& sorted_;
   const X* const* x_;  // by token
   X* const* inner_;    // by choice of the batch
+  float* rooms_;       // by worker
 };
 
 template <typename X>
@@ -162,9 +169,10 @@ inline bool expert_mlp_of(const Pool& pool, const ExpertCall& call) {
   if (!sorted.ok()) return false;
   const Rows<X> x(pool, call.x);
   const Rows<X> inner(sorted.size() < kBatchChoices ? sorted.size() : kBatchChoices, call.down.blocks * kBlock);
-  if (!x.ok() || !inner.ok()) return false;
+  const Scratch rooms((pool.size + 1) * Batch<X>::room(call) * int64_t(sizeof(float)));
+  if (!x.ok() || !inner.ok() || !rooms.data()) return false;
 
-  const Batch<X> batch(call, sorted, x.all(), inner.all());
+  const Batch<X> batch(call, sorted, x.all(), inner.all(), rooms.floats());
   for (int64_t first = 0, last; first < sorted.num_runs(); first = last) {
     for (last = first + 1; last < sorted.num_runs(); ++last)
       if (sorted.run(last).end - sorted.run(first).begin > kBatchChoices) break;

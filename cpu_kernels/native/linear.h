@@ -8,14 +8,18 @@ namespace cpu_kernels::CPU_KERNELS_ISA {
 
 template <typename X, class Weights>
 inline bool linear_of(const Pool& pool, const LinearCall& call, const Weights& w) {
+  const Pool useful = pool.for_work(call.x.rows * call.outputs * call.x.columns);
+  const int64_t tasks = round_up(call.outputs, kPanelRows) / kPanelRows;
+  const int64_t room = room_of(call.x.rows, call.x.columns);
   const Rows<X> x(pool, call.x);
-  if (!x.ok()) return false;
-  auto panel = [&](int64_t task, int64_t) {
+  const Scratch rooms(useful.max_workers(tasks) * room * int64_t(sizeof(float)));
+  if (!x.ok() || !rooms.data()) return false;
+  auto panel = [&](int64_t task, int64_t worker) {
     const int64_t first = task * kPanelRows, rest = call.outputs - first;
-    multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.all(), call.x.rows, call.y + first, call.outputs);
+    multiply(w, first, rest < kPanelRows ? rest : kPanelRows, x.all(), call.x.rows, call.y + first, call.outputs,
+             rooms.floats() + worker * room);
   };
-  const int64_t products = call.x.rows * call.outputs * call.x.columns;
-  parallel_for(pool.for_work(products), round_up(call.outputs, kPanelRows) / kPanelRows, panel);
+  parallel_for(useful, tasks, panel);
   return true;
 }
 

@@ -5,8 +5,9 @@
 // words of two bfloat16s unpack without a shuffle, and activations are laid out to fit ("unzipped": of each block first
 // the even inputs, then the odd ones, zeros behind the last). Weights are unpacked in registers, again for each few
 // rows of activations: next to their products that costs less than a copy of unpacked weights in cache would, and a
-// panel of packed weights stays in cache from the first few rows to the last. Every tile adds in this one order, so a
-// row of the result has the same bits beside any neighbours.
+// panel of packed weights stays in cache from the first few rows to the last. AVX2 alone, with half the registers, keeps
+// such a copy where rows are many. Every tile adds in this one order, so a row of the result has the same bits beside
+// any neighbours.
 //
 // All this is of float32, which bfloat16 activations are made too. Where the instruction set multiplies bfloat16 itself
 // they stay what they are, and product_bf16.h says how a block is laid out, unpacked and added then.
@@ -33,8 +34,10 @@ struct Floats {
   // there is one row of activations, so that several sums hide each other's latency. By trial.
 #if defined(CPU_KERNELS_AVX512)
   static constexpr int kTileWeights = 4, kTileRows = 5, kWeightsOfOneRow = 8;
+  static constexpr bool kSideBySide = true;
 #else
   static constexpr int kTileWeights = 1, kTileRows = 4, kWeightsOfOneRow = 4;
+  static constexpr bool kSideBySide = false;
 #endif
 };
 
@@ -176,33 +179,55 @@ inline void add_products(const Floats (&w)[R], const float* x, Vec (&sums)[R]) {
   for (int r = 0; r < R; ++r) sums[r] = fma(w[r].odd, odd, sums[r]);
 }
 
-// Adds the products of blocks `begin` to `end` of R rows of weights from `row` on, unpacked in registers, and M rows of
-// activations to their sums.
+template <bool kRest, class Weights, class To>
+inline void unpack_block(const Weights& w, int64_t row, int64_t block, To& to) {
+  if constexpr (kRest)
+    w.rest(row, to);
+  else
+    w.block(row, block, to);
+}
+
+// Adds the products of one block of R rows of weights, unpacked in registers, and M rows of activations to their sums:
+// where there are registers for it all rows of weights are unpacked, then multiplied; else one after the other.
+template <int R, int M, bool kRest, class Weights, typename X>
+inline void add_block(const Weights& w, int64_t row, int64_t block, const X* const* x, Vec (&sums)[M][R]) {
+  if constexpr (Block<X>::kSideBySide) {
+    Block<X> weights[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) unpack_block<kRest>(w, row + r, block, weights[r]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) add_products(weights, x[m] + block * kBlock, sums[m]);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Block<X> weights;
+      unpack_block<kRest>(w, row + r, block, weights);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        sums[m][r] = fma(weights.even, load(x[m] + block * kBlock), sums[m][r]);
+        sums[m][r] = fma(weights.odd, load(x[m] + block * kBlock + kLanes), sums[m][r]);
+      }
+    }
+  }
+}
+
+// The same for blocks `begin` to `end`.
 template <int R, int M, class Weights, typename X>
 inline void add_blocks(const Weights& w, int64_t row, int64_t begin, int64_t end, const X* const* x, bool fetch,
                        Vec (&sums)[M][R]) {
-  Block<X> weights[R];
   // Rows to come are fetched in the order in which they lie in memory, while these are read side by side: that is
   // what memory gives fastest, and rows are too short for the processor to see where the next one begins.
   constexpr int kAhead = R > Weights::kRowsAhead ? R : Weights::kRowsAhead;
   constexpr int kStep = R * Weights::kBlockBytes;
   const char* ahead = static_cast<const char*>(w.row_at(row + kAhead));
   for (int64_t block = begin; block < end; ++block) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w.block(row + r, block, weights[r]);
     if (fetch) {
 #pragma GCC unroll 8
       for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) add_products(weights, x[m] + block * kBlock, sums[m]);
+    add_block<R, M, false>(w, row, block, x, sums);
   }
-  if (w.has_rest() && end == w.whole_blocks()) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w.rest(row + r, weights[r]);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) add_products(weights, x[m] + end * kBlock, sums[m]);
-  }
+  if (w.has_rest() && end == w.whole_blocks()) add_block<R, M, true>(w, row, end, x, sums);
 }
 
 // out[m * stride + r] for R rows of weights from `row` on and M rows of activations.
@@ -263,11 +288,126 @@ inline void multiply_all(const Weights& w, int64_t first, int64_t count, const X
   if constexpr (M > 1) multiply_all<M - 1>(w, first, count, x, rows, out, stride);
 }
 
-// out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` and m below `rows`.
+// ---- many rows of activations, where registers are few ----
+
+// Sixteen registers hold too few sums to unpack weights anew for each few rows: they are unpacked once, into memory.
+#if defined(CPU_KERNELS_AVX2)
+constexpr bool kUnpacksOnce = true;
+#else
+constexpr bool kUnpacksOnce = false;
+#endif
+
+constexpr int kUnpackedTile = 3;       // rows of weights beside four of activations: all sixteen registers
+constexpr int64_t kUnpackedRows = 12;  // of weights, so that they stay in the second cache
+constexpr int64_t kUnpackedDepth = 24;  // blocks of four rows of activations that stay in the first cache
+
+// Rows of activations that are worth it; bfloat16s unpack in so few steps that it takes more of them. By trial.
+constexpr int64_t kManyRows = 6;
+template <class Weights>
+constexpr int64_t kManyRowsOf = Weights::kBlockBytes >= 64 ? 32 : kManyRows;
+
+#if defined(CPU_KERNELS_AVX2)
+
+// Unpacked weights lie in two planes, eight lanes of each vector in one, eight in the other: with a register for a sum
+// in place of two, twelve sums stay in registers for each of the planes in turn.
+constexpr int kPlanes = 2, kPlaneLanes = kLanes / kPlanes;
+
+inline __m256 plane_of(Vec a, int plane) { return plane == 0 ? a.lo : a.hi; }
+
+template <class Weights>
+inline void unpack_row(const Weights& w, int64_t row, int64_t blocks, float* to, int64_t plane_floats) {
+  for (int64_t i = 0; i < blocks; ++i, to += kPlanes * kPlaneLanes) {
+    Floats block;
+    i < w.whole_blocks() ? w.block(row, i, block) : w.rest(row, block);
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      _mm256_storeu_ps(to + plane * plane_floats, plane_of(block.even, plane));
+      _mm256_storeu_ps(to + plane * plane_floats + kPlaneLanes, plane_of(block.odd, plane));
+    }
+  }
+}
+
+// Adds to sums [M, R] of one plane the products of `count` vectors of R rows of unpacked weights and M of activations.
+template <int R, int M>
+inline void add_unpacked(const float* w, int64_t row_floats, const float* const (&x)[M], int64_t count,
+                         __m256 (&sums)[M][R]) {
+  __m256 all[M][R];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) all[m][r] = sums[m][r];
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < count; ++i) {
+    __m256 weights[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) weights[r] = _mm256_loadu_ps(w + r * row_floats + i * kPlaneLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      __m256 input = _mm256_loadu_ps(x[m] + i * kLanes);
+      asm("" : "+x"(input));  // loaded once: the compiler would read it again for each product
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) all[m][r] = fma(weights[r], input, all[m][r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[m][r] = all[m][r];
+}
+
+// out[m * stride + r] for the first `count` unpacked rows of weights and any of activations, M and fewer at a time.
+template <int M>
+inline void multiply_unpacked(const float* w, int64_t blocks, int64_t count, const float* const* x, int64_t rows,
+                              float* out, int64_t stride) {
+  constexpr int R = kUnpackedTile;
+  const int64_t row_floats = blocks * kBlock / kPlanes, plane_floats = kUnpackedRows * row_floats;
+  for (; rows >= M; rows -= M, x += M, out += M * stride) {
+    __m256 sums[kUnpackedRows / R][kPlanes][M][R] = {};
+    for (int64_t begin = 0; begin < blocks; begin += kUnpackedDepth) {
+      const int64_t some = begin + kUnpackedDepth < blocks ? kUnpackedDepth : blocks - begin;
+      for (int64_t tile = 0; tile * R < count; ++tile)
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          const float* from[M];
+          for (int m = 0; m < M; ++m) from[m] = x[m] + begin * kBlock + plane * kPlaneLanes;
+          const float* tile_w = w + plane * plane_floats + tile * R * row_floats + begin * kLanes;
+          add_unpacked<R, M>(tile_w, row_floats, from, 2 * some, sums[tile][plane]);
+        }
+    }
+    for (int64_t r = 0; r < count; ++r)
+      for (int m = 0; m < M; ++m)
+        out[m * stride + r] = sum(Vec{sums[r / R][0][m][r % R], sums[r / R][1][m][r % R]});
+  }
+  if constexpr (M > 1) multiply_unpacked<M - 1>(w, blocks, count, x, rows, out, stride);
+}
+
+template <class Weights>
+inline void multiply_many(const Weights& w, int64_t first, int64_t count, const float* const* x, int64_t rows,
+                          float* out, int64_t stride, float* room) {
+  const int64_t blocks = w.whole_blocks() + w.has_rest(), row_floats = blocks * kBlock / kPlanes;
+  for (int64_t begin = 0; begin < count; begin += kUnpackedRows) {
+    const int64_t some = count - begin < kUnpackedRows ? count - begin : kUnpackedRows;
+    if (some < kUnpackedRows) memset(room, 0, size_t(kUnpackedRows * blocks * kBlock) * sizeof(float));
+    for (int64_t r = 0; r < some; ++r)
+      unpack_row(w, first + begin + r, blocks, room + r * row_floats, kUnpackedRows * row_floats);
+    multiply_unpacked<4>(room, blocks, some, x, rows, out + begin, stride);
+  }
+}
+
+#endif
+
+// Floats that each worker needs beside the arrays of a product of so many rows of activations.
+inline int64_t room_of(int64_t rows, int64_t inputs) {
+  return kUnpacksOnce && rows >= kManyRows ? kUnpackedRows * round_up(inputs, kBlock) : 0;
+}
+
+// out[m * stride + r] = dot(weights of row first + r, x[m]) for r below `count` and m below `rows`; `room` as `room_of`
+// says, or more.
 template <class Weights, typename X>
 inline void multiply(const Weights& w, int64_t first, int64_t count, const X* const* x, int64_t rows, float* out,
-                     int64_t stride) {
+                     int64_t stride, [[maybe_unused]] float* room) {
   constexpr int kRows = Block<X>::kTileRows;
+#if defined(CPU_KERNELS_AVX2)
+  if (rows >= kManyRowsOf<Weights>) return multiply_many(w, first, count, x, rows, out, stride, room);
+#endif
   if constexpr (Weights::kBlockBytes >= 64)
     if (count == kPanelRows && w.whole_blocks() > kDepth)
       for (bool fetch = true; rows >= kRows; rows -= kRows, x += kRows, out += kRows * stride, fetch = false)

@@ -14,6 +14,7 @@ struct Pairs {
   __m512i all;
 
   static constexpr int kTileWeights = 4, kTileRows = 6, kWeightsOfOneRow = 8;  // as of Floats
+  static constexpr bool kSideBySide = true;
 };
 
 Pairs block_of(uint16_t);

@@ -65,6 +65,33 @@ inline __m256 power_of_two(__m256 n) {
 }
 inline Vec power_of_two(Vec n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
 
+// Eight words of each of eight rows.
+inline void transpose_eight(const char* const rows[8], int64_t byte, float* columns, int64_t stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + byte));
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  // Now a[4 q + c] has in its half h word 4 h + c of rows 4 q to 4 q + 3.
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(columns + c * stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(columns + (4 + c) * stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+
+inline void transpose(const char* const rows[16], int64_t byte, float* columns, int64_t stride) {
+  for (int half = 0; half < 2; ++half)
+    for (int row = 0; row < 16; row += 8)
+      transpose_eight(rows + row, byte + 32 * half, columns + 8 * half * stride + row, stride);
+}
+
 #else
 
 inline Vec power_of_two(const Vec& n) {
@@ -77,12 +104,12 @@ inline Vec power_of_two(const Vec& n) {
   return load(lanes);
 }
 
-#endif
-
 inline void transpose(const char* const rows[16], int64_t byte, float* columns, int64_t stride) {
   for (int c = 0; c < 16; ++c)
     for (int row = 0; row < 16; ++row) memcpy(columns + c * stride + row, rows[row] + byte + 4 * c, 4);
 }
+
+#endif
 
 #endif
 

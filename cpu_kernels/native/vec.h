@@ -149,6 +149,8 @@ inline Vec first_lanes(int n, Vec a, Vec b) {
 inline __m256 low(Vec a) { return a.lo; }
 inline __m256 high(Vec a) { return a.hi; }
 
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+
 inline __m256 load_bf16_half(const uint16_t* p) {
   const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
@@ -191,21 +193,36 @@ inline __m256 times_power_half(__m256 a, __m256 n) {
 }
 inline Vec times_power(Vec a, Vec n) { return {times_power_half(a.lo, n.lo), times_power_half(a.hi, n.hi)}; }
 
-using Codes = __m256;  // those without sign
+struct Codes {
+  float scale;
+};
 
-inline Codes codes(float scale) { return _mm256_mul_ps(_mm256_loadu_ps(kFp4), _mm256_set1_ps(scale)); }
+inline Codes codes(float scale) { return {scale}; }
 
-// The permutation reads the last three bits of an index only; the fourth is moved to where a float32 has its sign.
-inline __m256 look_up(__m256i nibbles, Codes codes) {
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(nibbles, 28), _mm256_set1_epi32(INT32_MIN));
-  return _mm256_xor_ps(_mm256_permutevar8x32_ps(codes, nibbles), _mm256_castsi256_ps(sign));
-}
-
+// Twice a code is a whole number, looked up as a byte. Put at the top of a word of four it is 2^25 times the code. (On
+// some processors a permutation of eight floats, which would look codes up as they are, takes twice as long as that.)
 inline void unpack_fp4(const uint8_t* p, Codes codes, Vec& even, Vec& odd) {
-  const __m256i lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m256i hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
-  even = {look_up(lo, codes), look_up(hi, codes)};
-  odd = {look_up(_mm256_srli_epi32(lo, 4), codes), look_up(_mm256_srli_epi32(hi, 4), codes)};
+  constexpr float kSmall = 0x1p-124f, kPerWord = 0x1p-25f;
+  const __m256i twice = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,  //
+                                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m256i first = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
+                                         -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
+  const __m256i last = _mm256_setr_epi8(-1, -1, -1, 8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11,  //
+                                        -1, -1, -1, 12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, 15);
+  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_shuffle_epi8(twice, _mm256_and_si256(bytes, nibble));
+  const __m256i high = _mm256_shuffle_epi8(twice, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+  const bool small = codes.scale < kSmall;  // then a factor that does it all would be below float32's numbers
+  const Vec factor = splat(small ? codes.scale : codes.scale * kPerWord);
+  even = {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(low, first)), _mm256_cvtepi32_ps(_mm256_shuffle_epi8(low, last))};
+  odd = {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(high, first)), _mm256_cvtepi32_ps(_mm256_shuffle_epi8(high, last))};
+  even = mul(even, factor);
+  odd = mul(odd, factor);
+  if (__builtin_expect(small, 0)) {
+    even = mul(even, splat(kPerWord));
+    odd = mul(odd, splat(kPerWord));
+  }
 }
 
 #elif defined(CPU_KERNELS_NEON)

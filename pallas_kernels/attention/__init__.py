@@ -6,14 +6,19 @@ says padding, whose output is 0. The sink is one more logit per query head in th
 A back end is one file beside this one with functions of the same signatures, and one entry in `IMPLEMENTATIONS`.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels import attention as cpu
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import gpu, reference, tpu
 from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
 from pallas_kernels.choice import Choice, Hardware, best, by_name
+from pallas_kernels.interpreter import InterpretGPUParams
 
 
 @runtime_checkable
@@ -65,19 +70,35 @@ def _with_gradient(paged: PagedAttention, banded: BandedAttention) -> Attention:
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": _with_gradient(reference.paged_attention, reference.banded_attention),
     "cpu": _with_gradient(cpu.paged_attention, cpu.banded_attention),
+    "gpu": _with_gradient(gpu.paged_attention, gpu.banded_attention),
+    "gpu-interpreted": _with_gradient(
+        functools.partial(gpu.paged_attention, interpret=InterpretGPUParams()),
+        functools.partial(gpu.banded_attention, interpret=InterpretGPUParams()),
+    ),
+    "tpu": _with_gradient(tpu.paged_attention, tpu.banded_attention),
+    "tpu-interpreted": _with_gradient(
+        functools.partial(tpu.paged_attention, interpret=pltpu.InterpretParams()),
+        functools.partial(tpu.banded_attention, interpret=pltpu.InterpretParams()),
+    ),
 }
 
 
-def choose(name: str, hardware: Hardware) -> Choice:
-    """The implementation called `name`, or for "auto" the best on `hardware`.
+def choose(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Choice:
+    """The implementation called `name`, or for "auto" the best on `hardware` for queries, keys and values of `dtype`.
 
     Raises:
-        ValueError: no implementation has that name, or it cannot run here.
+        ValueError: no implementation has that name, or it cannot run here, or not exactly.
     """
+    rounds = "a GPU's tensor cores would round float32" if dtype == jnp.float32 else None
     if name == "auto":
         otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp")
+        if rounds and hardware.platform == "gpu":
+            return otherwise._replace(reason=f"{otherwise.reason}; {rounds}")
         return best(IMPLEMENTATIONS, hardware, otherwise)
-    return by_name("attention", IMPLEMENTATIONS, name, hardware)
+    choice = by_name("attention", IMPLEMENTATIONS, name, hardware)
+    if rounds and name == "gpu":
+        raise ValueError(f"attention kernel {name!r} cannot run: {rounds}; auto takes the best that can")
+    return choice
 
 
 __all__ = ["IMPLEMENTATIONS", "Attention", "BandedAttention", "PagedAttention", "choose"]

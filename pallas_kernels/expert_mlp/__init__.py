@@ -5,13 +5,14 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 """
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, best, by_name
-from pallas_kernels.expert_mlp import gpu, reference
+from pallas_kernels.expert_mlp import gpu, reference, tpu
 from pallas_kernels.expert_mlp.gradient import differentiable
 from pallas_kernels.expert_mlp.layout import (
     AS_PUBLISHED,
@@ -23,6 +24,7 @@ from pallas_kernels.expert_mlp.layout import (
     packed_axes,
     published,
 )
+from pallas_kernels.expert_mlp.tpu_forms import FORMS, Form, form_for
 from pallas_kernels.interpreter import InterpretGPUParams
 
 
@@ -63,11 +65,18 @@ GPU_INTERPRETER = InterpretGPUParams(
     out_of_bounds_reads="uninitialized", uninitialized_memory="zero", num_tma_threads_per_device=16
 )
 
+
+def _on_tpu(form: Form, interpret: Any = None) -> ExpertMlp:
+    return _with_gradient(functools.partial(tpu.expert_mlp, form=form, interpret=interpret), form.layout)
+
+
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {
     "reference": _with_gradient(reference.expert_mlp),
     "cpu": _with_gradient(cpu_expert_mlp),
     "gpu": _with_gradient(gpu.expert_mlp, gpu.LAYOUT),
     "gpu-interpreted": _with_gradient(functools.partial(gpu.expert_mlp, interpret=GPU_INTERPRETER), gpu.LAYOUT),
+    "tpu": _on_tpu(form_for("TPU")),  # what runs on all; `choose` takes the generation's own
+    "tpu-interpreted": _on_tpu(FORMS["words, by selection"], pltpu.InterpretParams()),
 }
 
 
@@ -77,10 +86,13 @@ def choose(name: str, hardware: Hardware) -> Choice:
     Raises:
         ValueError: no implementation has that name, or it cannot run here.
     """
+    implementations = IMPLEMENTATIONS
+    if hardware.platform == "tpu":
+        implementations = {**IMPLEMENTATIONS, "tpu": _on_tpu(form_for(hardware.name))}
     if name == "auto":
-        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp")
-        return best(IMPLEMENTATIONS, hardware, otherwise)
-    return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+        otherwise = Choice("reference", implementations["reference"], "portable jnp")
+        return best(implementations, hardware, otherwise)
+    return by_name("expert_mlp", implementations, name, hardware)
 
 
 __all__ = [

@@ -72,11 +72,12 @@ def _backward(run, layout, limit, saved, gradient):
             d_down_bias.at[expert].add(d_biases[1].astype(jnp.float32)),
         )
 
-    zeros = (x, flat_weights, weights.gate_up_bias, weights.down_bias)
-    sums = tuple(jnp.zeros(array.shape, jnp.float32) for array in zeros)
+    ways = {"gate_up_bias": layout.gate_up_bias, "down_bias": layout.down_bias}
+    biases = [jax.eval_shape(way.unpack, getattr(weights, name)) for name, way in ways.items()]  # as published
+    sums = tuple(jnp.zeros(array.shape, jnp.float32) for array in (x, flat_weights, *biases))
     dx, d_weights, *d_biases = lax.fori_loop(0, tiles.end_tile[-1], add_tile, sums)
-    biases = zip(("gate_up_bias", "down_bias"), d_biases, strict=True)
-    learnt: Any = {name: d.astype(getattr(weights, name).dtype) for name, d in biases}
+    found = zip(ways.items(), d_biases, strict=True)
+    learnt: Any = {name: way.pack(d.astype(getattr(weights, name).dtype)) for (name, way), d in found}
     d_packed = ExpertWeights(*[learnt.get(name) for name in ExpertWeights._fields])  # pyright: ignore[reportArgumentType]
     return dx.astype(x.dtype), None, d_weights.reshape(expert_ids.shape).astype(expert_weights.dtype), d_packed
 

@@ -1,0 +1,152 @@
+"""The expert kernel for TPUs, in the interpreter: what the body that all implementations share does not ask."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import mxfp4
+from pallas_kernels.choice import Hardware
+from pallas_kernels.expert_mlp import tpu, tpu_forms
+from pallas_kernels.mxfp4 import BLOCK
+from tests.test_kernels import choices_of, expected_of, random_experts
+
+LIMIT = 7.0
+FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
+AXES = expert_op.ExpertWeights(  # as in gptoss_jax/moe.py
+    ("experts", "expert_hidden", None, None),
+    ("experts", "expert_hidden", None),
+    ("experts", "expert_hidden"),
+    ("experts", None, "expert_hidden", None),
+    ("experts", None, "expert_hidden"),
+    ("experts", None),
+)
+
+
+def _bits(tree):
+    return jax.tree.map(lambda a: np.asarray(a).view(np.uint8), tree)
+
+
+# ---- the forms ----
+
+
+def _unpacked(form: tpu_forms.Form, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The weights [32 B, O] that a kernel makes of published blocks [O, B, 16], inputs in their natural order."""
+    codes = form.layout.down_blocks.pack(jnp.asarray(blocks[None]))[0]
+    turned = form.layout.down_scales.pack(jnp.asarray(scales[None]))[0]
+    outputs, num_blocks = scales.shape
+
+    def kernel(codes, scales, out, scratch):
+        for part, weights in enumerate(form.unpack(codes, scales, slice(0, outputs), scratch)):
+            out[part] = weights
+
+    rows = BLOCK // form.parts
+    parts = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((form.parts, num_blocks * rows, outputs), jnp.bfloat16),
+        scratch_shapes=[pltpu.VMEM((pl.cdiv(outputs, tpu_forms.LANES), codes.shape[0], tpu_forms.LANES), jnp.int32)],
+        interpret=pltpu.InterpretParams(),
+    )(codes, turned)
+    return np.moveaxis(np.asarray(parts).reshape(form.parts, num_blocks, rows, outputs), 0, 1).reshape(-1, outputs)
+
+
+@FORMS
+def test_every_code_under_every_scale(form):
+    """Guards each form's arithmetic: all bytes under all scale bytes, also where its range of scales ends."""
+    blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (255, 1, 1))
+    scales = np.repeat(np.arange(255, dtype=np.uint8)[:, None], 16, axis=1)
+    found = _unpacked(form, blocks, scales).astype(np.float64)
+    codes = np.array(mxfp4.CODES)
+    published = np.stack([codes[blocks & 15], codes[blocks >> 4]], axis=-1).reshape(255, -1).T
+    expected = published * 2.0 ** (np.clip(scales[:, 0], *tpu_forms.SCALES).astype(float) - mxfp4.SCALE_BIAS)
+    normal = (expected == 0) | (np.abs(expected) >= 2.0**-126)
+    assert (~normal).mean() < 0.002  # 0.5 under scale bytes 0 and 1 only
+    np.testing.assert_array_equal(found[normal], expected[normal])
+    assert (np.abs(found[~normal]) <= 2.0**-126).all()
+
+
+@FORMS
+def test_layouts_are_undone_to_the_published_bytes(form):
+    """Guards every nibble and the order of every row: what a kernel reads is what was published, signed zeros too."""
+    weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 96, 160, 3))
+    packed = expert_op.packed(form.layout, weights)
+    assert jax.tree.map(jnp.shape, packed) != jax.tree.map(jnp.shape, weights)
+    jax.tree.map(np.testing.assert_array_equal, _bits(expert_op.published(form.layout, packed)), _bits(weights))
+
+
+@FORMS
+@pytest.mark.parametrize("axis", ["experts", "expert_hidden"])
+def test_a_piece_of_a_layout_is_the_layout_of_a_piece(form, axis):
+    """Guards sharding: cut along the axes that the layout names, each device has what its own experts would give."""
+    weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
+    axes = expert_op.packed_axes(form.layout, AXES)
+    packed = expert_op.packed(form.layout, weights)
+    for piece in range(2):
+
+        def cut(array, names, piece=piece):
+            at = names.index(axis) if axis in names else None
+            return array if at is None else jnp.split(array, 2, axis=at)[piece]
+
+        cut_weights = expert_op.ExpertWeights(*map(cut, weights, AXES))  # 96 of 192: an odd number of blocks
+        found = expert_op.ExpertWeights(*map(cut, packed, axes))
+        jax.tree.map(np.testing.assert_array_equal, _bits(found), _bits(expert_op.packed(form.layout, cut_weights)))
+
+
+def test_each_generation_gets_a_form_it_can_run():
+    """Guards the choice: E2M1 arrays exist on TPU v7x only, and bfloat16 arithmetic since v6e."""
+    names = {"TPU v5 lite": "integers", "TPU v5": "integers", "TPU v6 lite": "selection", "TPU7x": "float4"}
+    for name, expected in names.items():
+        chosen = expert_op.choose("auto", Hardware("tpu", name))
+        assert chosen.name == "tpu"
+        assert chosen.implementation.layout is tpu_forms.form_for(name).layout
+        assert tpu_forms.form_for(name) is next(form for key, form in tpu_forms.FORMS.items() if expected in key)
+
+
+# ---- the kernel ----
+
+
+@functools.cache
+def _run(form_name: str, races: bool = False):
+    form, interpret = tpu_forms.FORMS[form_name], pltpu.InterpretParams(detect_races=races)
+    return jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))
+
+
+@pytest.mark.parametrize("form", ["words, by integers", "float4"])  # the third is in the table
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_forms(form, dtype, monkeypatch):
+    """Guards each form through the whole kernel, several blocks of outputs a matrix, and activations in bfloat16."""
+    monkeypatch.setattr(tpu, "MOST_OUTPUTS", 128)
+    tokens, hidden, inner, experts, choices = 5, 160, 544, 4, 3
+    rng = np.random.default_rng(0)
+    weights = random_experts(rng, hidden, inner, experts)
+    ids, shares = choices_of(rng, "random", tokens, experts, choices), rng.random((tokens, choices)).astype(np.float32)
+    x = rng.standard_normal((tokens, hidden)).astype(dtype)
+    packed = expert_op.packed(tpu_forms.FORMS[form].layout, jax.tree.map(jnp.asarray, weights))
+    run = functools.partial(tpu.expert_mlp, form=tpu_forms.FORMS[form], interpret=pltpu.InterpretParams())
+    found = np.asarray(jax.jit(functools.partial(run, limit=LIMIT))(x, ids, shares, packed))
+    expected = expected_of(x, ids, shares, weights, LIMIT)
+    tolerance = 1e-4 if dtype == jnp.float32 else 1e-2  # between the products activations are of x's dtype
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+def test_pieces_of_experts_add_up():
+    """Guards tensor parallelism: two devices, each with an odd number of blocks of every expert's width."""
+    rng = np.random.default_rng(0)
+    weights = random_experts(rng, 96, 192, 3)
+    ids, shares = choices_of(rng, "random", 2, 3, 2), rng.random((2, 2)).astype(np.float32)
+    x = rng.standard_normal((2, 96)).astype(np.float32)
+    layout = tpu_forms.FORMS["words, by selection"].layout
+    packed, axes = expert_op.packed(layout, jax.tree.map(jnp.asarray, weights)), expert_op.packed_axes(layout, AXES)
+    found = 0
+    for piece in range(2):
+        cut = lambda a, names: jnp.split(a, 2, names.index("expert_hidden"))[piece] if "expert_hidden" in names else a  # noqa: B023, E731
+        part = expert_op.ExpertWeights(*map(cut, packed, axes))
+        part = part._replace(down_bias=part.down_bias * (1 - piece))
+        found += np.asarray(_run("words, by selection")(x, ids, shares, part))
+    expected = expected_of(x, ids, shares, weights, LIMIT)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
