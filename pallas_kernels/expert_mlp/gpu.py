@@ -30,13 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir.dialects import arith, scf, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf, vector
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
+from pallas_kernels import mxfp4
 from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
@@ -58,6 +59,7 @@ _IN_BFLOAT16 = (6, 7, 8, 15)  # where the bits of an E2M1 code go: mantissa, two
 _TURNS = (0, 13, 10)  # rotations to the left that bring the first three pairs of a word there
 _GATHER = (4, 0, 1, 3)  # where the last pair's bits lie: those that are left; one product brings them there
 _GATHERING = (1 << 2) + (1 << 7) + (1 << 12)
+_LARGEST = 128  # scale byte whose factor, 2^(128 - 127 + 126), is a bfloat16
 _MASK = sum(1 << bit << half for bit in _IN_BFLOAT16 for half in (0, 16))
 
 
@@ -346,7 +348,7 @@ def _kernel(
         plgpu.copy_gmem_to_smem(bias.at[own, pieces, phase], bias_s.at[warpgroup], bias_loaded)
         for step in range(min(tiling.stages, steps)):
             load(jnp.int32(step))
-        total = pl.run_scoped(accumulate, plgpu.ACC((OUTPUTS, tiling.rows), jnp.float32))
+        total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((OUTPUTS, tiling.rows), jnp.float32))
         plgpu.barrier_wait(bias_loaded)
         if limit is None:
             out[rows, pl.ds(unit * OUTPUTS, OUTPUTS)] = _biased(total, bias_s.at[warpgroup], interpret)
@@ -406,8 +408,8 @@ def _scaled_interpreted(pairs: list[Array], scales: UInt8[Array, "4 4 16"]) -> F
     magnitude = (halves >> 6 & 7).astype(jnp.int32)
     doubled = jnp.where(magnitude < 2, magnitude, (2 + magnitude % 2) << (magnitude // 2 - 1).clip(0))
     value = jnp.where(halves >> 15 == 1, -doubled, doubled).astype(jnp.float32) / 2
-    power = lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
-    weights = value * power.transpose(1, 2, 0)[None, :, :, :, None, None]
+    power, half = (factor.transpose(1, 2, 0)[None, :, :, :, None, None] for factor in mxfp4.decode_scales(scales))
+    weights = value * half * power
     # pair, warp, row, block, word, half -> warp, row, word, pair, block, half
     return weights.transpose(1, 2, 4, 0, 3, 5).reshape(OUTPUTS, -1).astype(jnp.bfloat16)
 
@@ -435,26 +437,30 @@ def _registers(parts: int) -> list[tuple[int, int, int]]:
 
 
 def _scaled(pairs: list[Array], scales: UInt8[Array, "4 4 16"], parts: int) -> Float[Array, "64 K"]:
-    """Two exact products, by 2^126 and by the scale: no one bfloat16 factor serves scale bytes from 0 to 254."""
+    """Exact products by 2^126 and the scale, which are one bfloat16 factor up to scale byte 128.
+
+    A warp that meets a larger one multiplies once more. bfloat16 products on GPUs keep numbers below 2^-126.
+    """
     shape = (OUTPUTS, GROUP // parts)
 
     def scale_up(_, pairs, scales):
-        exponents = [arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat]
-        small = [arith.minui(exponent, _constant(_LARGEST)) for exponent in exponents]
-        factors = [_power(arith.addi(exponent, _constant(126))) for exponent in small]
+        scales = [arith.extui(_int32(), vector.extract(scale, [], [0])) for scale in scales.registers.flat]
+        small = [arith.minui(scale, _constant(_LARGEST)) for scale in scales]
+        factors = [_power(arith.addi(scale, _constant(126))) for scale in small]  # 2^(scale - 127 + 126)
         values = [
             arith.mulf(_as_pair(vector.extract(pairs[pair].registers.flat[half], [], [word])), factors[half])
             for word, pair, half in _registers(parts)
         ]
-        is_larger = arith.cmpi(arith.CmpIPredicate.ugt, arith.maxui(*exponents), _constant(_LARGEST))
-        larger = scf.IfOp(is_larger, [values[0].type] * len(values), has_else=True)
-        with ir.InsertionPoint(larger.then_block):
-            rest = [_power(arith.addi(arith.subi(e, s), _constant(127))) for e, s in zip(exponents, small, strict=True)]
-            order = zip(values, _registers(parts), strict=True)
-            scf.yield_([arith.mulf(value, rest[half]) for value, (_, _, half) in order])
-        with ir.InsertionPoint(larger.else_block):
+        is_larger = arith.cmpi(arith.CmpIPredicate.ugt, arith.maxui(*scales), _constant(_LARGEST))
+        branch = scf.IfOp(is_larger, [values[0].type] * len(values), has_else=True)
+        larger, as_they_are = (ir.InsertionPoint(region.blocks[0]) for region in branch.regions)
+        with larger:
+            rest = [_power(arith.addi(arith.subi(a, b), _constant(127))) for a, b in zip(scales, small, strict=True)]
+            halves = (half for _, _, half in _registers(parts))
+            scf.yield_([arith.mulf(value, rest[half]) for value, half in zip(values, halves, strict=True)])
+        with as_they_are:
             scf.yield_(values)
-        return _fragments(list(larger.results), plgpu.Layout.WGMMA, shape)
+        return _fragments(list(branch.results), plgpu.Layout.WGMMA, shape)
 
     result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
     arguments = ([_WORDS_LAYOUTS[parts]] * len(pairs), _SCALES_LAYOUT)
@@ -465,10 +471,8 @@ def _int32() -> Any:
     return ir.IntegerType.get_signless(32)
 
 
-_LARGEST = 128
-
-
 def _power(exponent: Any) -> Any:
+    """A pair of bfloat16, 2^(exponent - 127) for exponents from 1 to 254."""
     return _as_pair(arith.muli(exponent, _constant(0x0080_0080)))
 
 
