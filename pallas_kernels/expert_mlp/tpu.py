@@ -27,7 +27,6 @@ from pallas_kernels.expert_mlp.tpu_forms import LANES, WORDS, Form
 from pallas_kernels.mxfp4 import BLOCK
 
 FEWEST_ROWS = 16  # of bfloat16 in one register
-MOST_ROWS = 256  # with which the matrix unit takes longer than unpacking the weights does
 MOST_OUTPUTS = 768  # a step's, in 1.1 MB of weights a matrix; 2,880 are four such blocks, a sixteenth of them unused
 UNPACKED_OUTPUTS = 256  # at a time: as wide as the widest matrix unit, and few enough to spill little
 VMEM_BYTES = 48 << 20  # of the 64 MiB that a core has at least (TPU v7x)
@@ -55,7 +54,7 @@ def expert_mlp(
         interpret: None to compile for a TPU; else `pltpu.InterpretParams`, to run on a CPU.
     """
     num_experts = weights.down_blocks.shape[0]
-    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, MOST_ROWS)
+    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, form.most_rows)
     tiles = TiledRows.of(expert_ids, num_experts, rows)
     x_parts = jnp.moveaxis(x.reshape(len(x), -1, form.parts, BLOCK // form.parts), 2, 0)  # see `Form`
     x_parts = jax.vmap(tiles.gather)(x_parts.reshape(form.parts, len(x), -1))
@@ -190,7 +189,7 @@ def _step(experts: Any, x: Any, *refs: Any, steps: Steps, unpack: Any, limit: fl
     def _():
         part, block = steps.gate_up_at(step)
         for at in _pieces(steps.inner_block):
-            gate, linear = (linear_map(x, codes.at[i], scales.at[i], bias.at[i : i + 1], at) for i in range(2))
+            gate, linear = (linear_map(x, codes.at[i], scales.at[i], bias[i : i + 1], at) for i in range(2))
             to = pl.ds(block * steps.inner_block + at.start, at.stop - at.start)
             h[part, :, to] = _swiglu(gate, linear, limit).astype(h.dtype)
 
