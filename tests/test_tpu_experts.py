@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # races foun
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptoss_jax import runtime, sharding
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import Hardware
@@ -99,6 +100,17 @@ def test_a_piece_of_a_layout_is_the_layout_of_a_piece(form, axis):
         cut_weights = expert_op.ExpertWeights(*map(cut, weights, AXES))  # 96 of 192: an odd number of blocks
         found = expert_op.ExpertWeights(*map(cut, packed, axes))
         jax.tree.map(np.testing.assert_array_equal, _bits(found), _bits(expert_op.packed(form.layout, cut_weights)))
+
+
+@pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
+def test_devices_pack_their_own_experts(mesh):
+    """Guards loading: packed expert by expert and piece by piece, weights are what packing them whole gives."""
+    weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
+    layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
+    for array, axes, way in zip(weights, AXES, layout, strict=True):
+        found = runtime.packing(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
+        assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
+        np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))
 
 
 def test_each_generation_gets_a_form_it_can_run():
