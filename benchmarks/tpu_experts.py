@@ -151,7 +151,7 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = program.memory_analysis()
     others = x.size * x.dtype.itemsize + 8 * num_tokens * per_token
-    rows = tile_rows(num_tokens * per_token, num_experts, tpu.FEWEST_ROWS, tpu.MOST_ROWS)
+    rows = tile_rows(num_tokens * per_token, num_experts, tpu.FEWEST_ROWS, form.most_rows)
     steps = tpu.Steps(form.parts, width // form.parts, HIDDEN)
     sizes = {
         "rows": rows,

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # races found have no public name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptoss_jax import runtime, sharding
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import Hardware
@@ -32,6 +34,11 @@ def _bits(tree):
     return jax.tree.map(lambda a: np.asarray(a).view(np.uint8), tree)
 
 
+def _piece(array, names, axis: str, piece: int):
+    """What one of two devices holds of an array whose axes are called `names`, if they share `axis`."""
+    return jnp.split(array, 2, axis=names.index(axis))[piece] if axis in names else array
+
+
 # ---- the forms ----
 
 
@@ -49,7 +56,9 @@ def _unpacked(form: tpu_forms.Form, blocks: np.ndarray, scales: np.ndarray) -> n
     parts = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((form.parts, num_blocks * rows, outputs), jnp.bfloat16),
-        scratch_shapes=[pltpu.VMEM((pl.cdiv(outputs, tpu_forms.LANES), codes.shape[0], tpu_forms.LANES), jnp.int32)],
+        scratch_shapes=[
+            pltpu.VMEM((pl.cdiv(outputs, tpu_forms.LANES), tpu_forms.WORDS * num_blocks, tpu_forms.LANES), jnp.int32)
+        ],
         interpret=pltpu.InterpretParams(),
     )(codes, turned)
     return np.moveaxis(np.asarray(parts).reshape(form.parts, num_blocks, rows, outputs), 0, 1).reshape(-1, outputs)
@@ -87,14 +96,21 @@ def test_a_piece_of_a_layout_is_the_layout_of_a_piece(form, axis):
     axes = expert_op.packed_axes(form.layout, AXES)
     packed = expert_op.packed(form.layout, weights)
     for piece in range(2):
-
-        def cut(array, names, piece=piece):
-            at = names.index(axis) if axis in names else None
-            return array if at is None else jnp.split(array, 2, axis=at)[piece]
-
+        cut = lambda array, names, piece=piece: _piece(array, names, axis, piece)  # noqa: E731
         cut_weights = expert_op.ExpertWeights(*map(cut, weights, AXES))  # 96 of 192: an odd number of blocks
         found = expert_op.ExpertWeights(*map(cut, packed, axes))
         jax.tree.map(np.testing.assert_array_equal, _bits(found), _bits(expert_op.packed(form.layout, cut_weights)))
+
+
+@pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
+def test_devices_pack_their_own_experts(mesh):
+    """Guards loading: packed expert by expert and piece by piece, weights are what packing them whole gives."""
+    weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
+    layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
+    for array, axes, way in zip(weights, AXES, layout, strict=True):
+        found = runtime.packing(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
+        assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
+        np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))
 
 
 def test_each_generation_gets_a_form_it_can_run():
@@ -110,10 +126,13 @@ def test_each_generation_gets_a_form_it_can_run():
 # ---- the kernel ----
 
 
-@functools.cache
-def _run(form_name: str, races: bool = False):
-    form, interpret = tpu_forms.FORMS[form_name], pltpu.InterpretParams(detect_races=races)
-    return jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))
+def _run(form: tpu_forms.Form, *arguments) -> np.ndarray:
+    interpret = pltpu.InterpretParams(detect_races=True)
+    found = jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))(*arguments)
+    found.block_until_ready()
+    module = interpret_pallas_call  # JAX 0.11 asks by a function
+    assert not (module.get_races() if hasattr(module, "get_races") else module.races).races_found
+    return np.asarray(found)
 
 
 @pytest.mark.parametrize("form", ["words, by integers", "float4"])  # the third is in the table
@@ -127,8 +146,7 @@ def test_forms(form, dtype, monkeypatch):
     ids, shares = choices_of(rng, "random", tokens, experts, choices), rng.random((tokens, choices)).astype(np.float32)
     x = rng.standard_normal((tokens, hidden)).astype(dtype)
     packed = expert_op.packed(tpu_forms.FORMS[form].layout, jax.tree.map(jnp.asarray, weights))
-    run = functools.partial(tpu.expert_mlp, form=tpu_forms.FORMS[form], interpret=pltpu.InterpretParams())
-    found = np.asarray(jax.jit(functools.partial(run, limit=LIMIT))(x, ids, shares, packed))
+    found = _run(tpu_forms.FORMS[form], x, ids, shares, packed)
     expected = expected_of(x, ids, shares, weights, LIMIT)
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-2  # between the products activations are of x's dtype
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
@@ -140,13 +158,14 @@ def test_pieces_of_experts_add_up():
     weights = random_experts(rng, 96, 192, 3)
     ids, shares = choices_of(rng, "random", 2, 3, 2), rng.random((2, 2)).astype(np.float32)
     x = rng.standard_normal((2, 96)).astype(np.float32)
-    layout = tpu_forms.FORMS["words, by selection"].layout
-    packed, axes = expert_op.packed(layout, jax.tree.map(jnp.asarray, weights)), expert_op.packed_axes(layout, AXES)
-    found = 0
+    form, found = tpu_forms.FORMS["words, by selection"], 0
+    packed = expert_op.packed(form.layout, jax.tree.map(jnp.asarray, weights))
+    axes = expert_op.packed_axes(form.layout, AXES)
     for piece in range(2):
-        cut = lambda a, names: jnp.split(a, 2, names.index("expert_hidden"))[piece] if "expert_hidden" in names else a  # noqa: B023, E731
-        part = expert_op.ExpertWeights(*map(cut, packed, axes))
-        part = part._replace(down_bias=part.down_bias * (1 - piece))
-        found += np.asarray(_run("words, by selection")(x, ids, shares, part))
+        part = expert_op.ExpertWeights(
+            *(_piece(*pair, "expert_hidden", piece) for pair in zip(packed, axes, strict=True))
+        )
+        part = part._replace(down_bias=part.down_bias * (1 - piece))  # a sum that is split has its bias once
+        found += _run(form, x, ids, shares, part)
     expected = expected_of(x, ids, shares, weights, LIMIT)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

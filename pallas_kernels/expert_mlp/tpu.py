@@ -23,11 +23,10 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.expert_mlp.layout import ExpertWeights
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
-from pallas_kernels.expert_mlp.tpu_forms import LANES, Form
+from pallas_kernels.expert_mlp.tpu_forms import LANES, WORDS, Form
 from pallas_kernels.mxfp4 import BLOCK
 
 FEWEST_ROWS = 16  # of bfloat16 in one register
-MOST_ROWS = 256  # with which the matrix unit takes longer than unpacking the weights does
 MOST_OUTPUTS = 768  # a step's, in 1.1 MB of weights a matrix; 2,880 are four such blocks, a sixteenth of them unused
 UNPACKED_OUTPUTS = 256  # at a time: as wide as the widest matrix unit, and few enough to spill little
 VMEM_BYTES = 48 << 20  # of the 64 MiB that a core has at least (TPU v7x)
@@ -55,7 +54,7 @@ def expert_mlp(
         interpret: None to compile for a TPU; else `pltpu.InterpretParams`, to run on a CPU.
     """
     num_experts = weights.down_blocks.shape[0]
-    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, MOST_ROWS)
+    rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, form.most_rows)
     tiles = TiledRows.of(expert_ids, num_experts, rows)
     x_parts = jnp.moveaxis(x.reshape(len(x), -1, form.parts, BLOCK // form.parts), 2, 0)  # see `Form`
     x_parts = jax.vmap(tiles.gather)(x_parts.reshape(form.parts, len(x), -1))
@@ -143,6 +142,7 @@ def _run_tiles(
         del expert
         return tile, jnp.maximum(step - steps.first_down, 0)
 
+    scratch_rows = WORDS * max(weights.gate_up_scales.shape[-2], weights.down_scales.shape[-2])
     whole = lambda array: array.shape[-2]  # noqa: E731
     gate_up_block = lambda array: pl.BlockSpec((None, None, 2, whole(array), steps.inner_block), gate_up)  # noqa: E731
     down_block = lambda array: pl.BlockSpec((None, whole(array), steps.hidden_block), down)  # noqa: E731
@@ -164,10 +164,7 @@ def _run_tiles(
             out_specs=pl.BlockSpec((rows, steps.hidden_block), y_of),
             scratch_shapes=[
                 pltpu.VMEM((parts, rows, steps.inner_blocks * steps.inner_block), x.dtype),
-                pltpu.VMEM(
-                    (UNPACKED_OUTPUTS // LANES, max(whole(weights.gate_up_blocks), whole(weights.down_blocks)), LANES),
-                    jnp.int32,
-                ),
+                pltpu.VMEM((UNPACKED_OUTPUTS // LANES, scratch_rows, LANES), jnp.int32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -181,58 +178,40 @@ def _run_tiles(
     return call(tiles.expert, x, *weights)
 
 
-def _step(
-    experts,
-    x,
-    gate_up,
-    gate_up_scales,
-    gate_up_bias,
-    down,
-    down_scales,
-    down_bias,
-    y,
-    h,
-    scratch,
-    *,
-    steps,
-    unpack,
-    limit,
-):
+def _step(experts: Any, x: Any, *refs: Any, steps: Steps, unpack: Any, limit: float) -> None:
     """One grid step, on blocks in VMEM."""
     del experts
+    codes, scales, bias, down_codes, down_scales, down_bias, y, h, scratch = refs
+    linear_map = functools.partial(_linear_map, unpack=unpack, scratch=scratch)
     step = pl.program_id(1)
 
     @pl.when(step < steps.first_down)
     def _():
         part, block = steps.gate_up_at(step)
         for at in _pieces(steps.inner_block):
-            gate, linear = (
-                _product(x, gate_up.at[i], gate_up_scales.at[i], at, unpack, scratch)
-                + gate_up_bias[i : i + 1, at].astype(jnp.float32)
-                for i in range(2)
-            )
+            gate, linear = (linear_map(x, codes.at[i], scales.at[i], bias[i : i + 1], at) for i in range(2))
             to = pl.ds(block * steps.inner_block + at.start, at.stop - at.start)
             h[part, :, to] = _swiglu(gate, linear, limit).astype(h.dtype)
 
     @pl.when(step >= steps.first_down)
     def _():
         for at in _pieces(steps.hidden_block):
-            y[:, at] = _product(h[:, :, : steps.inner], down, down_scales, at, unpack, scratch) + down_bias[
-                :, at
-            ].astype(jnp.float32)
+            y[:, at] = linear_map(h[:, :, : steps.inner], down_codes, down_scales, down_bias, at)
 
 
 def _pieces(outputs: int) -> list[slice]:
     return [slice(at, min(at + UNPACKED_OUTPUTS, outputs)) for at in range(0, outputs, UNPACKED_OUTPUTS)]
 
 
-def _product(x: Any, codes: Any, scales: Any, at: slice, unpack: Any, scratch: Any) -> Float[Array, "M N"]:
-    """The outputs `at` of x times a block of weights; all but `at` are refs."""
+def _linear_map(
+    x: Any, codes: Any, scales: Any, bias: Any, at: slice, *, unpack: Any, scratch: Any
+) -> Float[Array, "M N"]:
+    """The outputs `at` of a block of weights; x is [P, M, I / P]."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = jnp.zeros((x.shape[1], at.stop - at.start), jnp.float32)
     for part, w in enumerate(unpack(codes, scales, at, scratch)):
         out += jnp.dot(x[part], w.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
-    return out
+    return out + bias[:, at].astype(jnp.float32)
 
 
 def _swiglu(gate: Float[Array, "M N"], linear: Float[Array, "M N"], limit: float) -> Float[Array, "M N"]:

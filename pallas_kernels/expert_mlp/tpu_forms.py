@@ -104,6 +104,7 @@ class Form(NamedTuple):
 
     parts: int
     layout: Layout
+    most_rows: int  # of a tile: with so many, the matrix unit takes longer than unpacking its weights
     unpack: Callable[..., list[Array]]  # refs of codes [R, N], scales [B, N], a scratch -> P times [I / P, N]
 
 
@@ -213,9 +214,9 @@ def _unpack_float4(codes: Any, scales: Any, at: slice, scratch: Any) -> list[Arr
 
 _WORDS = _layout(len(PLACES), _to_words, _from_words, "words of eight codes")
 FORMS = {
-    "words, by integers": Form(len(PLACES), _WORDS, functools.partial(_unpack_words, _by_integers)),
-    "words, by selection": Form(len(PLACES), _WORDS, functools.partial(_unpack_words, _by_selection)),
-    "float4": Form(1, _layout(1, _to_float4, _from_float4, "float4_e2m1fn"), _unpack_float4),
+    "words, by integers": Form(len(PLACES), _WORDS, 256, functools.partial(_unpack_words, _by_integers)),
+    "words, by selection": Form(len(PLACES), _WORDS, 512, functools.partial(_unpack_words, _by_selection)),
+    "float4": Form(1, _layout(1, _to_float4, _from_float4, "float4_e2m1fn"), 256, _unpack_float4),
 }
 
 
