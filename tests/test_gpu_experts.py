@@ -154,6 +154,7 @@ def _tiling(monkeypatch, **changes):
 def test_buffers_are_reused_without_races(warpgroups, parts, monkeypatch):
     """Guards the circle of buffers over more steps than stages and an odd last group, in either form of the kernel."""
     _tiling(monkeypatch, warpgroups=warpgroups, parts=parts, stages=2)
+    monkeypatch.setattr(gpu, "INTERPRETED_WARPGROUPS", warpgroups)
     arguments, expected = _call(hidden=32 * 17, inner=32, tokens=2)  # 17 blocks: 2 steps and one group
     run = functools.partial(gpu.expert_mlp, limit=7.0, interpret=_with(detect_races=True))
     found = np.asarray(jax.jit(run)(*arguments))

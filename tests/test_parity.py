@@ -80,6 +80,11 @@ def test_product_equals_transformers_live(tmp_path):
 
 # Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.
 TOKENS = golden.token_ids(300, seed=7)
+INTERPRETED = {
+    f"{device}-interpreted": f"attention={device}-interpreted,expert_mlp={device}-interpreted"
+    for device in ("gpu", "tpu")
+}
+SOME_TOKENS = golden.token_ids(140, seed=7)  # for interpreters: more than the window, and no more than it takes
 
 
 def _small_config(**changes) -> dict:
@@ -108,10 +113,10 @@ class Case:
                 block["down"]["scales"] = jnp.asarray(self.tensors[prefix + "down_proj_scales"])
         return model
 
-    def failures(self, model: LanguageModel) -> list[str]:
-        logits = model.logits(TOKENS.tolist())
+    def failures(self, model: LanguageModel, tokens: np.ndarray = TOKENS) -> list[str]:
+        logits = model.logits(tokens.tolist())
         assert np.isfinite(logits).all()  # a mutation that breaks everything would be caught for nothing
-        return gate.failures(logits, self.expected, np.arange(len(TOKENS)))
+        return gate.failures(logits, self.expected[: len(tokens)], np.arange(len(tokens)))
 
 
 def _deep_negative_gates(tensors: dict[str, np.ndarray]) -> None:
@@ -149,6 +154,15 @@ def test_unmutated_product_passes(case, request):
     assert case.failures(case.load()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", INTERPRETED)
+def test_product_passes_through_kernels_for_accelerators(kernels, plain):
+    """Guards the kernels for GPUs and TPUs within the whole model: the same gate, run by Pallas's interpreters."""
+    model = plain.load(INTERPRETED[kernels])
+    assert f"expert_mlp: {kernels} (asked for by name)" in model.kernels
+    assert plain.failures(model, SOME_TOKENS) == []
+
+
 def _each_layer(model: LanguageModel, *path: str, change: Callable[[jax.Array], jax.Array]) -> None:
     """Changes the weight at `path` of every layer."""
     for layer in model.params["layers"].values():
@@ -181,6 +195,19 @@ def test_gate_catches_wrong_weights(name, plain):
     assert plain.failures(model)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", INTERPRETED)
+@pytest.mark.parametrize("name", WEIGHT_MUTATIONS)
+def test_gate_catches_wrong_weights_through_kernels_for_accelerators(name, kernels, plain):
+    """Guards the gate with those kernels in place: what is misread must show through their layouts as well."""
+    path, change = WEIGHT_MUTATIONS[name]
+    model, way = plain.load(INTERPRETED[kernels]), expert_op.AS_PUBLISHED
+    if "/".join(path[1:]) in moe.PACKED:
+        way = expert_op.IMPLEMENTATIONS[kernels].layout[moe.PACKED.index("/".join(path[1:]))]
+    _each_layer(model, *path, change=lambda w: way.pack(change(way.unpack(w))))
+    assert plain.failures(model, SOME_TOKENS)
+
+
 CONFIG_MUTATIONS = {
     "window 127": {"sliding_window": 127},
     "window 129": {"sliding_window": 129},
@@ -188,15 +215,22 @@ CONFIG_MUTATIONS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kernels", "tokens"),
+    [
+        pytest.param("auto", TOKENS, id="auto"),
+        *(pytest.param(names, SOME_TOKENS, id=device, marks=pytest.mark.slow) for device, names in INTERPRETED.items()),
+    ],
+)
 @pytest.mark.parametrize("name", CONFIG_MUTATIONS)
-def test_gate_catches_wrong_numbers(name, plain, tmp_path):
+def test_gate_catches_wrong_numbers(name, kernels, tokens, plain, tmp_path):
     """Guards the gate: a window off by one key, or a clamp that never bites, must show."""
     for file in plain.folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((tmp_path / "config.json").read_text()) | CONFIG_MUTATIONS[name]
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert plain.failures(gptoss_jax.load(tmp_path, dtype="float32"))
+    assert plain.failures(gptoss_jax.load(tmp_path, dtype="float32", kernels=kernels), tokens)
 
 
 def _rounded_range(config):

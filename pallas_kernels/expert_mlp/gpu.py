@@ -48,6 +48,7 @@ GROUP = BLOCKS * BLOCK  # inputs that are dequantised together
 GROUPS = 2  # of a step, which is what is loaded and waited for at once
 WORDS = BLOCK // 8  # 32-bit words of a block
 OUTPUTS = 64  # of one warpgroup: wgmma's M
+INTERPRETED_WARPGROUPS = 1  # of the interpreter: each is a thread that waits for others, more than a host may run
 FEWEST_ROWS = 8  # of a tile: wgmma's least N
 MOST_ROWS = 128
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads operands of bfloat16
@@ -235,6 +236,8 @@ def _product(
     """
     terms, _, inputs = x.shape
     tiling = _Tiling.of(rows, terms)
+    if interpret is not None:
+        tiling = tiling._replace(warpgroups=min(tiling.warpgroups, INTERPRETED_WARPGROUPS))
     # A warpgroup's four warps take 16 outputs each. In the first product they lie 64 apart, so that the SwiGLU of a
     # warpgroup is 32 neighbours in fragment order; in the second one behind the other.
     apart = 4 if limit is not None else 1
