@@ -11,7 +11,7 @@ import pytest
 
 import gptoss_jax
 from converters.random_weights import random_tensors, with_vocab_size
-from gptoss_jax import layers, moe, rope
+from gptoss_jax import layers, moe, rope, runtime
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.runtime import LanguageModel
 from pallas_kernels import expert_mlp as expert_op
@@ -80,11 +80,10 @@ def test_product_equals_transformers_live(tmp_path):
 
 # Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.
 TOKENS = golden.token_ids(300, seed=7)
+SOME_TOKENS = TOKENS[:140]  # for Pallas's interpreters: more than the window, and no more than it takes
 INTERPRETED = {
-    f"{device}-interpreted": f"attention={device}-interpreted,expert_mlp={device}-interpreted"
-    for device in ("gpu", "tpu")
+    name: f"attention={name},expert_mlp={name}" for name in (f"{device}-interpreted" for device in ("gpu", "tpu"))
 }
-SOME_TOKENS = golden.token_ids(140, seed=7)  # for interpreters: more than the window, and no more than it takes
 
 
 def _small_config(**changes) -> dict:
@@ -114,6 +113,7 @@ class Case:
         return model
 
     def failures(self, model: LanguageModel, tokens: np.ndarray = TOKENS) -> list[str]:
+        """Why the gate refuses what the model says of `tokens`, which are the first of TOKENS."""
         logits = model.logits(tokens.tolist())
         assert np.isfinite(logits).all()  # a mutation that breaks everything would be caught for nothing
         return gate.failures(logits, self.expected[: len(tokens)], np.arange(len(tokens)))
@@ -127,6 +127,12 @@ def _deep_negative_gates(tensors: dict[str, np.ndarray]) -> None:
             tensors[name][:, 0::2] -= np.asarray(9, tensors[name].dtype)
         if name.endswith("down_proj_scales"):
             tensors[name] = tensors[name] + np.uint8(9)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """No rows of padding, which an interpreter takes as long for as for tokens."""
+    monkeypatch.setattr(runtime, "LOGITS_CHUNK_TOKENS", len(SOME_TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +162,7 @@ def test_unmutated_product_passes(case, request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", INTERPRETED)
-def test_product_passes_through_kernels_for_accelerators(kernels, plain):
+def test_product_passes_through_kernels_for_accelerators(kernels, plain, short_chunks):
     """Guards the kernels for GPUs and TPUs within the whole model: the same gate, run by Pallas's interpreters."""
     model = plain.load(INTERPRETED[kernels])
     assert f"expert_mlp: {kernels} (asked for by name)" in model.kernels
@@ -198,7 +204,7 @@ def test_gate_catches_wrong_weights(name, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", INTERPRETED)
 @pytest.mark.parametrize("name", WEIGHT_MUTATIONS)
-def test_gate_catches_wrong_weights_through_kernels_for_accelerators(name, kernels, plain):
+def test_gate_catches_wrong_weights_through_kernels_for_accelerators(name, kernels, plain, short_chunks):
     """Guards the gate with those kernels in place: what is misread must show through their layouts as well."""
     path, change = WEIGHT_MUTATIONS[name]
     model, way = plain.load(INTERPRETED[kernels]), expert_op.AS_PUBLISHED
@@ -223,13 +229,15 @@ CONFIG_MUTATIONS = {
     ],
 )
 @pytest.mark.parametrize("name", CONFIG_MUTATIONS)
-def test_gate_catches_wrong_numbers(name, kernels, tokens, plain, tmp_path):
+def test_gate_catches_wrong_numbers(name, kernels, tokens, plain, tmp_path, request):
     """Guards the gate: a window off by one key, or a clamp that never bites, must show."""
     for file in plain.folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((tmp_path / "config.json").read_text()) | CONFIG_MUTATIONS[name]
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
+    if kernels != "auto":
+        request.getfixturevalue("short_chunks")
     assert plain.failures(gptoss_jax.load(tmp_path, dtype="float32", kernels=kernels), tokens)
 
 
