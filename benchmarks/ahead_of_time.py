@@ -282,10 +282,14 @@ def cases(target: Target) -> Iterator[Case]:
     shape = MODELS["gpt-oss-20b"]  # attention is that of the 120b
     for rows, tokens in ((1, 1), (8, 1), (64, 1), (1, 512), (1, 2_048)):
         size = f"{rows} rows of {tokens} tokens"
-        yield Case(
-            f"paged attention, {size}, 131,072 of context", attention.paged, _paged_arguments(shape, rows, tokens)
-        )
-        yield Case(f"banded attention, {size}", attention.banded, _banded_arguments(shape, rows, tokens))
+        paged, banded = (functools.partial(_as_stored, form, shape.kv_heads) for form in attention)
+        yield Case(f"paged attention, {size}, 131,072 of context", paged, _paged_arguments(shape, rows, tokens))
+        yield Case(f"banded attention, {size}", banded, _banded_arguments(shape, rows, tokens))
+
+
+def _as_stored(form: Callable[..., Any], kv_heads: int, q: Any, k: Any, v: Any, *others: Any) -> Any:
+    """Attention to keys and values as the cache stores them."""
+    return form(q, kv_cache.by_heads(k, kv_heads), kv_cache.by_heads(v, kv_heads), *others)
 
 
 def _expert_arguments(shape: ModelShape, tokens: int, layout: expert_op.Layout) -> tuple[Any, ...]:
@@ -306,14 +310,14 @@ def _expert_arguments(shape: ModelShape, tokens: int, layout: expert_op.Layout) 
 
 def _paged_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
     pages = kv_cache.num_pages(131_072)
-    pool = ((rows * pages, kv_cache.PAGE_TOKENS, shape.kv_heads, shape.head_size), jnp.bfloat16)
+    pool = ((2 * pages, kv_cache.PAGE_TOKENS, shape.kv_heads * shape.head_size), jnp.bfloat16)  # rows may be shorter
     q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
     table, positions = ((rows, pages), jnp.int32), ((rows, tokens), jnp.int32)
     return _arrays(q, pool, pool, table, positions, ((shape.heads,), jnp.bfloat16))
 
 
 def _banded_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
-    ring = ((rows, shape.window, shape.kv_heads, shape.head_size), jnp.bfloat16)
+    ring = ((rows, shape.window, shape.kv_heads * shape.head_size), jnp.bfloat16)
     new = ((rows, tokens, shape.kv_heads, shape.head_size), jnp.bfloat16)
     q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
     places = ((rows,), jnp.int32), ((rows, tokens), jnp.int32)

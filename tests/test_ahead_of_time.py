@@ -76,6 +76,10 @@ def test_kernels_for_tpus_compile(target):
     """Guards against too much VMEM and types that a generation lacks: its compiler takes every call of both models."""
     reports = _report("kernels", target)
     assert len(reports) == 20 and all(report["kernels"] for report in reports), "a case ran no kernel of ours"
+    decoding = [report for report in reports if " 1 tokens" in report["case"]]
+    assert len(decoding) == 8 and all(report["temporaries_mib"] < 16 for report in decoding), (
+        "weights or keys are copied"
+    )
 
 
 @pytest.mark.slow
