@@ -90,7 +90,7 @@ def test_a_decoding_step_launches_few_kernels():
     assert report["per_layer"] <= LAUNCHES_PER_LAYER, report
 
 
-LAUNCHES_PER_LAYER = 40
+LAUNCHES_PER_LAYER = 34  # 32 when this was written
 
 
 def test_compilers_are_those_of_this_jax():
