@@ -1,12 +1,15 @@
 """What every command line does alike: help, dashes in flag names, one line for what the user can mend, exit code 2."""
 
+import gc
 import json
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
@@ -125,7 +128,17 @@ def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> 
     return arguments
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; inside a callback of the garbage collector, which would drop it, a moment later."""
+    if frame and any(frame.f_code is getattr(callback, "__code__", None) for callback in gc.callbacks):
+        threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
+    else:
+        raise KeyboardInterrupt
+
+
 def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for jobs in a script's background
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main(arguments)
     except BrokenPipeError:  # `| head` has seen enough

@@ -32,9 +32,13 @@ probabilities move by about 0.01, and now and then another token is drawn
 """
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `command.run`: these imports would swallow an exception
 
 from absl import flags
 from openai_harmony import Message

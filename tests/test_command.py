@@ -1,7 +1,12 @@
 """What every command line does alike."""
 
+import gc
 import json
+import os
+import signal
+import time
 
+import pytest
 from absl import flags
 
 from gptoss_jax import command
@@ -44,3 +49,33 @@ def test_help_names_values_meanings_and_defaults():
         *("  --stop TEXT", "      Where."),
         *("  --[no]two-words", "      Both: yes."),
     ]
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(collects):
+    """Guards every command: JAX has such a callback, and Python drops what is raised in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = []
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and not reached:
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("the callback's end")
+
+    def main(arguments: list[str]) -> None:
+        if collects:
+            gc.callbacks.append(callback)
+            gc.collect()
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        reached.append("the command's end")
+
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command._guard(main, [], "test")
+    finally:
+        gc.callbacks[:] = [other for other in gc.callbacks if other is not callback]
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == command.INTERRUPTED
+    assert reached == (["the callback's end"] if collects else [])

@@ -133,21 +133,8 @@ struct DenseWeights {
   }
 };
 
-// 2^(scale - 127) for each E8M0 scale: 0 is below float32's normal numbers, 255 is infinity as the exponent's bits are.
-struct Powers {
-  float of[256];
-};
-constexpr Powers powers() {
-  Powers result{};
-  result.of[0] = 5.877471754111437539843683e-39f;
-  for (int scale = 1; scale < 255; ++scale) result.of[scale] = 2 * result.of[scale - 1];
-  result.of[255] = __builtin_inff();
-  return result;
-}
-constexpr Powers kPowers = powers();
-
 inline void unpack(const uint8_t* p, uint8_t scale, Floats& to) {
-  unpack_fp4(p, codes(kPowers.of[scale]), to.even, to.odd);
+  unpack_fp4(p, codes(scale), to.even, to.odd);
 }
 
 // [outputs, blocks, 16] MXFP4 codes and their scales, [outputs, blocks].

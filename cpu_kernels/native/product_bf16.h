@@ -47,14 +47,7 @@ struct Bf16Codes {
 constexpr Bf16Codes bf16_codes() {
   Bf16Codes result{};
   for (int scale = 0; scale < 256; ++scale)
-    for (int code = 0; code < 16; ++code) {
-      // Without their sign they are 0, 0.5, then 1, 1.5, 2, 3, 4, 6: an exponent for each two.
-      const int size = code % 8, exponent = scale - 1 + size / 2, fraction = size > 1 && size % 2 ? 0x40 : 0;
-      int bits = exponent < 1 ? (0x80 | fraction) >> (1 - exponent) : exponent << 7 | fraction;
-      if (exponent > 254 || scale == 255) bits = 0x7F80;
-      if (size == 0) bits = scale == 255 ? 0x7FC0 : 0;  // times infinity it is not a number
-      result.of[scale][code] = uint16_t(bits | (code & 8) << 12);
-    }
+    for (int code = 0; code < 16; ++code) result.of[scale][code] = bf16_of_fp4(code, scale);
   return result;
 }
 alignas(64) constexpr Bf16Codes kBf16Codes = bf16_codes();

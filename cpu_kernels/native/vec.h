@@ -39,6 +39,29 @@ constexpr int kLanes = 16;
 constexpr float kFp4[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
 constexpr int32_t kExponentBias = 127, kMantissaBits = 23;
 
+// 2^(scale - 127) for each E8M0 scale: 0 is below float32's normal numbers, 255 is infinity as the exponent's bits are.
+struct Powers {
+  float of[256];
+};
+constexpr Powers powers() {
+  Powers result{};
+  result.of[0] = 5.877471754111437539843683e-39f;
+  for (int scale = 1; scale < 255; ++scale) result.of[scale] = 2 * result.of[scale - 1];
+  result.of[255] = __builtin_inff();
+  return result;
+}
+constexpr Powers kPowers = powers();
+
+// An MXFP4 code under an E8M0 scale: exactly a bfloat16, whose bits these are.
+constexpr uint16_t bf16_of_fp4(int code, int scale) {
+  // Without their sign codes are 0, 0.5, then 1, 1.5, 2, 3, 4, 6: an exponent for each two.
+  const int size = code % 8, exponent = scale - 1 + size / 2, fraction = size > 1 && size % 2 ? 0x40 : 0;
+  int bits = exponent < 1 ? (0x80 | fraction) >> (1 - exponent) : exponent << 7 | fraction;
+  if (exponent > 254 || scale == 255) bits = 0x7F80;
+  if (size == 0) bits = scale == 255 ? 0x7FC0 : 0;  // times infinity it is not a number
+  return uint16_t(bits | (code & 8) << 12);
+}
+
 // Added to a float32 below 2^22 it rounds that to an integer, and its last bits are then that integer.
 constexpr float kRounder = 12582912;  // 1.5 * 2^23
 constexpr int32_t kRounderBits = 0x4B400000;
@@ -52,7 +75,7 @@ constexpr int32_t kRounderBits = 0x4B400000;
 //   unpack_int8(p, even, odd)   thirty-two signed bytes, those of even and of odd index
 //   round_bf16(a)               a as the nearest bfloat16s, ties to even
 //   times_power(a, n)           a 2^n, rounded once; n as kRounder + n, -300 < n < 300
-//   Codes, codes(scale)         the sixteen MXFP4 codes times a scale
+//   Codes, codes(scale)         the sixteen MXFP4 codes under an E8M0 scale
 //   unpack_fp4(p, codes, even, odd)   thirty-two weights from sixteen bytes, the low nibbles being the even ones
 
 #if defined(CPU_KERNELS_AVX512)
@@ -110,7 +133,7 @@ inline Vec times_power(Vec a, Vec n) {
 
 using Codes = __m512;
 
-inline Codes codes(float scale) { return mul(load(kFp4), splat(scale)); }
+inline Codes codes(uint8_t scale) { return mul(load(kFp4), splat(kPowers.of[scale])); }
 
 inline void unpack_fp4(const uint8_t* p, Codes codes, Vec& even, Vec& odd) {
   // The permutation reads the last four bits of an index only, so the low nibble needs no mask.
@@ -193,36 +216,44 @@ inline __m256 times_power_half(__m256 a, __m256 n) {
 }
 inline Vec times_power(Vec a, Vec n) { return {times_power_half(a.lo, n.lo), times_power_half(a.hi, n.hi)}; }
 
+// The sixteen codes under a scale as bfloat16s, whose bytes are looked up apart.
 struct Codes {
-  float scale;
+  uint8_t low[16], high[16];
 };
+struct AllCodes {
+  Codes under[256];
+};
+constexpr AllCodes all_codes() {
+  AllCodes result{};
+  for (int scale = 0; scale < 256; ++scale)
+    for (int code = 0; code < 16; ++code) {
+      result.under[scale].low[code] = uint8_t(bf16_of_fp4(code, scale) & 0xFF);
+      result.under[scale].high[code] = uint8_t(bf16_of_fp4(code, scale) >> 8);
+    }
+  return result;
+}
+alignas(64) constexpr AllCodes kAllCodes = all_codes();
 
-inline Codes codes(float scale) { return {scale}; }
+inline const Codes& codes(uint8_t scale) { return kAllCodes.under[scale]; }
 
-// Twice a code is a whole number, looked up as a byte. Put at the top of a word of four it is 2^25 times the code. (On
-// some processors a permutation of eight floats, which would look codes up as they are, takes twice as long as that.)
-inline void unpack_fp4(const uint8_t* p, Codes codes, Vec& even, Vec& odd) {
-  constexpr float kSmall = 0x1p-124f, kPerWord = 0x1p-25f;
-  const __m256i twice = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,  //
-                                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-  const __m256i first = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
-                                         -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
-  const __m256i last = _mm256_setr_epi8(-1, -1, -1, 8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11,  //
-                                        -1, -1, -1, 12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, 15);
-  const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_shuffle_epi8(twice, _mm256_and_si256(bytes, nibble));
-  const __m256i high = _mm256_shuffle_epi8(twice, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-  const bool small = codes.scale < kSmall;  // then a factor that does it all would be below float32's numbers
-  const Vec factor = splat(small ? codes.scale : codes.scale * kPerWord);
-  even = {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(low, first)), _mm256_cvtepi32_ps(_mm256_shuffle_epi8(low, last))};
-  odd = {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(high, first)), _mm256_cvtepi32_ps(_mm256_shuffle_epi8(high, last))};
-  even = mul(even, factor);
-  odd = mul(odd, factor);
-  if (__builtin_expect(small, 0)) {
-    even = mul(even, splat(kPerWord));
-    odd = mul(odd, splat(kPerWord));
-  }
+// A word of four gets two weights of one parity, as unpack_bf16 takes them apart: lane i and lane i + 8. (Neither a
+// permutation of eight floats, which takes twice as long on some processors, nor a conversion, nor a multiplication.)
+inline void unpack_fp4(const uint8_t* p, const Codes& codes, Vec& even, Vec& odd) {
+  const auto twice = [](const uint8_t* bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  };
+  const __m256i order = _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 0, 8, 1, 9, 2, 10, 3, 11,  //
+                                         4, 12, 5, 13, 6, 14, 7, 15, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m256i bytes = _mm256_srlv_epi64(_mm256_shuffle_epi8(twice(p), order), _mm256_setr_epi64x(0, 4, 0, 4));
+  const __m256i nibbles = _mm256_and_si256(bytes, _mm256_set1_epi8(15));  // in each half those of even, then of odd
+  const __m256i low = _mm256_shuffle_epi8(twice(codes.low), nibbles);
+  const __m256i high = _mm256_shuffle_epi8(twice(codes.high), nibbles);
+  const __m256i upper = _mm256_set1_epi32(int32_t(0xFFFF0000));
+  const auto pair = [&](__m256i words) {
+    return Vec{_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(_mm256_and_si256(words, upper))};
+  };
+  even = pair(_mm256_unpacklo_epi8(low, high));
+  odd = pair(_mm256_unpackhi_epi8(low, high));
 }
 
 #elif defined(CPU_KERNELS_NEON)
@@ -320,9 +351,9 @@ struct Codes {
   uint8x16x4_t bytes;  // the codes' first bytes, their second, third and fourth ones
 };
 
-inline Codes codes(float scale) {
+inline Codes codes(uint8_t scale) {
   float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = kFp4[i] * scale;
+  for (int i = 0; i < 16; ++i) values[i] = kFp4[i] * kPowers.of[scale];
   return {vld4q_u8(reinterpret_cast<const uint8_t*>(values))};
 }
 
@@ -439,7 +470,7 @@ inline Vec times_power(const Vec& a, const Vec& n) {
 
 using Codes = Vec;
 
-inline Codes codes(float scale) { return mul(load(kFp4), splat(scale)); }
+inline Codes codes(uint8_t scale) { return mul(load(kFp4), splat(kPowers.of[scale])); }
 
 inline void unpack_fp4(const uint8_t* p, const Codes& codes, Vec& even, Vec& odd) {
   even = each_lane([&](int i) { return codes.lane[p[i] & 15]; });
