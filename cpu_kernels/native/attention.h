@@ -47,19 +47,23 @@ struct Block {
   const char *keys[kBlockKeys], *values[kBlockKeys];
 };
 
-// Fetches a block into the cache while another is computed with, a key at a time: all at once, requests would queue.
+// Fetches a block into the cache while another is computed with, some lines at a time: all at once, they would queue.
 struct Ahead {
   const Block& block;
   int64_t head_bytes;
-  int at = 0;
+  int lines;  // at a time
+  int token = 0;
+  bool value = false;  // the token's key comes first
+  int64_t byte = 0;
 
-  void fetch_one() {
-    if (at == kBlockKeys) return;
-    for (int64_t byte = 0; byte < head_bytes; byte += 64) {
-      __builtin_prefetch(block.keys[at] + byte);
-      __builtin_prefetch(block.values[at] + byte);
+  void fetch_some() {
+    for (int i = 0; i < lines && token < kBlockKeys; ++i) {
+      __builtin_prefetch((value ? block.values : block.keys)[token] + byte);
+      if ((byte += 64) < head_bytes) continue;
+      byte = 0;
+      token += value;
+      value = !value;
     }
-    ++at;
   }
 };
 
@@ -130,7 +134,7 @@ inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64
     }
   const int64_t whole = rows.depth / 4 * 4;
   for (int64_t k = 0; k < whole; k += 4) {
-    ahead.fetch_one();
+    ahead.fetch_some();
 #pragma GCC unroll 2
     for (int pair = 0; pair < 4; pair += 2) {
       Vec even[kVecs], odd[kVecs];
@@ -413,7 +417,10 @@ inline void Work::weigh(int64_t first) const {
 template <typename Element>
 inline void Work::add_block(int64_t first, const Block& block, const Block& next) const {
   const int64_t head_bytes = size * int64_t(sizeof(Element));
-  Ahead ahead = {next, head_bytes};
+  // Spread over all the steps of both products.
+  const int64_t steps = (rows + kTileRows - 1) / kTileRows * (kBlockKeys * (size + width) / (4 * kTileVecs * kLanes));
+  const int64_t all_lines = 2 * kBlockKeys * ((head_bytes + 63) / 64);
+  Ahead ahead = {next, head_bytes, int((all_lines + steps - 1) / steps)};
   const Rows to_logits = {rows, q, size, logits, nullptr};
   if (head_bytes % 64 != 0) {
     widen_keys<Element>(block, size, keys);
