@@ -401,11 +401,10 @@ def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Atte
     Raises:
         ValueError: one is wrong; timing it would say nothing.
     """
-    errors = {f"expert_mlp, {tokens} tokens": experts.error(tokens) for tokens in (1, 67, 300)}
-    errors |= {
-        f"attention, {rows} rows of {tokens}": attention_error(attention, whole.config, rows, tokens)
-        for rows, tokens in ((3, 1), (2, 200))
-    }
+    tokens_of_experts = map(int, flags.FLAGS.check_tokens)
+    errors = {f"expert_mlp, {tokens} tokens": experts.error(tokens) for tokens in tokens_of_experts}
+    for rows, tokens in (map(int, size.split("x")) for size in flags.FLAGS.check_attention):
+        errors[f"attention, {rows} rows of {tokens}"] = attention_error(attention, whole.config, rows, tokens)
     for what, error in errors.items():
         run.add("errors", {"model": whole.name, "op": what, "error": error}, f"{whole.name:13} {what:48} {error:.1e}")
         if error > BF16_ERROR:
@@ -485,6 +484,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("chunk", 2048, "tokens of a prompt that go in at once.", lower_bound=1)
     flags.DEFINE_integer("steps", 32, "tokens drawn in one dispatch.", lower_bound=1)
     flags.DEFINE_integer("calls", 20, "of an op between two times.", lower_bound=1)
+    flags.DEFINE_list("check_tokens", ["1", "67", "300"], "NUMBERS: tokens of expert_mlp, held against float32.")
+    flags.DEFINE_list("check_attention", ["3x1", "2x200"], "SIZES: rows x tokens, held against float32.")
     flags.DEFINE_list("op_tokens", ["1", "8", "64", "256", "2048", "8192"], "NUMBERS: tokens of expert_mlp.")
     sizes = ["1x1x8192", "1x1x130000", "8x1x65536", "64x1x8192", "1x2048x0", "1x2048x30720"]
     flags.DEFINE_list("op_attention", sizes, "SIZES: rows x tokens x tokens behind them.")

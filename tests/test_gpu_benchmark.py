@@ -1,6 +1,7 @@
 """The GPU's benchmark, end to end at toy size on the CPU: what it prints is what it says."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -9,27 +10,38 @@ from benchmarks import gpu, true_width
 from converters.random_weights import with_vocab_size
 from tests import commands
 
-SIZES = ("--batch", 2, "--contexts", "16,100000", "--prefill", 16, "--chunk", 8)
-SMALL = ("--copy-elements", 4096, "--matrix-side", 32, "--calls", 1, "--steps", 2, "--op-tokens", 3)
-SMALL += ("--op-attention", "2x1x40", "--memory-gib", 0.01, "--notransformers")
+CASES = ("--batch", 1, "--contexts", "16,4000", "--prefill", 8, "--op-tokens", 1, "--op-attention", "1x1x40")
+SMALL = ("--copy-elements", 4096, "--matrix-side", 32, "--calls", 1, "--steps", 1, "--chunk", 8, "--check-tokens", 2)
+SMALL += ("--check-attention", "2x1", "--memory-gib", 0.002, "--notransformers")
+CONFIG = with_vocab_size(true_width.raw_config(2, Path("configs/tiny.json")), 512) | {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "experts_per_token": 2,
+    "max_position_embeddings": 4096,
+}
 
 
 @pytest.mark.slow
-def test_command_measures_and_says_what_it_left_out(tmp_path):
+@pytest.mark.parametrize("kernels", ["reference", "attention=gpu-interpreted,expert_mlp=gpu-interpreted"])
+def test_command_measures_and_says_what_it_left_out(tmp_path, kernels):
     """Flags that are not read, rates that do not follow from one another, a case that vanishes without a word."""
     out, config = tmp_path / "results.json", tmp_path / "small.json"
-    config.write_text(json.dumps(with_vocab_size(true_width.raw_config(2, Path("configs/tiny.json")), 512)))
-    done = commands.run("benchmarks.gpu", "--models", config, *SIZES, *SMALL, "--kernels", "reference", "--out", out)
+    config.write_text(json.dumps(CONFIG))
+    done = commands.run("benchmarks.gpu", "--models", config, *CASES, *SMALL, "--kernels", kernels, "--out", out)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert json.loads(out.read_text()) == result
-    assert result["kernels"].count("asked for by name") == 3 and result["jax"] and result["date"]
-    assert {error["op"].split(",")[0] for error in result["errors"]} == {"expert_mlp", "attention"}
+    assert result["kernels"].count("asked for by name") == (2 if "interpreted" in kernels else 3)
+    assert result["kernels"].count("gpu-interpreted") == kernels.count("gpu-interpreted")
+    assert result["jax"] and result["date"]
+    assert [error["op"].split(",")[0] for error in result["errors"]] == ["expert_mlp", "attention"]
     assert all(0 < error["error"] < gpu.BF16_ERROR for error in result["errors"])
-    assert [(case["rows"], case["context_tokens"]) for case in result["decode"]] == [(2, 16)]
-    assert any("2 rows behind" in line and "pool" in line for line in result["left_out"])
-    assert [case["prompt_tokens"] for case in result["prefill"]] == [16]
-    assert [case["op"] for case in result["ops"]] == ["expert_mlp, 3 tokens", "paged attention, 2 rows of 1 behind 40"]
+    assert [(case["rows"], case["context_tokens"]) for case in result["decode"]] == [(1, 16)]
+    assert any("1 rows behind" in line and "pool" in line for line in result["left_out"])
+    assert [case["prompt_tokens"] for case in result["prefill"]] == [8]
+    assert [case["op"] for case in result["ops"]] == ["expert_mlp, 1 tokens", "paged attention, 1 rows of 1 behind 40"]
     for case in result["ops"]:
         floor = max(case["floor_of_bytes"], case["floor_of_operations"])
         assert case["share_of_floor"] == pytest.approx(floor / case["seconds"])
@@ -38,6 +50,7 @@ def test_command_measures_and_says_what_it_left_out(tmp_path):
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     """Guards against fast nonsense: an error above the bound of bfloat16 ends the run."""
     run = gpu.Run(minutes=1)
+    monkeypatch.setattr(gpu.flags, "FLAGS", types.SimpleNamespace(check_tokens=["1"], check_attention=["3x1"]))
     monkeypatch.setattr(gpu, "attention_error", lambda *_: 0.1)
     monkeypatch.setattr(gpu.Experts, "error", lambda *_: 1e-3)
 
