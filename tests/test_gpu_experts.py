@@ -162,6 +162,18 @@ def test_buffers_are_reused_without_races(warpgroups, parts, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
 
 
+@pytest.mark.slow
+def test_prefill_in_its_own_form(monkeypatch):
+    """Guards the form that prefill takes, in shared tests with one warpgroup: four, each with its outputs."""
+    monkeypatch.setattr(gpu, "INTERPRETED_WARPGROUPS", 4)
+    tilings, of = [], gpu._Tiling.of
+    monkeypatch.setattr(gpu._Tiling, "of", lambda *sizes: tilings.append(of(*sizes)) or tilings[-1])
+    arguments, expected = _call(hidden=32 * 9, inner=160, tokens=70)  # five units of down, two blocks of four
+    found = np.asarray(jax.jit(functools.partial(gpu.expert_mlp, limit=7.0, interpret=op.GPU_INTERPRETER))(*arguments))
+    assert {tiling.warpgroups for tiling in tilings} == {4}
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
+
+
 def test_a_forgotten_wait_is_seen(monkeypatch):
     """Guards the test above: with nothing waiting for copies the interpreter reports a race."""
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
