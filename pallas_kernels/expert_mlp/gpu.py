@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement
+from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement, unchanged
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
 from pallas_kernels.mxfp4 import BLOCK
@@ -120,17 +120,13 @@ def _columns(before: Any, after: Any, described: str) -> Rearrangement:
     )
 
 
-def _same(array: Array) -> Array:
-    return array
-
-
 _BITS = "words of 8 codes whose bits are permuted"
 LAYOUT = Layout(
     _words(_split, _interleave, f"{_BITS}, 8 gates before 8 linear rows"),
     _columns(_split, _interleave, "[E, DB, F2], 8 gates before 8 linear rows"),
     AS_PUBLISHED,
-    _words(_same, _same, _BITS),
-    _columns(_same, _same, "[E, FB, D]"),
+    _words(unchanged, unchanged, _BITS),
+    _columns(unchanged, unchanged, "[E, FB, D]"),
     AS_PUBLISHED,
 )
 

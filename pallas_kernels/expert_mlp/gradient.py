@@ -46,17 +46,13 @@ def _backward(run, layout, limit, saved, gradient):
     del run
     x, expert_ids, expert_weights, weights = saved
     num_experts, per_token = weights.gate_up_bias.shape[0], expert_ids.shape[1]
-    rows = tile_rows(expert_ids.size, num_experts)
-    tiles = Tiles.of(expert_ids, num_experts, rows)
+    tiles = Tiles.of(expert_ids, num_experts, tile_rows(expert_ids.size, num_experts))
     flat_weights = expert_weights.reshape(-1)
 
-    def add_tile(tile, sums):
+    def add_tile(number, sums):
         dx, d_weights, d_gate_up_bias, d_down_bias = sums
-        expert = jnp.sum(tiles.end_tile <= tile, dtype=jnp.int32)
-        of_expert = _unpacked(weights, layout, expert)
-        at = tiles.first_choice[expert] + (tile - tiles.first_tile[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
-        choice = tiles.choices.at[at].get(mode="clip")
-        token, taken = choice // per_token, at < tiles.end_choice[expert]
+        expert, choice, taken = tiles.tile(number)
+        of_expert, token = _unpacked(weights, layout, expert), choice // per_token
         dy = jnp.where(taken[:, None], gradient[token], 0)
 
         def one_expert(x, gate_up_bias, down_bias):

@@ -33,11 +33,12 @@ class Rearrangement(NamedTuple):
     described: str
 
 
-def _same(x: Any) -> Any:
+def unchanged(x: Any) -> Any:
+    """x."""
     return x
 
 
-AS_PUBLISHED = Rearrangement(_same, _same, _same, "as published")
+AS_PUBLISHED = Rearrangement(unchanged, unchanged, unchanged, "as published")
 
 
 class Layout(NamedTuple):

@@ -34,17 +34,14 @@ def expert_mlp(
     """See `pallas_kernels.expert_mlp.ExpertMlp`."""
     num_experts = weights.gate_up_blocks.shape[0]
     per_token = expert_ids.shape[1]
-    rows = tile_rows(expert_ids.size, num_experts)
-    tiles = Tiles.of(expert_ids, num_experts, rows)
+    tiles = Tiles.of(expert_ids, num_experts, tile_rows(expert_ids.size, num_experts))
     flat_weights = expert_weights.reshape(-1)
 
-    def add_tile(tile: Int32[Array, ""], out: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        expert = jnp.sum(tiles.end_tile <= tile, dtype=jnp.int32)
+    def add_tile(number: Int32[Array, ""], out: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        expert, choice, taken = tiles.tile(number)
         of_expert = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)
-        at = tiles.first_choice[expert] + (tile - tiles.first_tile[expert]) * rows + jnp.arange(rows, dtype=jnp.int32)
-        choice = tiles.choices.at[at].get(mode="clip")
         y = one_expert(x[choice // per_token], of_expert, limit)
-        y = jnp.where((at < tiles.end_choice[expert])[:, None], y * flat_weights[choice][:, None], 0)
+        y = jnp.where(taken[:, None], y * flat_weights[choice][:, None], 0)
         return out.at[choice // per_token].add(y)
 
     return lax.fori_loop(0, tiles.end_tile[-1], add_tile, jnp.zeros(x.shape, jnp.float32))

@@ -7,14 +7,23 @@ to spare stays empty. So a tile is one dense block of activations beside one exp
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 MAX_TILE_ROWS = 128
+
+
+class Tile(NamedTuple):
+    """M rows of one expert."""
+
+    expert: Int32[Array, ""]
+    choice: Int32[Array, "M"]  # the flat (token, x) choice in each row; in an empty row, any
+    taken: Bool[Array, "M"]  # whether the row is not empty
 
 
 class Tiles(NamedTuple):
     """Tiles of at most M rows of one expert each, in order of their experts."""
 
+    rows: int  # M
     choices: Int32[Array, "A"]  # the flat (token, x) choices, in order of their expert; skipped ones last
     first_choice: Int32[Array, "E"]  # where each expert's run begins in `choices`
     end_choice: Int32[Array, "E"]
@@ -30,7 +39,14 @@ class Tiles(NamedTuple):
         end = jnp.sum(flat <= expert[:, None], axis=1, dtype=jnp.int32)
         tiles = (end - first + rows - 1) // rows
         end_tile = jnp.sum(jnp.where(expert <= expert[:, None], tiles, 0), axis=1, dtype=jnp.int32)
-        return cls(jnp.argsort(flat, stable=True).astype(jnp.int32), first, end, end_tile - tiles, end_tile)
+        return cls(rows, jnp.argsort(flat, stable=True).astype(jnp.int32), first, end, end_tile - tiles, end_tile)
+
+    def tile(self, number: Int32[Array, ""]) -> Tile:
+        """One of them, by its number."""
+        expert = jnp.sum(self.end_tile <= number, dtype=jnp.int32)
+        first = self.first_choice[expert] + (number - self.first_tile[expert]) * self.rows
+        place = first + jnp.arange(self.rows, dtype=jnp.int32)
+        return Tile(expert, self.choices.at[place].get(mode="clip"), place < self.end_choice[expert])
 
 
 class TiledRows(NamedTuple):
