@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,19 @@ GIB = 1 << 30
 H200_SPEC = Path(__file__).with_name("h200.txtpb")
 
 
+B200_DIFFERS = {  # from the same source's b200.txtpb
+    "core_count": "148",
+    "memory_bandwidth": "7672320000000",
+    "l2_cache_size": "132644864",
+    "clock_rate_ghz": "1.965",
+    "device_memory_size": "191514411008",
+    "cuda_compute_capability": "{ major: 10 feature_extension: ACCELERATED_FEATURES }",
+    "platform_version": '"Compute Capability 10.0a"',
+    "name": '"NVIDIA B200"',
+    "device_description_str": '"NVIDIA B200"',
+}
+
+
 class Target(NamedTuple):
     """A device to compile for, and how many."""
 
@@ -63,12 +76,19 @@ class Target(NamedTuple):
     hardware: Hardware
     memory_gib: float  # that a program may use, of one device
     devices: int = 1
+    differs: Mapping[str, str] = {}  # of a GPU, from an H200
+    options: Mapping[str, Any] = {}  # of XLA's compiler
 
 
 _H200 = Hardware("gpu", "NVIDIA H200", "9.0")
 TARGETS = {
     "H200": Target("gpu", "1x1x1", _H200, 141.0),
     "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
+    "B200": Target(
+        *("gpu", "1x1x1", Hardware("gpu", "NVIDIA B200", "10.0"), 178.4),
+        differs=B200_DIFFERS,
+        options={"xla_gpu_enable_cub_radix_sort": False},  # CUB asks the device, here for 201,088 logits
+    ),
     "v5e": Target("tpu", "v5e:2x2", Hardware("tpu", "TPU v5 lite"), 15.75),
     "8 v5e": Target("tpu", "v5e:2x4", Hardware("tpu", "TPU v5 lite"), 15.75, 8),
     "v6e": Target("tpu", "v6e:2x2", Hardware("tpu", "TPU v6 lite"), 31.25),
@@ -105,9 +125,18 @@ def devices(target: Target) -> list[Any]:
     if absent := missing(target.platform):
         raise ValueError(absent)
     if target.platform == "gpu":
-        spec = {"target_config": "".join(H200_SPEC.read_text().splitlines(keepends=True)[1:])}
-        return topologies.get_topology_desc("", "cuda", topology=target.topology, **spec).devices[: target.devices]
+        topology = topologies.get_topology_desc("", "cuda", topology=target.topology, target_config=_gpu_spec(target))
+        return topology.devices[: target.devices]
     return topologies.get_topology_desc(target.topology, "tpu").devices[: target.devices]
+
+
+def _gpu_spec(target: Target) -> str:
+    """A GPU as XLA describes it."""
+    spec = H200_SPEC.read_text().partition("\n")[2]  # behind the comment
+    for name, value in target.differs.items():
+        spec, found = re.subn(rf"^( *{name}) ?:? .*$", rf"\1: {value}", spec, flags=re.MULTILINE)
+        assert found == 1, name
+    return spec
 
 
 def lower(function: Callable[..., Any], laid_out: Sharding, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -166,11 +195,12 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     programs = Programs(declared, config, laid_out, False, False)
     ints = lambda *axes, shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)  # noqa: E731
     if step.width == 1:
-        return lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2)).compile()
+        decode = lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2))
+        return decode.compile(compiler_options=dict(target.options))
     chunk, counts = ints("rows", None, shape=(step.rows, step.width)), ints("rows", shape=(step.rows,))
     at = ints("rows", shape=(laid_out.size("rows"),))
     prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
-    return prefill.compile()
+    return prefill.compile(compiler_options=dict(target.options))
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
@@ -230,6 +260,8 @@ MODEL_STEPS = (
     Step("gpt-oss-120b", "H200", 1, 131_072, width=512),
     Step("gpt-oss-120b", "8 H200", 64, 8_192, mesh="expert=8"),
     Step("gpt-oss-120b", "8 H200", 8, 8_192, width=512, mesh="expert=8"),
+    Step("gpt-oss-20b", "B200", 1, 8_192),
+    Step("gpt-oss-20b", "B200", 1, 8_192, width=512),
     Step("gpt-oss-20b", "v6e", 1, 131_072),
     Step("gpt-oss-20b", "v6e", 1, 131_072, width=512),
     Step("gpt-oss-20b", "8 v5e", 8, 8_192, mesh="expert=8"),

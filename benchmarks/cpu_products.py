@@ -118,12 +118,11 @@ def main(arguments: list[str]) -> None:
     """Prints a line for each product, then one JSON line."""
     del arguments
     options = flags.FLAGS
-    # NumPy's threads go on in a loop for some 30 ms behind a product of matrices, so that must not come before ours.
-    limits = {"multiply": cpu.multiplying(), "read": cpu.reading("huge")}
+    limits = {"read": cpu.reading("huge"), "multiply": cpu.multiplying()}
     results = []
     for product in products([int(rows) for rows in options.rows]):
         ours = lambda run=product.run: statistics.median(run() for _ in range(5))  # noqa: E731
-        figures = cpu.in_turns({**limits, "ours": ours}, options.rounds)
+        figures = cpu.in_turns({"ours": ours, **limits}, options.rounds)
         floors = [
             max(product.num_bytes / read, product.operations / peak)
             for read, peak in zip(figures["read"], figures["multiply"], strict=True)

@@ -334,6 +334,9 @@ def with_dense(leaves: dict[str, jax.Array], declared: Model, dense: str) -> dic
     """`leaves` with the weights of dense products in a format of DENSE_ITEMSIZE.
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
+
+    Raises:
+        ValueError: the kernel that wants this layout cannot read a value.
     """
     if dense == "bfloat16":
         return leaves
@@ -354,12 +357,20 @@ def with_layout(
     """`leaves` with the experts' weights in `layout`, each on the devices that its axes then name.
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
+
+    Raises:
+        ValueError: the kernel that wants this layout cannot read a value.
     """
 
     def rearranged(path: str, way: expert_op.Rearrangement) -> Any:
         array = leaves.pop(path)
         if way is expert_op.AS_PUBLISHED:
             return array
+        if way.greatest is not None and (found := int(jnp.max(array))) > way.greatest:
+            raise ValueError(
+                f"{path} holds the byte {found}, and the chosen kernel reads up to {way.greatest}: "
+                "--kernels expert_mlp=reference reads any"
+            )
         return jax.block_until_ready(packing(way, declared.leaves[path].axes, sharding)(array))
 
     return {path: rearranged(path, way) for path, way in declared.rearrangements(layout).items()}

@@ -47,12 +47,14 @@ def test_whole_steps_fit_one_gpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", [pytest.param("8 H200", marks=_needs("gpu")), pytest.param("v6e", marks=_needs("tpu"))]
+    "target",
+    [pytest.param(name, marks=_needs("gpu")) for name in ("8 H200", "B200")]
+    + [pytest.param("v6e", marks=_needs("tpu"))],
 )
 def test_whole_steps_fit(target):
-    """Guards sharded programs, and 131,072 tokens of the 20b on one v6e: the compiler says what they take."""
-    for report in _report("models", target):
-        assert report["fits"], report
+    """Guards sharded programs, the portable path on Blackwell, and 131,072 tokens of the 20b on one v6e."""
+    reports = _report("models", target)
+    assert len(reports) == 2 and all(report["fits"] for report in reports), reports
 
 
 @pytest.mark.slow

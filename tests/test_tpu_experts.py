@@ -10,12 +10,15 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # races foun
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gptoss_jax import runtime, sharding
+from gptoss_jax import layers, runtime, sharding
+from gptoss_jax.config import parse_config
+from gptoss_jax.model import declare
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import tpu, tpu_forms
 from pallas_kernels.mxfp4 import BLOCK
+from tests.goldens.make import tiny_config
 from tests.test_kernels import choices_of, expected_of, random_experts
 
 LIMIT = 7.0
@@ -169,3 +172,20 @@ def test_pieces_of_experts_add_up():
         found += _run(form, x, ids, shares, part)
     expected = expected_of(x, ids, shares, weights, LIMIT)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_scales_that_no_form_can_read_are_refused_at_load():
+    """Guards weights above what the forms hold, which they would halve or quarter without a word."""
+    laid_out, config = sharding.make(), parse_config(tiny_config())
+    kernels, _ = layers.choose_kernels("expert_mlp=tpu-interpreted,attention=reference", Hardware("cpu"))
+    declared = declare(config, laid_out, kernels)
+    path = "layers/1/moe/down/scales"
+
+    def load(byte: int) -> dict[str, jax.Array]:
+        leaves = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in declared.leaves.items()}
+        leaves[path] = leaves[path].at[2, 3, 1].set(byte)
+        return runtime.with_layout(leaves, declared, kernels.expert_mlp.layout, laid_out)
+
+    assert load(252)[path].max() == 252
+    with pytest.raises(ValueError, match=f"{path} holds the byte 253, and the chosen kernel reads up to 252"):
+        load(253)

@@ -31,6 +31,7 @@ class Rearrangement(NamedTuple):
     unpack: Callable[[Array], Array]
     axes: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # names of the published axes -> names of the packed ones
     described: str
+    greatest: int | None = None  # value of the published array that the kernel can read; None: any
 
 
 def unchanged(x: Any) -> Any:

@@ -4,8 +4,8 @@ All forms give the same bits, and each is undone to the published bytes. A TPU h
 computes in bfloat16, one before that in float32 and integers only, and TPU v7x converts E2M1 itself. The costs that
 made the choice are in docs/kernels.md.
 
-Scale bytes are taken to lie in 1 .. 252, which keeps every weight a finite bfloat16: byte 0 reads as 1 (what it scales
-is below 2^-123 either way), 253 and 254 as 252. What is then below 2^-126 is zero.
+Scale bytes are read as 1 .. 252, which keeps every weight a finite bfloat16: byte 0 reads as 1 (what it scales
+is below 2^-123 either way), 253 and 254 as 252 (loading refuses them). What is then below 2^-126 is zero.
 """
 
 import functools
@@ -140,7 +140,7 @@ def _layout(parts: int, to_codes: Callable[[Array], Array], from_codes: Callable
         Rearrangement(
             lambda a: in_parts(to_codes(a)), lambda a: from_codes(_out_of_parts(a)), parts_first, f"{codes} {where}"
         ),
-        Rearrangement(in_parts, _out_of_parts, parts_first, f"bytes {where}"),
+        Rearrangement(in_parts, _out_of_parts, parts_first, f"bytes {where}", SCALES[1]),
         Rearrangement(in_parts, _out_of_parts, parts_first, f"values {where}"),
         Rearrangement(
             lambda a: turned(to_codes(a)),
@@ -148,7 +148,7 @@ def _layout(parts: int, to_codes: Callable[[Array], Array], from_codes: Callable
             outputs_last,
             f"{codes} [expert, input, output]",
         ),
-        Rearrangement(turned, turned, outputs_last, "bytes [expert, input, output]"),
+        Rearrangement(turned, turned, outputs_last, "bytes [expert, input, output]", SCALES[1]),
         Rearrangement(
             lambda a: a[:, None], lambda a: a[:, 0], lambda n: (n[0], None, n[1]), "values [expert, 1, output]"
         ),
