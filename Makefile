@@ -29,7 +29,7 @@ mutations: $(VENV)/.develops
 # the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.
 gates: $(VENV)/.gates $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
-	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -m ahead_of_time
+	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m ahead_of_time
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .
