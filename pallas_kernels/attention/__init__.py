@@ -9,6 +9,7 @@ A back end is one file beside this one with functions of the same signatures, an
 import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
@@ -67,15 +68,20 @@ def _with_gradient(paged: PagedAttention, banded: BandedAttention) -> Attention:
     return Attention(differentiable_paged(paged), differentiable_banded(banded))
 
 
+def _for_device(paged: PagedAttention, banded: BandedAttention) -> Attention:
+    """Kernels that all layers of a program share: lowering one takes Python half a second."""
+    return _with_gradient(jax.jit(paged), jax.jit(banded))
+
+
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": _with_gradient(reference.paged_attention, reference.banded_attention),
     "cpu": _with_gradient(cpu.paged_attention, cpu.banded_attention),
-    "gpu": _with_gradient(gpu.paged_attention, gpu.banded_attention),
+    "gpu": _for_device(gpu.paged_attention, gpu.banded_attention),
     "gpu-interpreted": _with_gradient(
         functools.partial(gpu.paged_attention, interpret=InterpretGPUParams()),
         functools.partial(gpu.banded_attention, interpret=InterpretGPUParams()),
     ),
-    "tpu": _with_gradient(tpu.paged_attention, tpu.banded_attention),
+    "tpu": _for_device(tpu.paged_attention, tpu.banded_attention),
     "tpu-interpreted": _with_gradient(
         functools.partial(tpu.paged_attention, interpret=pltpu.InterpretParams()),
         functools.partial(tpu.banded_attention, interpret=pltpu.InterpretParams()),

@@ -7,6 +7,7 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 import functools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
@@ -66,17 +67,31 @@ GPU_INTERPRETER = InterpretGPUParams(
 )
 
 
-def _on_tpu(form: Form, interpret: Any = None) -> ExpertMlp:
-    return _with_gradient(functools.partial(tpu.expert_mlp, form=form, interpret=interpret), form.layout)
+def _for_device(run: RunExperts, layout: Layout) -> ExpertMlp:
+    """A kernel that all layers of a program share: lowering it takes Python half a second."""
+    return _with_gradient(jax.jit(run, static_argnames="limit"), layout)
+
+
+def _on_tpu(form: Form) -> ExpertMlp:
+    return _for_device(functools.partial(tpu.expert_mlp, form=form), form.layout)
+
+
+def _interpreted(run: RunExperts, layout: Layout, interpreter: Any) -> ExpertMlp:
+    return _with_gradient(functools.partial(run, interpret=interpreter), layout)
+
+
+TPU_INTERPRETED = FORMS["words, by selection"]
 
 
 IMPLEMENTATIONS: dict[str, ExpertMlp] = {
     "reference": _with_gradient(reference.expert_mlp),
     "cpu": _with_gradient(cpu_expert_mlp),
-    "gpu": _with_gradient(gpu.expert_mlp, gpu.LAYOUT),
-    "gpu-interpreted": _with_gradient(functools.partial(gpu.expert_mlp, interpret=GPU_INTERPRETER), gpu.LAYOUT),
+    "gpu": _for_device(gpu.expert_mlp, gpu.LAYOUT),
+    "gpu-interpreted": _interpreted(gpu.expert_mlp, gpu.LAYOUT, GPU_INTERPRETER),
     "tpu": _on_tpu(form_for("TPU")),  # what runs on all; `choose` takes the generation's own
-    "tpu-interpreted": _on_tpu(FORMS["words, by selection"], pltpu.InterpretParams()),
+    "tpu-interpreted": _interpreted(
+        functools.partial(tpu.expert_mlp, form=TPU_INTERPRETED), TPU_INTERPRETED.layout, pltpu.InterpretParams()
+    ),
 }
 
 
