@@ -76,7 +76,7 @@ def _on_tpu(form: Form) -> ExpertMlp:
     return _for_device(functools.partial(tpu.expert_mlp, form=form), form.layout)
 
 
-def _interpreted(run: RunExperts, layout: Layout, interpreter: Any) -> ExpertMlp:
+def _interpreted(run: Any, layout: Layout, interpreter: Any) -> ExpertMlp:
     return _with_gradient(functools.partial(run, interpret=interpreter), layout)
 
 
