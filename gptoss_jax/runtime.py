@@ -334,9 +334,6 @@ def with_dense(leaves: dict[str, jax.Array], declared: Model, dense: str) -> dic
     """`leaves` with the weights of dense products in a format of DENSE_ITEMSIZE.
 
     They are taken out of `leaves` one by one, so that little is in memory twice.
-
-    Raises:
-        ValueError: the kernel that wants this layout cannot read a value.
     """
     if dense == "bfloat16":
         return leaves
