@@ -79,3 +79,13 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(collects):
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == command.INTERRUPTED
     assert reached == (["the callback's end"] if collects else [])
+
+
+def test_jobs_in_a_scripts_background_still_ignore_ctrl_c():
+    """Guards `convert ... &` in a script, which the shell starts with the signal ignored."""
+    before, reached = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        command._guard(lambda _: reached.append(os.kill(os.getpid(), signal.SIGINT)), [], "test")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == [None]
