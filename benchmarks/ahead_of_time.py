@@ -29,12 +29,14 @@ from absl import flags
 from jax.experimental import topologies
 
 from benchmarks import true_width
-from gptoss_jax import command, kv_cache, layers, sampling, sharding
-from gptoss_jax.config import ModelConfig, parse_config
-from gptoss_jax.model import DTYPE_POLICIES, declare, nest
-from gptoss_jax.programs import STATE_AXES, Programs, RowState
-from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.sharding import Sharding
+from gptoss_jax.cli import command
+from gptoss_jax.engine import sampling
+from gptoss_jax.engine.programs import STATE_AXES, Programs, RowState
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.model import kv_cache, layers, sharding
+from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.model.transformer import DTYPE_POLICIES, declare, nest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels.choice import Hardware
@@ -197,15 +199,15 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     if step.width == 1:
         decode = lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2))
         return decode.compile(compiler_options=dict(target.options))
-    chunk, counts = ints("rows", None, shape=(step.rows, step.width)), ints("rows", shape=(step.rows,))
-    at = ints("rows", shape=(laid_out.size("rows"),))
+    chunk, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
+    at = ints("batch", shape=(laid_out.size("batch"),))
     prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
     return prefill.compile(compiler_options=dict(target.options))
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
     """What `runtime.with_layout` makes of a leaf."""
-    placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.by_rows
+    placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
     packed = jax.eval_shape(way.pack, array)
     return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
 
@@ -363,7 +365,7 @@ def _arrays(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeD
 def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     """Compiles one case for one device: its temporaries, and for a GPU what the assembler says of each kernel."""
     laid_out = sharding.make(None, devices(target))
-    where = lambda x: laid_out.by_rows if case.is_rearranged(x) else laid_out.named  # noqa: E731
+    where = lambda x: laid_out.row_major if case.is_rearranged(x) else laid_out.named  # noqa: E731
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)((None,) * len(x.shape)))  # noqa: E731
     compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()

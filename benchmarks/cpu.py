@@ -31,10 +31,13 @@ from absl import flags
 
 from benchmarks import true_width, under_load
 from benchmarks.peers import Llama, Transformers
-from gptoss_jax import command, host_memory, layers, runtime, sharding
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.model import Params, declare, nest
-from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.cli import command
+from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.model import layers, sharding
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.transformer import Params, declare, nest
+from gptoss_jax.runtime import language_model as runtime
 from pallas_kernels.choice import Hardware
 
 READ_BYTES = 1 << 29  # far above any cache

@@ -17,8 +17,8 @@ from absl import flags
 
 import cpu_kernels
 from benchmarks import cpu
-from gptoss_jax import command
-from gptoss_jax.kv_cache import PAGE_TOKENS
+from gptoss_jax.cli import command
+from gptoss_jax.model.kv_cache import PAGE_TOKENS
 from pallas_kernels.attention import IMPLEMENTATIONS
 from pallas_kernels.shapes import GPT_OSS_20B as MODEL
 

@@ -24,7 +24,8 @@ import cpu_kernels
 from benchmarks import cpu
 from cpu_kernels.expert_mlp import expert_mlp
 from cpu_kernels.linear import linear
-from gptoss_jax import command, host_memory
+from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.cli import command
 from pallas_kernels.shapes import GPT_OSS_20B as MODEL
 
 BYTES_OF_COPIES = 1 << 28

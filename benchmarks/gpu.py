@@ -28,12 +28,13 @@ from absl import flags
 from jax import lax
 
 from benchmarks import under_load
-from gptoss_jax import command, kv_cache, layers, sharding
-from gptoss_jax.config import ModelConfig, read_config
-from gptoss_jax.kv_cache import PAGE_TOKENS
-from gptoss_jax.model import Model, declare, nest
-from gptoss_jax.programs import MAX_STEPS_PER_DISPATCH, Programs
-from gptoss_jax.sharding import Sharding
+from gptoss_jax.cli import command
+from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.model import kv_cache, layers, sharding
+from gptoss_jax.model.config import ModelConfig, read_config
+from gptoss_jax.model.kv_cache import PAGE_TOKENS
+from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.model.transformer import Model, declare, nest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels.choice import Hardware

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, host_memory
+from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.cli import command
 from pallas_kernels import linear
 
 INPUTS = 2880  # of the 20b's unembedding

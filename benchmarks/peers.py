@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptoss_jax.config import ModelConfig, to_huggingface
+from gptoss_jax.model.config import ModelConfig, to_huggingface
 
 
 class Llama(NamedTuple):

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, kv_cache, layers, sampling, sharding
-from gptoss_jax.config import ModelConfig, parse_config
-from gptoss_jax.kv_cache import KVCache
-from gptoss_jax.model import DTYPE_POLICIES, Params, declare, nest
-from gptoss_jax.programs import Programs, RowState
-from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.cli import command
+from gptoss_jax.engine import sampling
+from gptoss_jax.engine.programs import Programs, RowState
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.model import kv_cache, layers, sharding
+from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.kv_cache import KVCache
+from gptoss_jax.model.transformer import DTYPE_POLICIES, Params, declare, nest
 from pallas_kernels.choice import Hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"

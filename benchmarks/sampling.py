@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, sampling, tokenizer
-from gptoss_jax.sampling import Draw, Sampling, SamplingParams
+from gptoss_jax.cli import command
+from gptoss_jax.engine import sampling
+from gptoss_jax.engine.sampling import Draw, Sampling, SamplingParams
+from gptoss_jax.harmony import tokenizer
 
 NAMED = tokenizer.ENDOFPROMPT + 1  # ids that name a token
 

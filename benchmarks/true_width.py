@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from converters import huggingface, random_weights
-from gptoss_jax import host_memory, model, sharding
-from gptoss_jax.config import ModelConfig, parse_config
+from converters import random_weights
+from gptoss_jax.checkpoints import host_memory, huggingface
+from gptoss_jax.model import sharding, transformer
+from gptoss_jax.model.config import ModelConfig, parse_config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"
 SEED = 0
@@ -34,7 +35,7 @@ def leaves(raw: dict[str, Any]) -> tuple[ModelConfig, Iterator[tuple[str, np.nda
     """
     config = parse_config(raw)
     recipes = huggingface.mxfp4_recipes(config)
-    shapes = {path: leaf.shape for path, leaf in model.declare(config, sharding.make()).leaves.items()}
+    shapes = {path: leaf.shape for path, leaf in transformer.declare(config, sharding.make()).leaves.items()}
     tensors = random_weights.random_tensors(raw, SEED)
     return config, ((path, _moved(tensors.pop(recipes[path].tensor), shapes[path])) for path in shapes)
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax import kv_cache, sampling
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.kv_cache import PAGE_TOKENS, KVCache
-from gptoss_jax.model import DTYPE_POLICIES
-from gptoss_jax.programs import RowState
-from gptoss_jax.sampling import SamplingParams
+from gptoss_jax.engine import sampling
+from gptoss_jax.engine.programs import RowState
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.model import kv_cache
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.kv_cache import PAGE_TOKENS, KVCache
+from gptoss_jax.model.transformer import DTYPE_POLICIES
 
 NO_STOP = -2
 CACHE_DTYPE = DTYPE_POLICIES["bfloat16"].cache
@@ -65,7 +66,7 @@ def prefill_operations(config: ModelConfig, rows: int, tokens: int) -> int:
     expert = 3 * config.intermediate_size * config.hidden_size
     per_layer = config.experts_per_token * expert + config.num_experts * config.hidden_size
     weights = config.attention_bytes // 2 + config.num_layers * per_layer
-    banded = sum(config.is_banded(i) for i in range(config.num_layers))
+    banded = sum(config.has_sliding_window(i) for i in range(config.num_layers))
     window = min(tokens, config.sliding_window)
     keys = (config.num_layers - banded) * tokens * (tokens + 1) // 2
     keys += banded * (window * (window + 1) // 2 + (tokens - window) * window)

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from gptoss_jax import command, kv_cache, layers, rope, sharding
-from gptoss_jax.attention import Step
-from gptoss_jax.config import ModelConfig, parse_config
-from gptoss_jax.model import DTYPE_POLICIES, Layer
+from gptoss_jax.cli import command
+from gptoss_jax.model import kv_cache, layers, rope, sharding
+from gptoss_jax.model.attention import Step
+from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
 from pallas_kernels.choice import Hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"

@@ -20,10 +20,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import true_width
-from converters import huggingface
-from converters.source import open_source
-from gptoss_jax import command, model, sharding
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints import huggingface
+from gptoss_jax.checkpoints.published import open_source
+from gptoss_jax.cli import command
+from gptoss_jax.model import sharding, transformer
+from gptoss_jax.model.config import ModelConfig
 
 DENSE = ("bf16", "q8_0")
 
@@ -72,7 +73,7 @@ class Leaves(NamedTuple):
 def published(folder: Path) -> Leaves:
     """The leaves of a published checkpoint, each read when asked for."""
     source = open_source(folder)
-    declared = model.declare(source.config, sharding.make()).leaves
+    declared = transformer.declare(source.config, sharding.make()).leaves
     if faults := source.problems(declared):
         raise ValueError("\n".join(faults))
     return Leaves(source.config, _shapes(source.config), lambda path: source.read(path, declared[path]))

@@ -24,10 +24,12 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from converters.source import HUGGINGFACE_BF16, FileReport, Source, SourceError, open_source
-from gptoss_jax import checkpoint, command, model, sharding
-from gptoss_jax.checkpoint import CheckpointError, Leaf, Writer, leaf_bytes
-from gptoss_jax.config import to_huggingface
+from gptoss_jax.checkpoints import orbax
+from gptoss_jax.checkpoints.orbax import CheckpointError, Leaf, Writer, leaf_bytes
+from gptoss_jax.checkpoints.published import HUGGINGFACE_BF16, FileReport, Source, SourceError, open_source
+from gptoss_jax.cli import command
+from gptoss_jax.model import sharding, transformer
+from gptoss_jax.model.config import to_huggingface
 
 NAME = "convert"
 LAYOUT = (
@@ -94,7 +96,7 @@ def _duration(seconds: int | float) -> str:
 
 def declared_leaves(source: Source) -> Leaves:
     """What the model of this source declares."""
-    return model.declare(source.config, sharding.make()).leaves
+    return transformer.declare(source.config, sharding.make()).leaves
 
 
 def plan(source: Source, leaves: Leaves, dst: Path) -> str:
@@ -220,7 +222,7 @@ def _version() -> str:
 
 def is_made_from(dst: Path, source: Source, reports: Mapping[str, FileReport]) -> bool:
     """Whether the checkpoint at `dst` was made from this very source, whichever version of the tool made it."""
-    recorded = checkpoint.read_provenance(dst)
+    recorded = orbax.read_provenance(dst)
     ours = ("tool", "layout")
     return {key: recorded[key] for key in recorded if key not in ours} == source.provenance(reports)
 
@@ -234,13 +236,13 @@ def verify(source: Source, dst: Path, leaves: Leaves) -> int:
     Raises:
         CheckpointError: lists every leaf that differs.
     """
-    faults = checkpoint.problems(dst, leaves)
+    faults = orbax.problems(dst, leaves)
     total = sum(map(leaf_bytes, leaves.values()))
-    manifest = checkpoint.Manifest.read(dst)
+    manifest = orbax.Manifest.read(dst)
     with Progress("verifying", total) as progress:
         for path, leaf in leaves.items() if not faults else ():
-            expected = checkpoint.sha256(source.read(path, leaf))
-            stored = checkpoint.stored_sha256(dst, manifest.leaves[path])
+            expected = orbax.sha256(source.read(path, leaf))
+            stored = orbax.stored_sha256(dst, manifest.leaves[path])
             if not expected == stored == manifest.leaves[path].sha256:
                 faults.append(
                     f"{dst}: leaf {path}: sha256 {stored} on disk, {manifest.leaves[path].sha256} in the manifest, "
@@ -283,7 +285,7 @@ def run(options: Options) -> None:
         if faults := source.problems(leaves):
             raise SourceError("\n".join(faults))
         print(plan(source, leaves, options.dst))
-        if os.path.lexists(options.dst) or checkpoint.partial_folder(options.dst).exists():
+        if os.path.lexists(options.dst) or orbax.partial_folder(options.dst).exists():
             print(f"note          {options.dst} or its .partial is there already, and will not be replaced")
         return
     if os.path.lexists(options.dst):
@@ -301,13 +303,13 @@ def run(options: Options) -> None:
 
 def _accept_finished(source: Source, dst: Path, leaves: Leaves) -> None:
     """Refuses what lies at `dst` unless it is what this conversion would make."""
-    if not checkpoint.is_checkpoint(dst):
+    if not orbax.is_checkpoint(dst):
         raise CheckpointError(f"{dst}: exists and is no finished checkpoint; remove it or name another folder")
-    if faults := checkpoint.problems(dst, leaves):
+    if faults := orbax.problems(dst, leaves):
         raise CheckpointError("\n".join(faults))
     if not is_made_from(dst, source, check(source, leaves)):
         raise CheckpointError(f"{dst}: holds a checkpoint made from something else; remove it or name another folder")
-    shutil.rmtree(checkpoint.partial_folder(dst), ignore_errors=True)  # killed between the last rename and this
+    shutil.rmtree(orbax.partial_folder(dst), ignore_errors=True)  # killed between the last rename and this
 
 
 def define_flags() -> None:
@@ -325,7 +327,7 @@ def _resumable(dst: str) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        resumable = f": {again}" if checkpoint.partial_folder(dst).is_dir() else ""
+        resumable = f": {again}" if orbax.partial_folder(dst).is_dir() else ""
         command.refuse(f"{dst}: the disk is full: make room and {again}" if full else f"{error}{resumable}", NAME)
     except KeyboardInterrupt:
         print(f"\n{NAME}: {dst}: interrupted: {again}", file=sys.stderr)

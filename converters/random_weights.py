@@ -22,8 +22,9 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command
-from gptoss_jax.config import read_config
+from gptoss_jax.cli import command
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.config import read_config
 
 LAYOUTS = ("huggingface", "openai", "huggingface-bf16")
 SHARD_BYTES = 4_800_000_000  # the published 20b has files of this size
@@ -115,7 +116,7 @@ def _sizes(config: dict) -> dict[str, int]:
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     for name in ("hidden_size", "intermediate_size"):
         if config[name] % 32:
-            raise ValueError(f"{name} is {config[name]}, expected a multiple of the MXFP4 block of 32")
+            raise GptossError(f"{name} is {config[name]}, expected a multiple of the MXFP4 block of 32")
     sizes = {"V": config["vocab_size"], "D": hidden, "E": config["num_local_experts"], "2F": 2 * inner}
     sizes |= {"N": config["num_attention_heads"], "D/32": hidden // 32, "F/32": inner // 32, "16": 16}
     sizes |= {"NH": config["num_attention_heads"] * head, "KH": config["num_key_value_heads"] * head}
@@ -383,10 +384,10 @@ def write_checkpoint(
 
     Raises:
         FileExistsError: `dst` holds something already.
-        ValueError: an unknown layout, or sizes that MXFP4 blocks do not divide.
+        GptossError: an unknown layout, or sizes that MXFP4 blocks do not divide.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+        raise GptossError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty folder: remove it or name another")
@@ -426,9 +427,9 @@ def main(arguments: list[str]):
     """Writes what the flags say."""
     options = flags.FLAGS
     if len(arguments) != 1:
-        raise ValueError(f"expected one folder to write, DST, got {arguments or 'none'}")
+        raise GptossError(f"expected one folder to write, DST, got {arguments or 'none'}")
     if options.layout == "openai" and options.shard_bytes is not None:
-        raise ValueError("--shard-bytes is for the Hugging Face layouts: --layout openai is one file")
+        raise GptossError("--shard-bytes is for the Hugging Face layouts: --layout openai is one file")
     started = time.monotonic()
     config = _read_config(Path(options.config), options.vocab_size)
     size = write_checkpoint(

@@ -11,7 +11,7 @@ import cpu_kernels
 def expert_mlp(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T X"],
-    expert_weights: Float[Array, "T X"],
+    routing_weights: Float[Array, "T X"],
     weights: tuple[Array, ...],
     *,
     limit: float,
@@ -32,4 +32,4 @@ def expert_mlp(
         )
     cpu_kernels.library()
     call = jax.ffi.ffi_call("cpu_kernels_expert_mlp", jax.ShapeDtypeStruct(x.shape, jnp.float32))
-    return call(x, expert_ids, expert_weights.astype(jnp.float32), *weights, limit=np.float32(limit))
+    return call(x, expert_ids, routing_weights.astype(jnp.float32), *weights, limit=np.float32(limit))

@@ -37,22 +37,28 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gptoss_jax.errors import GptossError
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `command.run`: these imports would swallow an exception
 
 from absl import flags
 from openai_harmony import Message
 
-from gptoss_jax import chat, command, harmony, messages, request_flags, runtime, tokenizer
-from gptoss_jax.answer import Answer, AnswerStream, Sample, collect
-from gptoss_jax.engine import Engine, Request
-from gptoss_jax.harmony import Settings
-from gptoss_jax.messages import Conversation
-from gptoss_jax.parser import Delta
-from gptoss_jax.runtime import LanguageModel
-from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import AnswerView, Screen, interrupted_late, interruptible, load_model, remarks
-from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.cli import chat, command
+from gptoss_jax.cli import options as request_flags
+from gptoss_jax.cli.terminal import AnswerView, Screen, interrupted_late, interruptible, load_model, remarks
+from gptoss_jax.engine.engine import Engine, Request
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.harmony import messages, render, tokenizer
+from gptoss_jax.harmony.answer import Answer, AnswerStream
+from gptoss_jax.harmony.messages import Conversation
+from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.render import Settings
+from gptoss_jax.harmony.tokenizer import Tokenizer
+from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime.answers import Sample, collect
+from gptoss_jax.runtime.language_model import LanguageModel
 
 PROMPTS = ("prompt", "prompt_file", "token_ids")
 ASKED = (*PROMPTS, "messages", "tool_results", "chat")
@@ -61,10 +67,10 @@ _APART = (("raw", "json"), ("raw", "show_reasoning"))
 _TOGETHER = (("top_logprobs", "json"), ("tool_results", "messages"))
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": ASKED,
-    "What the model is told": request_flags.TOLD,
-    "How tokens are drawn": request_flags.DRAWN,
+    "What the model is told": request_flags.PROMPT_FLAGS,
+    "How tokens are drawn": request_flags.SAMPLING_FLAGS,
     "What is shown and kept": SHOWN,
-    "Model and machine": (*runtime.FLAGS, *request_flags.ENGINE),
+    "Model and machine": (*runtime.FLAGS, *request_flags.ENGINE_FLAGS),
 }
 _WITHOUT_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
 MAX_ROWS = 16  # answers to one prompt that run at once
@@ -119,7 +125,7 @@ def main(arguments: list[str]) -> None:
 def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt: Prompt, drawn: SamplingParams) -> None:
     """One prompt, `--n` answers."""
     if not 1 <= options.n <= MAX_ANSWERS:
-        raise ValueError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
+        raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
     if options.save:
         messages.check_can_write(options.save)
     config = runtime.config_from_flags(options)
@@ -131,7 +137,7 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
     ]
     language_model, runner = load(options, screen, rows=min(options.n, MAX_ROWS))
     screen.say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
-    for call in harmony.calls_without_result(prompt.conversation or []):
+    for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Shown(screen, options, [request.sampling.seed for request in requests])
     samples: list[Sample] = []
@@ -195,16 +201,18 @@ def _chat(
     """A session of prompts and answers."""
     wrong = [command.spelled(flag) for flag in _WITHOUT_CHAT if options[flag].present]
     if wrong == ["--save"] and not arguments:
-        raise ValueError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
+        raise GptossError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
     if wrong or arguments:
-        raise ValueError(f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself")
+        raise GptossError(
+            f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself"
+        )
     before = messages.read_messages(options.messages) if options.messages else Conversation(())
     told = request_flags.merge(told, before, options)
     config = runtime.config_from_flags(options)
     request = request_flags.request(options, config, [tokenizer.START], drawn)
     AnswerStream(words, stop_strings=options.stop)  # refuses what it cannot look for
     _, runner = load(options, screen, rows=1)
-    talk = chat.Talk(runner, words, request, tuple(options.stop), told, list(before.messages), options.vocab)
+    talk = chat.ChatSession(runner, words, request, tuple(options.stop), told, list(before.messages), options.vocab)
     chat.run(talk, screen, show_reasoning=options.show_reasoning)
 
 
@@ -215,7 +223,7 @@ def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Setti
     """What the flags, the words behind them, or stdin ask.
 
     Raises:
-        ValueError: nothing, or more than one thing; a file that is not what it should be.
+        GptossError: nothing, or more than one thing; a file that is not what it should be.
     """
     given = request_flags.only_source(options, arguments, "prompt", PROMPTS)
     if given is None and not options.messages and not sys.stdin.isatty():
@@ -230,9 +238,9 @@ def read_prompt(options: flags.FlagValues, arguments: Sequence[str], told: Setti
 
 
 def _plain_ids(options: flags.FlagValues) -> list[int]:
-    for flag in (*request_flags.TOLD, "messages", "tool_results", "save"):
+    for flag in (*request_flags.PROMPT_FLAGS, "messages", "tool_results", "save"):
         if options[flag].present:
-            raise ValueError(f"--token-ids is the whole prompt, so {command.spelled(flag)} has no place in it")
+            raise GptossError(f"--token-ids is the whole prompt, so {command.spelled(flag)} has no place in it")
     return list(request_flags.ids("token_ids", options.token_ids.split(",")))
 
 
@@ -245,10 +253,10 @@ def _render(options: flags.FlagValues, text: str | None, told: Settings) -> Prom
     if text is not None:
         said.append(messages.user(text))
     if not said:
-        raise ValueError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
+        raise GptossError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
     told = request_flags.merge(told, before, options)
-    ids = harmony.render(said, told, vocab_path=options.vocab)
-    return Prompt(ids, text, harmony.with_opening(said, told), harmony.acting(told, said))
+    ids = render.render(said, told, vocab_path=options.vocab)
+    return Prompt(ids, text, render.with_opening(said, told), render.acting(told, said))
 
 
 # ---- the run ----
@@ -258,7 +266,7 @@ def load(options: flags.FlagValues, screen: Screen, rows: int) -> tuple[Language
     """The model, and an engine of at least so many rows, with a progress bar for each."""
     with interrupted_late() as pressed:
         language_model = load_model(screen, options, pressed, if_random="the text is noise, not an answer")
-        shards = language_model.sharding.size("rows")
+        shards = language_model.sharding.size("batch")
         with screen.progress("compiling", pressed) as report:
             engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
             return language_model, language_model.engine(engine_config, report=report)

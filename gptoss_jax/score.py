@@ -24,11 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from gptoss_jax import command, messages, request_flags, runtime, tokenizer
-from gptoss_jax.runtime import LanguageModel, Scores
-from gptoss_jax.sampling import SamplingParams
-from gptoss_jax.terminal import Screen, interrupted_late, load_model
-from gptoss_jax.tokenizer import Tokenizer
+from gptoss_jax.cli import command
+from gptoss_jax.cli import options as request_flags
+from gptoss_jax.cli.terminal import Screen, interrupted_late, load_model
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import messages, tokenizer
+from gptoss_jax.harmony.tokenizer import Tokenizer
+from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime.language_model import LanguageModel, Scores
 
 TEXTS = ("text", "file", "token_ids")
 SECTIONS = {
@@ -111,14 +115,14 @@ def windows_from_flags(options: flags.FlagValues) -> Windows:
     """How long texts are cut.
 
     Raises:
-        ValueError: sizes that leave tokens out, or nothing to score.
+        GptossError: sizes that leave tokens out, or nothing to score.
     """
     size = options.max_context_tokens
     stride = max(1, size // 2) if options.stride is None else options.stride
     if size < 2:
-        raise ValueError(f"--max-context-tokens is {size}, expected at least 2")
+        raise GptossError(f"--max-context-tokens is {size}, expected at least 2")
     if not 1 <= stride < size:
-        raise ValueError(f"--stride is {stride}, expected 1 to {size - 1}, below --max-context-tokens")
+        raise GptossError(f"--stride is {stride}, expected 1 to {size - 1}, below --max-context-tokens")
     SamplingParams(top_logprobs=options.top_logprobs)  # refuses what cannot be
     return Windows(size, stride)
 
@@ -127,26 +131,26 @@ def read_texts(options: flags.FlagValues, arguments: Sequence[str], words: Token
     """Token ids of each text to score.
 
     Raises:
-        ValueError: no text or more than one source; text that is no UTF-8; a text too short to score.
+        GptossError: no text or more than one source; text that is no UTF-8; a text too short to score.
     """
     source, value = request_flags.only_source(options, arguments, "text", TEXTS) or ("file", "-")
     if source == "token_ids":
         return [_checked(list(request_flags.ids("token_ids", value.split(","))), "--token-ids")]
     if value == "-" and sys.stdin.isatty():
-        raise ValueError("no text: give one in quotes, or --file, --token-ids, or stdin")
+        raise GptossError("no text: give one in quotes, or --file, --token-ids, or stdin")
     text = request_flags.read_text(value) if source == "file" else value
     messages.check_text(text, "the text")
     if not options.lines:
         return [_checked(words.encode(text), "the text")]
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise ValueError("the text holds no line that is not empty")
+        raise GptossError("the text holds no line that is not empty")
     return [_checked(words.encode(line), f"line {number}") for number, line in lines]
 
 
 def _checked(ids: list[int], what: str) -> list[int]:
     if len(ids) < 2:
-        raise ValueError(f"{what} is {len(ids)} token long, expected at least 2: the first has none before it")
+        raise GptossError(f"{what} is {len(ids)} token long, expected at least 2: the first has none before it")
     return ids
 
 

@@ -8,6 +8,10 @@ import cpu_kernels
 HOPPER = 9  # the major compute capability whose tensor cores the GPU kernels are written for
 
 
+class KernelError(ValueError):
+    """An implementation was asked for by name that is unknown, or cannot run on these devices."""
+
+
 class Hardware(NamedTuple):
     """What the devices of a mesh are, as far as kernels care."""
 
@@ -33,12 +37,12 @@ def by_name(op: str, implementations: Mapping[str, Any], name: str, hardware: Ha
     """The implementation of `op` called `name`, which then runs or raises: there is no fallback.
 
     Raises:
-        ValueError: none has that name, or it cannot run on `hardware`.
+        KernelError: none has that name, or it cannot run on `hardware`.
     """
     if name not in implementations:
-        raise ValueError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
+        raise KernelError(f"{op} kernel {name!r}, expected auto or one of {', '.join(implementations)}")
     if name in KERNELS_OF and (missing := why_not(name, hardware)):
-        raise ValueError(f"{op} kernel {name!r} cannot run: {missing}; auto takes the best that can")
+        raise KernelError(f"{op} kernel {name!r} cannot run: {missing}; auto takes the best that can")
     return Choice(name, implementations[name], "asked for by name")
 
 

@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("session")
 hypothesis.settings.register_profile("full", hypothesis.settings.get_profile("session"), max_examples=100_000)
 
 
-from gptoss_jax import host_memory  # noqa: E402  (jax reads the environment)
+from gptoss_jax.checkpoints import host_memory  # noqa: E402  (jax reads the environment)
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 

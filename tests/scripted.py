@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from converters.random_weights import random_tensors
-from gptoss_jax import tokenizer
+from gptoss_jax.harmony import tokenizer
 from tests.goldens.make import tiny_config
 
 CONFIG = tiny_config() | {

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from cpu_kernels import attention as cpu
 from pallas_kernels.attention import gpu, reference, tpu
 from pallas_kernels.attention.gradient import differentiable_banded, differentiable_paged
-from pallas_kernels.choice import Choice, Hardware, best, by_name
+from pallas_kernels.choice import Choice, Hardware, KernelError, best, by_name
 from pallas_kernels.interpreter import InterpretGPUParams
 
 
@@ -93,7 +93,7 @@ def choose(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Ch
     """The implementation called `name`, or for "auto" the best on `hardware` for queries, keys and values of `dtype`.
 
     Raises:
-        ValueError: no implementation has that name, or it cannot run here, or not exactly.
+        KernelError: no implementation has that name, or it cannot run here, or not exactly.
     """
     rounds = "a GPU's tensor cores would round float32" if dtype == jnp.float32 else None
     if name == "auto":
@@ -103,7 +103,7 @@ def choose(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Ch
         return best(IMPLEMENTATIONS, hardware, otherwise)
     choice = by_name("attention", IMPLEMENTATIONS, name, hardware)
     if rounds and name == "gpu":
-        raise ValueError(f"attention kernel {name!r} cannot run: {rounds}; auto takes the best that can")
+        raise KernelError(f"attention kernel {name!r} cannot run: {rounds}; auto takes the best that can")
     return choice
 
 

@@ -43,7 +43,7 @@ class RunExperts(Protocol):
         self,
         x: Float[Array, "T D"],
         expert_ids: Int32[Array, "T X"],
-        expert_weights: Float[Array, "T X"],
+        routing_weights: Float[Array, "T X"],
         weights: ExpertWeights,
         *,
         limit: float,
@@ -99,7 +99,7 @@ def choose(name: str, hardware: Hardware) -> Choice:
     """The implementation called `name`, or for "auto" the best on `hardware`.
 
     Raises:
-        ValueError: no implementation has that name, or it cannot run here.
+        KernelError: no implementation has that name, or it cannot run here.
     """
     implementations = IMPLEMENTATIONS
     if hardware.platform == "tpu":

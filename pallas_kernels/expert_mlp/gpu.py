@@ -137,7 +137,7 @@ LAYOUT = Layout(
 def expert_mlp(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T X"],
-    expert_weights: Float[Array, "T X"],
+    routing_weights: Float[Array, "T X"],
     weights: ExpertWeights,
     *,
     limit: float,
@@ -148,7 +148,7 @@ def expert_mlp(
     Args:
         x: bfloat16, or float32 (three products instead of one).
         expert_ids: as there.
-        expert_weights: as there.
+        routing_weights: as there.
         weights: as there.
         limit: the SwiGLU's.
         interpret: None compiles for the device; else parameters of Mosaic GPU's interpreter.
@@ -164,7 +164,7 @@ def expert_mlp(
     gathered = jnp.stack([_in_fragment_order(tiles.gather(term)) for term in terms])
     run = functools.partial(_product, tiles, rows, interpret=interpret)
     hidden = run(gathered, *weights[:3], limit=limit)
-    return tiles.combine(run(hidden, *weights[3:])[:, : x.shape[1]], expert_weights)
+    return tiles.combine(run(hidden, *weights[3:])[:, : x.shape[1]], routing_weights)
 
 
 def _terms(x: Float[Array, "T D"]) -> list[Array]:

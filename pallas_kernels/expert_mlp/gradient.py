@@ -23,19 +23,19 @@ def differentiable(run: Any, layout: Layout) -> Any:
     def expert_mlp(
         x: Float[Array, "T D"],
         expert_ids: Int32[Array, "T X"],
-        expert_weights: Float[Array, "T X"],
+        routing_weights: Float[Array, "T X"],
         weights: ExpertWeights,
         *,
         limit: float,
     ) -> Float[Array, "T D"]:
-        return _run(run, layout, limit, x, expert_ids, expert_weights, weights)
+        return _run(run, layout, limit, x, expert_ids, routing_weights, weights)
 
     return expert_mlp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(run, layout, limit, x, expert_ids, expert_weights, weights):
-    return run(x, expert_ids, expert_weights, weights, limit=limit)
+def _run(run, layout, limit, x, expert_ids, routing_weights, weights):
+    return run(x, expert_ids, routing_weights, weights, limit=limit)
 
 
 def _forward(run, layout, limit, *arguments):
@@ -44,10 +44,10 @@ def _forward(run, layout, limit, *arguments):
 
 def _backward(run, layout, limit, saved, gradient):
     del run
-    x, expert_ids, expert_weights, weights = saved
+    x, expert_ids, routing_weights, weights = saved
     num_experts, per_token = weights.gate_up_bias.shape[0], expert_ids.shape[1]
     tiles = Tiles.of(expert_ids, num_experts, tile_rows(expert_ids.size, num_experts))
-    flat_weights = expert_weights.reshape(-1)
+    flat_weights = routing_weights.reshape(-1)
 
     def add_tile(number, sums):
         dx, d_weights, d_gate_up_bias, d_down_bias = sums
@@ -75,7 +75,7 @@ def _backward(run, layout, limit, saved, gradient):
     found = zip(ways.items(), d_biases, strict=True)
     learnt: Any = {name: way.pack(d.astype(getattr(weights, name).dtype)) for (name, way), d in found}
     d_packed = ExpertWeights(*[learnt.get(name) for name in ExpertWeights._fields])  # pyright: ignore[reportArgumentType]
-    return dx.astype(x.dtype), None, d_weights.reshape(expert_ids.shape).astype(expert_weights.dtype), d_packed
+    return dx.astype(x.dtype), None, d_weights.reshape(expert_ids.shape).astype(routing_weights.dtype), d_packed
 
 
 def _unpacked(weights: ExpertWeights, layout: Layout, expert: Int32[Array, ""]) -> ExpertWeights:

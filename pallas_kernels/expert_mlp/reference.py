@@ -26,7 +26,7 @@ def swiglu(h: Float[Array, "M F2"], limit: float) -> Float[Array, "M F"]:
 def expert_mlp(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T X"],
-    expert_weights: Float[Array, "T X"],
+    routing_weights: Float[Array, "T X"],
     weights: ExpertWeights,
     *,
     limit: float,
@@ -35,7 +35,7 @@ def expert_mlp(
     num_experts = weights.gate_up_blocks.shape[0]
     per_token = expert_ids.shape[1]
     tiles = Tiles.of(expert_ids, num_experts, tile_rows(expert_ids.size, num_experts))
-    flat_weights = expert_weights.reshape(-1)
+    flat_weights = routing_weights.reshape(-1)
 
     def add_tile(number: Int32[Array, ""], out: Float[Array, "T D"]) -> Float[Array, "T D"]:
         expert, choice, taken = tiles.tile(number)

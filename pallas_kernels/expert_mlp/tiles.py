@@ -83,10 +83,10 @@ class TiledRows(NamedTuple):
         token = jnp.where(self.choice < 0, x.shape[0], self.choice // self.row.shape[1])
         return x.at[token].get(mode="fill", fill_value=0)
 
-    def combine(self, y: Float[Array, "IM D"], expert_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
+    def combine(self, y: Float[Array, "IM D"], routing_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
         """Each token's choices, weighted and summed in float32; what empty rows hold is not read."""
         chosen = y.at[self.row].get(mode="fill", fill_value=0).astype(jnp.float32)
-        return jnp.sum(chosen * expert_weights.astype(jnp.float32)[..., None], axis=1)
+        return jnp.sum(chosen * routing_weights.astype(jnp.float32)[..., None], axis=1)
 
 
 def max_tiles(num_choices: int, num_experts: int, rows: int) -> int:

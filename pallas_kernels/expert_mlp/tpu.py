@@ -35,7 +35,7 @@ VMEM_BYTES = 48 << 20  # of the 64 MiB that a core has at least (TPU v7x)
 def expert_mlp(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T X"],
-    expert_weights: Float[Array, "T X"],
+    routing_weights: Float[Array, "T X"],
     weights: ExpertWeights,
     *,
     limit: float,
@@ -47,7 +47,7 @@ def expert_mlp(
     Args:
         x: activations, bfloat16 or float32.
         expert_ids: the experts that each token chose.
-        expert_weights: and how much of each it takes.
+        routing_weights: and how much of each it takes.
         weights: the layer's experts in `form.layout`.
         limit: the SwiGLU's.
         form: one of `FORMS`.
@@ -59,7 +59,7 @@ def expert_mlp(
     x_parts = jnp.moveaxis(x.reshape(len(x), -1, form.parts, BLOCK // form.parts), 2, 0)  # see `Form`
     x_parts = jax.vmap(tiles.gather)(x_parts.reshape(form.parts, len(x), -1))
     y = _run_tiles(tiles, x_parts, weights, limit=limit, form=form, rows=rows, interpret=interpret)
-    return tiles.combine(y, expert_weights)
+    return tiles.combine(y, routing_weights)
 
 
 class Steps(NamedTuple):

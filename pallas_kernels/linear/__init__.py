@@ -36,7 +36,7 @@ def choose(name: str, hardware: Hardware) -> Choice:
     """The implementation called `name`, or for "auto" the best on `hardware`.
 
     Raises:
-        ValueError: no implementation has that name, or it cannot run here.
+        KernelError: no implementation has that name, or it cannot run here.
     """
     if name == "auto":
         otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "a plain product is XLA's own business")

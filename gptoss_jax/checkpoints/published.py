@@ -1,0 +1,450 @@
+"""A published checkpoint as declared leaves: which layout it has, what is wrong with it, and each leaf's array.
+
+Nothing is held but headers; a leaf is read when asked for. The runtime loads safetensors folders through this as well.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gptoss_jax.checkpoints import host_memory, huggingface, openai, orbax, packing
+from gptoss_jax.checkpoints.orbax import Leaf, leaf_bytes
+from gptoss_jax.checkpoints.recipe import Recipe
+from gptoss_jax.checkpoints.safetensors_reader import PIECE_BYTES, Entry, SafetensorsFile, SourceError, open_file
+from gptoss_jax.model.config import ModelConfig, read_config
+from gptoss_jax.model.sharding import Sharding
+
+INDEX = "model.safetensors.index.json"
+# Layout -> its table. The names are what people read, and what provenance.json keeps.
+LAYOUTS: Mapping[str, Callable[[ModelConfig], dict[str, Recipe]]] = {
+    "Hugging Face, MXFP4 experts": huggingface.mxfp4_recipes,
+    "OpenAI original": openai.original_recipes,
+    "Hugging Face, BF16 experts": huggingface.bf16_recipes,
+}
+HUGGINGFACE, OPENAI, HUGGINGFACE_BF16 = LAYOUTS
+
+_BF16_INFINITY = 0x7F80
+
+
+def _silent(_: int) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class FileReport:
+    """What one pass over a file's contents found.
+
+    Attributes:
+        sha256: of the whole file; "" where its header is at fault.
+        rounding: tensor -> relative RMS error of those of its experts that packing rounds; exact tensors are left out.
+        faults: one line each.
+    """
+
+    sha256: str
+    rounding: dict[str, float]
+    faults: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Source:
+    """A published checkpoint, opened.
+
+    Attributes:
+        folder: where its files lie (`original/` inside the folder asked for, perhaps).
+        layout: a key of LAYOUTS.
+        remark: what else should be known about the choice of layout, or "".
+        config: the model.
+        files: safetensors files by name.
+        recipes: leaf -> the tensor that it is made from.
+        quantize_experts: whether bfloat16 experts off the MXFP4 grid are rounded to it.
+    """
+
+    folder: Path
+    layout: str
+    remark: str
+    config: ModelConfig
+    files: dict[str, SafetensorsFile]
+    recipes: dict[str, Recipe]
+    quantize_experts: bool
+    _faults: list[str]
+    _absent: set[str]  # tensors that some fault already explains
+    _scales: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.size_bytes for file in self.files.values())
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Entry]:
+        """Every readable tensor, by name."""
+        return {name: entry for file in self.files.values() for name, entry in file.tensors.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from another without reading its contents."""
+        files = {name: {"size": file.size_bytes, "mtime_ns": file.mtime_ns} for name, file in self.files.items()}
+        return {"layout": self.layout, "files": files, "quantize_experts": self.quantize_experts}
+
+    # ---- headers ----
+
+    def problems(self, leaves: Mapping[str, Leaf]) -> list[str]:
+        """What headers and index tell against reading `leaves` from here: one line per fault."""
+        tensors = self.tensors
+        wanted = {recipe.tensor: recipe for recipe in self.recipes.values()}
+        faults = list(self._faults)
+        for name, recipe in wanted.items():
+            if name in tensors:
+                faults += _entry_faults(tensors[name], recipe)
+            elif name not in self._absent and not self._unreadable_files():
+                faults.append(f"{self.folder}: {name}: missing from all files")
+        faults += [
+            f"{entry.file}: {name}: unknown, the layout ({self.layout}) has no such tensor"
+            for name, entry in sorted(tensors.items())
+            if name not in wanted
+        ]
+        faults += [f"{self.folder}: no tensor is known for {leaf}" for leaf in sorted(leaves.keys() - self.recipes)]
+        return faults
+
+    def _unreadable_files(self) -> bool:
+        """Whether any tensor may lie in a file whose header cannot be read."""
+        return not (self.folder / INDEX).is_file() and any(not file.names for file in self.files.values())
+
+    # ---- contents ----
+
+    def check_file(self, name: str, report: Callable[[int], object] = _silent) -> FileReport:
+        """Reads one file from end to end: hashes it, looks for NaN, Inf and scale byte 255, tries out the packing.
+
+        Args:
+            name: of the file.
+            report: called with the number of bytes that were read since its last call.
+        """
+        file, digest = self.files[name], hashlib.sha256()
+        wanted = {recipe.tensor: recipe for recipe in self.recipes.values()}
+        faults, rounding, end = [], {}, 0
+        for entry in sorted(file.tensors.values(), key=lambda entry: entry.offset):
+            recipe = wanted.get(entry.name)
+            sound = recipe is not None and not _entry_faults(entry, recipe)
+            check = _Check(entry, recipe if sound else None)
+            between = _read_file(file.path, end, entry.offset)
+            digest.update(between)
+            report(len(between))
+            end = entry.offset + entry.size_bytes
+            for piece in check.pieces():
+                digest.update(piece.data)
+                check.see(piece)
+                report(piece.nbytes)
+            faults += check.faults(self.quantize_experts)
+            if check.off_grid:
+                rounding[entry.name] = check.rounding
+        digest.update(_read_file(file.path, end, file.size_bytes) if not file.faults else b"")
+        return FileReport("" if file.faults else digest.hexdigest(), rounding, tuple(faults))
+
+    def read(self, path: str, leaf: Leaf) -> np.ndarray:
+        """The array of the leaf at `path`, as the model declares it.
+
+        Raises:
+            SourceError: its contents hold NaN, Inf or scale byte 255, or lie off the MXFP4 grid.
+        """
+        recipe = self.recipes[path]
+        entry = self.tensors[recipe.tensor]
+        if recipe.pack:
+            return self._read_packed(path, entry, recipe)
+        row_bytes = entry.size_bytes // entry.shape[0]
+        first, last = recipe.rows or (0, entry.shape[0])
+        content = entry.read(first * row_bytes, (last - first) * row_bytes)
+        check = _Check(entry, recipe)
+        for start in range(0, content.nbytes, PIECE_BYTES):  # in pieces, as looking takes room
+            check.see(content[start : start + PIECE_BYTES])
+        _raise(check.faults(self.quantize_experts))
+        return content.view(_NUMPY[entry.dtype]).reshape(leaf.shape)
+
+    def _read_packed(self, path: str, entry: Entry, recipe: Recipe) -> np.ndarray:
+        """Blocks or scales of a bfloat16 tensor; the scales that fall off while packing blocks are kept for later."""
+        if recipe.pack == "scales" and path in self._scales:
+            return self._scales.pop(path)
+        experts, inputs, out = entry.shape
+        scales = _empty((experts, out, inputs // 32))
+        blocks = _empty((experts if recipe.pack == "blocks" else 0, out, inputs // 32, 16))
+        check = _Check(entry, recipe)
+        for i, piece in enumerate(check.pieces()):
+            packed = check.see(piece)
+            if packed is None:  # NaN or Inf
+                continue
+            scales[i] = packed.scales
+            if recipe.pack == "blocks":
+                blocks[i] = packed.blocks
+        _raise(check.faults(self.quantize_experts))
+        if recipe.pack == "scales":
+            return scales
+        self._scales = {path.removesuffix("blocks") + "scales": scales}
+        return blocks
+
+    def pack_one_expert(self, entry: Entry) -> None:
+        """Packs the first expert of a bfloat16 tensor, for its time."""
+        piece = entry.read(0, entry.size_bytes // entry.shape[0])
+        packing.pack(piece.view(_NUMPY["BF16"]).reshape(entry.shape[1:]))
+
+    def provenance(self, reports: Mapping[str, FileReport]) -> dict[str, Any]:
+        """Where a checkpoint made from this comes from: no paths or times, so that the same source gives the same."""
+        files = [
+            {"name": name, "size_bytes": file.size_bytes, "sha256": reports[name].sha256, "metadata": file.metadata}
+            for name, file in sorted(self.files.items())
+        ]
+        config = {
+            "name": "config.json",
+            "sha256": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(),
+        }
+        rounding = {tensor: rms for report in reports.values() for tensor, rms in report.rounding.items()}
+        experts = "published MXFP4 bytes"
+        if self.layout == HUGGINGFACE_BF16:
+            experts = "bfloat16 rounded to MXFP4" if rounding else "bfloat16 packed to MXFP4, exactly"
+        return {
+            "source": {"layout": self.layout, "config": config, "files": files},
+            "experts": experts,
+            "rounding_relative_rms": dict(sorted(rounding.items())),
+        }
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    return host_memory.empty(math.prod(shape)).reshape(shape)
+
+
+_NUMPY = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
+
+
+def _entry_faults(entry: Entry, recipe: Recipe) -> list[str]:
+    faults = []
+    if entry.dtype != recipe.dtype:
+        faults.append(f"{entry.file}: {entry.name}: dtype {entry.dtype}, expected {recipe.dtype}")
+    if entry.shape != recipe.shape:
+        turned = recipe.pack and entry.shape == (recipe.shape[0], recipe.shape[2], recipe.shape[1])
+        hint = ": transposed, this layout has [E, in, out]" if turned else ""
+        faults.append(f"{entry.file}: {entry.name}: shape {list(entry.shape)}, expected {list(recipe.shape)}{hint}")
+    return faults
+
+
+def _read_file(path: Path, start: int, end: int) -> bytes:
+    """Bytes between tensors: the header, as a rule."""
+    if start >= end:
+        return b""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise SourceError("\n".join(faults))
+
+
+class _Check:
+    """Looks at one tensor's contents piece by piece."""
+
+    def __init__(self, entry: Entry, recipe: Recipe | None):
+        self._entry, self._recipe = entry, recipe
+        self._counts = {"NaN": 0, "Inf": 0, "scale bytes 255 (NaN)": 0}
+        self.off_grid, self._turned = 0, False  # experts that packing rounds; whether they are turned
+        self._error_power = self._power = 0.0
+
+    @property
+    def rounding(self) -> float:
+        """Relative RMS error of the experts that packing rounds; 0 where all are exact."""
+        return packing.relative_rms(self._error_power, self._power)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor's bytes: expert by expert where they are to be packed."""
+        if self._recipe and self._recipe.pack:
+            return self._entry.pieces(self._entry.size_bytes // self._entry.shape[0])
+        return self._entry.pieces()
+
+    def see(self, piece: np.ndarray) -> packing.Packed | None:
+        """Takes note of the next bytes; gives them packed where that becomes of them and they are numbers."""
+        if self._recipe is None:
+            return None
+        if self._entry.dtype == "U8":
+            if self._recipe.tensor.endswith("scales") and piece.max(initial=0) == 255:
+                self._counts["scale bytes 255 (NaN)"] += int(np.count_nonzero(piece == 255))
+            return None
+        magnitudes = piece.view(np.uint16) & 0x7FFF
+        if magnitudes.max(initial=0) >= _BF16_INFINITY:
+            self._counts["NaN"] += int(np.count_nonzero(magnitudes > _BF16_INFINITY))
+            self._counts["Inf"] += int(np.count_nonzero(magnitudes == _BF16_INFINITY))
+            return None
+        return self._pack(piece) if self._recipe.pack else None
+
+    def _pack(self, piece: np.ndarray) -> packing.Packed:
+        weights = piece.view(_NUMPY["BF16"]).reshape(self._entry.shape[1:])
+        packed = packing.pack(weights)
+        if not packed.exact and not self.off_grid:
+            self._turned = packing.is_on_grid_untransposed(weights)
+        self.off_grid += not packed.exact
+        self._error_power += packed.error_power
+        self._power += packed.power
+        return packed
+
+    def faults(self, quantize_experts: bool) -> list[str]:
+        """What was seen that may not be, once all pieces were."""
+        where = f"{self._entry.file}: {self._entry.name}"
+        found = [f"{where}: {count:,} {what}" for what, count in self._counts.items() if count]
+        if found or not self.off_grid:
+            return found
+        if self._turned:
+            return [
+                f"{where}: on the MXFP4 grid when read untransposed, off it as [E, in, out]: "
+                "a wrongly transposed export, make it again"
+            ]
+        if quantize_experts:
+            return []
+        return [
+            f"{where}: {self.off_grid} of {self._entry.shape[0]} experts are not on the MXFP4 grid; "
+            f"converters.convert --quantize-experts rounds them (relative RMS error {self.rounding:.3g})"
+        ]
+
+
+# ---- opening ----
+
+
+def open_source(path: str | Path, *, quantize_experts: bool = False) -> Source:
+    """Opens a published checkpoint, reading headers only.
+
+    Args:
+        path: a folder in any layout of LAYOUTS, or one whose `original/` is.
+        quantize_experts: as in Source.
+
+    Raises:
+        SourceError: there is no published checkpoint.
+        ConfigError: its config.json is not a gpt-oss model.
+    """
+    folder, remark = _locate(Path(path))
+    config = read_config(folder / "config.json")
+    files, faults, absent = _open_files(folder)
+    names = {name for file in files.values() for name in file.names} | absent
+    layout = _layout(names)
+    recipes = LAYOUTS[layout](config)
+    return Source(folder, layout, remark, config, files, recipes, quantize_experts, faults, absent)
+
+
+def _locate(path: Path) -> tuple[Path, str]:
+    """The folder that holds the files, and a remark where there was a choice."""
+    if not path.is_dir():
+        raise SourceError(f"{path}: {'a file' if path.exists() else 'no such folder'}, expected a checkpoint's folder")
+    inner = path / "original"
+    if _holds_safetensors(path):
+        return path, "its original/ is not read" if _holds_safetensors(inner) else ""
+    if _holds_safetensors(inner):
+        return inner, "found in original/"
+    if orbax.is_checkpoint(path):
+        raise SourceError(f"{path}: converted already (it holds {orbax.MANIFEST}), expected published safetensors")
+    raise SourceError(
+        f"{path}: no *.safetensors and no {INDEX}, neither here nor in original/: expected a checkpoint as published"
+    )
+
+
+def _holds_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+
+
+def _layout(names: set[str]) -> str:
+    if any(name.startswith("block.") for name in names):
+        return OPENAI
+    whole = any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in names)
+    packed = any(name.endswith(("_proj_blocks", "_proj_scales")) for name in names)
+    return HUGGINGFACE_BF16 if whole and not packed else HUGGINGFACE
+
+
+def _open_files(folder: Path) -> tuple[dict[str, SafetensorsFile], list[str], set[str]]:
+    """Files by name; faults of headers, of the index, and between files; tensors whose file cannot be read."""
+    weight_map, faults = _read_index(folder / INDEX)
+    present = {path.name for path in folder.glob("*.safetensors")}
+    files = {name: open_file(folder / name) for name in sorted(present)}
+    if weight_map:
+        faults += [
+            f"{folder / name}: not named in {INDEX}: remove it, or name it there"
+            for name in sorted(present - set(weight_map.values()))
+        ]
+    absent = set()
+    for name in sorted(set(weight_map.values()) - present):
+        held = {tensor for tensor, file in weight_map.items() if file == name}
+        faults.append(f"{folder / name}: missing, and with it {len(held)} tensors that {INDEX} places there")
+        absent |= held
+    for name, file in files.items():
+        faults += file.faults
+        absent |= file.names - file.tensors.keys()
+        if not file.names:
+            absent |= {tensor for tensor, place in weight_map.items() if place == name}
+    return files, faults + _index_faults(folder, weight_map, files) + _duplicates(files), absent
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
+    if not path.is_file():
+        return {}, []  # one file needs none, and OpenAI's layout has none
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        if not all(Path(file).name == file for file in weight_map.values()):
+            raise TypeError("a file outside the folder")
+        return weight_map, []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{path}: no index of safetensors ({error!r}); fetch it again"]
+
+
+def _index_faults(folder: Path, weight_map: dict[str, str], files: dict[str, SafetensorsFile]) -> list[str]:
+    """Where index and headers disagree."""
+    faults = []
+    for tensor, name in sorted(weight_map.items()):
+        if name in files and files[name].names and tensor not in files[name].names:
+            faults.append(f"{folder / name}: {tensor}: not in this file, though {INDEX} places it there")
+    for name, file in files.items() if weight_map else ():
+        faults += [
+            f"{file.path}: {tensor}: {INDEX} places it in {weight_map.get(tensor, 'no file')}"
+            for tensor in sorted(file.names)
+            if name in weight_map.values() and weight_map.get(tensor) != name
+        ]
+    return faults
+
+
+def _duplicates(files: dict[str, SafetensorsFile]) -> list[str]:
+    faults, seen = [], {}
+    for name, file in files.items():
+        for tensor in sorted(file.names):
+            if tensor in seen:
+                faults.append(f"{file.path}: {tensor}: duplicate, also in {seen[tensor]}")
+            seen[tensor] = name
+    return faults
+
+
+# ---- straight onto devices ----
+
+
+def load(
+    source: Source, leaves: Mapping[str, Leaf], sharding: Sharding, report: Callable[[int], object] = _silent
+) -> dict[str, jax.Array]:
+    """Every leaf on its devices, read through the same tables and under the same checks as a conversion.
+
+    One leaf at a time lies on the host, beside those that devices on a CPU took as they are, without a copy. Nothing
+    is written. `report` is called with the bytes read since its last call.
+
+    Raises:
+        SourceError: headers or contents are at fault: all listed.
+    """
+    _raise(source.problems(leaves))
+    arrays, faults = {}, []
+    for path, leaf in leaves.items():
+        try:
+            array = source.read(path, leaf)
+        except SourceError as error:
+            faults.append(str(error))
+            continue
+        if not faults:
+            arrays[path] = jax.block_until_ready(jax.device_put(array, sharding.named(leaf.axes)))
+            report(leaf_bytes(leaf))
+    _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
+    return arrays

@@ -1,0 +1,66 @@
+"""How one declared leaf is made from one stored tensor: the rows that the tables of all layouts consist of.
+
+Shapes are written in letters, so that a table can be held against the published model's description.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+
+
+class Recipe(NamedTuple):
+    """One leaf's origin.
+
+    Attributes:
+        tensor: name as stored.
+        shape: of the stored tensor.
+        dtype: of the stored tensor, in safetensors' spelling.
+        rows: first and last but one row that the leaf takes; all rows where None.
+        pack: which half of the MXFP4 form the leaf is, where the tensor is bfloat16 [E, in, out]; else "".
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: tuple[int, int] | None = None
+    pack: Literal["", "blocks", "scales"] = ""
+
+
+Row = tuple[str, str, str]  # leaf, tensor, the tensor's shape in letters
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The letters of the tables' shapes."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "V": config.vocab_size,
+        "D": hidden,
+        "D/32": hidden // MXFP4_BLOCK,
+        "F": inner,
+        "F/32": inner // MXFP4_BLOCK,
+        "2F": 2 * inner,
+        "E": config.num_experts,
+        "N": config.num_heads,
+        "NH": queries,
+        "KH": keys,
+        "NH+2KH": queries + 2 * keys,
+        "16": MXFP4_BLOCK // 2,
+    }
+
+
+def recipes(config: ModelConfig, model: Iterable[Row], layer: Iterable[Row], prefix: str) -> dict[str, Recipe]:
+    """Leaf -> recipe, from the rows that a model has once and those that each layer has (tensors under `prefix`)."""
+    letters = sizes(config)
+    rows = list(model)
+    for i in range(config.num_layers):
+        rows += [(f"layers/{i}/{leaf}", f"{prefix}.{i}.{tensor}", shape) for leaf, tensor, shape in layer]
+    return {
+        leaf: Recipe(tensor, tuple(letters[letter] for letter in shape.split()), _dtype(tensor))
+        for leaf, tensor, shape in rows
+    }
+
+
+def _dtype(tensor: str) -> str:
+    return "U8" if tensor.endswith(("blocks", "scales")) else "BF16"

@@ -1,0 +1,170 @@
+"""Safetensors files, read lazily with plain reads, every claim of their headers checked.
+
+Not the safetensors package: that maps files into memory, and mapped pages count into the process's resident size,
+which the converter promises to bound; and it stops at the first fault, where all are wanted.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.errors import GptossError
+
+HEADER_BYTES_LIMIT = 100_000_000  # the format's own limit
+PIECE_BYTES = 16 << 20
+
+
+class SourceError(GptossError):
+    """A published checkpoint that cannot be taken as it is. One fault per line, each naming file and tensor."""
+
+
+_ITEMSIZES: dict[str, int] = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+_ITEMSIZES |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 2)
+_ITEMSIZES |= dict.fromkeys(("F32", "I32", "U32"), 4) | dict.fromkeys(("F64", "I64", "U64"), 8)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: its bytes are [offset, offset + size_bytes) of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+    def read(self, start: int = 0, size_bytes: int | None = None) -> np.ndarray:
+        """Bytes from `start` of the tensor on, in memory of their own that a device on a CPU can take as it is.
+
+        Raises:
+            SourceError: the file has become shorter than it was.
+        """
+        buffer = host_memory.empty(self.size_bytes - start if size_bytes is None else size_bytes)
+        with open(self.file, "rb", buffering=0) as file:
+            count = host_memory.read_into(buffer, file.fileno(), self.offset + start)
+        if count < buffer.nbytes:
+            end = self.offset + start + count
+            raise SourceError(f"{self.file}: ends at byte {end:,}: it has been truncated since its header was read")
+        return buffer
+
+    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+        """The tensor's bytes, piece by piece."""
+        for start in range(0, self.size_bytes, piece_bytes):
+            yield self.read(start, min(piece_bytes, self.size_bytes - start))
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One file's header.
+
+    Attributes:
+        path: the file.
+        size_bytes: of the whole file.
+        mtime_ns: when it was last written, to notice that it changed between runs.
+        metadata: its `__metadata__`.
+        tensors: entries that can be read, by name.
+        names: of all tensors in the header, those included that cannot be read.
+        faults: what is wrong with the header, one line each.
+    """
+
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    metadata: dict[str, str]
+    tensors: dict[str, Entry]
+    names: frozenset[str]
+    faults: tuple[str, ...]
+
+
+def open_file(path: Path) -> SafetensorsFile:
+    """Reads and checks a header; what is wrong with it is in `faults`."""
+    stat = path.stat()
+    try:
+        raw, data_start = _header(path, stat.st_size)
+    except ValueError as error:
+        return SafetensorsFile(path, stat.st_size, stat.st_mtime_ns, {}, {}, frozenset(), (f"{path}: {error}",))
+    faults = []
+    metadata, tensors = {}, {}
+    for name, value in raw:
+        if name == "__metadata__":
+            metadata = value if isinstance(value, dict) else {}
+        elif name in tensors:
+            faults.append(f"{path}: {name}: duplicate in this file's header")
+        elif isinstance(entry := _entry(path, name, value, data_start), Entry):
+            tensors[name] = entry
+        else:
+            faults.append(f"{path}: {name}: {entry}")
+    if all(name in tensors for name, _ in raw if name != "__metadata__"):  # else what is malformed explains the holes
+        faults += _extent_faults(path, list(tensors.values()), data_start, stat.st_size)
+    readable = {name: entry for name, entry in tensors.items() if entry.offset + entry.size_bytes <= stat.st_size}
+    names = frozenset(name for name, _ in raw) - {"__metadata__"}
+    return SafetensorsFile(path, stat.st_size, stat.st_mtime_ns, metadata, readable, names, tuple(faults))
+
+
+def _header(path: Path, size_bytes: int) -> tuple[list[tuple[str, Any]], int]:
+    """The header's pairs, duplicates included, and where the data starts."""
+    with open(path, "rb") as file:
+        length_bytes = file.read(8)
+        length = int.from_bytes(length_bytes, "little")
+        if len(length_bytes) < 8 or length > HEADER_BYTES_LIMIT or 8 + length > size_bytes:
+            raise GptossError(
+                f"{size_bytes:,} bytes, a header of {length:,} does not fit: truncated, or not safetensors"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise GptossError(f"the header is not JSON ({error}): corrupt, or not safetensors") from None
+    if not isinstance(header, _Pairs):
+        raise GptossError("the header is not a JSON object: corrupt, or not safetensors")
+    return [(name, dict(value) if isinstance(value, _Pairs) else value) for name, value in header], 8 + length
+
+
+class _Pairs(list):
+    """A JSON object with its duplicate keys."""
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry | str:
+    """The entry, or what is wrong with it."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        return "its header entry is malformed, expected dtype, shape and data_offsets"
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
+        return f"unknown dtype {dtype!r}"
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        return f"malformed shape {shape!r} or data_offsets {offsets!r}"
+    size = math.prod(shape) * _ITEMSIZES[dtype]
+    if offsets[1] - offsets[0] != size:
+        return f"data_offsets {offsets} span {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {size:,}"
+    return Entry(path, name, dtype, tuple(shape), data_start + offsets[0], size)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> list[str]:
+    """Tensors that overlap, leave holes or reach beyond the file, and bytes behind the last of them."""
+    faults, end, before = [], data_start, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
+        if entry.offset < end:
+            faults.append(f"{path}: {entry.name}: overlaps {before}")
+        elif entry.offset > end:
+            faults.append(f"{path}: {entry.offset - end:,} bytes between {before} and {entry.name} belong to no tensor")
+        if entry.offset + entry.size_bytes > end:
+            end, before = entry.offset + entry.size_bytes, entry.name
+    if end > size_bytes:
+        cut = sum(entry.offset + entry.size_bytes > size_bytes for entry in entries)
+        faults.append(
+            f"{path}: {size_bytes:,} bytes, expected {end:,}: truncated, {cut} tensors are cut off; fetch it again"
+        )
+    elif end < size_bytes:
+        faults.append(f"{path}: {size_bytes - end:,} bytes behind {before} belong to no tensor")
+    return faults

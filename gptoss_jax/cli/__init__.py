@@ -1,0 +1,1 @@
+"""What commands share: the command line, flags, the terminal, the chat session."""

@@ -1,0 +1,300 @@
+"""From logits to a token per row: penalties, bias, temperature, truncation, seed; the same whatever the neighbours do.
+
+Keys are folded from (request seed, position), so a row's draw depends on its own request alone. Every option is data:
+rows of any mixture share one program. To add a sampler, add its field to `SamplingParams`, to `Sampling` and `AXES`,
+and its line to `filter_logits`; then its flag in `generate.py`.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.invariant_sum import invariant_sum
+
+MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
+KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a row's neighbours
+MAX_LOGIT_BIAS = 100  # as in OpenAI's API
+MAX_TOP_LOGPROBS = 20
+FAULTY = -1  # in place of a token: the row's logits were not finite
+
+# Field of SamplingParams -> lowest value, highest value. Penalties are bounded as in OpenAI's API and vLLM.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, MAX_TEMPERATURE),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "top_logprobs": (0, MAX_TOP_LOGPROBS),
+    "seed": (0, 2**32 - 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request draws its tokens. The options act in the order in which they stand here, seed last.
+
+    Attributes:
+        repetition_penalty: of every id in the prompt or the answer, a positive logit is divided by this and a
+            negative one multiplied (CTRL, arXiv:1909.05858); 1 is off.
+        frequency_penalty: taken from an id's logit once for each time the answer holds it (OpenAI's API).
+        presence_penalty: taken once from the logit of every id that the answer holds.
+        logit_bias: added to the logits of these ids; -inf bans one.
+        banned_ids: never drawn.
+        temperature: divides the logits; 0 takes the likeliest token, the lowest id among equals.
+        top_k: only the k likeliest ids can be drawn (and those equal to the k-th); 0 is off.
+        top_p: only the likeliest ids whose probabilities, among those that top_k leaves, first reach this sum (and
+            those equal to the last); at least one id; 1 is off.
+        min_p: only ids at least this share as likely as the likeliest; 0 is off.
+        top_logprobs: how many of the likeliest ids are reported beside the chosen one.
+        seed: the same seed, prompt and options give the same tokens.
+
+    Log probabilities are the model's own, before any of these. Ids that the vocabulary does not name are never drawn.
+
+    Raises:
+        GptossError: a value out of its range.
+    """
+
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    banned_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_logprobs: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("top_k", "top_logprobs", "seed"):
+            _check_whole(name, getattr(self, name))
+        for name in ("logit_bias", "banned_ids"):
+            for token in getattr(self, name):
+                _check_whole(f"an id in {name}", token)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise GptossError(f"{name} is {value}, expected {low:.10g} to {high:.10g}")
+        for token, bias in self.logit_bias.items():
+            if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
+                raise GptossError(
+                    f"logit_bias of id {token} is {bias}, expected -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, "
+                    "or -inf to ban the id"
+                )
+
+    def check(self, num_token_ids: int) -> None:
+        """Raises GptossError where an id does not exist among `num_token_ids`, or nothing is left to draw."""
+        for name, ids in (("logit_bias", self.logit_bias), ("banned_ids", self.banned_ids)):
+            for token in ids:
+                if not 0 <= token < num_token_ids:
+                    raise GptossError(f"{name} names id {token}, expected ids from 0 to {num_token_ids - 1}")
+        banned = {*self.banned_ids, *(token for token, bias in self.logit_bias.items() if bias == -math.inf)}
+        if len(banned) == num_token_ids:
+            raise GptossError(f"all {num_token_ids} ids are banned, expected at least one that may be drawn")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise GptossError(f"{name} is {value!r}, expected a whole number") from None
+
+
+class Sampling(NamedTuple):
+    """The same for B rows, as arrays, and what each row has said: a change of value compiles nothing."""
+
+    repetition_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    presence_penalty: Float[Array, "B"]
+    bias: Float[Array, "B V"]  # -inf: never drawn
+    temperature: Float[Array, "B"]
+    top_k: Int32[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    top_logprobs: Int32[Array, "B"]
+    seed: UInt32[Array, "B"]
+    prompted: Bool[Array, "B V"]  # ids of the prompt
+    drawn: Int32[Array, "B V"]  # how often the answer holds each id
+
+
+AXES = Sampling._make(
+    ("batch", "vocab") if name in ("bias", "prompted", "drawn") else ("batch",) for name in Sampling._fields
+)
+"""The logical axes of each array."""
+
+
+class Draw(NamedTuple):
+    """What one step drew for B rows; Z is MAX_TOP_LOGPROBS."""
+
+    token: Int32[Array, "B"]  # FAULTY where the logits were not finite
+    logprob: Float[Array, "B"]  # natural logarithm, of the model's own distribution
+    top_ids: Int32[Array, "B Z"]  # the likeliest first; meaningless unless a row asks for any
+    top_logprobs: Float[Array, "B Z"]
+
+
+def row(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_token_ids: int) -> Sampling:
+    """One row's arrays on the host, without the leading axis: nothing drawn yet.
+
+    Args:
+        params: what the request asks for.
+        prompt: its token ids.
+        vocab_size: V, the width of the logits.
+        num_token_ids: ids from here on are padding of the embedding, and never drawn.
+    """
+    bias, prompted = np.zeros(vocab_size, np.float32), np.zeros(vocab_size, np.bool_)
+    for token, value in params.logit_bias.items():
+        bias[token] = value
+    bias[list(params.banned_ids)] = -np.inf
+    bias[num_token_ids:] = -np.inf
+    prompted[list(prompt)] = True
+    dtypes = {"top_k": np.int32, "top_logprobs": np.int32, "seed": np.uint32}
+    scalars: dict[str, Any] = {name: dtypes.get(name, np.float32)(getattr(params, name)) for name in _RANGES}
+    arrays: dict[str, Any] = {"bias": bias, "prompted": prompted, "drawn": np.zeros(vocab_size, np.int32)}
+    return Sampling(**scalars, **arrays)
+
+
+def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"], num_token_ids: int) -> Draw:
+    """Each row's token, with log probabilities.
+
+    Args:
+        logits: float32.
+        sampling: each row's parameters.
+        positions: where the token will stand in its row.
+        num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
+    """
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    logits = _named(logits, num_token_ids)
+    scores = adjust_logits(logits, sampling)
+    greedy = _largest(scores)
+    draws = sampling.temperature > 0
+    drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
+    token = jnp.where(draws, drawn, greedy)
+    reported = report_logprobs(logits, token, jnp.any(sampling.top_logprobs > 0), num_token_ids)
+    return Draw(jnp.where(finite, token, FAULTY), *reported)
+
+
+def report_logprobs(
+    logits: Float[Array, "*rows V"], token: Int32[Array, "*rows"], with_top: Bool[Array, ""], num_token_ids: int
+) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
+    shifted = _named(logits, num_token_ids)
+    shifted = shifted - jnp.max(shifted, axis=-1, keepdims=True)
+    logprobs = shifted - jnp.log(invariant_sum(jnp.exp(shifted)))[..., None]
+    logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
+    return logprob, *jax.lax.cond(with_top, _top, _no_top, logprobs)
+
+
+def _named(logits: Float[Array, "*rows V"], num_token_ids: int) -> Float[Array, "*rows V"]:
+    """`logits`, with -inf for the embedding's padding."""
+    return jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids, logits, -jnp.inf)
+
+
+def record(sampling: Sampling, token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Sampling:
+    """`sampling` after the active rows said `token`."""
+    at = jnp.arange(token.shape[0], dtype=jnp.int32), jnp.maximum(token, 0)
+    return sampling._replace(drawn=sampling.drawn.at[at].add(active.astype(jnp.int32)))
+
+
+def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """`logits` under penalties and bias: what a greedy row takes the largest of."""
+    column = lambda x: x[:, None]  # noqa: E731
+    said = sampling.drawn > 0
+    penalty = jnp.where(said | sampling.prompted, column(sampling.repetition_penalty), 1.0)
+    logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = logits - sampling.drawn.astype(jnp.float32) * column(sampling.frequency_penalty)
+    logits = logits - jnp.where(said, column(sampling.presence_penalty), 0.0)
+    largest = jnp.finfo(jnp.float32).max  # a penalty may take a large logit beyond it, and inf - inf is no number
+    return jnp.clip(logits, -largest, largest) + sampling.bias
+
+
+def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
+    temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
+    column = lambda x: x[:, None]  # noqa: E731
+    by_count, by_weight = sampling.top_k > 0, sampling.top_p < 1
+    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.top_k), lambda: scores)
+    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.top_p), lambda: scores)
+    return jnp.where(scores >= jnp.log(column(sampling.min_p)), scores, -jnp.inf)  # the largest score is 0
+
+
+def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
+    """Counts are whole numbers, exact in float32: XLA may add in any order, and takes half as long."""
+    enough = jnp.where(top_k > 0, jnp.minimum(top_k, scores.shape[-1]), scores.shape[-1]).astype(jnp.float32)
+    return _keep_likeliest(scores, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.float32), enough)
+
+
+def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
+    weights = jnp.exp(scores)
+    enough = top_p * invariant_sum(weights)
+    filtered = _keep_likeliest(scores, lambda kept: invariant_sum(jnp.where(kept, weights, 0.0)), enough)
+    return jnp.where((top_p < 1)[:, None], filtered, scores)
+
+
+def _keep_likeliest(
+    scores: Float[Array, "B V"], sum_of: Callable[[Bool[Array, "B V"]], Float[Array, "B"]], enough: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """The largest scores (at most 0) whose `sum_of` first reaches `enough`, at least one; -inf for the others.
+
+    Finds the threshold bit by bit instead of sorting: the bits of a float that is not positive, read as an integer,
+    grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
+    """
+    keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
+
+    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        bit = jnp.int32(1) << (30 - i)
+        most = threshold + bit - 1  # the largest key that could be kept with this bit clear
+        too_few = sum_of(keys <= most[:, None]) < enough
+        return jnp.where(too_few, threshold + bit, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(scores.shape[:1], jnp.int32))
+    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
+
+
+def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
+
+    def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
+        key = jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
+        return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
+
+    noises = jax.vmap(noise)(sampling.seed, positions)
+    return _largest(filter_logits(scores, sampling) + noises)
+
+
+def _largest(scores: Float[Array, "B V"]) -> Int32[Array, "B"]:
+    """The first id with the largest score: an argmax as two reductions, which XLA:CPU turns into vectors.
+
+    Among scores that are not numbers, any id.
+    """
+    last = scores.shape[-1] - 1
+    is_largest = scores == jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
+
+
+def _top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    count = min(MAX_TOP_LOGPROBS, logprobs.shape[-1])
+    values, ids = jax.lax.top_k(logprobs, count)
+    padding = [(0, 0)] * (logprobs.ndim - 1) + [(0, MAX_TOP_LOGPROBS - count)]
+    return jnp.pad(ids, padding), jnp.pad(values, padding, constant_values=-jnp.inf)
+
+
+def _no_top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    shape = (*logprobs.shape[:-1], MAX_TOP_LOGPROBS)
+    return jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
+
+
+def is_stop(token: Int32[Array, "B"], stop_ids: Int32[Array, "B Z"]) -> Bool[Array, "B"]:
+    """Whether each row's token is one of its stop ids (padded with ids that no token has)."""
+    return jnp.any(token[:, None] == stop_ids, axis=-1)

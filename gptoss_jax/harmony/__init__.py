@@ -1,0 +1,1 @@
+"""Conversation <-> token ids, in the harmony format. Knows no JAX."""

@@ -1,0 +1,213 @@
+"""One answer as it grows: an engine's events in; text to show, messages, and the reason it ended out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import parser
+from gptoss_jax.harmony.parser import CHANNELS, Delta, Parsed, StreamParser
+from gptoss_jax.harmony.tokenizer import StreamDecoder, Tokenizer
+
+FINAL = "final"
+RAW = "raw"  # the channel of text that is shown as the model wrote it, unparsed
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """What an engine's event says of the next tokens of an answer."""
+
+    @property
+    def logprobs(self) -> Sequence[float]:
+        """Of each token."""
+        ...
+
+    @property
+    def top_logprobs(self) -> Sequence[tuple[tuple[int, float], ...]]:
+        """Of each token, if asked for: the likeliest ids with their log probabilities."""
+        ...
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ends with them; None: it goes on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer: everything that came, parsed, and why it ended.
+
+    Attributes:
+        parsed: ids, text, messages, and how well they parsed.
+        logprobs: of each id: natural logarithm, by the model's own distribution.
+        top_logprobs: of each id, if asked for: the likeliest ids with their log probabilities.
+        finish_reason: "stop" at a stop id or stop string, "length" at the limit, "cancelled" by the user, "error" where
+            the model's logits were not finite.
+        stop_string: the one that was found.
+        messages: as parsed, the last one cut before the stop string.
+    """
+
+    parsed: Parsed
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    finish_reason: str
+    stop_string: str | None
+    messages: tuple[parser.Message, ...]
+
+    @property
+    def final(self) -> str | None:
+        """The answer proper; None if the model came to none."""
+        return self._cut.final
+
+    @property
+    def _cut(self) -> Parsed:
+        return replace(self.parsed, messages=self.messages)
+
+    @property
+    def stray_text(self) -> str:
+        """What the model wrote outside of any message."""
+        return "".join(part.text for part in self.parsed.parts if part.kind == "unparsed").strip()
+
+    def history(self) -> list[parser.Message]:
+        """The messages that a conversation goes on from; stray text in place of an answer becomes one.
+
+        What the model put into the mouths of others is left out, lest it instruct itself. A role that is garbled, on
+        a channel of the assistant's, is read as the assistant.
+        """
+        known = [m for m in self.messages if m.role == "assistant" or (m.role == "tool" and m.channel in CHANNELS)]
+        stray = [parser.Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
+        spoken = [m for m in known if m.recipient != "assistant"]  # a tool's result is not the model's to write
+        return [*(replace(m, role="assistant", name=None) for m in spoken), *stray]
+
+    def document(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        parsed = self.parsed
+        return {
+            "final": self.final,
+            "reasoning": parsed.reasoning,
+            "tool_calls": [call_document(call) for call in parsed.calls],
+            "unparsed_text": self._cut.unparsed_text,
+            "parse_status": parsed.parse_status,
+            "faults": list(parsed.faults),
+            "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
+            "messages": [vars(message) for message in self.messages],
+            "text": parsed.text,
+            "token_ids": list(parsed.token_ids),
+            "logprobs": list(self.logprobs),
+            "top_logprobs": [[list(pair) for pair in top] for top in self.top_logprobs],
+        }
+
+
+def call_document(call: parser.Message) -> dict[str, Any]:
+    """A tool call for JSON: the function's name as the tools' file has it, the arguments as the model wrote them."""
+    return {"name": (call.recipient or "").removeprefix("functions."), "arguments": call.content}
+
+
+class AnswerStream:
+    """Reads one request's tokens. Give `ends_at` to the engine as the request's; `take` its events as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_strings: Sequence[str] = (), raw: bool = False):
+        """Stop strings are looked for in the answer, not in the reasoning; if `raw`, in all text as it came."""
+        self._parser = StreamParser(tokenizer)
+        self._raw = StreamDecoder(tokenizer) if raw else None
+        self._stop = StopStrings(stop_strings)
+        self._ready: list[Delta] = []
+        self._answering: Delta | None = None  # where the text that the stop strings hold back belongs
+        self._shown = 0  # characters of that message that came through them
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
+        self._reason: str | None = None
+
+    def ends_at(self, token_id: int) -> bool:
+        """Reads the next token; true if a stop string is complete with it."""
+        deltas = self._parser.feed(token_id)
+        if self._raw:
+            deltas = [Delta(0, "assistant", RAW, None, self._raw.feed(token_id))]
+        for delta in deltas:
+            self._read(delta)
+        return self._stop.found is not None
+
+    def take(self, event: Drawn) -> list[Delta]:
+        """What is to be shown after `event`: never half a character, nor what may be the beginning of a stop string."""
+        self._logprobs += event.logprobs
+        self._top_logprobs += event.top_logprobs
+        self._reason = event.finish_reason
+        return self._drain()
+
+    def finish(self) -> tuple[Answer, list[Delta]]:
+        """The answer, and what is still to be shown; without a last event it was cancelled."""
+        deltas = self._parser.flush(stopped=self._stop.found is not None)
+        if self._raw:
+            deltas = [Delta(0, "assistant", RAW, None, self._raw.flush())]
+        for delta in deltas:
+            self._read(delta)
+        self._show(self._stop.flush())
+        parsed = self._parser.result()
+        messages = parsed.messages
+        if self._stop.found is not None and not self._raw:
+            messages = (*messages[:-1], replace(messages[-1], content=messages[-1].content[: self._shown]))
+        answer = Answer(
+            parsed=parsed,
+            logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top_logprobs),
+            finish_reason=self._reason or "cancelled",
+            stop_string=self._stop.found,
+            messages=messages,
+        )
+        return answer, self._drain()
+
+    def _read(self, delta: Delta) -> None:
+        """Puts a delta where it is to be shown, the answer's through the stop strings."""
+        if not delta.is_answer and delta.channel != RAW:
+            self._ready.append(delta)
+            return
+        if self._answering is None or self._answering.message != delta.message:
+            self._show(self._stop.flush())  # a stop string does not reach into another message
+            self._answering, self._shown = delta, 0
+        self._show(self._stop.feed(delta.text))
+
+    def _show(self, text: str) -> None:
+        if text and self._answering:
+            self._shown += len(text)
+            self._ready.append(self._answering._replace(text=text))
+
+    def _drain(self) -> list[Delta]:
+        ready, self._ready = self._ready, []
+        return ready
+
+
+class StopStrings:
+    """Finds the first of some strings in text that comes in pieces, holding back what may become one.
+
+    Attributes:
+        found: the string that was found; from then on no text comes out.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        if "" in strings:
+            raise GptossError("a stop string is empty, expected at least one character")
+        self.found: str | None = None
+        self._strings, self._held = tuple(strings), ""
+
+    def feed(self, text: str) -> str:
+        """What of the text so far can be shown: all but the string that was found, or may be under way."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        places = [(at, string) for string in self._strings if (at := self._held.find(string)) >= 0]
+        if places:
+            at, self.found = min(places, key=lambda place: (place[0], -len(place[1])))
+            shown, self._held = self._held[:at], ""
+            return shown
+        keep = max(
+            (n for string in self._strings for n in range(len(string)) if self._held.endswith(string[:n])), default=0
+        )
+        at = len(self._held) - keep
+        shown, self._held = self._held[:at], self._held[at:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back."""
+        shown, self._held = self._held, ""
+        return shown

@@ -1,0 +1,361 @@
+"""Conversations -> token ids, by openai-harmony, with the history rules that the format demands. Knows no jax.
+
+The format is openai/harmony's docs/format.md. The library renders each message; which messages the model gets to see
+again is decided here, since the library forgets to drop an old chain of thought while tools are in flight
+(vllm#45048).
+"""
+
+import datetime
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai_harmony import (
+    DeveloperContent,
+    HarmonyEncoding,
+    Message,
+    ReasoningEffort,
+    RenderOptions,
+    Role,
+    SystemContent,
+    TextContent,
+    ToolDescription,
+    ToolNamespaceConfig,
+)
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import tokenizer
+
+REASONING_EFFORTS = {
+    "low": ReasoningEffort.LOW,
+    "medium": ReasoningEffort.MEDIUM,
+    "high": ReasoningEffort.HIGH,
+}
+DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
+BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
+
+# The settings that speak through each of the two messages in front.
+_SETTINGS_OF = {
+    Role.SYSTEM: ("reasoning_effort", "knowledge_cutoff", "current_date", "builtin_tools"),
+    Role.DEVELOPER: ("instructions", "tools", "response_format"),
+}
+# What stands in a header is one word: a space in a name would begin another field (`f to=user`), and text that reads
+# like a control token would tempt whoever parses the text rather than the ids.
+_HEADER_WORD = re.compile(r"[^\s<|>]+")
+_CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[^\s<|>]+")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_ROLE_OF = {SystemContent: Role.SYSTEM, DeveloperContent: Role.DEVELOPER}
+_ROLES = [role.value for role in Role]
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """A JSON schema that the answer is asked to follow. It stands in the prompt; nothing enforces it.
+
+    Attributes:
+        name: letters, digits, and _ . - only.
+        schema: the JSON schema.
+        description: what it is for; stands as a comment above the schema.
+
+    Raises:
+        GptossError: another name.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+
+    def __post_init__(self):
+        _check_names("response_format", [self.name])
+
+    @property
+    def section(self) -> str:
+        """The section of the developer message (docs/format.md, "Structured output")."""
+        comment = "".join(f"// {line}\n" for line in (self.description or "").splitlines())
+        schema = json.dumps(self.schema, ensure_ascii=False, separators=(",", ":"))
+        return f"# Response Formats\n\n## {self.name}\n\n{comment}{schema}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the system and developer messages say.
+
+    Attributes:
+        reasoning_effort: "low", "medium" or "high".
+        knowledge_cutoff: "YYYY-MM".
+        current_date: "YYYY-MM-DD"; None leaves the line out, so that the same input always gives the same ids.
+        instructions: what other formats call the system prompt; None or empty leaves the section out.
+        tools: functions that the model may call.
+        builtin_tools: of "browser" and "python", those that the model may call.
+        response_format: the form that the answer is asked to have.
+
+    Raises:
+        GptossError: a value that a field cannot have.
+    """
+
+    reasoning_effort: str = "medium"
+    knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
+    current_date: str | None = None
+    instructions: str | None = None
+    tools: tuple[ToolDescription, ...] = ()
+    builtin_tools: tuple[str, ...] = ()
+    response_format: ResponseFormat | None = None
+
+    def __post_init__(self):
+        if self.reasoning_effort not in tuple(REASONING_EFFORTS):
+            raise _refused("reasoning_effort", self.reasoning_effort, f"one of {', '.join(REASONING_EFFORTS)}")
+        if not _is_date(f"{self.knowledge_cutoff}-01"):
+            raise _refused("knowledge_cutoff", self.knowledge_cutoff, "a month as YYYY-MM")
+        if self.current_date is not None and not _is_date(self.current_date):
+            raise _refused("current_date", self.current_date, "a date as YYYY-MM-DD, or none")
+        if not set(self.builtin_tools) <= set(BUILTIN_TOOLS):
+            raise _refused("builtin_tools", list(self.builtin_tools), f"of {', '.join(BUILTIN_TOOLS)}")
+        _check_names("builtin_tools", self.builtin_tools)
+        _check_names("tools", [tool.name for tool in self.tools])
+
+
+def render(
+    messages: Sequence[Message],
+    settings: Settings | None,
+    *,
+    for_completion: bool = True,
+    drop_old_analysis: bool = True,
+    vocab_path: str | Path | None = None,
+) -> list[int]:
+    """Token ids of a conversation. Text never becomes a control token, whatever it spells.
+
+    Args:
+        messages: the conversation. If it brings a system or a developer message of its own, that one stands, and a
+            setting that would have to go into it is refused.
+        settings: what the system and developer messages in front say; None puts nothing in front.
+        for_completion: whether the assistant is to speak next.
+        drop_old_analysis: whether `apply_history_rules` is applied.
+        vocab_path: as for `tokenizer.load_tokenizer`.
+
+    Raises:
+        GptossError: a message that the format does not allow, or settings that contradict the messages.
+    """
+    for index, message in enumerate(messages):
+        check_message(message, f"message {index}")
+    conversation = with_opening(messages, settings)
+    if drop_old_analysis:
+        conversation = apply_history_rules(conversation)
+    encoding = _encoding(vocab_path)
+    options = RenderOptions(conversation_has_function_tools=any(map(_has_functions, conversation)))
+    ids = [token for message in conversation for token in _render_message(message, encoding, options)]
+    return ids + encoding.encode("<|start|>assistant", allowed_special="all") if for_completion else ids
+
+
+def opening(settings: Settings) -> list[Message]:
+    """The system message, and the developer message if there is anything for it to say."""
+    return [_system_message(settings), *_developer_messages(settings)]
+
+
+def with_opening(messages: Sequence[Message], settings: Settings | None) -> list[Message]:
+    """The messages with those in front that the settings make and the conversation does not bring itself.
+
+    Raises:
+        GptossError: a setting other than its default that would have to go into a message which is there already.
+    """
+    if settings is None:
+        return list(messages)
+    check_can_be_set(
+        messages, [name for name, default in vars(Settings()).items() if getattr(settings, name) != default]
+    )
+    own = {message.author.role for message in messages}
+    added = [message for message in opening(settings) if message.author.role not in own]
+    for message in added:
+        check_message(message, f"the {message.author.role.value} message made from the settings")
+    front = int(bool(messages) and messages[0].author.role is Role.SYSTEM)
+    return [*messages[:front], *added, *messages[front:]]
+
+
+def apply_history_rules(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the chain of thought of finished turns.
+
+    A turn is finished once a later user message begins another. What stands on its analysis channel is dropped,
+    calls of built-in tools included, since the model makes them while it thinks; and with a call the result that
+    answers it, on whichever channel. In the last turn everything is kept: tools may be in flight.
+    """
+    finished = messages[: _last_user(messages)]
+    thoughts = {i for i, message in enumerate(finished) if message.channel == "analysis"}
+    results = call_results(messages)
+    dropped = thoughts | {results.get(i) for i in thoughts}
+    return [message for i, message in enumerate(messages) if i not in dropped]
+
+
+def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
+    """Index of each tool call -> index of the message that answers it; None if none does before the turn ends."""
+    results, waiting = {}, []
+    for index, message in enumerate(messages):
+        if message.author.role is Role.USER:
+            waiting = []
+        elif message.author.role is Role.ASSISTANT and message.recipient not in (None, "all"):
+            results[index] = None
+            waiting.append(index)
+        elif message.author.role is Role.TOOL:
+            call = next((i for i in waiting if messages[i].recipient == message.author.name), None)
+            if call is not None:
+                results[call] = index
+                waiting.remove(call)
+    return results
+
+
+def waiting_calls(messages: Sequence[Message]) -> list[int]:
+    """Indices of the last turn's tool calls that no message answers yet."""
+    start = _last_user(messages)
+    return [call for call, result in call_results(messages).items() if result is None and call >= start]
+
+
+def calls_without_result(messages: Sequence[Message]) -> list[str]:
+    """The recipients of all tool calls, in any turn, that no message answers."""
+    return [str(messages[call].recipient) for call, result in call_results(messages).items() if result is None]
+
+
+def _last_user(messages: Sequence[Message]) -> int:
+    """Index of the last user message, 0 if there is none."""
+    return max((i for i, message in enumerate(messages) if message.author.role is Role.USER), default=0)
+
+
+def check_message(message: Message, where: str) -> None:
+    """Refuses what the format cannot say, or what would read as something else.
+
+    Args:
+        message: any message.
+        where: what the error calls it.
+
+    Raises:
+        GptossError: a header field that is not one word, a tool that has no name or the name of a role, a
+            `<|constrain|>` that is not the assistant's, text that no tokenizer takes.
+    """
+    _check_header(message, where)
+    for part in message.content:
+        role = _ROLE_OF.get(type(part))
+        if role not in (None, message.author.role):
+            raise GptossError(
+                f"{where} has role {message.author.role.value!r}, but its content is a {role.value} message's"
+            )
+    whole = "".join(part.text for part in message.content if isinstance(part, TextContent))
+    for text in [*_strings(message.to_dict()), whole]:
+        try:
+            text.encode()
+            tokenizer.check_white_space(text)
+        except UnicodeEncodeError as error:
+            raise GptossError(
+                f"{where} holds half a surrogate pair ({text[error.start]!r}), which is no text"
+            ) from None
+        except ValueError as error:
+            raise GptossError(f"{where}: {error}") from None
+
+
+def _check_header(message: Message, where: str) -> None:
+    role, name = message.author.role, message.author.name
+    words = {"name": name, "recipient": message.recipient, "channel": message.channel}
+    for field, value in {**words, "content_type": message.content_type}.items():
+        constrains = field == "content_type" and role is Role.ASSISTANT
+        pattern = _CONTENT_TYPE if constrains else _HEADER_WORD
+        if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
+            raise GptossError(f"{where}: {field} is {value!r}, expected one word without <, | and >")
+    # A tool's name stands where other messages have their role.
+    if role is Role.TOOL and (name is None or name.partition(":")[0] in _ROLES):
+        raise GptossError(f"{where}: the tool's name is {name!r}, expected one such as 'functions.get_weather'")
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value))
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
+
+
+def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None:
+    """Raises GptossError if one of these fields of `Settings` belongs in a message that the conversation brings."""
+    own = {message.author.role for message in messages}
+    for role, names in _SETTINGS_OF.items():
+        named = [name for name in names if name in fields and role in own]
+        if named:
+            raise GptossError(
+                f"the conversation brings its own {role.value} message, so {', '.join(named)} cannot be set; "
+                "change that message or take it out"
+            )
+
+
+def acting(settings: Settings, messages: Sequence[Message]) -> dict[str, Any]:
+    """The settings that act: those whose message the conversation does not bring itself."""
+    own = {message.author.role for message in messages}
+    names = [name for role, fields in _SETTINGS_OF.items() if role not in own for name in fields]
+    return {name: getattr(settings, name) for name in names}
+
+
+def _system_message(settings: Settings) -> Message:
+    content = SystemContent(
+        reasoning_effort=REASONING_EFFORTS[settings.reasoning_effort],
+        knowledge_cutoff=settings.knowledge_cutoff,
+        conversation_start_date=settings.current_date,
+    )
+    for name in settings.builtin_tools:
+        content = content.with_tools(BUILTIN_TOOLS[name]())
+    return Message.from_role_and_content(Role.SYSTEM, content)
+
+
+def _developer_messages(settings: Settings) -> list[Message]:
+    """One message, or none."""
+    parts = []
+    if settings.instructions or settings.tools:
+        content = DeveloperContent(instructions=settings.instructions or None)
+        parts.append(content.with_function_tools(settings.tools) if settings.tools else content)
+    if settings.response_format:
+        gap = "\n\n" if parts else ""
+        parts.append(TextContent(text=gap + settings.response_format.section))
+    return [Message.from_role_and_contents(Role.DEVELOPER, parts)] if parts else []
+
+
+def _has_functions(message: Message) -> bool:
+    namespaces = [part.tools or {} for part in message.content if isinstance(part, DeveloperContent)]
+    return any("functions" in tools and tools["functions"].tools for tools in namespaces)
+
+
+def _render_message(message: Message, encoding: HarmonyEncoding, options: RenderOptions) -> list[int]:
+    if message.recipient == "all":  # which the library would end with <|call|>, though nobody is called
+        message = message.model_copy(update={"recipient": None})
+    ids = encoding.render(message, options)
+    if len(message.content) > 1:
+        # The library encodes part by part; as one text, tokens may reach across the seams (".\n\n" is one).
+        body = ids.index(tokenizer.MESSAGE) + 1
+        ids[body:-1] = encoding.encode(encoding.decode_utf8(ids[body:-1]), disallowed_special=())
+    return ids
+
+
+@functools.cache
+def _encoding(vocab_path: str | Path | None) -> HarmonyEncoding:
+    """Loaded once per vocabulary: it takes half a second."""
+    return tokenizer.harmony_encoding(vocab_path)
+
+
+def _is_date(value: object) -> bool:
+    try:
+        return datetime.date.fromisoformat(value).isoformat() == value  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_names(field: str, names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if not _NAME.fullmatch(name):
+            raise _refused(f"a name in {field}", name, "letters, digits, and _ . - only")
+        if count > 1:
+            raise GptossError(f"{field} holds {name!r} {count} times, expected once")
+
+
+def _refused(field: str, value: object, expected: str) -> ValueError:
+    return ValueError(f"{field} is {value!r}, expected {expected}")

@@ -1,0 +1,76 @@
+"""The mixture of experts: a router picks a few of many MLPs for each token.
+
+openai/gpt-oss torch/model.py, MLPBlock: softmax over the chosen logits alone, SwiGLU, biases before weighting.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from gptoss_jax.model import layers
+from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+from gptoss_jax.model.invariant_sum import invariant_sum
+from gptoss_jax.model.layers import Kernels
+from gptoss_jax.model.sharding import Sharding
+from pallas_kernels import expert_mlp as op
+
+
+def route(logits: Float[Array, "*rows E"], choices: int) -> tuple[Int32[Array, "*rows X"], Float[Array, "*rows X"]]:
+    """The experts with the largest logits, and the softmax over those alone."""
+    top, ids = jax.lax.top_k(logits, choices)
+    shares = jnp.exp(top - top[..., :1])  # the first is the largest
+    return ids, shares / invariant_sum(shares)[..., None]
+
+
+class Mxfp4Linear(nnx.Module):
+    """The declaration of one matrix and bias per expert, packed: rows are outputs, blocks run along the inputs."""
+
+    def __init__(self, experts: int, out: int, inputs: int, out_axis: str | None, in_axis: str | None):
+        blocks, uint8 = inputs // MXFP4_BLOCK, jnp.dtype(jnp.uint8)
+        self.blocks = layers.weight(
+            (experts, out, blocks, MXFP4_BLOCK // 2), ("experts", out_axis, in_axis, None), uint8
+        )
+        self.scales = layers.weight((experts, out, blocks), ("experts", out_axis, in_axis), uint8)
+        self.bias = layers.weight((experts, out), ("experts", out_axis))
+
+
+PACKED = ("gate_up/blocks", "gate_up/scales", "gate_up/bias", "down/blocks", "down/scales", "down/bias")
+"""The leaves that are an `ExpertWeights`, in its order: as declared they are published, at run time in its layout."""
+
+
+class MixtureOfExperts(nnx.Module):
+    """One layer's router and experts, from the residual stream to what is added to it."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
+        self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.expert_mlp, dtype
+        hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
+        self.norm = layers.weight((hidden,), (None,))
+        self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear, exact=True)
+        self.gate_up = Mxfp4Linear(experts, 2 * inner, hidden, "expert_hidden", None)
+        self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
+
+    def __call__(self, residual: Float[Array, "B T D"], is_token: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the chosen experts add to the residual stream; padding, which is no token, chooses none."""
+        x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
+        ids, weights = route(self.router(x), self.config.experts_per_token)
+        ids = jnp.where(is_token[..., None], ids, -1)  # padding chooses no expert
+        leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
+        packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
+        axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
+        packed_axes = op.packed_axes(self.kernel.layout, axes)
+        rows = ("batch", None, None)
+        run = self.sharding.map(self._run_local, in_axes=(rows, rows, rows, packed_axes), out_axes=rows)
+        return run(x.astype(self.dtype), ids, weights, packed)
+
+    def _run_local(self, x, ids, weights, packed):
+        """This device's experts, and its part of their width, summed over the devices that hold the rest."""
+        ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
+        is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
+        packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
+        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+        y = self.kernel.run(flat(x), flat(ids), flat(weights), packed, limit=self.config.swiglu_limit)
+        return self.sharding.sum_over(self.sharding.sum_over(y, "experts"), "expert_hidden").reshape(x.shape)

@@ -1,0 +1,28 @@
+"""Sums over the last axis whose bits, on CPUs, do not follow from how many rows are summed at once."""
+
+import functools
+import operator
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+FOLD = 8
+
+
+def invariant_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    """The sum of each row.
+
+    XLA:CPU adds up a reduction in vectors, in an order that depends on the shape of the whole array. Written as
+    additions of whole slices, there is one order for each n; it takes as long.
+    """
+    return lax.platform_dependent(x, cpu=_folded, default=functools.partial(jnp.sum, axis=-1))
+
+
+def _folded(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    while x.shape[-1] > 1:
+        width = -(-x.shape[-1] // FOLD)
+        padding = width * FOLD - x.shape[-1]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
+        x = functools.reduce(operator.add, (x[..., i * width : (i + 1) * width] for i in range(FOLD)))
+    return x[..., 0]

@@ -1,0 +1,170 @@
+"""The keys and values behind each row, as a pytree that steps take and give back.
+
+Full-attention layers share a pool of pages, so that memory follows the tokens that are there; banded layers keep a
+ring of the last `sliding_window` tokens per row, whatever the context. Knows no attention.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.sharding import Sharding
+
+PAGE_TOKENS = 64
+
+
+class KVCache(NamedTuple):
+    """State of B rows. With data shards, rows and pages are cut alike, and a row's pages are of its own shard.
+
+    Example: pages of 64 tokens, page_table[0] = [5, 2, 0, 0], lengths[0] = 70. Row 0's tokens 0 to 63 are page 5, its
+    tokens 64 to 69 the first six slots of page 2; token 70 comes next. Its banded layers hold token p in slot p % 128.
+    """
+
+    # By layer: pages [P, S, K H] where attention is full, else a ring [B, W, K H]. Heads and their size are one axis:
+    # two of them a TPU would lay out with the pages innermost, and copy the pool for a kernel that wants it by rows.
+    k: tuple[Float[Array, "_ _ KH"], ...]
+    v: tuple[Float[Array, "_ _ KH"], ...]  # alike
+    page_table: Int32[Array, "B M"]  # the page of each run of S tokens, counted within the row's data shard
+    lengths: Int32[Array, "B"]  # tokens that the row holds
+
+    def with_layer(self, i: int, k: Float[Array, "_ _ KH"], v: Float[Array, "_ _ KH"]) -> "KVCache":
+        """The cache with layer i's keys and values replaced."""
+        return self._replace(k=(*self.k[:i], k, *self.k[i + 1 :]), v=(*self.v[:i], v, *self.v[i + 1 :]))
+
+
+def num_pages(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def empty(config: ModelConfig, *, rows: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of `rows` empty rows over a pool of `pages` pages, each row at most `max_context_tokens` long."""
+
+    def layer(i: int) -> jax.Array:
+        first = (rows, config.sliding_window) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
+        return jnp.zeros((*first, config.num_kv_heads * config.head_dim), dtype)
+
+    return KVCache(
+        k=tuple(layer(i) for i in range(config.num_layers)),
+        v=tuple(layer(i) for i in range(config.num_layers)),
+        page_table=jnp.zeros((rows, num_pages(max_context_tokens)), jnp.int32),
+        lengths=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def axes(config: ModelConfig) -> KVCache:
+    """The logical axes of each array of a cache, as a KVCache of them."""
+    layer = tuple(
+        ("batch" if config.has_sliding_window(i) else "pages", None, "heads") for i in range(config.num_layers)
+    )
+    return KVCache._make([layer, layer, ("batch", None), ("batch",)])
+
+
+def layout(config: ModelConfig, sharding: Sharding) -> KVCache:
+    """Where each array of a cache lies on the mesh, as a KVCache of shardings."""
+    return sharding.named_tree(axes(config))
+
+
+def allocator(
+    config: ModelConfig, sharding: Sharding, *, rows: int, pages: int, max_context_tokens: int, dtype: jnp.dtype
+) -> Callable[[], KVCache]:
+    """Makes `empty` caches, each on the devices that hold its pieces."""
+    make = functools.partial(empty, config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype)
+    return jax.jit(make, out_shardings=layout(config, sharding))
+
+
+def write_pages(
+    pages: Float[Array, "P S KH"],
+    new: Float[Array, "B T K H"],
+    page_table: Int32[Array, "B M"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "P S KH"]:
+    """The pool with `new` at its `positions`; position -1 (padding, behind a row's tokens) is not written."""
+    page = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
+    end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    return _write(pages, _flat(new), page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)
+
+
+def write_ring(
+    ring: Float[Array, "B W KH"], new: Float[Array, "B T K H"], positions: Int32[Array, "B T"]
+) -> Float[Array, "B W KH"]:
+    """The ring with the last W of `new` at their `positions`; position -1 (padding) is not written."""
+    rows, window = ring.shape[:2]
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], positions.shape)
+    end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    first = jnp.maximum(end - window, 0)  # an older token would fight for a newer one's slot
+    return _write(ring, _flat(new), row, positions % window, first, end)
+
+
+def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
+    """Keys or values as the attention op takes them: the same bytes."""
+    return stored.reshape(*stored.shape[:2], kv_heads, -1)
+
+
+def _flat(new: Float[Array, "B T K H"]) -> Float[Array, "B T KH"]:
+    return new.reshape(*new.shape[:2], -1)
+
+
+@jax.custom_vjp
+def _write(
+    stored: Float[Array, "Z Y KH"],
+    new: Float[Array, "B T KH"],
+    major: Int32[Array, "B T"],
+    minor: Int32[Array, "B T"],
+    first: Int32[Array, "B"],
+    end: Int32[Array, "B"],
+) -> Float[Array, "Z Y KH"]:
+    """`stored` with tokens `first` to `end` of each row of `new` at [major, minor]."""
+    new = new.astype(stored.dtype)
+    return jax.lax.platform_dependent(
+        stored, new, major, minor, first, end, cpu=_write_slices, default=_write_scattered
+    )
+
+
+def _write_forward(stored, new, major, minor, first, end):
+    return _write(stored, new, major, minor, first, end), (new[:0], major, minor, first, end)
+
+
+def _write_backward(saved, gradient):
+    """What was written learns from where it went; what it replaced does not."""
+    none, major, minor, first, end = saved
+    new = jnp.where(_is_written(major, first, end)[..., None], gradient[major, minor], 0).astype(none.dtype)
+    return _write(gradient, jnp.zeros_like(new), major, minor, first, end), new, None, None, None, None
+
+
+_write.defvjp(_write_forward, _write_backward)
+
+
+def _is_written(major: Int32[Array, "B T"], first: Int32[Array, "B"], end: Int32[Array, "B"]) -> Bool[Array, "B T"]:
+    ordinal = jnp.arange(major.shape[1], dtype=jnp.int32)
+    return (ordinal >= first[:, None]) & (ordinal < end[:, None])
+
+
+def _write_scattered(stored, new, major, minor, first, end):
+    written = _is_written(major, first, end)
+    major = jnp.where(written, major, stored.shape[0])  # beyond the array: dropped
+    return stored.at[major, minor].set(new, mode="drop")
+
+
+def _write_slices(stored, new, major, minor, first, end):
+    """Token by token, in place, as bits: XLA:CPU takes bfloat16 through a float32 copy of the whole cache.
+
+    It does so for a scatter, which an indexed update is to it, and for a slice's update of bfloat16 numbers alike.
+    """
+    bits = jnp.dtype(f"uint{8 * stored.dtype.itemsize}")
+
+    def write_token(row, token, stored):
+        at = (major[row, token], minor[row, token], 0)
+        update = jax.lax.bitcast_convert_type(new[row, token][None, None], bits)
+        written = jax.lax.dynamic_update_slice(jax.lax.bitcast_convert_type(stored, bits), update, at)
+        return jax.lax.bitcast_convert_type(written, stored.dtype)
+
+    def write_row(row, stored):
+        return jax.lax.fori_loop(first[row], end[row], functools.partial(write_token, row), stored)
+
+    return jax.lax.fori_loop(0, new.shape[0], write_row, stored)

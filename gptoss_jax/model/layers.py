@@ -1,0 +1,160 @@
+"""What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int8, Int32, Real
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.invariant_sum import invariant_sum
+from gptoss_jax.model.sharding import Axes, Sharding
+from pallas_kernels import attention as attention_op
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import linear as linear_op
+from pallas_kernels.choice import Hardware, KernelError
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+class Kernels(NamedTuple):
+    """The implementation of each op that a model runs with."""
+
+    attention: attention_op.Attention = attention_op.IMPLEMENTATIONS["reference"]
+    expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
+    linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the bits that these give for a row depend on no other row, nor on how many there are."""
+        return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
+
+
+def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) -> tuple[Kernels, str]:
+    """Each op's implementation on `hardware`, and one line that says which and why.
+
+    Args:
+        names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
+        hardware: what the devices are.
+        dtype: of the activations.
+
+    Raises:
+        GptossError: no op or no implementation has that name.
+    """
+    attention = functools.partial(attention_op.choose, dtype=dtype)
+    ops: dict[str, Any] = {"attention": attention, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
+    pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
+    asked = {pair[0]: pair[-1] for pair in pairs}
+    if len(asked) < len(pairs):
+        raise GptossError(f"kernels {names!r} names an op twice")
+    for op in asked.keys() - ops.keys():
+        raise GptossError(f"kernels {names!r}: unknown op {op!r}, expected {', '.join(ops)}")
+    try:
+        chosen = {op: choose(asked.get(op, "auto"), hardware) for op, choose in ops.items()}
+    except KernelError as error:
+        raise GptossError(str(error)) from None
+    line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
+    return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
+
+
+Shape = tuple[int, ...]
+
+
+class Dense8(NamedTuple):
+    """A product's weights in eight bits, as `quantize` makes them: values * scales, a scale for each output.
+
+    Stands in the tree of weights where the bfloat16 array stood.
+    """
+
+    values: Int8[Array, "..."]  # [*out, *in]
+    scales: Float[Array, "..."]  # [*out], float32
+
+
+def quantize(w: Float[Array, "..."], num_inputs: int) -> Dense8:
+    """The nearest multiples of 1/127 of each output's largest weight; `num_inputs` axes at the end are summed over."""
+    axes = tuple(range(w.ndim - num_inputs, w.ndim))
+    w = w.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(w), axis=axes) / 127
+    steps = w / jnp.expand_dims(jnp.where(scales > 0, scales, 1), axes)
+    return Dense8(jnp.round(steps).astype(jnp.int8), scales)
+
+
+def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = BFLOAT16, *, num_inputs: int = 0) -> nnx.Param:
+    """A declaration: shape, dtype as stored, logical axes. Allocates nothing.
+
+    `num_inputs`: of a product's weights that may be `quantize`d, the axes at the end that it sums over; else 0.
+    """
+    if len(shape) != len(axes):
+        raise GptossError(f"a weight of shape {shape} cannot have the axes {axes}")
+    declared = jax.ShapeDtypeStruct(shape, dtype)
+    return nnx.Param(declared, axes=axes, num_inputs=num_inputs)  # pyright: ignore[reportArgumentType]
+
+
+def embed(table: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each token's row. The barrier ties the table to the tokens: XLA:CPU would lift a float32 copy out of a loop."""
+    table, tokens = lax.optimization_barrier((table, tokens))
+    return table[tokens]
+
+
+def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*rows D"]:
+    """x / rms(x) * scale, all in float32 (the scale is multiplied before any cast)."""
+    x = x.astype(jnp.float32)
+    mean = invariant_sum(x * x)[..., None] / x.shape[-1]
+    return x * lax.rsqrt(mean + eps) * scale.astype(jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b over several axes: W is [*out, *in], as published; y is float32 [B, T, *out]."""
+
+    def __init__(
+        self,
+        out: Shape,
+        out_axes: Axes,
+        inputs: Shape,
+        in_axes: Axes,
+        sharding: Sharding,
+        kernel: linear_op.Linear,
+        *,
+        exact: bool = False,
+    ):
+        """`exact`: the weights are never `quantize`d."""
+        self.product = Product(out_axes, in_axes, sharding, kernel)
+        self.weight = weight(out + inputs, out_axes + in_axes, num_inputs=0 if exact else len(inputs))
+        self.bias = weight(out, out_axes)
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """y; the matrix product takes operands of x's dtype."""
+        return self.product(x, self.weight.get_value()) + self.bias[...].astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """x W^T over several axes, on every device its own piece: W is [*out, *in], its axes named logically."""
+
+    out_axes: Axes
+    in_axes: Axes
+    sharding: Sharding
+    kernel: linear_op.Linear
+
+    def __call__(self, x: Float[Array, "B T ..."], w: Real[Array, "..."] | Dense8) -> Float[Array, "B T ..."]:
+        """The product of x [B, T, *in], float32 [B, T, *out]."""
+        if isinstance(w, Dense8):  # scaled behind the sum: the products are of whole numbers
+            return self(x, w.values) * w.scales
+        rows = ("batch", None)
+        run = self.sharding.map(
+            self._run_local, in_axes=(rows + self.in_axes, self.out_axes + self.in_axes), out_axes=rows + self.out_axes
+        )
+        return run(x, w)
+
+    def _run_local(self, x: Float[Array, "B T ..."], w: Real[Array, "..."]) -> Float[Array, "B T ..."]:
+        rows, out = x.shape[:2], w.shape[: len(self.out_axes)]
+        inputs = math.prod(w.shape[len(self.out_axes) :])
+        y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*rows, *out)
+        for logical in filter(None, self.in_axes):  # each device summed over its piece of the inputs
+            y = self.sharding.sum_over(y, logical)
+        return y

@@ -1,0 +1,234 @@
+"""A mesh from a string or a file, and the one table that says which mesh axis cuts which logical axis.
+
+Weights, caches and activations name their axes logically ("heads", "experts", ...); only here do those names meet
+devices. A cut that does not come out even is refused, with the sizes that would: MXFP4 blocks of 32 are never split.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+
+MESH_AXES = ("data", "expert", "tensor")
+
+# Logical axis -> the mesh axes that cut it, outermost first. To add a mesh axis, add it above and use it here.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "pages": ("data",),
+    "heads": ("tensor",),
+    "experts": ("expert",),
+    "expert_hidden": ("tensor",),
+    "vocab": ("expert", "tensor"),
+}
+
+Axes = tuple[str | None, ...]
+
+
+class MeshError(GptossError):
+    """A mesh or a rule that this model or these devices cannot follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Devices in a mesh, and the rules by which logical axes are laid over it.
+
+    Attributes:
+        mesh: devices, with axes named as in MESH_AXES.
+        rules: logical axis -> mesh axes.
+    """
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
+
+    def __post_init__(self):
+        for logical, axes in self.rules.items():
+            if logical not in RULES:
+                raise MeshError(f"unknown logical axis {logical!r} in rules, expected one of {', '.join(RULES)}")
+            for axis in axes:
+                if axis not in self.mesh.axis_names:
+                    raise MeshError(f"rule {logical}: unknown mesh axis {axis!r}, expected {self.mesh.axis_names}")
+        if self.mesh_axes("pages") != self.mesh_axes("batch"):
+            raise MeshError("rules cut pages and rows differently, but a row's pages lie on its own devices")
+        for logical in ("heads", "experts", "expert_hidden", "vocab"):
+            if shared := set(self.mesh_axes(logical)) & set(self.mesh_axes("batch")):
+                raise MeshError(f"rules cut both rows and {logical} by {', '.join(shared)}: sums would mix rows")
+
+    def mesh_axes(self, logical: str) -> tuple[str, ...]:
+        """Mesh axes that cut `logical`."""
+        return self.rules.get(logical, RULES[logical])
+
+    def size(self, logical: str) -> int:
+        """Pieces into which `logical` is cut."""
+        return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical))
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The partition of an array whose axes are named `axes`.
+
+        Raises:
+            MeshError: two axes of the array would be cut by the same mesh axis.
+        """
+        used = [axis for logical in axes if logical for axis in self.mesh_axes(logical)]
+        if len(set(used)) < len(used):
+            raise MeshError(f"array axes {axes} are cut by mesh axes {used}: a mesh axis can cut one of them only")
+        return PartitionSpec(*(self.mesh_axes(logical) if logical else None for logical in axes))
+
+    def named(self, axes: Axes) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def row_major(self, axes: Axes) -> Format:
+        """`named`, with the last axis innermost in memory.
+
+        That is how a kernel reads its operands. A TPU's compiler prefers whatever order pads an array least, and would
+        then copy it before each call.
+        """
+        return Format(Layout(major_to_minor=tuple(range(len(axes)))), self.named(axes))
+
+    def named_tree(self, axes: Any) -> Any:
+        """`named` of every array in a tree of axes."""
+        return jax.tree.map(self.named, axes, is_leaf=is_axes)
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """x, told to the compiler to lie as `axes` say."""
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.named(axes))
+
+    def map(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+        """`function` run on every device's own piece of its arguments: how a kernel meets a mesh."""
+        if self.mesh.size == 1:
+            return function
+        to_spec = lambda tree: jax.tree.map(self.spec, tree, is_leaf=is_axes)  # noqa: E731
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=to_spec(in_axes), out_specs=to_spec(out_axes), check_vma=False
+        )
+
+    def sum_over(self, x: jax.Array, logical: str) -> jax.Array:
+        """Inside `map`: the sum of every piece's x, over the mesh axes that cut `logical`."""
+        return x if self.mesh.size == 1 else jax.lax.psum(x, self.mesh_axes(logical))
+
+    def index(self, logical: str) -> jax.Array | int:
+        """Inside `map`: which piece of `logical` this device holds."""
+        return 0 if self.mesh.size == 1 else jax.lax.axis_index(self.mesh_axes(logical))
+
+    def take_slot(self, tree: Any, at: jax.Array, axes: Any) -> Any:
+        """One row from each data shard: the arrays of `tree` that have rows, cut to them; the others whole.
+
+        Args:
+            tree: arrays, those with rows having them first.
+            at: for each shard, which of its own rows, counted within the shard; int32, sharded as rows are.
+            axes: the logical axes of each array of `tree`.
+        """
+
+        def take(tree, at):
+            cut = lambda a, x: jax.lax.dynamic_slice_in_dim(x, at[0], 1) if a[0] == "batch" else x  # noqa: E731
+            return jax.tree.map(cut, axes, tree, is_leaf=is_axes)
+
+        return self.map(take, in_axes=(axes, ("batch",)), out_axes=axes)(tree, at)
+
+    def put_slot(self, tree: Any, row: Any, at: jax.Array, axes: Any) -> Any:
+        """`tree` with the rows that `take_slot` gave replaced by those of `row`, and its other arrays by row's."""
+
+        def put(tree, row, at):
+            def paste(a, x, y):
+                return jax.lax.dynamic_update_slice_in_dim(x, y, at[0], 0) if a[0] == "batch" else y
+
+            return jax.tree.map(paste, axes, tree, row, is_leaf=is_axes)
+
+        return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, row, at)
+
+    def check(self, config: ModelConfig, rows: int = 1) -> None:
+        """Refuses a mesh that does not cut this model and `rows` rows into equal pieces.
+
+        Raises:
+            MeshError: names each axis that does not come out even and the sizes that would.
+        """
+        blocks = config.intermediate_size // MXFP4_BLOCK
+        lengths = {
+            "heads": (config.num_kv_heads, "key/value heads"),
+            "experts": (config.num_experts, "experts"),
+            "expert_hidden": (blocks, f"MXFP4 blocks of {MXFP4_BLOCK} in an expert's width"),
+            "vocab": (config.vocab_size, "vocabulary rows"),
+            "batch": (rows, "sequences of the batch"),
+        }
+        faults = []
+        for logical, (length, what) in lengths.items():
+            if length % self.size(logical):
+                legal = [str(n) for n in range(1, min(length, 1024) + 1) if length % n == 0]
+                axes = " * ".join(self.mesh_axes(logical))
+                faults.append(f"{length} {what} over {axes} = {self.size(logical)} (even: {', '.join(legal)})")
+        if faults:
+            raise MeshError("the mesh does not divide the model: " + "; ".join(faults))
+
+
+def is_axes(x: Any) -> bool:
+    """Whether x names the axes of one array (a leaf of a tree of axes)."""
+    return isinstance(x, tuple) and not hasattr(x, "_fields") and all(a is None or isinstance(a, str) for a in x)
+
+
+def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any] | None = None) -> Sharding:
+    """A Sharding over the first of `devices`, as many as `mesh` asks for.
+
+    Args:
+        mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
+            with the axes of MESH_AXES; or None for a single device.
+        devices: all that JAX has by default.
+
+    Raises:
+        MeshError: unknown axis, malformed text, or more devices wanted than there are.
+    """
+    if isinstance(mesh, Sharding):
+        return mesh
+    if isinstance(mesh, Mesh):
+        # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
+        return Sharding(Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim))
+    if mesh is None or mesh == "":
+        return _build({}, {}, (devices or jax.devices())[:1])
+    if str(mesh).endswith(".json"):
+        axes, rules = _read_file(Path(mesh))
+    else:
+        axes, rules = _parse(str(mesh)), {}
+    return _build(axes, rules, devices or jax.devices())
+
+
+def _parse(text: str) -> dict[str, Any]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not (number.isascii() and number.isdigit()) for _, _, number in pairs):
+        raise MeshError(f"mesh {text!r}, expected for example data=1,expert=4,tensor=2, or a .json file")
+    axes = {name.strip(): int(number) for name, _, number in pairs}
+    if len(axes) < len(pairs):
+        raise MeshError(f"mesh {text!r} names an axis twice")
+    return axes
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise MeshError(f"mesh file {path}: {error}") from None
+    right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
+    right = right and all(isinstance(part, dict) for part in raw.values())
+    if not right or not all(isinstance(axes, list) for axes in raw.get("rules", {}).values()):
+        raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
+    return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
+
+
+def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
+    for name, size in axes.items():
+        if name not in MESH_AXES:
+            raise MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
+        if type(size) is not int or size < 1:
+            raise MeshError(f"mesh axis {name}={size!r}, expected a whole number of at least 1")
+    shape = [axes.get(name, 1) for name in MESH_AXES]
+    if math.prod(shape) > len(devices):
+        raise MeshError(f"a mesh of {math.prod(shape)} devices, but there are {len(devices)}")
+    grid = np.array(devices[: math.prod(shape)]).reshape(shape)
+    return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})

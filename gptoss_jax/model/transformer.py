@@ -1,0 +1,169 @@
+"""The whole transformer on one screen: what it declares, and one step of it as a pure function.
+
+Flax NNX declares: every weight says its shape, dtype and logical axes once, and nothing is allocated. What runs is
+`step`, a pure function of a plain nested dict of weights, tokens and a cache; jit it, shard it, differentiate it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from gptoss_jax.model import experts, layers, rope
+from gptoss_jax.model.attention import Attention, Step
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.experts import MixtureOfExperts
+from gptoss_jax.model.kv_cache import KVCache
+from gptoss_jax.model.layers import Kernels
+from gptoss_jax.model.sharding import Axes, Sharding
+from pallas_kernels import expert_mlp as expert_op
+
+
+class DtypePolicy(NamedTuple):
+    """Which number format holds what. Weights stay as stored (bfloat16, MXFP4) under every policy.
+
+    Always float32, for the reason beside it: the inside of RMSNorm (as the reference), matrix product sums (what
+    tensor cores give), YaRN angles (bfloat16 positions break beyond 256), router logits (rounding flips experts),
+    softmax and logits (cheap, and the reference's bfloat16 here is its largest error).
+    """
+
+    residual: jnp.dtype  # the stream that every layer adds to: float32 costs nothing and halves the rounding error
+    activations: jnp.dtype  # operands of matrix products, queries, keys and values
+    cache: jnp.dtype  # keys and values at rest
+
+
+_BFLOAT16, _FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+DTYPE_POLICIES = {
+    "bfloat16": DtypePolicy(residual=_FLOAT32, activations=_BFLOAT16, cache=_BFLOAT16),
+    "float32": DtypePolicy(residual=_FLOAT32, activations=_FLOAT32, cache=_FLOAT32),
+}
+
+
+class Layer(nnx.Module):
+    """Attention, then experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, sharding: Sharding, kernels: Kernels, policy: DtypePolicy):
+        self.attention = Attention(config, layer, sharding, kernels, policy.activations)
+        self.moe = MixtureOfExperts(config, sharding, kernels, policy.activations)
+
+    def __call__(self, x: Float[Array, "B T D"], step: Step, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The residual stream behind this layer, and the cache with this layer's keys and values."""
+        with jax.named_scope("attention"):
+            added, cache = self.attention(x, step, cache)
+            x = x + added.astype(x.dtype)
+        with jax.named_scope("experts"):
+            x = x + self.moe(x, step.positions >= 0).astype(x.dtype)
+        return x, cache
+
+
+class Transformer(nnx.Module):
+    """gpt-oss. Layers are unrolled: docs/lab_notes.md has the measurement against a scan."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, kernels: Kernels, policy: DtypePolicy):
+        self.config, self.sharding, self.policy = config, sharding, policy
+        self.embedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None))
+        self.layers = nnx.List([Layer(config, i, sharding, kernels, policy) for i in range(config.num_layers)])
+        self.norm = layers.weight((config.hidden_size,), (None,))
+        self.unembedding = layers.weight((config.vocab_size, config.hidden_size), ("vocab", None), num_inputs=1)
+        self.unembed = layers.Product(("vocab",), (None,), sharding, kernels.linear)
+
+    def __call__(
+        self, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Runs `counts` tokens of each row behind what `cache` holds; gives the final residual stream."""
+        ordinal = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        positions = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
+        step = Step(positions, *rope.rotation(self.config, positions))
+        x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                x, cache = layer(self.sharding.constrain(x, ("batch", None, None)), step, cache)
+        return x, cache._replace(lengths=cache.lengths + counts)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits from the final residual stream, float32."""
+        x = layers.rms_norm(x, self.norm[...], self.config.rms_norm_eps).astype(self.policy.activations)
+        with jax.named_scope("unembedding"):
+            return self.unembed(x, self.unembedding.get_value())
+
+
+# ---- the declaration, as others read it ----
+
+Params = dict[Any, Any]  # a nested dict of arrays; layers are keyed by their number
+
+
+class Leaf(NamedTuple):
+    """One declared weight."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: Axes
+    num_inputs: int = 0  # see `layers.weight`
+
+
+class Model(NamedTuple):
+    """A graph that `step` runs, and the weights that it declares."""
+
+    graph: Any
+    leaves: dict[str, Leaf]  # by path, as in "layers/0/attention/q/weight"
+    batch_invariant: bool  # see `Kernels.batch_invariant`
+
+    def bind(self, params: Params) -> Transformer:
+        """The module with `params` in it, for use inside a jitted function."""
+        return nnx.merge(self.graph, params)
+
+    def rearrangements(self, layout: expert_op.Layout) -> dict[str, expert_op.Rearrangement]:
+        """What `layout` does to each leaf."""
+        ways: dict[str, expert_op.Rearrangement] = dict(zip(experts.PACKED, layout, strict=True))
+        return {path: ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED) for path in self.leaves}
+
+
+def declare(
+    config: ModelConfig,
+    sharding: Sharding,
+    kernels: Kernels | None = None,
+    policy: DtypePolicy = DTYPE_POLICIES["bfloat16"],
+) -> Model:
+    """The model that `config` describes, without weights."""
+    kernels = kernels or Kernels()
+    graph, state = nnx.split(Transformer(config, sharding, kernels, policy))
+    leaves = {
+        "/".join(map(str, path)): Leaf(
+            *(param.get_value().shape, param.get_value().dtype), *map(param.get_metadata, ("axes", "num_inputs"))
+        )
+        for path, param in nnx.to_flat_state(state)
+    }
+    return Model(graph, leaves, kernels.batch_invariant)
+
+
+def nest(leaves: dict[str, Any]) -> Params:
+    """Leaves by path -> the nested dict that the model takes (layer numbers as integers)."""
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def step(
+    model: Model, params: Params, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """One prefill chunk or decoding step: the logits that follow each row's last token, and the cache behind it."""
+    transformer = model.bind(params)
+    x, cache = transformer(tokens, counts, cache)
+    last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+    return transformer.logits(last)[:, 0], cache
+
+
+def all_logits(
+    model: Model, params: Params, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """As `step`, but the logits that follow every token (teacher forcing)."""
+    transformer = model.bind(params)
+    x, cache = transformer(tokens, counts, cache)
+    return transformer.logits(x), cache

@@ -1,0 +1,70 @@
+"""Requests through an engine, each read by its stream: finished answers, in order, as soon as they can be given."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from gptoss_jax.engine.engine import Engine, Event, NumericsError, Request
+from gptoss_jax.harmony.answer import Answer, AnswerStream
+from gptoss_jax.harmony.parser import Delta
+
+
+class Sample(NamedTuple):
+    """A finished answer, and when its tokens came."""
+
+    answer: Answer
+    deltas: list[Delta]
+    first_token_seconds: float  # from the start of the run
+    last_token_seconds: float
+
+
+def collect(
+    runner: Engine,
+    requests: Sequence[Request],
+    streams: Sequence[AnswerStream],
+    show: Callable[[list[Delta]], None],
+    interrupted: Callable[[], bool],
+) -> Iterator[Sample]:
+    """Runs the requests to their ends, or until interrupted, and gives their answers in order, each as soon as it can.
+
+    An answer that meets logits which are not finite ends there ("error"); the others go on. `show` gets what each
+    event of any request brings.
+    """
+    streams_by_id = {runner.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
+    growing = {request_id: _Growing(stream, show) for request_id, stream in streams_by_id.items()}
+    began = time.perf_counter()
+    while not runner.is_idle and not interrupted():
+        with contextlib.suppress(NumericsError):  # the event has said so
+            for event in runner.run(until=interrupted):
+                growing[event.request_id].take(event, time.perf_counter() - began)
+                while growing and growing[first := next(iter(growing))].ended:
+                    yield growing.pop(first).sample()
+    for request_id, answer in growing.items():
+        runner.cancel(request_id)
+        yield answer.sample()
+
+
+class _Growing:
+    """An answer on its way to a `Sample`."""
+
+    def __init__(self, stream: AnswerStream, show: Callable[[list[Delta]], None]):
+        self._stream, self._show = stream, show
+        self._deltas: list[Delta] = []
+        self._times: list[float] = []
+        self.ended = False
+
+    def take(self, event: Event, seconds: float) -> None:
+        self._times.append(seconds)
+        self.ended = event.finish_reason is not None
+        self._bring(self._stream.take(event))
+
+    def sample(self) -> Sample:
+        answer, rest = self._stream.finish()
+        self._bring(rest)
+        when = self._times or [0.0]
+        return Sample(answer, self._deltas, when[0], when[-1])
+
+    def _bring(self, deltas: list[Delta]) -> None:
+        self._deltas += deltas
+        self._show(deltas)

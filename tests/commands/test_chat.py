@@ -1,0 +1,297 @@
+"""A chat in a terminal as a person sees it: a pseudo-terminal, and an emulator that says what is on the screen."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import termios
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyte
+import pytest
+
+from tests import processes, scripted
+from tests.commands.test_generate import TOOLS, WORDY
+from tests.gate import TinyModel
+
+SECONDS = 120  # a machine under load may compile for long
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models that say what they were told to, one that rambles, and a home for caches."""
+    folder = tmp_path_factory.mktemp("chat")
+    for name in scripted.SCRIPTS:
+        scripted.write(folder / name, name)
+    TinyModel(WORDY).write(folder / "rambler")
+    return folder
+
+
+class _Terminal:
+    """A command in a terminal of 80 columns and 40 lines."""
+
+    def __init__(self, descriptor: int, process):
+        self.descriptor, self.process = descriptor, process
+        self.screen = pyte.Screen(80, 40)
+        self._emulator = pyte.ByteStream(self.screen)
+        self.bytes = b""
+
+    @property
+    def text(self) -> str:
+        """What is on the screen, without empty lines at its end and white space at lines' ends."""
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Reads until the text is on the screen, so many times."""
+        end = time.monotonic() + SECONDS
+        while self.text.count(text) < times:
+            over = time.monotonic() > end or not self.process.is_alive()
+            self._read(0.1)
+            assert not over or self.text.count(text) >= times, f"no {text!r} on the screen:\n{self.text}"
+
+    def say(self, keys: str, expected: str) -> None:
+        """Types, and reads until what is to come of it is on the screen once more than before."""
+        before = self.text.count(expected)
+        os.write(self.descriptor, keys.encode())
+        self.wait_for(expected, before + 1)
+
+    def _read(self, seconds: float) -> None:
+        if select.select([self.descriptor], [], [], seconds)[0]:
+            with contextlib.suppress(OSError):  # the other end is closed
+                new = os.read(self.descriptor, 65536)
+                self.bytes += new
+                self._emulator.feed(new)
+                if b"\x1b[6n" in new:  # where is the cursor? prompt_toolkit asks
+                    at = self.screen.cursor
+                    os.write(self.descriptor, b"\x1b[%d;%dR" % (at.y + 1, at.x + 1))
+
+    def ended(self) -> int:
+        """The exit code, once the command has ended."""
+        end = time.monotonic() + SECONDS
+        while self.process.is_alive() and time.monotonic() < end:
+            self._read(0.1)
+        self._read(0.1)
+        self.process.join(1)
+        return self.process.exitcode
+
+
+class _InTerminal(NamedTuple):
+    """Makes a terminal the process's own, and its three streams; and works in a folder."""
+
+    path: str
+    folder: str
+
+    def __call__(self) -> None:
+        os.chdir(self.folder)
+        os.setsid()
+        descriptor = os.open(self.path, os.O_RDWR)
+        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+        for stream in range(3):
+            os.dup2(descriptor, stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
+
+
+@contextlib.contextmanager
+def _terminal(folder, model, *arguments, **environment) -> Iterator[_Terminal]:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    everything = {"XDG_CACHE_HOME": str(folder / "home"), "TERM": "xterm-256color", "NO_COLOR": None, **environment}
+    everything |= {"COLUMNS": None, "LINES": None}
+    process = processes.start(
+        *("gptoss_jax.generate", "--checkpoint", folder / model, *arguments),
+        prepare=_InTerminal(os.ttyname(theirs), str(folder)),
+        environment=everything,
+    )
+    try:
+        yield _Terminal(ours, process)
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+
+
+SESSION = """\
+/help lists the commands; Alt-Enter begins a new line; Ctrl-C stops an answer,
+Ctrl-D ends the session
+> Why is the sky blue?
+[reasoning]
+Hmm, why does sky look blue? Recall Rayleigh.
+
+Because air scatters short waves most: **blue** ✨
+> /effort extreme
+reasoning_effort is 'extreme', expected one of low, medium, high
+> /effort high
+> /what
+unknown command /what: /help lists them (a space in front makes it text)
+> /stats
+answers: 1, of 35 tokens at N tokens/s
+conversation: 99 of 4096 tokens; effort: high
+> and
+  in two lines?
+[reasoning]
+Hmm, why does sky look blue? Recall Rayleigh.
+
+Because air scatters short waves most: **blue** ✨
+> /save talk.json
+6 messages written to talk.json
+> /reset
+> /quit"""
+
+
+@pytest.mark.slow
+def test_a_session_looks_as_it_did_in_a_terminal(folder):
+    """Guards the whole look, line by line: prompts, reasoning, errors, commands. SESSION was captured in tmux."""
+    with _terminal(folder, "thinker", "--chat", "--show-reasoning") as terminal:
+        terminal.wait_for("\n>")
+        terminal.say("Why is the sky blue?\r", "**blue** ✨\n>")
+        terminal.say("/effort extreme\r", "low, medium, high\n>")
+        terminal.say("/effort high\r", "/effort high\n>")
+        terminal.say("/what\r", "makes it text)\n>")
+        terminal.say("/stats\r", "effort: high\n>")
+        terminal.say("and\x1b\rin two lines?\r", "**blue** ✨\n>")
+        terminal.say("/save talk.json\r", "written to talk.json\n>")
+        terminal.say("/reset\r", "/reset\n>")
+        terminal.say("/quit\r", "/quit")
+        assert terminal.ended() == 0
+        shown = terminal.text[terminal.text.index("/help lists") :]
+    assert re.sub(r"at [\d.]+ tokens/s", "at N tokens/s", shown).splitlines() == SESSION.splitlines()
+    said = json.loads((folder / "talk.json").read_text())
+    turn = [("user", None), ("assistant", "analysis"), ("assistant", "final")]
+    assert [(message["role"], message["channel"]) for message in said] == [("system", None), *turn, *turn]
+    assert said[4]["content"][0]["text"] == "and\nin two lines?"
+    assert b"\x1b[2m" in terminal.bytes  # dim
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_not_the_session(folder):
+    """Guards the habit of a hand: an answer is cut short and kept, at the prompt a hint comes, Ctrl-D goes."""
+    with _terminal(folder, "rambler/published", "--chat") as terminal:
+        terminal.wait_for("\n>")
+        os.write(terminal.descriptor, b"Tell me a story.\r")
+        time.sleep(2)
+        terminal.say("\x03\x03\x03", "the answer was interrupted after")  # a hand that insists
+        terminal.say("\x03", "(Ctrl-D or /quit ends the session)\n>")
+        terminal.say("/stats\r", "effort: medium\n>")  # before the prompt is there, Ctrl-D would go astray
+        os.write(terminal.descriptor, b"\x04")
+        assert terminal.ended() == 0
+        assert "Traceback" not in terminal.text
+
+
+@pytest.mark.slow
+def test_calls_are_shown_as_calls_and_take_results(folder):
+    """Guards tools in a chat: the call is shown, /result answers it, and a second one has nothing to answer."""
+    (folder / "tools.json").write_text(json.dumps(TOOLS))
+    with _terminal(folder, "caller", "--chat", "--tools", "tools.json", NO_COLOR="1") as terminal:
+        terminal.wait_for("\n>")
+        terminal.say("/result early\r", "no call")
+        terminal.say("Umbrella?\r", 'call get_weather({"city": "Paris"}): /result answers it\n>')
+        terminal.say('/result {"rain": true}\r', "/result answers it\n>")
+        terminal.say("/save calls.json\r", "written to calls.json\n>")
+        os.write(terminal.descriptor, b"\x04")
+        assert terminal.ended() == 0
+        assert not re.search(rb"\x1b\[[0-9;]*[1-9][0-9;]*m", terminal.bytes)  # NO_COLOR: neither colour nor dim
+    said = json.loads((folder / "calls.json").read_text())
+    results = [message for message in said if message["role"] == "tool"]
+    assert [(m["name"], m["content"][0]["text"]) for m in results] == [("functions.get_weather", '{"rain": true}')]
+
+
+@pytest.mark.slow
+def test_a_prompt_in_a_terminal_shows_progress_and_takes_it_away(folder):
+    """Guards the one-shot look in 80 columns: bars while it loads and compiles, nothing of them in the end."""
+    with _terminal(folder, "thinker", "Why?", XDG_CACHE_HOME=str(folder / "new")) as terminal:
+        assert terminal.ended() == 0
+        assert b"loading" in terminal.bytes
+        assert b"compiling" in terminal.bytes
+        lines = terminal.text.splitlines()
+    assert not any(line.startswith(("loading", "compiling")) for line in lines)
+    assert scripted.ANSWER in lines
+    assert lines[0].startswith("loaded safetensors (Hugging Face, MXFP4 experts) in ")
+    assert all(not line[79:].strip() or " " not in line[78:] for line in lines)
+
+
+def test_a_chat_can_be_piped(folder):
+    """Guards scripts: answers alone on stdout, a backslash continues a line, no code of any terminal anywhere."""
+    lines = "Hello\n/effort high\none \\\nprompt\n\n/nonsense\n"
+    environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None}
+    asked = ("--checkpoint", folder / "thinker", "--chat", "--max-context-tokens", "180")
+    done = processes.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment)
+    assert done[:2] == (0, 2 * (scripted.ANSWER + "\n")), done.stderr
+    assert "unknown command /nonsense" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_full_context_is_said_and_the_session_goes_on(folder):
+    """Guards long chats: what no longer fits is refused in a line, the conversation stays, /reset makes room."""
+    lines = "Hello\n" + "word " * 100 + "\nHello\n/reset\n" + "word " * 10 + "\n"
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("--checkpoint", folder / "thinker", "--chat", "--max-context-tokens", "180")
+    done = processes.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment)
+    assert done[:2] == (0, 3 * (scripted.ANSWER + "\n")), done.stderr
+    assert (
+        "exceed the context of 180 tokens: shorten them, or raise --max-context-tokens (/reset forgets" in done.stderr
+    )
+
+
+def test_a_chat_goes_on_from_a_file(folder, tmp_path):
+    """Guards --chat --messages: what was said is there, and a system message of its own cannot be changed."""
+    lines = "Hello\n/save FIRST\n/quit\n".replace("FIRST", str(tmp_path / "first.json"))
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("--checkpoint", folder / "thinker", "--chat")
+    assert processes.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment).returncode == 0
+    lines = "/effort high\nAgain\n/save SECOND\n".replace("SECOND", str(tmp_path / "second.json"))
+    again = (*asked, "--messages", tmp_path / "first.json")
+    done = processes.run("gptoss_jax.generate", *again, stdin=lines, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "brings its own system message, so reasoning_effort cannot be set" in done.stderr
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
+    assert second[: len(first)] == first
+    assert [m["content"][0]["text"] for m in second if m["role"] == "user"] == ["Hello", "Again"]
+
+
+def test_several_calls_take_their_results_in_order(folder, tmp_path):
+    """Guards /result: the first call that waits is named and answered first; the model goes on behind the last."""
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("f", "g", "f")]
+    chat = [{"role": "user", "content": "Umbrella?"}, {"role": "assistant", "tool_calls": calls}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--messages", tmp_path / "chat.json")
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    lines = f"/result one\n/result two\n/result three\n/save {tmp_path / 'all.json'}\n/reset\n/result four\n"
+    done = processes.run(*asked, stdin=lines, environment=environment)
+    assert done[:2] == (0, scripted.ANSWER + "\n"), done.stderr
+    waits = [line for line in done.stderr.splitlines() if line.endswith(" waits: /result answers it")]
+    assert [line.split()[0] for line in waits] == ["functions.f", "functions.g", "functions.f"]
+    assert done.stderr.splitlines()[-1] == "no call waits for a result"
+    results = [m for m in json.loads((tmp_path / "all.json").read_text()) if m["role"] == "tool"]
+    assert [(m["name"][-1], m["content"][0]["text"]) for m in results] == [("f", "one"), ("g", "two"), ("f", "three")]
+    done = processes.run(*asked, stdin="/result one\nNever mind.\n", environment=environment)
+    assert done[:2] == (0, scripted.ANSWER + "\n"), done.stderr
+    assert "functions.g is left without a result\nfunctions.f is left without a result\n" in done.stderr
+
+
+def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
+    """Guards long sessions: bad bytes and logits that are not finite cost a line and an answer, not the session."""
+    scripted.write(folder / "spoilt", "thinker", spoilt=" short")
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "spoilt", "--chat", "--max-new-tokens", "30")
+    done = processes.run(*asked, stdin=b"Hell\xff\nHello\nHello\n/stats\n/quit\n/help\n", environment=environment)
+    assert done[:2] == (0, 2 * "Because air scatters short\n"), done.stderr
+    assert "what was entered is not valid UTF-8" in done.stderr
+    assert done.stderr.count("the answer ended at step 26: logits are not finite") == 2
+    assert "answers: 2, of 52 tokens" in done.stderr
+    assert "this list" not in done.stderr
+
+
+def test_hidden_reasoning_is_shown_by_a_command(folder):
+    """Guards the hint behind an answer that was cut while reasoning: in a session it names the session's command."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "8")
+    done = processes.run(*asked, stdin="Hello\n/reasoning\nHello\n", environment=environment)
+    assert done.stderr.count("no final answer: the model was still reasoning") == 2
+    assert done.stderr.count("still reasoning (/reasoning shows it)") == 1

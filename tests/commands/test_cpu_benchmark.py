@@ -1,0 +1,192 @@
+"""The CPU's benchmark and its writer of GGUF files, at toy size: what they print and write is what they say."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import true_width, under_load, write_gguf
+from converters.random_weights import random_tensors, with_vocab_size, write_checkpoint
+from gptoss_jax.model.config import parse_config
+from pallas_kernels import mxfp4
+from tests import processes
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    """The tiny model with a small vocabulary."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(with_vocab_size(json.loads(Path("configs/tiny.json").read_text()), 512)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def raw(config_file):
+    """Its config.json, cut to two layers."""
+    return true_width.raw_config(LAYERS, config_file)
+
+
+def run(config_file: Path, *arguments) -> processes.Done:
+    """The command on a tiny model, measuring little."""
+    sizes = ("--layers", LAYERS, "--config", config_file, "--steps", 2, "--rounds", 1, "--chunk", 8, "--notransformers")
+    return processes.run("benchmarks.cpu", *sizes, *arguments)
+
+
+def test_command_measures_every_case(config_file):
+    """Flags that are not read, a last line that is no JSON, rates that do not follow from one another."""
+    lengths = ("--contexts", "16,150", "--batch", "1,2", "--prefill", 20, "--prefill-batch", 2)
+    done = run(config_file, *lengths, "--kernels", "reference", "--cache-gib", 150 * 1024 / 2**30)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kernels"].count("reference") == 3
+    assert [(case["rows"], case["context_tokens"]) for case in result["decode"]] == [
+        (1, 16),
+        (2, 16),
+        (1, 150),
+        (2, 150),
+    ]
+    assert [(case["rows"], case["prompt_tokens"], case["chunk_tokens"]) for case in result["prefill"]] == [(2, 20, 8)]
+    measured = [case for case in result["decode"] if "left_out" not in case]
+    assert len(measured) == 3 and "GiB, above --cache-gib" in result["decode"][3]["left_out"]
+    for case in measured:
+        rate = case["step_bytes"] * case["tokens_per_second"] / case["rows"]
+        assert case["bytes_per_second"] == pytest.approx(rate, rel=0.01)
+        assert case["share_of_reading"] == pytest.approx(rate / case["read_bytes_per_second"], rel=0.1, abs=1e-3)
+
+
+def test_peers_take_turns(config_file, tmp_path):
+    """llama.cpp's options misspelt or its figures misread: stand-ins answer so, and note what they are asked."""
+    asked = tmp_path / "asked"
+    for name, answer in (
+        ("llama-bench", '[{"avg_ts": 50.0}]'),
+        ("llama-batched-bench", 'log\n{"speed_pp": 7.0, "speed_tg": 80.0}'),
+    ):
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\necho {name} \"$GLIBC_TUNABLES\" \"$@\" >> {asked}\nprintf '%s' '{answer}'"
+        )
+        (tmp_path / name).chmod(0o755)
+    programs = ("--llama-bench", tmp_path / "llama-bench", "--llama-batched-bench", tmp_path / "llama-batched-bench")
+    lengths = ("--contexts", "16,20", "--peer-contexts", 16, "--batch", "1,2", "--prefill", 5, "--rounds", 2)
+    done = run(config_file, *lengths, *programs, "--gguf", "w.gguf")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [case.get("llama.cpp") for case in result["decode"]] == [50.0, 80.0, None, None]
+    assert [case.get("llama.cpp, huge pages") for case in result["decode"]] == [50.0, 80.0, None, None]
+    assert result["prefill"][0]["llama.cpp"] == 50.0
+    first = result["decode"][0]
+    assert first["over llama.cpp"] == pytest.approx(first["tokens_per_second"] / 50.0, rel=0.5)
+    lines = asked.read_text().splitlines()
+    assert len(lines) == 2 * 2 * 3  # rounds, kinds of pages, cases
+    assert lines[0].startswith("llama-bench  -r 1 -o json -m w.gguf -t ") and lines[0].endswith("-p 0 -n 2 -d 16")
+    assert lines[1].startswith("llama-bench glibc.malloc.hugetlb=1 ") and "-lm none" in lines[1]
+    assert lines[4].startswith("llama-batched-bench  --output-format jsonl ") and "-npl 2 -npp 16 -ntg 2" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "either --checkpoint or --layers"),
+        (("--layers", 3), "3 layers, expected an even number"),
+        (("--layers", 2, "--llama-bench", "x"), "--llama-bench and --gguf belong together"),
+        (("--layers", 2, "--config", "configs/tiny.json", "--contexts", "16,x"), "16,x: expected whole numbers"),
+    ],
+)
+def test_usage_errors(arguments, message):
+    """Tracebacks, and measurements that begin before the flags are known to be good."""
+    done = processes.run("benchmarks.cpu", *arguments)
+    assert (done.returncode, message in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
+
+
+def test_prefill_operations_are_counted(raw):
+    """The share of the peak: a term that is forgotten, or counted for every token in place of the last."""
+    config = parse_config(raw)
+    tokens, window = 300, config.sliding_window
+    keys = sum(min(p + 1, window) for p in range(tokens)) + sum(p + 1 for p in range(tokens))
+    scores = 2 * 2 * config.num_heads * config.head_dim * keys
+    projections = 2 * config.head_dim * (config.num_heads + config.num_kv_heads) * config.hidden_size
+    experts = config.experts_per_token * 3 * config.hidden_size * config.intermediate_size
+    per_token = 2 * LAYERS * (projections + experts + config.num_experts * config.hidden_size)
+    unembedding = 2 * config.vocab_size * config.hidden_size
+    assert under_load.prefill_operations(config, 3, tokens) == 3 * (per_token * tokens + scores + unembedding)
+
+
+# ---- GGUF ----
+
+
+def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Float32 weights of MXFP4 as published."""
+    return np.asarray(mxfp4.dequantize(jnp.asarray(blocks), jnp.asarray(scales), np.float32))
+
+
+def gguf_dequantized(packed: np.ndarray) -> np.ndarray:
+    """llama.cpp's dequantize_row_mxfp4, literally (ggml-quants.c): uint8 [..., 17 B] -> float32 [..., 32 B]."""
+    doubled = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+    blocks = packed.reshape(-1, 17)
+    scale = np.ldexp(np.float32(0.5), blocks[:, :1].astype(np.int32) - 127).astype(np.float32)
+    codes = np.concatenate([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], axis=1)
+    return (doubled[codes] * scale).reshape(*packed.shape[:-1], -1)
+
+
+def test_repacked_experts_are_the_same_weights():
+    """Nibbles in the wrong order, which a benchmark of random weights would never show."""
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (2, 3, 5, 16), np.uint8)
+    scales = random.integers(3, 252, (2, 3, 5), np.uint8)  # no infinities, no subnormals
+    expected = dequantized(blocks, scales)
+    got = gguf_dequantized(write_gguf.repack(blocks, scales))
+    assert got.shape == (2, 3, 160)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("dense", write_gguf.DENSE)
+def test_file_holds_the_model(dense, raw, tmp_path):
+    """A leaf under another's name, gate and up swapped, a matrix transposed: read back by the gguf package itself."""
+    gguf = pytest.importorskip("gguf", reason="reading and writing GGUF needs the gguf package")
+    tensors = random_tensors(raw, true_width.SEED)
+    path = tmp_path / "model.gguf"
+    assert write_gguf.write(path, write_gguf.random_leaves(raw), dense) == path.stat().st_size
+    reader = gguf.GGUFReader(path)
+    got = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    layer = "model.layers.1"
+
+    def same(name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
+        found = got.pop(name)
+        assert found.shape == expected.shape, name
+        np.testing.assert_allclose(found, expected.astype(np.float32), rtol=0, atol=tolerance * np.abs(expected).max())
+
+    rounding = 0.0 if dense == "bf16" else 0.005
+    same("token_embd.weight", tensors["model.embed_tokens.weight"].astype(np.float32), rounding)
+    for ours, theirs in (("q_proj", "attn_q"), ("k_proj", "attn_k"), ("v_proj", "attn_v"), ("o_proj", "attn_output")):
+        same(f"blk.1.{theirs}.weight", tensors[f"{layer}.self_attn.{ours}.weight"].astype(np.float32), rounding)
+        same(f"blk.1.{theirs}.bias", tensors[f"{layer}.self_attn.{ours}.bias"])
+    same("blk.1.attn_sinks.weight", tensors[f"{layer}.self_attn.sinks"])
+    same("blk.1.ffn_gate_inp.weight", tensors[f"{layer}.mlp.router.weight"])
+    experts = f"{layer}.mlp.experts"
+    for name, part, rows in (
+        ("ffn_gate_exps", "gate_up_proj", np.s_[:, ::2]),
+        ("ffn_up_exps", "gate_up_proj", np.s_[:, 1::2]),
+        ("ffn_down_exps", "down_proj", np.s_[:]),
+    ):
+        blocks, scales = (tensors[f"{experts}.{part}_{half}"] for half in ("blocks", "scales"))
+        same(f"blk.1.{name}.weight", dequantized(blocks, scales)[rows])
+        same(f"blk.1.{name}.bias", tensors[f"{experts}.{part}_bias"][rows])
+    norms = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+    for theirs, ours in norms.items():
+        same(f"blk.1.{theirs}.weight", tensors[f"{layer}.{ours}.weight"])
+    assert {name.replace("blk.0.", "") for name in got if "blk.1." not in name} >= {"output.weight", "attn_q.bias"}
+
+
+@pytest.mark.live
+def test_published_and_random_weights_give_the_same_file(raw, tmp_path):
+    """--checkpoint and --layers that would give llama.cpp another model than ours."""
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    write_checkpoint(tmp_path / "published", raw, seed=true_width.SEED)
+    files = [tmp_path / name for name in ("published.gguf", "random.gguf")]
+    write_gguf.write(files[0], write_gguf.published(tmp_path / "published"), "bf16")
+    write_gguf.write(files[1], write_gguf.random_leaves(raw), "bf16")
+    assert files[0].read_bytes() == files[1].read_bytes()

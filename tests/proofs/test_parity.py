@@ -1,0 +1,322 @@
+"""The product against the goldens of transformers and the float64 reference; and the gate against known bugs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptoss_jax
+from converters.random_weights import random_tensors, with_vocab_size
+from gptoss_jax.model import experts, layers, rope
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime.language_model import LanguageModel
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels.expert_mlp import reference as expert_reference
+from tests import gate, reference
+from tests.gate import TinyModel
+from tests.goldens import make as golden
+
+GOLDEN = np.load(Path(__file__).parents[1] / "goldens" / "tiny.npz")
+
+
+@pytest.mark.slow
+def test_float32_passes_the_gate_up_to_9000_tokens(tiny_folder):
+    """Guards every formula, at positions below 128, above 128, above 4,096 and above 8,192, against transformers."""
+    model = gptoss_jax.load(tiny_folder, dtype="float32")
+    logits = model.logits(GOLDEN["long_tokens"].tolist())
+    positions = GOLDEN["long_positions"]
+    assert gate.failures(logits[positions], GOLDEN["long_float32"], positions) == []
+
+
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tiny, tiny_folder):
+    """Guards the dtype policy: our bfloat16's gap may not exceed transformers' own on the same 2,560 tokens."""
+    model = gptoss_jax.load(tiny_folder)
+    tensors, ours = tiny.tensors, []
+    for tokens in GOLDEN["short_tokens"]:
+        exact = reference.forward(tensors, tiny.config, tokens)
+        ours.append(golden.divergence(exact, model.logits(tokens.tolist())))
+    assert np.mean(ours) <= GOLDEN["short_bfloat16_kl"].mean()
+
+
+def test_bfloat16_far_out(tiny_folder):
+    """Guards bfloat16 angles and caches at long positions, which short prompts do not show."""
+    model = gptoss_jax.load(tiny_folder)
+    positions = GOLDEN["long_positions"]
+    logits = model.logits(GOLDEN["long_tokens"].tolist())[positions]
+    ours = golden.divergence(GOLDEN["long_float32"], logits)
+    theirs = golden.divergence(GOLDEN["long_float32"], GOLDEN["long_bfloat16"])
+    assert ours.mean() <= theirs.mean()
+
+
+@pytest.mark.slow
+def test_one_layer_at_true_width(tmp_path):
+    """Guards the true shapes (D = F = 2880, N = H = 64, K = G = 8), where an exchange of axes still fits."""
+    config = json.loads((golden.ROOT / "configs" / "gpt-oss-20b.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    wide = TinyModel(with_vocab_size(config, golden.VOCAB))
+    tokens = golden.token_ids(6, seed=4)
+    logits = gptoss_jax.load(wide.write(tmp_path), dtype="float32").logits(tokens.tolist())
+    expected = reference.forward(wide.tensors, wide.config, tokens)
+    assert gate.failures(logits, expected, np.arange(len(tokens))) == []
+
+
+@pytest.mark.live
+def test_product_equals_transformers_live(tmp_path):
+    """Guards the goldens' reach: another seed's weights and tokens, through transformers on the spot."""
+    pytest.importorskip("torch", reason="the live comparison needs torch")
+    pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    published = TinyModel(golden.tiny_config(), seed=11).write(tmp_path)
+    tokens = golden.token_ids(400, seed=12)
+    theirs = golden.transformers_logits(golden.load_transformers(published, "float32"), tokens)
+    ours = gptoss_jax.load(published, dtype="float32").logits(tokens.tolist())
+    assert gate.failures(ours, theirs, np.arange(len(tokens))) == []
+
+
+# ---- the mutation suite ----
+
+# Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.
+TOKENS = golden.token_ids(300, seed=7)
+SOME_TOKENS = TOKENS[:140]  # for Pallas's interpreters: more than the window, and no more than it takes
+INTERPRETED = {
+    name: f"attention={name},expert_mlp={name}" for name in (f"{device}-interpreted" for device in ("gpu", "tpu"))
+}
+
+
+def _small_config(**changes) -> dict:
+    config = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return config | changes
+
+
+class Case:
+    """A model, what the reference says of it, and the product's answer under a mutation."""
+
+    def __init__(self, folder: Path, config: dict, edit: Callable[[dict], None] | None = None):
+        self.folder = TinyModel(config).write(folder)
+        self.tensors = random_tensors(config, 0)
+        self.edit = edit
+        if edit:
+            edit(self.tensors)
+        self.expected = reference.forward(self.tensors, config, TOKENS)
+
+    def load(self, kernels: str = "auto") -> LanguageModel:
+        model = gptoss_jax.load(self.folder, dtype="float32", kernels=kernels)
+        if self.edit:
+            for layer in range(model.config.num_layers):
+                block = model.params["layers"][layer]["moe"]
+                prefix = f"model.layers.{layer}.mlp.experts."
+                block["gate_up"]["bias"] = jnp.asarray(self.tensors[prefix + "gate_up_proj_bias"])
+                block["down"]["scales"] = jnp.asarray(self.tensors[prefix + "down_proj_scales"])
+        return model
+
+    def failures(self, model: LanguageModel, tokens: np.ndarray = TOKENS) -> list[str]:
+        """Why the gate refuses what the model says of `tokens`, which are the first of TOKENS."""
+        logits = model.logits(tokens.tolist())
+        assert np.isfinite(logits).all()  # a mutation that breaks everything would be caught for nothing
+        return gate.failures(logits, self.expected[: len(tokens)], np.arange(len(tokens)))
+
+
+def _deep_negative_gates(tensors: dict[str, np.ndarray]) -> None:
+    """Gates near -9 and large down weights: what SwiGLU gives there is tiny, so it is made to count."""
+    for name in tensors:
+        if name.endswith("gate_up_proj_bias"):
+            tensors[name] = tensors[name].copy()
+            tensors[name][:, 0::2] -= np.asarray(9, tensors[name].dtype)
+        if name.endswith("down_proj_scales"):
+            tensors[name] = tensors[name] + np.uint8(9)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """No rows of padding, which an interpreter takes as long for as for tokens."""
+    monkeypatch.setattr(runtime, "LOGITS_CHUNK_TOKENS", len(SOME_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Case:
+    """The small model."""
+    return Case(tmp_path_factory.mktemp("plain"), _small_config())
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory) -> Case:
+    """The small model with D = F, where a transposed matrix keeps its shape."""
+    return Case(tmp_path_factory.mktemp("square"), _small_config(intermediate_size=96))
+
+
+@pytest.fixture(scope="module")
+def negative(tmp_path_factory) -> Case:
+    """The small model in the region that a gate clamped from below would change."""
+    return Case(tmp_path_factory.mktemp("negative"), _small_config(), _deep_negative_gates)
+
+
+@pytest.mark.parametrize("case", ["plain", "square", "negative"])
+def test_unmutated_product_passes(case, request):
+    """Guards the suite itself: a gate that fails the right product would catch every mutation for nothing."""
+    case = request.getfixturevalue(case)
+    assert case.failures(case.load()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", INTERPRETED)
+def test_product_passes_through_kernels_for_accelerators(kernels, plain, short_chunks):
+    """Guards the kernels for GPUs and TPUs within the whole model: the same gate, run by Pallas's interpreters."""
+    model = plain.load(INTERPRETED[kernels])
+    assert f"expert_mlp: {kernels} (asked for by name)" in model.kernels
+    assert plain.failures(model, SOME_TOKENS) == []
+
+
+def _each_layer(model: LanguageModel, *path: str, change: Callable[[jax.Array], jax.Array]) -> None:
+    """Changes the weight at `path` of every layer."""
+    for layer in model.params["layers"].values():
+        *parents, name = path
+        node = layer
+        for key in parents:
+            node = node[key]
+        node[name] = change(node[name])
+
+
+WEIGHT_MUTATIONS = {
+    "sinks off": (("attention", "sinks"), lambda w: jnp.full_like(w, -1e9)),
+    "sinks scaled": (("attention", "sinks"), lambda w: w * jnp.bfloat16(0.125)),
+    "router bias off": (("moe", "router", "bias"), jnp.zeros_like),
+    "nibbles swapped": (("moe", "down", "blocks"), lambda w: (w << 4) | (w >> 4)),
+    "scale bias 126": (("moe", "gate_up", "scales"), lambda w: w + jnp.uint8(1)),
+    "one expert's weights random": (
+        ("moe", "gate_up", "blocks"),
+        lambda w: w.at[3].set(jax.random.bits(jax.random.key(0), w.shape[1:], jnp.uint8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_MUTATIONS)
+def test_gate_catches_wrong_weights(name, plain):
+    """Guards the gate: a weight left out, scaled or misread must show."""
+    path, change = WEIGHT_MUTATIONS[name]
+    model = plain.load()
+    _each_layer(model, *path, change=change)
+    assert plain.failures(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", INTERPRETED)
+@pytest.mark.parametrize("name", WEIGHT_MUTATIONS)
+def test_gate_catches_wrong_weights_through_kernels_for_accelerators(name, kernels, plain, short_chunks):
+    """Guards the gate with those kernels in place: what is misread must show through their layouts as well."""
+    path, change = WEIGHT_MUTATIONS[name]
+    model, way = plain.load(INTERPRETED[kernels]), expert_op.AS_PUBLISHED
+    if "/".join(path[1:]) in experts.PACKED:
+        way = expert_op.IMPLEMENTATIONS[kernels].layout[experts.PACKED.index("/".join(path[1:]))]
+    _each_layer(model, *path, change=lambda w: way.pack(change(way.unpack(w))))
+    assert plain.failures(model, SOME_TOKENS)
+
+
+CONFIG_MUTATIONS = {
+    "window 127": {"sliding_window": 127},
+    "window 129": {"sliding_window": 129},
+    "limit off": {"swiglu_limit": 1e9},
+}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "tokens"),
+    [
+        pytest.param("auto", TOKENS, id="auto"),
+        *(pytest.param(names, SOME_TOKENS, id=device, marks=pytest.mark.slow) for device, names in INTERPRETED.items()),
+    ],
+)
+@pytest.mark.parametrize("name", CONFIG_MUTATIONS)
+def test_gate_catches_wrong_numbers(name, kernels, tokens, plain, tmp_path, request):
+    """Guards the gate: a window off by one key, or a clamp that never bites, must show."""
+    for file in plain.folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text()) | CONFIG_MUTATIONS[name]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if kernels != "auto":
+        request.getfixturevalue("short_chunks")
+    assert plain.failures(gptoss_jax.load(tmp_path, dtype="float32", kernels=kernels), tokens)
+
+
+def _rounded_range(config):
+    low, high = _exact_range(config)
+    return np.floor(low), np.ceil(high)
+
+
+def _interleaved_rotation(x, cosine, sine):
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cosine, sine = cosine[:, :, None], sine[:, :, None]
+    return jnp.stack([even * cosine - odd * sine, odd * cosine + even * sine], axis=-1).reshape(x.shape)
+
+
+def _softmax_before_top_k(logits, choices):
+    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), choices)
+    return ids, weights
+
+
+def _swiglu_like(h, limit, *, alpha=1.702, low=-jnp.inf, plus=1.0, halves=False):
+    half = h.shape[-1] // 2
+    gate_part, linear = (h[:, :half], h[:, half:]) if halves else (h[:, 0::2], h[:, 1::2])
+    gate_part = jnp.clip(gate_part, low, limit)
+    return gate_part * jax.nn.sigmoid(alpha * gate_part) * (jnp.clip(linear, -limit, limit) + plus)
+
+
+def _bias_after_weighting(x, ids, weights, packed, *, limit):
+    plain_sum = expert_reference.expert_mlp(
+        x, ids, weights, packed._replace(down_bias=jnp.zeros_like(packed.down_bias)), limit=limit
+    )
+    return plain_sum + packed.down_bias[ids].sum(axis=1).astype(jnp.float32)
+
+
+def _transposed_down(x, weights, limit):
+    gate_up = expert_reference.mxfp4.dequantize(weights.gate_up_blocks, weights.gate_up_scales, x.dtype)
+    down = expert_reference.mxfp4.dequantize(weights.down_blocks, weights.down_scales, x.dtype)
+    h = x @ gate_up.T + weights.gate_up_bias.astype(x.dtype)
+    return expert_reference.swiglu(h, limit) @ down + weights.down_bias.astype(x.dtype)
+
+
+def _norm_in_bfloat16(x, scale, eps):
+    x = x.astype(jnp.bfloat16)
+    mean = jnp.mean(x * x, axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(mean + jnp.bfloat16(eps)) * scale).astype(jnp.float32)
+
+
+_exact_range = rope.correction_range
+# name: (object, attribute, what stands there instead, the case that shows it)
+CODE_MUTATIONS = {
+    "YaRN correction range rounded": (rope, "correction_range", _rounded_range, "plain"),
+    "concentration factor missing": (rope, "concentration", lambda config: 1.0, "plain"),
+    "rotate pairs interleaved": (rope, "rotate", _interleaved_rotation, "plain"),
+    "window parity swapped": (ModelConfig, "has_sliding_window", lambda self, layer: layer % 2 == 1, "plain"),
+    "softmax before top-k without renormalising": (experts, "route", _softmax_before_top_k, "plain"),
+    "alpha 1": (expert_reference, "ALPHA", 1.0, "plain"),
+    "gate clamped below": (expert_reference, "swiglu", lambda h, limit: _swiglu_like(h, limit, low=-limit), "negative"),
+    "+1 missing": (expert_reference, "swiglu", lambda h, limit: _swiglu_like(h, limit, plus=0.0), "plain"),
+    "gate/up as halves": (expert_reference, "swiglu", lambda h, limit: _swiglu_like(h, limit, halves=True), "plain"),
+    "down_proj transposed": (expert_reference, "one_expert", _transposed_down, "square"),
+    "RMSNorm in bfloat16": (layers, "rms_norm", _norm_in_bfloat16, "plain"),
+}
+
+
+@pytest.mark.parametrize("name", CODE_MUTATIONS)
+def test_gate_catches_wrong_code(name, request, monkeypatch):
+    """Guards the gate: each of these has shipped in a public port of gpt-oss, and must show."""
+    owner, attribute, mutant, case = CODE_MUTATIONS[name]
+    case = request.getfixturevalue(case)
+    if (
+        attribute == "has_sliding_window"
+    ):  # the config would contradict a swapped parity, and be refused before the gate
+        monkeypatch.setattr(ModelConfig, "layer_types", ["sliding_attention", "full_attention"])
+    monkeypatch.setattr(owner, attribute, mutant)
+    kernels = "expert_mlp=reference" if owner is expert_reference else "auto"  # the mutant has to be what runs
+    assert case.failures(case.load(kernels))
+
+
+def test_gate_catches_expert_bias_after_weighting(plain, monkeypatch):
+    """Guards the gate: the down bias belongs inside the weighted sum."""
+    monkeypatch.setitem(expert_op.IMPLEMENTATIONS, "biased", expert_op.ExpertMlp(_bias_after_weighting))
+    assert plain.failures(gptoss_jax.load(plain.folder, dtype="float32", kernels="expert_mlp=biased"))

@@ -1,0 +1,183 @@
+"""Meshes: the same numbers on eight devices as on one, and refusals that name the way out."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import gptoss_jax
+from gptoss_jax.engine.engine import EngineConfig, Request
+from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.model import sharding
+from gptoss_jax.model.config import parse_config
+from gptoss_jax.model.sharding import MeshError
+from tests.gate import TinyModel
+from tests.goldens import make as golden
+
+# Divisible by the meshes below, and still no two sizes alike that an exchange of axes could hide behind.
+CONFIG = golden.tiny_config() | {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+}
+TOKENS = golden.token_ids(300, seed=5).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The published checkpoint."""
+    return TinyModel(CONFIG).write(tmp_path_factory.mktemp("shardable"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """Logits on one device."""
+    return gptoss_jax.load(folder, dtype="float32").logits(TOKENS)
+
+
+MESHES = [
+    "data=8",
+    "expert=8",
+    "tensor=8",
+    "data=2,expert=2,tensor=2",
+    "expert=4,tensor=2",
+    "data=2,tensor=4",
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_equals_unsharded(mesh, folder, expected):
+    """Guards collectives: a bias or sink counted once per device, heads in another order, experts of another device."""
+    model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
+    assert model.mesh.size == 8
+    scale = np.abs(expected).max()
+    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
+
+
+def test_sharded_equals_unsharded_with_dense_int8(folder):
+    """Guards scales: of whole rows of the inputs, wherever those are cut, and each with its own output."""
+    one = gptoss_jax.load(folder, dtype="float32", dense="int8").logits(TOKENS)
+    for mesh in MESHES:
+        sharded = gptoss_jax.load(folder, mesh=mesh, dtype="float32", dense="int8").logits(TOKENS)
+        assert np.abs(sharded - one).max() <= 1e-5 * np.abs(one).max()
+
+
+def test_generation_on_a_mesh_equals_one_device(folder):
+    """Guards the engine's own placement: rows on data shards, pages of a row in its shard's pool."""
+    alone = gptoss_jax.load(folder, dtype="float32")
+    answers = []
+    for mesh in (None, "data=2,expert=2,tensor=2"):
+        model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
+        events = model.generate(TOKENS[:150], max_new_tokens=20, temperature=0.0, stop_ids=())
+        answers.append([token for event in events for token in event.token_ids])
+    assert answers[0] == answers[1]
+    logits = alone.logits(TOKENS[:150] + answers[0])
+    assert logits.argmax(-1)[149:-1].tolist() == answers[0]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("mesh", ["data=2", "data=2,expert=2,tensor=2"])
+def test_rows_on_other_data_shards_do_not_mix(mesh, deterministic, folder):
+    """Guards sums over the wrong mesh axis: rows with different prompts, which `logits` cannot show."""
+    prompts = [tuple(TOKENS[n : 2 * n]) for n in (40, 70, 90, 11)]
+    answers = []
+    for where in (None, mesh):
+        engine = gptoss_jax.load(folder, mesh=where, dtype="float32").engine(
+            EngineConfig(rows=4, max_context_tokens=128, prefill_widths=(64,), deterministic=deterministic)
+        )
+        for prompt in prompts:
+            engine.submit(Request(prompt, (), 8, SamplingParams(temperature=0.0)))
+        answers.append([(event.request_id, event.token_ids) for event in engine.run()])
+    assert _joined(answers[0]) == _joined(answers[1])
+
+
+def _joined(events) -> dict[int, list[int]]:
+    answers: dict[int, list[int]] = {}
+    for request_id, tokens in events:
+        answers.setdefault(request_id, []).extend(tokens)
+    return answers
+
+
+def test_a_mesh_as_jax_makes_it(folder, expected):
+    """Guards the public form: jax.make_mesh's axes are Explicit by default."""
+    model = gptoss_jax.load(folder, mesh=jax.make_mesh((1, 4, 2), sharding.MESH_AXES), dtype="float32")
+    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both rows and experts by data: sums would mix"),
+        ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and rows differently"),
+        ({"axes": [1]}, "expected"),
+        ({"axes": {}, "rules": {"heads": "expert"}}, "expected"),
+        ({"axes": {"expert": True}}, "mesh axis expert=True, expected a whole number"),
+        ({"axes": {}, "rules": {"head": []}}, "unknown logical axis 'head' in rules"),
+    ],
+)
+def test_bad_mesh_files_are_refused(content, message, tmp_path):
+    """Guards against rules that would mix rows, and against tracebacks."""
+    (tmp_path / "mesh.json").write_text(json.dumps(content))
+    with pytest.raises(MeshError, match=message):
+        sharding.make(tmp_path / "mesh.json")
+
+
+def test_weights_lie_where_the_table_says(folder):
+    """Guards the restore: each device holds its part of the experts and no more."""
+    model = gptoss_jax.load(folder, mesh="expert=4,tensor=2")
+    blocks = model.params["layers"][0]["moe"]["down"]["blocks"]
+    assert blocks.shape == (8, 96, 8, 16)
+    assert {shard.data.shape for shard in blocks.addressable_shards} == {(2, 96, 4, 16)}
+    q = model.params["layers"][0]["attention"]["q"]["weight"]
+    assert {shard.data.shape for shard in q.addressable_shards} == {(12, 16, 96)}
+
+
+def test_rules_from_a_file(folder, expected, tmp_path):
+    """Guards the file form: a researcher's own rule reaches the weights and leaves the numbers alone."""
+    path = tmp_path / "mesh.json"
+    path.write_text(json.dumps({"axes": {"expert": 4, "tensor": 2}, "rules": {"heads": ["expert", "tensor"]}}))
+    model = gptoss_jax.load(folder, mesh=path, dtype="float32")
+    q = model.params["layers"][0]["attention"]["q"]["weight"]
+    assert {shard.data.shape for shard in q.addressable_shards} == {(3, 16, 96)}
+    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("tensor=16", "a mesh of 16 devices, but there are 8"),
+        ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor"),
+        ("tensor=two", "mesh 'tensor=two', expected for example data=1,expert=4,tensor=2"),
+        ("tensor=0", "mesh axis tensor=0, expected a whole number of at least 1"),
+        ("no-such.json", "mesh file no-such.json"),
+    ],
+)
+def test_bad_meshes_are_refused(mesh, message):
+    """Guards the message: a typo in a mesh must say what would be right."""
+    with pytest.raises(MeshError, match=message):
+        sharding.make(mesh)
+
+
+def test_uneven_cuts_name_the_legal_sizes():
+    """Guards MXFP4 blocks: 90 blocks do not go into 4, and a cut scale block would be silently wrong."""
+    config = parse_config(json.loads((golden.ROOT / "configs" / "gpt-oss-20b.json").read_text()))
+    with pytest.raises(MeshError, match=r"90 MXFP4 blocks of 32 .* over tensor = 4 \(even: 1, 2, 3, 5, 6, 9, 10"):
+        sharding.make("tensor=4").check(config)
+    with pytest.raises(MeshError, match=r"3 rows of the batch over data = 2"):
+        sharding.make("data=2").check(config, rows=3)
+
+
+def test_one_mesh_axis_cannot_cut_two_axes_of_an_array():
+    """Guards rules from files: JAX's own message for this names neither the rule nor the array."""
+    rules = {**sharding.RULES, "expert_hidden": ("expert",)}
+    clash = sharding.Sharding(
+        jax.make_mesh((1, 8, 1), sharding.MESH_AXES, axis_types=(sharding.AxisType.Auto,) * 3), rules
+    )
+    with pytest.raises(MeshError, match="a mesh axis can cut one of them only"):
+        clash.spec(("experts", "expert_hidden"))

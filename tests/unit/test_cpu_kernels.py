@@ -1,0 +1,441 @@
+"""The C++ matrix products on every instruction set of this machine: right, exact, and the same bits whoever is beside.
+
+tests/unit/test_kernels.py holds them to the contract of every implementation; this is about what C++ can get wrong.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import cpu_kernels
+from cpu_kernels.expert_mlp import expert_mlp
+from cpu_kernels.linear import linear
+from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import linear as linear_op
+from pallas_kernels import mxfp4
+from pallas_kernels.choice import Hardware
+from pallas_kernels.expert_mlp import reference
+from pallas_kernels.shapes import GPT_OSS_20B
+
+ROOT = Path(__file__).parents[2]
+MISSING = cpu_kernels.why_not()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+INSTRUCTION_SETS = () if MISSING else cpu_kernels.instruction_sets()
+DTYPES = (jnp.float32, jnp.bfloat16)
+LIMIT = 7.0
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request):
+    """Each instruction set of this machine in turn."""
+    with cpu_kernels.instruction_set(request.param):
+        yield request.param
+
+
+def _on_all_sets(run) -> dict[str, np.ndarray]:
+    found = {}
+    for name in INSTRUCTION_SETS:
+        with cpu_kernels.instruction_set(name):
+            found[name] = np.asarray(run())
+    return found
+
+
+def _assert_same_bits(found: dict[str, np.ndarray], dtype) -> None:
+    """Of the instruction sets that share one order of adding, where they round alike too.
+
+    Portable code has no fused multiply-add: its bits are the others' only where every product is exact. The bfloat16
+    dot product has an order of its own, and no part in products of float32.
+    """
+    apart = "avx512bf16" if dtype == jnp.bfloat16 else "portable"
+    same = {name: result for name, result in found.items() if name != apart}
+    for name, result in same.items():
+        np.testing.assert_array_equal(result, next(iter(same.values())), err_msg=name)
+
+
+# ---- linear ----
+
+
+WEIGHTS = {"bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+
+
+def _linear_arguments(rows, outputs, inputs, dtype, weights=ml_dtypes.bfloat16):
+    rng = np.random.default_rng([rows, outputs, inputs])
+    x = rng.standard_normal((rows, inputs)).astype(dtype)
+    w = rng.integers(-127, 128, (outputs, inputs)) if weights == np.int8 else rng.standard_normal((outputs, inputs))
+    return jnp.asarray(x), jnp.asarray(w.astype(weights))
+
+
+LINEAR_SHAPES = {  # rows, outputs, inputs
+    "router": (3, GPT_OSS_20B.experts, GPT_OSS_20B.hidden),
+    "keys": (7, GPT_OSS_20B.kv_heads * GPT_OSS_20B.head_size, GPT_OSS_20B.hidden),
+    "attention's output": (1, 96, GPT_OSS_20B.heads * GPT_OSS_20B.head_size),
+    "one input": (2, 5, 1),
+    "one output": (6, 1, 100),
+    "less than a block": (1, 33, 31),
+    "one more than a block": (4, 31, 33),
+    "no row": (0, 31, 33),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+def test_linear(isa, shape, weights, dtype):
+    """Guards the last inputs, rows and outputs where nothing divides by a vector, a tile or a panel."""
+    x, w = _linear_arguments(*LINEAR_SHAPES[shape], dtype, WEIGHTS[weights])
+    found = np.asarray(jax.jit(linear)(x, w))
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64)).T
+    assert found.dtype == np.float32
+    assert (np.abs(found - exact) <= 2e-6 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear_has_the_same_bits_on_every_instruction_set(weights, dtype):
+    """Guards the one order of adding that all share, so that a checkpoint answers alike on different machines."""
+    x, w = _linear_arguments(13, 70, 1000, dtype, WEIGHTS[weights])
+    _assert_same_bits(_on_all_sets(lambda: jax.jit(linear)(x, w)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
+    """Guards tiles of one to many rows: each number of rows takes another path, and none may be seen in the bits."""
+    x, w = _linear_arguments(23, 39, 1700, dtype, WEIGHTS[weights])
+    whole = np.asarray(linear(x, w))
+    for rows in range(1, 24):
+        np.testing.assert_array_equal(np.asarray(linear(x[:rows], w)), whole[:rows])
+
+
+def test_linear_keeps_infinities_and_nan_where_they_are(isa):
+    """Guards the zeros behind the last input, which must not meet an infinity, and rows from a neighbour's NaN."""
+    x, w = _linear_arguments(5, 6, 33, jnp.float32)
+    x = x.at[1, 32].set(jnp.inf).at[3, 0].set(jnp.nan)
+    w = jnp.abs(w)
+    found = np.asarray(linear(x, w))
+    assert np.isposinf(found[1]).all() and np.isnan(found[3]).all()
+    assert np.isfinite(found[[0, 2, 4]]).all()
+
+
+def test_linear_refuses_other_dtypes():
+    """Guards weights that are read as what they are not."""
+    x, w = _linear_arguments(1, 2, 3, jnp.float32)
+    with pytest.raises(
+        TypeError, match="linear of float32 and float32, expected float32 or bfloat16, and bfloat16 or int8"
+    ):
+        linear(x, w.astype(jnp.float32))
+
+
+# ---- experts ----
+
+EXPERT_SHAPES = {  # tokens, hidden, expert hidden, experts, choices: no two sizes alike
+    "one token": (1, 96, 160, 7, 4),
+    "a few tokens": (9, 64, 96, 5, 3),
+    "more choices of an expert than a batch takes": (300, 32, 64, 3, 2),
+    "true width": (2, GPT_OSS_20B.hidden, GPT_OSS_20B.expert_hidden, 3, 2),
+}
+
+
+def _expert_arguments(tokens, hidden, inner, experts, choices, dtype):
+    rng = np.random.default_rng([tokens, hidden, inner])
+
+    def packed(out, inputs):
+        blocks = rng.integers(0, 256, (experts, out, inputs // 32, 16), dtype=np.uint8)
+        return blocks, rng.integers(119, 123, (experts, out, inputs // 32), dtype=np.uint8)
+
+    bias = lambda out: rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)  # noqa: E731
+    weights = expert_op.ExpertWeights(*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden))
+    ids = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
+    x = rng.standard_normal((tokens, hidden)).astype(dtype)
+    shares = rng.random((tokens, choices)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(ids), jnp.asarray(shares), jax.tree.map(jnp.asarray, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_expert_mlp(isa, shape, dtype):
+    """Guards the sorting, the interleaved gate, and the rounding between the two products, against the reference."""
+    arguments = _expert_arguments(*EXPERT_SHAPES[shape], dtype)
+    found = np.asarray(jax.jit(functools.partial(expert_mlp, limit=LIMIT))(*arguments))
+    expected = np.asarray(jax.jit(functools.partial(reference.expert_mlp, limit=LIMIT))(*arguments))
+    # With bfloat16 an inner activation may round the other way: 2^-8 of one of many terms.
+    tolerance = 3e-6 if dtype == jnp.float32 else 1e-3
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_have_the_same_bits_on_every_instruction_set(dtype):
+    """Guards exp, division and rounding too: they are the same operations everywhere."""
+    arguments = _expert_arguments(9, 64, 96, 5, 3, dtype)
+    found = _on_all_sets(lambda: expert_mlp(*arguments, limit=LIMIT))
+    _assert_same_bits(found, dtype)
+
+
+def test_tokens_do_not_depend_on_their_neighbours(isa):
+    """Guards the order in which a token's choices are added up, however many tokens share its experts."""
+    x, ids, shares, weights = _expert_arguments(300, 32, 64, 3, 2, jnp.bfloat16)
+    whole = np.asarray(expert_mlp(x, ids, shares, weights, limit=LIMIT))
+    for at in (slice(0, 1), slice(5, 7), slice(17, 23), slice(100, 299)):
+        alone = expert_mlp(x[at], ids[at], shares[at], weights, limit=LIMIT)
+        np.testing.assert_array_equal(np.asarray(alone), whole[at])
+
+
+def test_choices_outside_the_experts_are_skipped(isa):
+    """Guards padding and experts of another device: ids of any value, and NaN beside them, leave the others alone."""
+    x, ids, shares, weights = _expert_arguments(9, 64, 96, 5, 3, jnp.float32)
+    expected = np.array(expert_mlp(x, ids, shares, weights, limit=LIMIT))
+    ids = ids.at[2].set(jnp.array([-1, 5, 2**31 - 1])).at[4].set(-(2**31))
+    x, shares = x.at[4].set(jnp.nan), shares.at[2].set(jnp.nan)
+    expected[[2, 4]] = 0
+    np.testing.assert_array_equal(np.asarray(expert_mlp(x, ids, shares, weights, limit=LIMIT)), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_under_every_scale_is_exact(isa, dtype):
+    """Guards nibble order, sign, the scale's bias and subnormal weights, which XLA's threads would flush to zero.
+
+    Token f of expert e makes inner activation f 1 and the others 0, so that the result is column f of e's down: bytes
+    16 e to 16 e + 15, under one scale per row. (Beyond scale byte 252 the codes overflow. The bfloat16 dot product
+    takes subnormal weights as zero.)
+    """
+    experts, inner, hidden = 16, 32, 256
+    one, saturated = 2, 64.0  # the code of 1, and a gate at which the sigmoid is 1
+    gate_up = np.zeros((experts, 2 * inner, hidden // 32, 16), np.uint8)
+    for f in range(inner):
+        gate_up[:, 2 * f, 0, f // 2] = one << 4 * (f % 2)
+    gate_up_bias = np.tile(np.array([0, 1 / saturated - 1], ml_dtypes.bfloat16), (experts, inner))
+    down = np.tile(np.arange(256, dtype=np.uint8).reshape(experts, 1, 1, 16), (1, hidden, 1, 1))
+    scales = np.where(np.arange(hidden) <= 252, np.arange(hidden), 127).astype(np.uint8)
+    weights = expert_op.ExpertWeights(
+        *(gate_up, np.full(gate_up.shape[:3], 127, np.uint8), gate_up_bias),
+        *(down, np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)),
+    )
+    x = np.tile(saturated * np.eye(inner, hidden), (experts, 1)).astype(dtype)
+    ids = np.repeat(np.arange(experts, dtype=np.int32), inner)[:, None]
+    arguments = jax.tree.map(jnp.asarray, (x, ids, np.ones(ids.shape, np.float32), weights))
+    found = expert_mlp(*arguments, limit=100.0)
+    codes = np.array(mxfp4.CODES)[np.stack([down & 15, down >> 4], axis=-1)].reshape(experts, hidden, inner)
+    expected = (codes * 2.0 ** (scales[:, None].astype(float) - 127)).transpose(0, 2, 1).reshape(-1, hidden)
+    subnormal = (np.abs(expected) < 2.0**-126) & (expected != 0)
+    assert subnormal.any()
+    if isa == "avx512bf16" and dtype == jnp.bfloat16:
+        expected[subnormal] = 0
+    np.testing.assert_array_equal(np.asarray(found), expected.astype(np.float32))
+
+
+def test_swiglu_over_its_whole_range(isa):
+    """Guards exp's ends: gates from -200, where it overflows, to the limit; a NaN is passed on."""
+    hidden = inner = 32
+    identity = np.zeros((hidden, 1, 16), np.uint8)
+    for i in range(hidden):
+        identity[i, 0, i // 2] = 2 << 4 * (i % 2)
+    gate_up = np.zeros((1, 2 * inner, 1, 16), np.uint8)
+    gate_up[0, 0::2] = identity  # the linear part is 0
+    ones = lambda rows: np.full((1, rows, 1), 127, np.uint8)  # noqa: E731
+    zeros = lambda rows: np.zeros((1, rows), ml_dtypes.bfloat16)  # noqa: E731
+    weights = expert_op.ExpertWeights(
+        gate_up, ones(2 * inner), zeros(2 * inner), identity[None], ones(hidden), zeros(hidden)
+    )
+    x = np.linspace(-200, 12, 64 * hidden).reshape(-1, hidden).astype(np.float32)
+    ids, shares = np.zeros((64, 1), np.int32), np.ones((64, 1), np.float32)
+    run = lambda *arguments: np.asarray(expert_mlp(*jax.tree.map(jnp.asarray, arguments), limit=LIMIT))  # noqa: E731
+    found = run(x, ids, shares, weights)
+    gate = np.minimum(x.astype(np.float64), LIMIT)
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-reference.ALPHA * gate))
+    np.testing.assert_allclose(found, expected, rtol=2e-6 * 60, atol=1e-36)  # alpha and its product are rounded
+    near = np.abs(x) < 8
+    np.testing.assert_allclose(found[near], expected[near], rtol=3e-6)
+    x = np.zeros((2, hidden), np.float32)
+    x[0, 3], x[1, 3] = np.nan, np.inf
+    assert np.isnan(run(x, ids[:2], shares[:2], weights)).all()  # zeros of other weights times infinity are NaN
+
+
+def test_experts_refuse_other_dtypes():
+    """Guards biases that are read as what they are not."""
+    x, ids, shares, weights = _expert_arguments(1, 32, 64, 3, 2, jnp.float32)
+    weights = weights._replace(down_bias=weights.down_bias.astype(jnp.float32))
+    with pytest.raises(TypeError, match="expert_mlp of float32 with biases of bfloat16 and float32, expected"):
+        expert_mlp(x, ids, shares, weights, limit=LIMIT)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """Guards memory: a kernel that trusts a shape reads, or writes, beyond the end of an array."""
+    x, ids, shares, weights = _expert_arguments(2, 32, 64, 3, 2, jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"expert_mlp: expected blocks \[E, O, I / 32, 16\]"):
+        expert_mlp(x, ids, shares, weights._replace(down_scales=weights.down_scales[:2]), limit=LIMIT)
+    handler = jax.ffi.ffi_call("cpu_kernels_linear", jax.ShapeDtypeStruct((2, 9), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"linear: expected w \[O, I\]"):
+        handler(x, jnp.zeros((9, 31), jnp.bfloat16))
+
+
+# ---- inside XLA ----
+
+
+def test_kernels_work_inside_loops_branches_and_meshes():
+    """Guards calls from eight devices at once, and from control flow, on a pool of fewer threads than callers."""
+    x, ids, shares, weights = _expert_arguments(16, 64, 96, 5, 3, jnp.float32)
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)) / 16, jnp.bfloat16)
+
+    def layers(linear, expert_mlp, x, ids, shares):
+        def layer(i, x):
+            more = jax.lax.cond(
+                i % 2 == 0, lambda: linear(x, w), lambda: expert_mlp(x, ids, shares, weights, limit=LIMIT)
+            )
+            return 0.5 * x + 0.01 * more
+
+        return jax.lax.fori_loop(0, 10, layer, x)
+
+    mesh, rows = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    run = jax.jit(
+        jax.shard_map(
+            functools.partial(layers, linear, expert_mlp),
+            mesh=mesh,
+            in_specs=(rows, rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        )
+    )
+    alone = jax.jit(functools.partial(layers, linear, expert_mlp))(x, ids, shares)
+    expected = jax.jit(functools.partial(layers, linear_op.IMPLEMENTATIONS["reference"], reference.expert_mlp))
+    np.testing.assert_array_equal(np.asarray(run(x, ids, shares)), np.asarray(alone))
+    np.testing.assert_allclose(np.asarray(alone), np.asarray(expected(x, ids, shares)), rtol=1e-4, atol=1e-5)
+
+
+_THREADS = """
+import hashlib, os
+from tests.unit import test_cpu_kernels as t
+x, w = t._linear_arguments(13, 700, 200, t.jnp.float32)
+results = t.linear(x, w), t.expert_mlp(*t._expert_arguments(70, 64, 96, 5, 3, t.jnp.float32), limit=t.LIMIT)
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+digests = (hashlib.sha256(t.np.asarray(r).tobytes()).hexdigest() for r in results)
+print(sum("XLAEigen" in name for name in names), *digests)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_bits_do_not_depend_on_the_number_of_threads():
+    """Guards sums that are cut by threads; and one thread, which must not wait for a helper that cannot start."""
+    results = []
+    for threads in (1, 5):
+        environment = {**os.environ, "NPROC": str(threads), "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", _THREADS], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        results.append(done.stdout.split())
+    assert [int(found[0]) for found in results] == [1, 5]
+    assert results[0][1:] == results[1][1:]
+    x, w = _linear_arguments(13, 700, 200, jnp.float32)
+    assert hashlib.sha256(np.asarray(linear(x, w)).tobytes()).hexdigest() == results[0][1]
+
+
+# ---- which one runs ----
+
+
+def test_the_best_instruction_set_is_in_use_and_said():
+    """Guards the kernel line: it names what runs."""
+    assert INSTRUCTION_SETS[-1] == "portable" and len(set(INSTRUCTION_SETS)) == len(INSTRUCTION_SETS)
+    for op in (linear_op, expert_op):
+        choice = op.choose("auto", Hardware("cpu"))
+        assert (choice.name, choice.reason) == ("cpu", f"C++ for {INSTRUCTION_SETS[0]}")
+        assert op.choose("auto", Hardware("gpu", "NVIDIA A100", "8.0")).name == "reference"
+    with pytest.raises(ValueError, match=r"instruction set 'mmx', expected one of .*portable"):
+        with cpu_kernels.instruction_set("mmx"):
+            pass
+
+
+def test_without_a_library_the_line_says_what_is_lost(monkeypatch):
+    """Guards an installation without a compiler: it works, says so, and refuses what was asked for by name."""
+    monkeypatch.setattr(cpu_kernels, "why_not", lambda: "cpu_kernels was installed without a C++ compiler")
+    choice = linear_op.choose("auto", Hardware("cpu"))
+    assert choice.name == "streamed"
+    assert choice.reason.endswith(
+        "float32 copies of the weights; slow: cpu_kernels was installed without a C++ compiler"
+    )
+    assert expert_op.choose("auto", Hardware("cpu")).name == "reference"
+    with pytest.raises(ValueError, match=r"linear kernel 'cpu' cannot run: cpu_kernels was installed without a C\+\+"):
+        linear_op.choose("cpu", Hardware("cpu"))
+
+
+# ---- built by other compilers ----
+
+
+def _setup():
+    pytest.importorskip("setuptools", reason="setup.py holds the compiler's flags")
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one instruction set beside C++")
+@pytest.mark.parametrize(
+    ("flag", "lost"), [("-mavx512bf16", ["avx512bf16"]), ("-mavx512f", ["avx512bf16", "avx512"]), ("-std=c++17", None)]
+)
+def test_a_compiler_loses_what_it_lacks_and_no_more(flag, lost, tmp_path, monkeypatch, capsys):
+    """Guards older compilers: one unknown flag must not cost the whole library, or pass without a word."""
+    setuptools = pytest.importorskip("setuptools")
+    build = _setup()
+    compiler = tmp_path / "compiler"
+    real = os.environ.get("CXX", "g++")  # without optimising, which takes long
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" {flag} "*) exit 1;; esac\nexec {real} "$@" -O0\n')
+    compiler.chmod(0o755)
+    for variable in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"):
+        monkeypatch.setenv(variable, f"{compiler} -shared" if variable.startswith("LD") else str(compiler))
+    monkeypatch.chdir(ROOT)
+    command = build.BuildKernels(setuptools.Distribution({"ext_modules": [build.extension()]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+    built, said = list(tmp_path.glob("lib/cpu_kernels/_native*.so")), capsys.readouterr().err.splitlines()
+    if lost is None:
+        assert not built and [line[:50] for line in said] == ["gptoss-jax: no CPU kernels, XLA alone will run the"]
+        return
+    assert [line.partition(", which")[0] for line in said] == [f"gptoss-jax: CPU kernels without {s}" for s in lost]
+    sets, content = build.machine_flags(), built[0].read_bytes()
+    tables = [name for name in sets if f"cpu_kernels{len(name)}{name}8kKernels".encode() in content]
+    assert tables == [name for name in sets if name not in lost]
+    native = ctypes.CDLL(str(built[0]))
+    native.cpu_kernels_supported.restype = ctypes.c_char_p
+    assert native.cpu_kernels_supported(0).decode() == next(name for name in INSTRUCTION_SETS if name not in lost)
+
+
+# ---- sanitizers ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_sanitizers_find_nothing(name, tmp_path):
+    """Guards reads beyond the end of an array, helpers that come late, and undefined arithmetic.
+
+    The driver's pools of 0 to 5 threads must also agree on every bit.
+    """
+    build = _setup()
+    compiler = os.environ.get("CXX", "g++")
+    flags = [*build.FLAGS, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    native, objects = ROOT / build.NATIVE, []
+    for source, more in (
+        (native / "kernels.cc", [f"-DCPU_KERNELS_{name.upper()}", *build.machine_flags()[name]]),
+        (native / "parallel.cc", []),
+        (ROOT / "tests" / "native" / "driver.cc", [f"-DCPU_KERNELS_DRIVEN={name}", f"-I{native}"]),
+    ):
+        objects.append(tmp_path / f"{source.stem}.o")
+        subprocess.run([compiler, *flags, *more, "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run([compiler, *flags, *objects, "-pthread", "-o", tmp_path / "driver"], check=True)
+    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "same bits\n", "")

@@ -1,0 +1,280 @@
+"""The model's invariants: however a prompt is cut, batched or cached, the answer is the same."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptoss_jax
+from gptoss_jax.model import kv_cache, layers, sharding, transformer
+from gptoss_jax.model.config import parse_config, read_config
+from gptoss_jax.model.kv_cache import KVCache
+from tests import reference
+from tests.gate import TinyModel
+from tests.goldens import make as golden
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FLOAT32 = transformer.DTYPE_POLICIES["float32"]
+
+
+class Runner:
+    """A tiny model that runs chunks of any width over a cache."""
+
+    def __init__(self, config: dict, tensors: dict, rows: int, context: int):
+        self.config = parse_config(config)
+        laid_out = sharding.make()
+        declared = transformer.declare(self.config, laid_out, policy=FLOAT32)
+        self.params = transformer.nest(
+            {path: jnp.asarray(_leaf(tensors, path).reshape(leaf.shape)) for path, leaf in declared.leaves.items()}
+        )
+        self.rows, self.context, pages = rows, context, kv_cache.num_pages(context)
+        self.cache = kv_cache.empty(
+            self.config, rows=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
+        )
+        # Pages out of order, so that a position that takes its page's number for granted is caught.
+        table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
+        self.cache = self.cache._replace(page_table=jnp.asarray(table, jnp.int32))
+        self.run = jax.jit(functools.partial(transformer.all_logits, declared))
+
+    def chunks(self, sequences: list[np.ndarray], widths: list[int]) -> list[np.ndarray]:
+        """Logits of every token of every sequence, run in chunks of `widths` (the last one repeats)."""
+        done = np.zeros(self.rows, np.int64)
+        lengths = np.array([len(sequence) for sequence in sequences])
+        cache, pieces = self.cache, [[] for _ in sequences]
+        widths = list(widths)
+        while (done < lengths).any():
+            width = widths.pop(0) if len(widths) > 1 else widths[0]
+            tokens, counts = np.zeros((self.rows, width), np.int32), np.minimum(lengths - done, width).astype(np.int32)
+            for row, sequence in enumerate(sequences):
+                tokens[row, : counts[row]] = sequence[done[row] : done[row] + counts[row]]
+            logits, cache = self.run(self.params, jnp.asarray(tokens), jnp.asarray(counts), cache)
+            for row in range(self.rows):
+                pieces[row].append(np.asarray(logits[row, : counts[row]]))
+            done += counts
+        assert (np.asarray(cache.lengths) == lengths).all()
+        return [np.concatenate(row) for row in pieces]
+
+
+def _leaf(tensors: dict, path: str) -> np.ndarray:
+    """The published tensor of a leaf, by a mapping of the tests' own."""
+    parts = path.split("/")
+    if parts[0] != "layers":
+        return tensors[
+            {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm": "model.norm"}[path] + ".weight"
+        ]
+    prefix, block, rest = f"model.layers.{parts[1]}.", parts[2], parts[3:]
+    if rest == ["norm"]:
+        norm = "input_layernorm" if block == "attention" else "post_attention_layernorm"
+        return tensors[f"{prefix}{norm}.weight"]
+    if rest[0] in ("gate_up", "down"):
+        return tensors[f"{prefix}mlp.experts.{rest[0]}_proj_{rest[1]}"]
+    if block == "moe":
+        return tensors[f"{prefix}mlp.router.{rest[1]}"]
+    if rest == ["sinks"]:
+        return tensors[f"{prefix}self_attn.sinks"]
+    return tensors[f"{prefix}self_attn.{'o' if rest[0] == 'out' else rest[0]}_proj.{rest[1]}"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two layers, one of each kind."""
+    config = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return TinyModel(config)
+
+
+LENGTHS = (127, 128, 129, 300)
+
+
+@pytest.mark.parametrize("widths", [[300], [1], [7], [128], [127, 2, 171], [200, 64]], ids=str)
+def test_chunked_prefill_of_a_ragged_batch_equals_the_whole(widths, small):
+    """Guards ring wrap-around, page arithmetic, padding and chunk borders: every cut gives the reference's logits."""
+    sequences = [golden.token_ids(length, seed=length) for length in LENGTHS]
+    runner = Runner(small.config, small.tensors, rows=len(LENGTHS), context=320)
+    for sequence, logits in zip(sequences, runner.chunks(sequences, widths), strict=True):
+        expected = reference.forward(small.tensors, small.config, sequence)
+        assert np.abs(logits - expected).max() < 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4097, 9000])
+def test_long_prompts_in_chunks(length, small):
+    """Guards positions past YaRN's original context, many pages, and a ring that wrapped dozens of times."""
+    tokens = golden.token_ids(length, seed=length)
+    runner = Runner(small.config, small.tensors, rows=1, context=9024)
+    positions = np.r_[0, 126:131, 4090:4097, length - 3 : length]
+    expected = reference.forward(small.tensors, small.config, tokens, positions)
+    (odd_cuts,) = runner.chunks([tokens], [500, 1000, 77, 512])
+    (wide_cuts,) = runner.chunks([tokens], [2048])
+    assert np.abs(odd_cuts[positions] - expected).max() < 2e-3
+    assert np.abs(wide_cuts[positions] - expected).max() < 2e-3
+
+
+def test_steps_after_a_long_prompt_equal_the_whole(small):
+    """Guards the hand-over from prefill to decoding, where a ring that lost its order shows first."""
+    tokens = golden.token_ids(300, seed=9)
+    runner = Runner(small.config, small.tensors, rows=1, context=320)
+    (logits,) = runner.chunks([tokens], [260, 1])
+    assert np.abs(logits - reference.forward(small.tensors, small.config, tokens)).max() < 5e-4
+
+
+def test_window_ends_at_distance_127(small):
+    """Guards the band's edge: a change of one token reaches a banded layer 127 positions on, and not 128."""
+    runner = Runner(small.config, small.tensors, rows=1, context=320)
+    layer = runner.params["layers"]
+    full_off = layer[1]["attention"]["out"]["weight"]
+    layer[1]["attention"]["out"]["weight"] = jnp.zeros_like(full_off)  # only the banded layer carries anything over
+    tokens = golden.token_ids(200, seed=3)
+    changed = tokens.copy()
+    changed[10] = (changed[10] + 1) % 512
+    for widths in ([200], [64], [150, 1]):
+        (before,), (after,) = runner.chunks([tokens], widths), runner.chunks([changed], widths)
+        moved = np.abs(before - after).max(axis=-1) > 0
+        assert moved[10 : 10 + 128].all()
+        assert not moved[10 + 128 :].any()
+
+
+@pytest.mark.parametrize(("name", "gib"), [("gpt-oss-120b", 4.504), ("gpt-oss-20b", 3.003)])
+def test_cache_size_at_full_context(name, gib):
+    """Guards the ring: banded layers that kept the whole context would double the cache."""
+    config = read_config(CONFIGS / f"{name}.json")
+    tokens = config.max_context_tokens
+    make = functools.partial(
+        kv_cache.empty,
+        config,
+        rows=1,
+        pages=kv_cache.num_pages(tokens),
+        max_context_tokens=tokens,
+        dtype=transformer.DTYPE_POLICIES["bfloat16"].cache,
+    )
+    cache: KVCache = jax.eval_shape(make)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert size / 2**30 == pytest.approx(gib, rel=0.01)
+    assert config.cache_bytes(tokens) / 2**30 == pytest.approx(gib, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "per_token"), [("gpt-oss-20b", 13.76e9, 3.70e9), ("gpt-oss-120b", 65.25e9, 4.97e9)]
+)
+def test_cost_model(name, total, per_token):
+    """Guards the byte model that shares of the bandwidth limit rest on, against published sizes."""
+    config = read_config(CONFIGS / f"{name}.json")
+    assert config.weight_bytes == pytest.approx(total, rel=0.003)
+    assert config.decode_bytes(1, 0) == pytest.approx(per_token, rel=0.003)
+
+
+def test_declaration_covers_the_published_tensors():
+    """Guards the declaration: every published tensor has one leaf of its size, and nothing is declared beside them."""
+    config = golden.tiny_config()
+    tensors = TinyModel(config).tensors
+    leaves = transformer.declare(parse_config(config), sharding.make()).leaves
+    assert len(leaves) == len(tensors)
+    for path, leaf in leaves.items():
+        published = _leaf(tensors, path)
+        assert (published.size, published.dtype) == (np.prod(leaf.shape), leaf.dtype), path
+
+
+def test_whole_model_is_never_dequantised():
+    """Guards memory at true width: a decoding step's temporaries are a few experts' weights, not the layer's 32."""
+    raw = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
+    raw |= {"num_hidden_layers": 2, "layer_types": raw["layer_types"][:2], "vocab_size": 512, "eos_token_id": 1}
+    config = parse_config(raw | {"pad_token_id": 0})
+    compiled = _abstract_step(config, tokens=1, context=1024).compile()
+    one_expert = 3 * config.hidden_size * config.intermediate_size * np.dtype(np.float32).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * one_expert
+
+
+def _abstract_step(config, tokens: int, context: int):
+    """A bfloat16 step of one row, lowered without any weights."""
+    policy = transformer.DTYPE_POLICIES["bfloat16"]
+    declared = transformer.declare(config, sharding.make(), policy=policy)
+    params = transformer.nest({p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in declared.leaves.items()})
+    pages = kv_cache.num_pages(context)
+    make = functools.partial(
+        kv_cache.empty, config, rows=1, pages=pages, max_context_tokens=context, dtype=policy.cache
+    )
+    ids, counts = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    step = jax.jit(functools.partial(transformer.step, declared), donate_argnums=3)
+    return step.lower(params, ids, counts, jax.eval_shape(make))
+
+
+def test_dtypes_of_the_policy_hold(small):
+    """Guards the policy table: under bfloat16 the cache is bfloat16 and logits are float32."""
+    logits, cache = _abstract_step(parse_config(small.config), tokens=4, context=128).out_info
+    assert logits.dtype == jnp.float32
+    assert {array.dtype for array in cache.k + cache.v} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_params_are_a_plain_tree():
+    """Guards the declaration's purpose: paths name leaves, layers are numbered, experts stay packed."""
+    config = parse_config(json.loads((CONFIGS / "tiny.json").read_text()))
+    leaves = transformer.declare(config, sharding.make()).leaves
+    tree = transformer.nest(leaves)
+    assert tree["layers"][0]["attention"]["q"]["weight"] == leaves["layers/0/attention/q/weight"]
+    assert {leaf.dtype for path, leaf in leaves.items() if path.endswith(("blocks", "scales"))} == {np.dtype(np.uint8)}
+
+
+def test_scattered_writes_equal_slices():
+    """Guards the cache off CPUs: accelerators scatter what CPUs write slice by slice."""
+    rng = np.random.default_rng(0)
+    stored = jnp.asarray(rng.standard_normal((5, 8, 8)), jnp.bfloat16)
+    new = jnp.asarray(rng.standard_normal((3, 6, 8)), jnp.bfloat16)
+    places = rng.permutation(40)[:18].reshape(3, 6)
+    major, minor = jnp.asarray(places // 8, jnp.int32), jnp.asarray(places % 8, jnp.int32)
+    first, end = jnp.array([0, 2, 3], jnp.int32), jnp.array([6, 5, 3], jnp.int32)
+    slices = kv_cache._write_slices(stored, new, major, minor, first, end)
+    scattered = kv_cache._write_scattered(stored, new, major, minor, first, end)
+    np.testing.assert_array_equal(np.asarray(slices), np.asarray(scattered))
+    assert int((np.asarray(slices) != np.asarray(stored)).any(axis=2).sum()) == 9
+
+
+def test_a_token_is_written_without_a_pass_over_the_pool():
+    """Guards decoding at long contexts: a pool made float32 and back, or copied, for every token and layer."""
+    pool, new = jax.ShapeDtypeStruct((512, 64, 512), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, 8, 64), jnp.float32)
+    table, positions = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def steps(pool, new, table, positions):
+        write = lambda i, pool: kv_cache.write_pages(pool, new, table, positions + i)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, write, pool)
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(pool, new, table, positions).compile()
+    assert "u16[512,64,512]" in compiled.as_text() and "f32[512,64,512]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+def test_int8_weights_are_the_nearest_and_half_as_large(tmp_path):
+    """Guards --dense int8: what is rounded, how far, and what is left exact; its cost is bounded and printed."""
+    folder = TinyModel(golden.tiny_config()).write(tmp_path)
+    exact, rounded = (gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8"))
+    stored, kept = (jax.tree_util.tree_leaves_with_path(m.params) for m in (exact, rounded))
+    eight_bits = {jax.tree_util.keystr(path[:-1]) for path, x in kept if x.dtype == jnp.int8}
+    projections = {
+        f"[{i}]['attention']['{name}']['weight']"
+        for i in range(exact.config.num_layers)
+        for name in ("q", "k", "v", "out")
+    }
+    assert {key.removeprefix("['layers']") for key in eight_bits} == projections | {"['unembedding']"}
+    same = {jax.tree_util.keystr(path): x for path, x in kept}
+    for path, w in stored:
+        if jax.tree_util.keystr(path) in eight_bits:
+            continue
+        np.testing.assert_array_equal(np.asarray(w), np.asarray(same[jax.tree_util.keystr(path)]))
+    w = np.asarray(exact.params["layers"][1]["attention"]["out"]["weight"], np.float32)  # [D, N, H]
+    values, scales = map(np.asarray, rounded.params["layers"][1]["attention"]["out"]["weight"])
+    assert (np.abs(values * scales[:, None, None] - w) <= scales[:, None, None] * 0.5001).all()
+    assert (np.abs(values).max(axis=(1, 2)) == 127).all()
+    assert exact.decode_bytes(1, 0) - rounded.decode_bytes(1, 0) == (
+        (exact.config.attention_bytes + exact.config.unembedding_bytes) // 2
+    )
+    tokens = golden.token_ids(200, seed=3).tolist()
+    ours, theirs = (m.logits(tokens) for m in (rounded, exact))
+    assert 1e-6 < golden.divergence(theirs, ours).mean() < 5e-3  # measured 7e-4 and 1.6e-3; nothing would be suspicious
+
+
+def test_rows_of_zeros_stay_zeros_in_eight_bits():
+    """Guards a division by the largest weight of a row that has none."""
+    values, scales = map(np.asarray, layers.quantize(jnp.zeros((2, 3), jnp.bfloat16).at[1, 2].set(-2), 1))
+    assert (values * scales[:, None]).tolist() == [[0, 0, 0], [0, 0, -2]]
