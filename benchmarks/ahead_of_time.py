@@ -32,7 +32,7 @@ from benchmarks import true_width
 from gptoss_jax.cli import command
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.programs import STATE_AXES, Programs, RowState
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.sharding import Sharding

@@ -21,7 +21,7 @@ from absl import flags
 from gptoss_jax.cli import command
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.programs import Programs, RowState
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.kv_cache import KVCache

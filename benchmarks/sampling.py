@@ -17,7 +17,8 @@ from absl import flags
 
 from gptoss_jax.cli import command
 from gptoss_jax.engine import sampling
-from gptoss_jax.engine.sampling import Draw, Sampling, SamplingParams
+from gptoss_jax.engine.sampling import Draw, Sampling
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.harmony import tokenizer
 
 NAMED = tokenizer.ENDOFPROMPT + 1  # ids that name a token

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.programs import RowState
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, KVCache

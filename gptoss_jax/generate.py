@@ -48,8 +48,9 @@ from openai_harmony import Message
 from gptoss_jax.cli import chat, command
 from gptoss_jax.cli import options as request_flags
 from gptoss_jax.cli.terminal import AnswerView, Screen, interrupted_late, interruptible, load_model, remarks
-from gptoss_jax.engine.engine import Engine, Request
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.request import Request
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.harmony import messages, render, tokenizer
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.messages import Conversation
@@ -268,7 +269,7 @@ def load(options: flags.FlagValues, screen: Screen, rows: int) -> tuple[Language
         language_model = load_model(screen, options, pressed, if_random="the text is noise, not an answer")
         shards = language_model.sharding.size("batch")
         with screen.progress("compiling", pressed) as report:
-            engine_config = request_flags.engine_config(options, rows=-(-rows // shards) * shards)
+            engine_config = request_flags.engine_config(options, slots=-(-rows // shards) * shards)
             return language_model, language_model.engine(engine_config, report=report)
 
 

@@ -27,7 +27,7 @@ from absl import flags
 from gptoss_jax.cli import command
 from gptoss_jax.cli import options as request_flags
 from gptoss_jax.cli.terminal import Screen, interrupted_late, load_model
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, tokenizer
 from gptoss_jax.harmony.tokenizer import Tokenizer

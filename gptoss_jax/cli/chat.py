@@ -12,7 +12,8 @@ from prompt_toolkit.output import create_output
 
 from gptoss_jax.cli.command import spell_flags
 from gptoss_jax.cli.terminal import AnswerView, Screen, interruptible, remarks
-from gptoss_jax.engine.engine import Engine, Request
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream, call_document

@@ -12,8 +12,8 @@ from typing import Any
 from absl import flags
 
 from gptoss_jax.cli.command import spell_flags, spelled
-from gptoss_jax.engine.engine import EngineConfig, Request
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.request import EngineConfig, Request
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.messages import Conversation
@@ -158,7 +158,7 @@ def request(options: flags.FlagValues, config: ModelConfig, token_ids: Sequence[
     return asked
 
 
-def engine_config(options: flags.FlagValues, rows: int = 1) -> EngineConfig:
+def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:
     """What the engine is compiled for.
 
     Raises:
@@ -166,7 +166,7 @@ def engine_config(options: flags.FlagValues, rows: int = 1) -> EngineConfig:
     """
     with _naming_flags():
         return EngineConfig(
-            rows=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
+            slots=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
         )
 
 

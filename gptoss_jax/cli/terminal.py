@@ -16,7 +16,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from gptoss_jax.cli import command
-from gptoss_jax.engine.engine import NOT_FINITE
+from gptoss_jax.engine.request import NOT_FINITE
 from gptoss_jax.harmony.answer import RAW, Answer, call_document
 from gptoss_jax.harmony.parser import Delta
 from gptoss_jax.runtime import language_model as runtime

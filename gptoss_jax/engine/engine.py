@@ -15,7 +15,7 @@ import itertools
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,124 +23,24 @@ import numpy as np
 
 from gptoss_jax.engine import programs, sampling
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN, RowState
-from gptoss_jax.engine.sampling import Draw, SamplingParams
-from gptoss_jax.errors import GptossError
+from gptoss_jax.engine.request import (
+    MAX_STOP_IDS,
+    NOT_FINITE,
+    EngineConfig,
+    Event,
+    FinishReason,
+    NumericsError,
+    Request,
+    RequestError,
+)
+from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params
 
-MAX_STOP_IDS = 8
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
-
-NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
-
-FinishReason = Literal["stop", "length", "error"]
-
-
-class RequestError(GptossError):
-    """A request that this engine can never serve."""
-
-
-class NumericsError(GptossError):
-    """The model gave logits that are not finite: its weights or a kernel are at fault."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """What the programs are compiled for.
-
-    Attributes:
-        rows: requests that run at once.
-        max_context_tokens: prompt and answer of one request, at most.
-        prefill_widths: tokens per row of each prefill program; a prompt goes through the widest, its tail through the
-            narrowest that holds it.
-        pool_tokens: tokens that the full-attention layers can hold for all rows together; a request waits until its
-            pages are free. None: enough for every row at its longest.
-        deterministic: a request's tokens and log probabilities are bitwise the same alone, in any company and in any
-            order; unless kernels keep rows apart, weights are then read once for every row. None: on CPUs.
-    """
-
-    rows: int = 1
-    max_context_tokens: int = 4096
-    prefill_widths: tuple[int, ...] = (128,)
-    pool_tokens: int | None = None
-    deterministic: bool | None = None
-
-    def __post_init__(self):
-        for name in ("rows", "max_context_tokens", "pool_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise GptossError(f"{name} is {value}, expected at least 1")
-        if not self.prefill_widths or min(self.prefill_widths) < 1:
-            raise GptossError(f"prefill_widths is {self.prefill_widths}, expected widths of at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Token ids to go on from.
-
-    Attributes:
-        token_ids: the prompt.
-        stop_ids: ids after which the answer ends; the id itself is part of the answer.
-        max_new_tokens: length of the answer at most; None: as far as the context goes.
-        sampling: how tokens are drawn.
-        ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
-            only the caller's text can show). One request, one such function: it may keep state, and must not raise.
-    """
-
-    token_ids: tuple[int, ...]
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int | None = None
-    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    ends_at: Callable[[int], bool] | None = None
-
-    def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
-        """How many tokens the answer may have at most.
-
-        Raises:
-            RequestError: no model of `config` in an engine of `engine_config` can serve this.
-        """
-        context = engine_config.max_context_tokens
-        if context > config.max_context_tokens:
-            raise RequestError(f"max_context_tokens is {context}, the model has {config.max_context_tokens} at most")
-        if not self.token_ids:
-            raise RequestError("the prompt has no tokens, expected at least one")
-        for position, token in enumerate(self.token_ids):
-            if not 0 <= token < config.vocab_size:
-                raise RequestError(
-                    f"token id {token} at position {position} is outside the vocabulary, "
-                    f"expected 0 to {config.vocab_size - 1}"
-                )
-        if len(self.stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"{len(self.stop_ids)} stop ids, expected at most {MAX_STOP_IDS}")
-        if any(not 0 <= stop < config.vocab_size for stop in self.stop_ids):
-            raise RequestError(f"stop ids {self.stop_ids}, expected ids from 0 to {config.vocab_size - 1}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
-        try:
-            self.sampling.check(config.num_token_ids)
-        except GptossError as error:
-            raise RequestError(str(error)) from None
-        limit = self.max_new_tokens or context - len(self.token_ids)
-        if limit < 1 or len(self.token_ids) + limit > context:
-            raise RequestError(
-                f"a prompt of {len(self.token_ids)} tokens and an answer of up to {max(limit, 1)} exceed the context "
-                f"of {context} tokens: shorten them, or raise max_context_tokens"
-            )
-        return limit
-
-
-class Event(NamedTuple):
-    """News of one request: tokens in the order drawn; the last event of a request says why it ended."""
-
-    request_id: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # natural logarithm, at temperature 1
-    finish_reason: FinishReason | None
-    step: int = 0  # tokens of the answer before these
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for: id and logprob, best first
 
 
 class Compiled(NamedTuple):
@@ -183,9 +83,9 @@ class Engine:
         report: Callable[[int, int], object] = lambda done, total: None,
     ):
         """`compiled` are the programs of an engine just like this one; `report` hears how many of all are compiled."""
-        sharding.check(config, engine_config.rows)
+        sharding.check(config, engine_config.slots)
         self.config, self.engine_config, self.sharding, self.params = config, engine_config, sharding, params
-        rows, context = engine_config.rows, engine_config.max_context_tokens
+        rows, context = engine_config.slots, engine_config.max_context_tokens
         self._pages_per_row = kv_cache.num_pages(context)
         self._shards = sharding.size("batch")
         pool_pages = rows * self._pages_per_row
@@ -209,7 +109,7 @@ class Engine:
     # ---- set-up ----
 
     def _allocate(self, cache_dtype: jnp.dtype) -> tuple[KVCache, RowState]:
-        rows = self.engine_config.rows
+        rows = self.engine_config.slots
         cache = kv_cache.allocator(
             self.config,
             self.sharding,
@@ -342,7 +242,7 @@ class Engine:
         return row
 
     def _shard(self, row: int) -> int:
-        return row * self._shards // self.engine_config.rows
+        return row * self._shards // self.engine_config.slots
 
     def _slot(self, row: int) -> int:
         """The row's place in what a prefill program takes and gives."""
@@ -382,14 +282,14 @@ class Engine:
 
     def _prefill_arguments(self, width: int, chunks: dict[int, tuple[int, ...]]) -> list[jax.Array]:
         """Tokens, how many, how many may be drawn behind them, and in which row of the shard: of `Programs.prefill`."""
-        slots = self._shards if self.deterministic else self.engine_config.rows
+        slots = self._shards if self.deterministic else self.engine_config.slots
         tokens, counts = np.zeros((slots, width), np.int32), np.zeros(slots, np.int32)
         budget, at = np.zeros(slots, np.int32), np.zeros(self._shards, np.int32)
         for i, chunk in chunks.items():
             slot = self._slot(i)
             tokens[slot, : len(chunk)], counts[slot] = chunk, len(chunk)
             budget[slot] = self._row(i).limit if self._row(i).unread == len(chunk) else 0
-            at[self._shard(i)] = i % (self.engine_config.rows // self._shards)
+            at[self._shard(i)] = i % (self.engine_config.slots // self._shards)
         return self._to_rows(tokens, counts, budget, at)
 
     def _decode_steps(self) -> list[Event]:

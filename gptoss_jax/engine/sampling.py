@@ -5,10 +5,7 @@ rows of any mixture share one program. To add a sampler, add its field to `Sampl
 and its line to `filter_logits`; then its flag in `generate.py`.
 """
 
-import dataclasses
-import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,99 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
 from gptoss_jax.model.invariant_sum import invariant_sum
 
-MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
 KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a row's neighbours
-MAX_LOGIT_BIAS = 100  # as in OpenAI's API
-MAX_TOP_LOGPROBS = 20
 FAULTY = -1  # in place of a token: the row's logits were not finite
-
-# Field of SamplingParams -> lowest value, highest value. Penalties are bounded as in OpenAI's API and vLLM.
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, MAX_TEMPERATURE),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-    "top_logprobs": (0, MAX_TOP_LOGPROBS),
-    "seed": (0, 2**32 - 1),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How one request draws its tokens. The options act in the order in which they stand here, seed last.
-
-    Attributes:
-        repetition_penalty: of every id in the prompt or the answer, a positive logit is divided by this and a
-            negative one multiplied (CTRL, arXiv:1909.05858); 1 is off.
-        frequency_penalty: taken from an id's logit once for each time the answer holds it (OpenAI's API).
-        presence_penalty: taken once from the logit of every id that the answer holds.
-        logit_bias: added to the logits of these ids; -inf bans one.
-        banned_ids: never drawn.
-        temperature: divides the logits; 0 takes the likeliest token, the lowest id among equals.
-        top_k: only the k likeliest ids can be drawn (and those equal to the k-th); 0 is off.
-        top_p: only the likeliest ids whose probabilities, among those that top_k leaves, first reach this sum (and
-            those equal to the last); at least one id; 1 is off.
-        min_p: only ids at least this share as likely as the likeliest; 0 is off.
-        top_logprobs: how many of the likeliest ids are reported beside the chosen one.
-        seed: the same seed, prompt and options give the same tokens.
-
-    Log probabilities are the model's own, before any of these. Ids that the vocabulary does not name are never drawn.
-
-    Raises:
-        GptossError: a value out of its range.
-    """
-
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    banned_ids: tuple[int, ...] = ()
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_logprobs: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("top_k", "top_logprobs", "seed"):
-            _check_whole(name, getattr(self, name))
-        for name in ("logit_bias", "banned_ids"):
-            for token in getattr(self, name):
-                _check_whole(f"an id in {name}", token)
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise GptossError(f"{name} is {value}, expected {low:.10g} to {high:.10g}")
-        for token, bias in self.logit_bias.items():
-            if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
-                raise GptossError(
-                    f"logit_bias of id {token} is {bias}, expected -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, "
-                    "or -inf to ban the id"
-                )
-
-    def check(self, num_token_ids: int) -> None:
-        """Raises GptossError where an id does not exist among `num_token_ids`, or nothing is left to draw."""
-        for name, ids in (("logit_bias", self.logit_bias), ("banned_ids", self.banned_ids)):
-            for token in ids:
-                if not 0 <= token < num_token_ids:
-                    raise GptossError(f"{name} names id {token}, expected ids from 0 to {num_token_ids - 1}")
-        banned = {*self.banned_ids, *(token for token, bias in self.logit_bias.items() if bias == -math.inf)}
-        if len(banned) == num_token_ids:
-            raise GptossError(f"all {num_token_ids} ids are banned, expected at least one that may be drawn")
-
-
-def _check_whole(name: str, value: Any) -> None:
-    try:
-        operator.index(value)
-    except TypeError:
-        raise GptossError(f"{name} is {value!r}, expected a whole number") from None
 
 
 class Sampling(NamedTuple):
@@ -158,8 +67,9 @@ def row(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_toke
     bias[list(params.banned_ids)] = -np.inf
     bias[num_token_ids:] = -np.inf
     prompted[list(prompt)] = True
-    dtypes = {"top_k": np.int32, "top_logprobs": np.int32, "seed": np.uint32}
-    scalars: dict[str, Any] = {name: dtypes.get(name, np.float32)(getattr(params, name)) for name in _RANGES}
+    scalars: dict[str, Any] = {
+        name: np.dtype(option.dtype).type(getattr(params, name)) for name, option in OPTIONS.items()
+    }
     arrays: dict[str, Any] = {"bias": bias, "prompted": prompted, "drawn": np.zeros(vocab_size, np.int32)}
     return Sampling(**scalars, **arrays)
 

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from gptoss_jax.engine.engine import Engine, Event, NumericsError, Request
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.request import Event, NumericsError, Request
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.parser import Delta
 

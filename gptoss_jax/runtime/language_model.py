@@ -18,17 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
 from gptoss_jax.checkpoints import host_memory, orbax, published
-from gptoss_jax.engine.engine import (
-    NOT_FINITE,
-    Compiled,
-    Engine,
-    EngineConfig,
-    Event,
-    NumericsError,
-    Request,
-    RequestError,
-)
-from gptoss_jax.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams, report_logprobs
+from gptoss_jax.engine.engine import Compiled, Engine
+from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
+from gptoss_jax.engine.sampling import report_logprobs
+from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
@@ -134,7 +127,7 @@ class LanguageModel:
             GptossError: a sampling option out of its range, or given twice.
             RequestError: ids outside the vocabulary, or more tokens than the context holds.
         """
-        engine_config = EngineConfig(rows=self.sharding.size("batch"), max_context_tokens=max_context_tokens)
+        engine_config = EngineConfig(slots=self.sharding.size("batch"), max_context_tokens=max_context_tokens)
         request = Request(
             tuple(map(operator.index, token_ids)),
             tuple(map(operator.index, self.config.stop_ids if stop_ids is None else stop_ids)),

@@ -18,8 +18,8 @@ import gptoss_jax
 from converters import convert
 from gptoss_jax import generate, score
 from gptoss_jax.checkpoints.orbax import CheckpointError
-from gptoss_jax.engine.engine import RequestError
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.request import RequestError
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import layers, sharding
 from gptoss_jax.runtime import language_model as runtime

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gptoss_jax
 from gptoss_jax import score
-from gptoss_jax.engine.engine import NumericsError, RequestError
+from gptoss_jax.engine.request import NumericsError, RequestError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.score import Windows
 from tests import processes

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gptoss_jax
-from gptoss_jax.engine.engine import EngineConfig, Request
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.request import EngineConfig, Request
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import sharding
 from gptoss_jax.model.config import parse_config
 from gptoss_jax.model.sharding import MeshError
@@ -89,7 +89,7 @@ def test_rows_on_other_data_shards_do_not_mix(mesh, deterministic, folder):
     answers = []
     for where in (None, mesh):
         engine = gptoss_jax.load(folder, mesh=where, dtype="float32").engine(
-            EngineConfig(rows=4, max_context_tokens=128, prefill_widths=(64,), deterministic=deterministic)
+            EngineConfig(slots=4, max_context_tokens=128, prefill_widths=(64,), deterministic=deterministic)
         )
         for prompt in prompts:
             engine.submit(Request(prompt, (), 8, SamplingParams(temperature=0.0)))

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from gptoss_jax.engine.engine import Engine, Event, NumericsError, Request
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.request import Event, NumericsError, Request
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.harmony.answer import AnswerStream, StopStrings
 from gptoss_jax.runtime.answers import collect

@@ -11,8 +11,8 @@ import pytest
 import cpu_kernels
 import gptoss_jax
 from gptoss_jax.engine import sampling
-from gptoss_jax.engine.engine import EngineConfig, NumericsError, Request, RequestError
-from gptoss_jax.engine.sampling import SamplingParams
+from gptoss_jax.engine.request import EngineConfig, NumericsError, Request, RequestError
+from gptoss_jax.engine.sampling_params import SamplingParams
 from tests import reference
 from tests.gate import TinyModel
 from tests.goldens import make as golden
@@ -63,7 +63,7 @@ BOTH = pytest.mark.parametrize("deterministic", [True, False], ids=["row by row"
 def test_more_requests_than_rows_of_mixed_lengths(model, deterministic):
     """Guards admission, reuse of rows and pages, and rings: every answer is the reference's; nothing compiles."""
     engine = model.engine(
-        EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
+        EngineConfig(slots=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
     )
     free = [list(pages) for pages in engine._free_pages]
     compiled = []
@@ -94,7 +94,7 @@ def test_compilations_are_counted(model):
 
 def test_a_row_draws_the_same_tokens_in_company(model):
     """Guards per-request seeds: the draws of a request do not depend on what runs beside it."""
-    engine = model.engine(EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(64,)))
+    engine = model.engine(EngineConfig(slots=3, max_context_tokens=384, prefill_widths=(64,)))
     asked = Request(_prompt(50), (), 30, SamplingParams(temperature=1.0, seed=5))
     others = [Request(_prompt(n, seed=1), (), 20, SamplingParams(seed=n)) for n in (200, 3, 77)]
     ((alone, _),) = _answers(engine, [asked])
@@ -141,7 +141,7 @@ def half(folder, request):
 @pytest.fixture(scope="module")
 def alone(half):
     """What each of 64 mixed requests draws with nothing beside it."""
-    engine = half.engine(EngineConfig(rows=1, max_context_tokens=384, prefill_widths=(16, 64)))
+    engine = half.engine(EngineConfig(slots=1, max_context_tokens=384, prefill_widths=(16, 64)))
     assert engine.deterministic
     return [_streams(engine, [request])[0] for request in _mixed_requests(64)]
 
@@ -149,12 +149,12 @@ def alone(half):
 def test_rows_run_alone_only_where_that_is_what_keeps_them_apart(model, folder):
     """Guards a CPU's batches: its kernels keep rows apart, so a step reads the weights once; XLA's sums do not."""
     alone = {
-        kernels: gptoss_jax.load(folder, kernels=kernels).engine(EngineConfig(rows=2)).decodes_alone
+        kernels: gptoss_jax.load(folder, kernels=kernels).engine(EngineConfig(slots=2)).decodes_alone
         for kernels in ("reference", *(["cpu"] if cpu_kernels.why_not() is None else []))
     }
     assert alone == {kernels: kernels == "reference" for kernels in alone}
-    assert not model.engine(EngineConfig(rows=2, deterministic=False)).decodes_alone
-    sharded = gptoss_jax.load(folder, mesh="data=2").engine(EngineConfig(rows=2))
+    assert not model.engine(EngineConfig(slots=2, deterministic=False)).decodes_alone
+    sharded = gptoss_jax.load(folder, mesh="data=2").engine(EngineConfig(slots=2))
     assert sharded.decodes_alone
 
 
@@ -162,7 +162,7 @@ def test_rows_run_alone_only_where_that_is_what_keeps_them_apart(model, folder):
 @pytest.mark.parametrize("rows", [3, 8, 9, 64])
 def test_deterministic_rows_are_bitwise_the_same_in_any_batch_and_order(half, alone, rows):
     """Guards per-row determinism: tokens and log probabilities of every bit, in batches of any size, in any order."""
-    engine = half.engine(EngineConfig(rows=rows, max_context_tokens=384, prefill_widths=(16, 64), deterministic=True))
+    engine = half.engine(EngineConfig(slots=rows, max_context_tokens=384, prefill_widths=(16, 64), deterministic=True))
     requests = _mixed_requests(64)
     assert _streams(engine, requests) == alone
     order = np.random.default_rng(rows).permutation(64)
@@ -172,7 +172,7 @@ def test_deterministic_rows_are_bitwise_the_same_in_any_batch_and_order(half, al
 @pytest.mark.slow
 def test_an_unrelated_long_prompt_changes_no_bit(half, alone):
     """Guards rows that run while a prompt of another row is read in chunks beside them."""
-    engine = half.engine(EngineConfig(rows=2, max_context_tokens=4096, prefill_widths=(16, 64), deterministic=True))
+    engine = half.engine(EngineConfig(slots=2, max_context_tokens=4096, prefill_widths=(16, 64), deterministic=True))
     asked = engine.submit(_mixed_requests(3)[2])
     events = engine.tick() + engine.tick() + engine.tick() + engine.tick()
     engine.submit(Request(_prompt(3000), (), 5, SamplingParams()))
@@ -184,7 +184,7 @@ def test_an_unrelated_long_prompt_changes_no_bit(half, alone):
 @pytest.mark.slow
 def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
     """Measures what `deterministic=False` gives up: log probabilities of the same tokens, alone and in a batch of 8."""
-    engine = half.engine(EngineConfig(rows=8, max_context_tokens=384, prefill_widths=(16, 64), deterministic=False))
+    engine = half.engine(EngineConfig(slots=8, max_context_tokens=384, prefill_widths=(16, 64), deterministic=False))
     differences, same = [], 0
     for ours, theirs in zip(_streams(engine, _mixed_requests(64)), alone, strict=True):
         same += [token for token, *_ in ours] == [token for token, *_ in theirs]
@@ -209,7 +209,7 @@ def test_every_token_is_the_one_that_its_request_draws(model, deterministic):
     Seeds and positions, penalties on prompt and answer, and that nothing of a row's request before it is left.
     """
     engine = model.engine(
-        EngineConfig(rows=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
+        EngineConfig(slots=3, max_context_tokens=384, prefill_widths=(16, 64), deterministic=deterministic)
     )
     strong = SamplingParams(temperature=0.0, repetition_penalty=100.0, frequency_penalty=0.4, presence_penalty=0.3)
     requests = [Request(_prompt(40 + i, i), (), 9, strong) for i in range(3)]
@@ -231,7 +231,7 @@ _draw = jax.jit(lambda logits, row, at: sampling.sample(logits, row, at, 512))
 
 def test_a_dispatch_stays_short_when_rows_join(model):
     """Guards flowing text: a dispatch takes a tenth of a second, whether one row or nine take turns in each step."""
-    engine = model.engine(EngineConfig(rows=9, max_context_tokens=256, prefill_widths=(64,), deterministic=True))
+    engine = model.engine(EngineConfig(slots=9, max_context_tokens=256, prefill_widths=(64,), deterministic=True))
     engine.submit(Request(_prompt(5), (), 200, GREEDY))
     engine.tick()  # the prompt
     engine._seconds_per_turn = 0.01  # as if measured
@@ -250,7 +250,7 @@ def test_a_dispatch_stays_short_when_rows_join(model):
 def test_top_logprobs_are_the_models(model, deterministic):
     """Guards the reported alternatives, in prefill's token and in decoding's, beside a row that asks for none."""
     engine = model.engine(
-        EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
+        EngineConfig(slots=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
     )
     prompt = _prompt(30)
     engine.submit(Request(prompt, (), 9, SamplingParams(seed=3, top_logprobs=4, banned_ids=(5,))))
@@ -289,7 +289,7 @@ def test_the_caller_may_end_an_answer(model, deterministic):
 def test_stops_at_stop_ids_and_only_there(model, deterministic):
     """Guards the stop: the stop id is the answer's last token, wherever in a dispatch it falls."""
     engine = model.engine(
-        EngineConfig(rows=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
+        EngineConfig(slots=2, max_context_tokens=256, prefill_widths=(64,), deterministic=deterministic)
     )
     ((free_running, _),) = _answers(engine, [Request(_prompt(20), (), 40, GREEDY)])
     for stop in {free_running[0], free_running[7], free_running[25]}:
@@ -314,7 +314,7 @@ def test_logprobs_are_the_models(model):
 def test_a_small_pool_makes_requests_wait(model, deterministic):
     """Guards paging: with pages for one long request at a time, all are served, and rightly."""
     shape = {"max_context_tokens": 384, "prefill_widths": (64,), "pool_tokens": 384}
-    engine = model.engine(EngineConfig(rows=2, deterministic=deterministic, **shape))
+    engine = model.engine(EngineConfig(slots=2, deterministic=deterministic, **shape))
     requests = [Request(_prompt(n), (), 10, GREEDY) for n in (300, 290, 20)]
     tensors = TinyModel(CONFIG).tensors
     for request, (tokens, _) in zip(requests, _answers(engine, requests), strict=True):
@@ -327,7 +327,7 @@ def test_a_small_pool_makes_requests_wait(model, deterministic):
 
 def test_a_fault_names_row_and_step(model):
     """Guards the error of a model that breaks in mid-answer: which request, at which step, and what came before."""
-    engine = model.engine(EngineConfig(rows=2, max_context_tokens=64, prefill_widths=(8,)))
+    engine = model.engine(EngineConfig(slots=2, max_context_tokens=64, prefill_widths=(8,)))
     engine.submit(Request((1, 2, 3), (), 2, GREEDY))
     engine.submit(Request((4, 5), (), 20, GREEDY))
     events = [*engine.tick(), *engine.tick()]  # the prompts
@@ -401,6 +401,6 @@ def test_context_beyond_the_models_is_refused(model):
     """Guards YaRN's range: an engine longer than the model's promise would answer nonsense without a word."""
     with pytest.raises(RequestError, match="max_context_tokens is 131073, the model has 131072 at most"):
         Request((1,), (), 4).check(model.config, EngineConfig(max_context_tokens=131_073))
-    for name in ("rows", "max_context_tokens", "pool_tokens"):
+    for name in ("slots", "max_context_tokens", "pool_tokens"):
         with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
             EngineConfig(**{name: 0})

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats  # jax brings scipy
 
 from gptoss_jax.engine import sampling
-from gptoss_jax.engine.sampling import FAULTY, Draw, SamplingParams
+from gptoss_jax.engine.sampling import FAULTY, Draw
+from gptoss_jax.engine.sampling_params import SamplingParams
 from tests.goldens import make as golden
 
 V = 50
@@ -313,6 +314,6 @@ def test_ids_that_do_not_exist_and_total_bans_are_refused(params, message):
 )
 def test_fractions_are_refused_where_whole_numbers_belong(changes, message):
     """Guards JSON's 1.5 for a whole number: in a process of its own, since this one's type checks come first."""
-    code = f"from gptoss_jax.engine.sampling import SamplingParams; SamplingParams({changes})"
+    code = f"from gptoss_jax.engine.sampling_params import SamplingParams; SamplingParams({changes})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=golden.ROOT, check=False)
     assert done.stderr.splitlines()[-1] == f"ValueError: {message}"

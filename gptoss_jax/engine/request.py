@@ -1,0 +1,122 @@
+"""What an engine is asked and what it answers: requests of token ids, events of tokens, the sizes it is made for.
+
+Knows no JAX, so that a request is checked before JAX is imported.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.config import ModelConfig
+
+MAX_STOP_IDS = 8
+
+NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class RequestError(GptossError):
+    """A request that this engine can never serve."""
+
+
+class NumericsError(GptossError):
+    """The model gave logits that are not finite: its weights or a kernel are at fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What the programs are compiled for.
+
+    Attributes:
+        slots: requests that run at once.
+        max_context_tokens: prompt and answer of one request, at most.
+        prefill_widths: tokens per slot of each prefill program; a prompt goes through the widest, its tail through the
+            narrowest that holds it.
+        pool_tokens: tokens that the full-attention layers can hold for all slots together; a request waits until its
+            pages are free. None: enough for every slot at its longest.
+        deterministic: a request's tokens and log probabilities are bitwise the same alone, in any company and in any
+            order; unless kernels are batch invariant, weights are then read once for every slot. None: on CPUs.
+    """
+
+    slots: int = 1
+    max_context_tokens: int = 4096
+    prefill_widths: tuple[int, ...] = (128,)
+    pool_tokens: int | None = None
+    deterministic: bool | None = None
+
+    def __post_init__(self):
+        for name in ("slots", "max_context_tokens", "pool_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GptossError(f"{name} is {value}, expected at least 1")
+        if not self.prefill_widths or min(self.prefill_widths) < 1:
+            raise GptossError(f"prefill_widths is {self.prefill_widths}, expected widths of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Token ids to go on from.
+
+    Attributes:
+        token_ids: the prompt.
+        stop_ids: ids after which the answer ends; the id itself is part of the answer.
+        max_new_tokens: length of the answer at most; None: as far as the context goes.
+        sampling: how tokens are drawn.
+        ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
+            only the caller's text can show). One request, one such function: it may keep state, and must not raise.
+    """
+
+    token_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int | None = None
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    ends_at: Callable[[int], bool] | None = None
+
+    def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
+        """How many tokens the answer may have at most.
+
+        Raises:
+            RequestError: no model of `config` in an engine of `engine_config` can serve this.
+        """
+        context = engine_config.max_context_tokens
+        if context > config.max_context_tokens:
+            raise RequestError(f"max_context_tokens is {context}, the model has {config.max_context_tokens} at most")
+        if not self.token_ids:
+            raise RequestError("the prompt has no tokens, expected at least one")
+        for position, token in enumerate(self.token_ids):
+            if not 0 <= token < config.vocab_size:
+                raise RequestError(
+                    f"token id {token} at position {position} is outside the vocabulary, "
+                    f"expected 0 to {config.vocab_size - 1}"
+                )
+        if len(self.stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"{len(self.stop_ids)} stop ids, expected at most {MAX_STOP_IDS}")
+        if any(not 0 <= stop < config.vocab_size for stop in self.stop_ids):
+            raise RequestError(f"stop ids {self.stop_ids}, expected ids from 0 to {config.vocab_size - 1}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        try:
+            self.sampling.check(config.num_token_ids)
+        except GptossError as error:
+            raise RequestError(str(error)) from None
+        limit = self.max_new_tokens or context - len(self.token_ids)
+        if limit < 1 or len(self.token_ids) + limit > context:
+            raise RequestError(
+                f"a prompt of {len(self.token_ids)} tokens and an answer of up to {max(limit, 1)} exceed the context "
+                f"of {context} tokens: shorten them, or raise max_context_tokens"
+            )
+        return limit
+
+
+class Event(NamedTuple):
+    """News of one request: tokens in the order drawn; the last event of a request says why it ended."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # natural logarithm, at temperature 1
+    finish_reason: FinishReason | None
+    step: int = 0  # tokens of the answer before these
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for: id and logprob, best first
