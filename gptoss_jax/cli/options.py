@@ -166,7 +166,7 @@ def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:
     """
     with _naming_flags():
         return EngineConfig(
-            slots=rows, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
+            slots=slots, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
         )
 
 

@@ -27,13 +27,13 @@ class Option(NamedTuple):
         help: its flag's help: the value's name, a colon, and what it does.
     """
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     dtype: str
     help: str
 
 
-def _number(default: float, low: float, high: float, help: str, dtype: str = "float32") -> Any:
+def _number(default: int | float, low: int | float, high: int | float, help: str, dtype: str = "float32") -> Any:
     return dataclasses.field(default=default, metadata={"option": Option(low, high, dtype, help)})
 
 
