@@ -316,4 +316,4 @@ def test_fractions_are_refused_where_whole_numbers_belong(changes, message):
     """Guards JSON's 1.5 for a whole number: in a process of its own, since this one's type checks come first."""
     code = f"from gptoss_jax.engine.sampling_params import SamplingParams; SamplingParams({changes})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=golden.ROOT, check=False)
-    assert done.stderr.splitlines()[-1] == f"ValueError: {message}"
+    assert done.stderr.splitlines()[-1] == f"gptoss_jax.errors.GptossError: {message}"
