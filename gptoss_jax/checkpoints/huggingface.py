@@ -1,4 +1,4 @@
-"""The Hugging Face layouts as tables: leaf <- tensor. Experts packed as MXFP4, or bfloat16 and transposed.
+"""The Hugging Face formats as tables: leaf <- tensor. Experts packed as MXFP4, or bfloat16 and transposed.
 
 Source: transformers' modeling_gpt_oss.py and the published model.safetensors.index.json.
 """

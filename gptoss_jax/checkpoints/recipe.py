@@ -1,4 +1,4 @@
-"""How one declared leaf is made from one stored tensor: the rows that the tables of all layouts consist of.
+"""How one declared leaf is made from one stored tensor: the rows that the tables of all formats consist of.
 
 Shapes are written in letters, so that a table can be held against the published model's description.
 """

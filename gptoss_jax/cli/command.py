@@ -1,5 +1,6 @@
 """What every command line does alike: help, dashes in flag names, one line for what the user can mend, exit code 2."""
 
+import functools
 import gc
 import json
 import os
@@ -8,7 +9,8 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -28,8 +30,8 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
     """Runs `main` on the command line's positional arguments.
 
     `--two-words` and `--two_words` are the same flag, and flags may follow positional arguments. A GptossError
-    or OSError that `main` raises becomes a line on stderr per problem, behind `name`, and exit code 2; Ctrl-C exit code
-    130. Anything else is a fault of ours and keeps its traceback.
+    or OSError that `main` raises becomes a line on stderr per problem, after `name`, and exit code 2; Ctrl-C exit code
+    130. Anything else is a bug and keeps its traceback.
 
     Args:
         main: the command.
@@ -37,7 +39,7 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         sections: how its flags are grouped in --help; None: in one section.
     """
     open_streams(name)
-    parse = lambda argv: _parse(argv, name, sections)  # noqa: E731
+    parse = functools.partial(_parse, name=name, sections=sections)
     app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=parse)
 
 
@@ -49,6 +51,18 @@ def refuse(message: str, name: str) -> NoReturn:
     except BrokenPipeError:
         write_nowhere(sys.stderr)
     sys.exit(EXIT_CODE)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """While the block runs, Ctrl-C ends the process at once: JAX's imports would swallow an exception."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_streams(name: str) -> None:
@@ -119,15 +133,19 @@ def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> 
         print(f"{sys.modules['__main__'].__doc__}\nDashes and underscores in flags are the same.\n")
         print(help_text(flags.FLAGS, main_flags))
         sys.exit(0)
-    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     try:
-        arguments = flags.FLAGS(words)
+        arguments = flags.FLAGS([_as_defined(argument) for argument in argv])
     except flags.Error as error:
         refuse(f"{' '.join(str(error).split())} (--help lists the flags)", name)
     for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
         if flag.value == "" and _value_and_meaning(flag)[0] == "FILE":
             refuse(f"{spelled(flag.name)} is empty, expected the name of a file", name)
     return arguments
+
+
+def _as_defined(argument: str) -> str:
+    """A flag with the underscores that its definition has; any other argument as it is."""
+    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import parser, render
-from gptoss_jax.harmony.render import ResponseFormat, Settings
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 
 MAX_FILE_BYTES = 64 * 2**20  # a hundred times what the longest context holds
 MAX_DEPTH = 64  # the library takes no more than 128, each message adding some
