@@ -21,7 +21,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from converters import convert
-from converters.random_weights import with_vocab_size, write_checkpoint
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
 from gptoss_jax.checkpoints import orbax, packing, published
 from gptoss_jax.checkpoints.orbax import Manifest
 from gptoss_jax.cli import command as command_line
