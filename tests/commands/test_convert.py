@@ -1,4 +1,4 @@
-"""The converter: one model from three layouts, every fault named, no interruption that costs a byte or a leaf."""
+"""The converter: one model from three formats, every fault named, no interruption that costs a byte or a leaf."""
 
 import contextlib
 import errno
@@ -22,8 +22,12 @@ from absl.testing import flagsaver
 
 from converters import convert
 from converters.random_checkpoint import with_vocab_size, write_checkpoint
-from gptoss_jax.checkpoints import orbax, packing, published
-from gptoss_jax.checkpoints.orbax import Manifest
+from gptoss_jax.checkpoints import conversion, packing, published
+from gptoss_jax.checkpoints.leaf import leaf_bytes
+from gptoss_jax.checkpoints.orbax import manifest, reader
+from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
+from gptoss_jax.checkpoints.orbax.writer import Writer
+from gptoss_jax.cli import byte_progress
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
 from pallas_kernels import mxfp4
@@ -40,7 +44,7 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A model in the Hugging Face layout, in several shards, for reading only."""
+    """A model in the Hugging Face format, in several shards, for reading only."""
     dst = tmp_path_factory.mktemp("small") / "published"
     write_checkpoint(dst, SMALL, shard_bytes=250_000)
     assert len(list(dst.glob("*.safetensors"))) > 2
@@ -59,7 +63,7 @@ def small_converted(small, tmp_path_factory) -> Path:
 def small_bf16(tmp_path_factory) -> Path:
     """The same with bfloat16 experts."""
     dst = tmp_path_factory.mktemp("bf16") / "published"
-    write_checkpoint(dst, SMALL, layout="huggingface-bf16")
+    write_checkpoint(dst, SMALL, format="huggingface-bf16")
     return dst
 
 
@@ -77,7 +81,17 @@ def broken_bf16(small_bf16, tmp_path) -> Path:
 
 def options(src: Path, dst: Path, **changes) -> convert.Options:
     """What a command line without flags asks for, and changes."""
-    return convert.Options(src, dst, **{"dry_run": False, "verify": False, "quantize_experts": False} | changes)
+    return convert.Options(src, dst, **changes)
+
+
+def declared(source: published.Source) -> dict:
+    """The leaves that a source's model has."""
+    return conversion.declared_leaves(source.config)
+
+
+def conversion_of(source: published.Source, dst: Path) -> conversion.Conversion:
+    """The conversion of a source that is open."""
+    return conversion.Conversion(source, dst, declared(source), byte_progress.byte_progress)
 
 
 def command(*words: object) -> int:
@@ -175,23 +189,23 @@ def set_bits(content: bytes, bits: dict[int, int]) -> bytes:
     return values.tobytes()
 
 
-# ---- three layouts, one model ----
+# ---- three formats, one model ----
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> dict[str, Path]:
-    """The narrow model in all layouts, converted and verified."""
+    """The narrow model in all formats, converted and verified."""
     folder = tmp_path_factory.mktemp("three")
-    for layout in ("huggingface", "openai", "huggingface-bf16"):
-        write_checkpoint(folder / f"{layout}-published", NARROW, layout=layout, shard_bytes=13_000_000)
-        convert.run(options(folder / f"{layout}-published", folder / layout, verify=True))
-    return {layout: folder / layout for layout in ("huggingface", "openai", "huggingface-bf16")}
+    for format in ("huggingface", "openai", "huggingface-bf16"):
+        write_checkpoint(folder / f"{format}-published", NARROW, format=format, shard_bytes=13_000_000)
+        convert.run(options(folder / f"{format}-published", folder / format, verify=True))
+    return {format: folder / format for format in ("huggingface", "openai", "huggingface-bf16")}
 
 
-def test_huggingface_and_openai_layouts_give_the_same_bytes(three):
+def test_huggingface_and_openai_formats_give_the_same_bytes(three):
     """A wrong cut of the fused qkv, mlp1 and mlp2 confused, gate and up reordered."""
     assert leaf_hashes(three["huggingface"]) == leaf_hashes(three["openai"])
-    assert orbax.read_config(three["huggingface"]) == orbax.read_config(three["openai"])
+    assert manifest.read_config(three["huggingface"]) == manifest.read_config(three["openai"])
 
 
 def test_mxfp4_bytes_are_those_published(small, small_converted):
@@ -202,7 +216,7 @@ def test_mxfp4_bytes_are_those_published(small, small_converted):
         assert stored(small_converted, f"layers/1/moe/{leaf}").tobytes() == content
 
 
-def test_bf16_layout_gives_the_same_values(three):
+def test_bf16_format_gives_the_same_values(three):
     """Experts packed along the wrong axis, or with values changed. Their scales may differ: see `packing.pack`."""
     published, packed = leaf_hashes(three["huggingface"]), leaf_hashes(three["huggingface-bf16"])
     experts = [path for path in published if path.endswith("/blocks")]
@@ -214,36 +228,36 @@ def test_bf16_layout_gives_the_same_values(three):
             blocks = jnp.asarray(stored(folder, path)), jnp.asarray(stored(folder, scales))
             weights.append(np.asarray(mxfp4.dequantize(*blocks, jnp.dtype(jnp.bfloat16))))
         assert np.array_equal(*weights), path
-        codes = [stored(three[layout], path) for layout in ("huggingface", "huggingface-bf16")]
+        codes = [stored(three[format], path) for format in ("huggingface", "huggingface-bf16")]
         same_scale = stored(three["huggingface"], scales) == stored(three["huggingface-bf16"], scales)
         assert same_scale.mean() > 0.99
         assert np.array_equal(codes[0][same_scale], codes[1][same_scale])
 
 
-def test_layouts_are_named(three, small, tmp_path, capsys):
-    """A layout guessed wrong and not told."""
-    for layout, name in {
+def test_formats_are_named(three, small, tmp_path, capsys):
+    """A format guessed wrong and not told."""
+    for format, name in {
         "huggingface": "Hugging Face, MXFP4 experts",
         "openai": "OpenAI original",
         "huggingface-bf16": "Hugging Face, BF16 experts",
     }.items():
-        published = three[layout].with_name(f"{layout}-published")
+        published = three[format].with_name(f"{format}-published")
         assert command(published, tmp_path / "no", "--dry-run") == 0
-        assert f"{published}: layout {name}, " in capsys.readouterr().out
-        assert orbax.read_provenance(three[layout])["source"]["layout"] == name
+        assert f"{published}: format {name}, " in capsys.readouterr().out
+        assert manifest.read_provenance(three[format])["source"]["layout"] == name
     both = Path(shutil.copytree(small, tmp_path / "both"))
     shutil.copytree(three["openai"].with_name("openai-published"), both / "original")
     assert command(both, tmp_path / "no", "--dry-run") == 0
-    assert "layout Hugging Face, MXFP4 experts (its original/ is not read)" in capsys.readouterr().out
+    assert "format Hugging Face, MXFP4 experts (its original/ is not read)" in capsys.readouterr().out
     (tmp_path / "parent").mkdir()
     (both / "original").rename(tmp_path / "parent" / "original")
     assert command(tmp_path / "parent", tmp_path / "no", "--dry-run") == 0
-    assert "layout OpenAI original (found in original/)" in capsys.readouterr().out
+    assert "format OpenAI original (found in original/)" in capsys.readouterr().out
 
 
 def test_provenance_and_what_makes_it_self_contained(small, small_converted):
     """A checkpoint of which nobody can say where it came from."""
-    provenance = orbax.read_provenance(small_converted)
+    provenance = manifest.read_provenance(small_converted)
     files = {file["name"]: file for file in provenance["source"]["files"]}
     assert files.keys() == {path.name for path in small.glob("*.safetensors")}
     for name, file in files.items():
@@ -267,11 +281,11 @@ def test_tables_cover_the_model(small):
     for name in ("gpt-oss-20b.json", "gpt-oss-120b.json"):
         config = published.read_config(ROOT / "configs" / name)
         leaves = transformer.declare(config, sharding.make()).leaves
-        for layout, table in published.LAYOUTS.items():
+        for format, table in published.FORMATS.items():
             recipes = table(config)
-            assert recipes.keys() == leaves.keys(), layout
-            taken = sum(orbax.leaf_bytes(leaf) for leaf in leaves.values())
-            assert taken == sum(_bytes_of(recipe) for recipe in recipes.values()), layout
+            assert recipes.keys() == leaves.keys(), format
+            taken = sum(leaf_bytes(leaf) for leaf in leaves.values())
+            assert taken == sum(_bytes_of(recipe) for recipe in recipes.values()), format
 
 
 def _bytes_of(recipe) -> int:
@@ -355,7 +369,7 @@ def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsy
     printed = re.findall(r"rounded to MXFP4: (\S+): relative RMS error (\S+)", out)
     assert [name for name, _ in printed] == sorted(names)
     assert all(0.10 < float(error) < 0.13 for _, error in printed)
-    provenance = orbax.read_provenance(tmp_path / "out")
+    provenance = manifest.read_provenance(tmp_path / "out")
     assert provenance["experts"] == "bfloat16 rounded to MXFP4"
     assert [f"{rms:.4f}" for rms in provenance["rounding_relative_rms"].values()] == [x for _, x in printed]
     assert "are equal" in out or "equal the source's by sha256" in out
@@ -364,7 +378,7 @@ def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsy
 def test_a_wrongly_transposed_export_is_told(tmp_path, capsys):
     """Square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
     square = SMALL | {"intermediate_size": 96}
-    write_checkpoint(tmp_path / "published", square, layout="huggingface-bf16")
+    write_checkpoint(tmp_path / "published", square, format="huggingface-bf16")
     with edited(tmp_path / "published", DOWN) as held:
         dtype, shape, content = held[DOWN]
         weights = np.frombuffer(content, np.uint16).reshape(shape)
@@ -403,7 +417,7 @@ def unknown(folder: Path) -> list[str]:
     reindex(folder, lambda held: held.update({"model.vision.weight": held["lm_head.weight"]}))
     return [
         f"{file_of(folder, 'lm_head.weight')}: model.vision.weight: unknown, "
-        "the layout (Hugging Face, MXFP4 experts) has no such tensor"
+        "the format (Hugging Face, MXFP4 experts) has no such tensor"
     ]
 
 
@@ -580,7 +594,7 @@ def test_a_transposed_shape_is_explained(broken_bf16, tmp_path, capsys):
         held[name] = (held[name][0], [8, 320, 96], held[name][2])
     assert refusals(capsys, broken_bf16, tmp_path / "out") == [
         f"convert: {file_of(broken_bf16, name)}: {name}: shape [8, 320, 96], expected [8, 96, 320]: "
-        "transposed, this layout has [E, in, out]"
+        "transposed, this format has [E, in, out]"
     ]
 
 
@@ -664,8 +678,8 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
     with open(norm.file, "r+b") as file:
         file.seek(norm.offset)
         file.write(b"\x11")
-    with pytest.raises(orbax.CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
-        convert.verify(opened, small_converted, convert.declared_leaves(opened))
+    with pytest.raises(CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
+        conversion_of(opened, small_converted).verify()
 
 
 @pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run"])
@@ -676,7 +690,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in small.glob("*.safetensors")) / 1e6
     files = len(list(small.glob("*.safetensors")))
-    assert lines[0] == f"{small}: layout Hugging Face, MXFP4 experts, {files} files, 41 tensors"
+    assert lines[0] == f"{small}: format Hugging Face, MXFP4 experts, {files} files, 41 tensors"
     assert lines[1] == f"would read    41 tensors, {size:.3f} MB in {files} files"
     assert re.fullmatch(rf"would write   41 leaves, 1\.\d+ MB, to {tmp_path}/deep/out", lines[2])
     assert lines[3] == "largest leaf  layers/0/moe/gate_up/blocks, 0.123 MB"
@@ -696,10 +710,10 @@ def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
 
 def test_progress_tells_bytes_rate_and_remaining_time(capsys, monkeypatch):
     """Hours of silence in a log file."""
-    monkeypatch.setattr(convert, "LINE_SECONDS", 0)
-    with convert.Progress("writing", 400_000_000) as progress:
-        progress.add(100_000_000)
-        progress.add(300_000_000)
+    monkeypatch.setattr(byte_progress, "LINE_SECONDS", 0)
+    with byte_progress.byte_progress("writing", 400_000_000) as report_bytes:
+        report_bytes(100_000_000)
+        report_bytes(300_000_000)
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"writing: 0\.100 GB of 0\.400 GB \(25 %\), [\d,]+ MB/s, .*\d+ s left", lines[0])
     assert re.fullmatch(r"writing: 0\.400 GB of 0\.400 GB \(100 %\), [\d,]+ MB/s", lines[-1])
@@ -715,7 +729,8 @@ import hashlib, json, os, random, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from converters import convert
-from gptoss_jax.checkpoints import orbax
+from gptoss_jax.checkpoints import conversion
+from gptoss_jax.checkpoints.orbax import manifest
 
 src, folder = Path(sys.argv[1]), Path(sys.argv[2])
 real = {name: getattr(os, name) for name in ("write", "fsync", "rename")}
@@ -739,7 +754,7 @@ def child(dst, kill_at=None):
         setattr(os, name, counted(name))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    convert.run(convert.Options(src, dst, False, False, False))
+    convert.run(convert.Options(src, dst))
     if kill_at is None:
         (folder / "total").write_text(str(calls))
     os._exit(0)
@@ -751,7 +766,7 @@ def tree(folder):
 def stamps(partial):
     lines = (partial / "journal.jsonl").read_bytes().split(b"\\n")[:-1] if partial.exists() else []
     leaves = [json.loads(line) for line in lines[1:]]
-    files = [partial / "checkpoint" / orbax._record(x).file for x in leaves if "path" in x]
+    files = [partial / "checkpoint" / manifest.LeafRecord.from_json(x).file for x in leaves if "path" in x]
     return {p.parent.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 assert child(folder / "whole") == 0
@@ -762,9 +777,9 @@ moments += random.Random(0).sample(range(6, total - 5), 12)
 out = []
 for moment in moments:
     dst = folder / f"killed-{moment}"
-    partial = orbax.partial_folder(dst)
+    partial = manifest.partial_folder(dst)
     died = child(dst, moment)
-    opens = orbax.is_checkpoint(dst) or orbax.is_checkpoint(partial)
+    opens = manifest.is_checkpoint(dst) or manifest.is_checkpoint(partial)
     whole_now = dst.exists() and tree(dst) == whole
     finished = stamps(partial) if not dst.exists() else {}
     resumed = child(dst)
@@ -794,9 +809,8 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(small, tmp_path):
 def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
     """A resumed conversion of 60 GB that first reads all of it again."""
     opened = published.open_source(small)
-    leaves = convert.declared_leaves(opened)
     written, checked = [], []
-    real_write, real_check = orbax.Writer.write, published.Source.check_file
+    real_write, real_check = Writer.write, published.Source.check_file
 
     def write(self, path, array):
         if len(written) == 7:
@@ -804,19 +818,19 @@ def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
         written.append(path)
         return real_write(self, path, array)
 
-    monkeypatch.setattr(orbax.Writer, "write", write)
+    monkeypatch.setattr(Writer, "write", write)
     monkeypatch.setattr(published.Source, "check_file", lambda *args: checked.append(args[1]) or real_check(*args))
     with pytest.raises(OSError, match="Input/output error"):
-        convert.convert(opened, tmp_path / "out", leaves)
+        conversion_of(opened, tmp_path / "out").run()
     assert checked == list(opened.files)
-    monkeypatch.setattr(orbax.Writer, "write", real_write)
-    convert.convert(opened, tmp_path / "out", leaves)
+    monkeypatch.setattr(Writer, "write", real_write)
+    conversion_of(opened, tmp_path / "out").run()
     assert checked == list(opened.files)
 
 
 def test_a_changed_source_is_not_resumed(small, broken, tmp_path, capsys, monkeypatch):
     """Half of one download and half of another."""
-    monkeypatch.setattr(orbax.Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(broken, tmp_path / "out") == command_line.INTERRUPTED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
     assert line.endswith("out: interrupted: run the same command again, it goes on where it stopped")
@@ -867,9 +881,9 @@ def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, mo
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
     try:
         (line,) = refusals(capsys, small, disk / "out")
-        assert re.search(r"out: [\d.]+ MB more are needed, [\d.]+ MB are free: make room first$", line)
+        assert re.search(r"out: [\d,]+ bytes more are needed, [\d,]+ are free: make room first$", line)
         assert list(disk.iterdir()) == []
-        monkeypatch.setattr(convert, "_check_space", lambda *_: None)
+        monkeypatch.setattr(conversion, "_check_space", lambda *_: None)
         assert refusals(capsys, small, disk / "out") == [
             f"convert: {disk / 'out'}: the disk is full: make room and run the same command again, "
             "it goes on where it stopped"
@@ -889,8 +903,8 @@ def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
     largest = 150_000 * 1024 * 2
     code = (
         "import sys; from pathlib import Path; from converters import convert; from tests.memory import peak_bytes\n"
-        "convert.declared_leaves(convert.open_source(sys.argv[1])); before = peak_bytes()\n"
-        "convert.run(convert.Options(Path(sys.argv[1]), Path(sys.argv[2]), False, True, False))\n"
+        "options = convert.Options(Path(sys.argv[1]), Path(sys.argv[2]), verify=True)\n"
+        "convert.open_conversion(options); before = peak_bytes(); convert.run(options)\n"
         "print(peak_bytes() - before, before)"
     )
     done = subprocess.run(
@@ -911,19 +925,24 @@ def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
 # ---- straight from safetensors ----
 
 
+def placed(arrays, leaves, laid) -> dict[str, jax.Array]:
+    """Leaves on the devices where they belong."""
+    return {path: jax.device_put(array, laid.named(leaves[path].axes)) for path, array in arrays}
+
+
 @pytest.mark.parametrize("mesh", ["", "expert=4"])
 def test_safetensors_load_without_conversion(mesh, small, small_converted, small_bf16):
     """Another way in that differs from the converted one."""
     laid = sharding.make(mesh)
     opened = published.open_source(small)
     leaves = transformer.declare(opened.config, laid).leaves
-    arrays = published.load(opened, leaves, laid)
-    restored = orbax.restore(small_converted, leaves, laid)
+    arrays = placed(opened.read_all(leaves), leaves, laid)
+    restored = placed(reader.read(small_converted, leaves, laid), leaves, laid)
     before = set(os.listdir(small))
     for path, leaf in leaves.items():
         assert arrays[path].sharding == restored[path].sharding == laid.named(leaf.axes)
         assert np.asarray(arrays[path]).tobytes() == np.asarray(restored[path]).tobytes(), path
-    packed = published.load(published.open_source(small_bf16), leaves, laid)
+    packed = placed(published.open_source(small_bf16).read_all(leaves), leaves, laid)
     experts = [
         mxfp4.dequantize(tree["layers/0/moe/down/blocks"], tree["layers/0/moe/down/scales"], jnp.dtype(jnp.float32))
         for tree in (restored, packed)
@@ -932,12 +951,13 @@ def test_safetensors_load_without_conversion(mesh, small, small_converted, small
     assert set(os.listdir(small)) == before
 
 
-@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
-def test_a_cpu_takes_safetensors_without_a_copy(layout, small, small_bf16, addresses_given):
+@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+def test_a_cpu_takes_safetensors_without_a_copy(format, small, small_bf16, addresses_given):
     """Weights twice in memory while they load."""
-    opened = published.open_source({"mxfp4": small, "bf16": small_bf16}[layout])
+    opened = published.open_source({"mxfp4": small, "bf16": small_bf16}[format])
     laid = sharding.make()
-    arrays = published.load(opened, transformer.declare(opened.config, laid).leaves, laid)
+    leaves = transformer.declare(opened.config, laid).leaves
+    arrays = placed(opened.read_all(leaves), leaves, laid)
     assert {array.unsafe_buffer_pointer() for array in arrays.values()} <= addresses_given
 
 
@@ -945,13 +965,13 @@ def test_loading_safetensors_refuses_as_converting_does(broken):
     """NaN weights that only the converter notices."""
     expected = nan_and_inf(broken) + scale_255(broken)
     opened = published.open_source(broken)
-    leaves = convert.declared_leaves(opened)
+    leaves = declared(opened)
     with pytest.raises(published.SourceError) as error:
-        published.load(opened, leaves, sharding.make())
+        list(opened.read_all(leaves))
     assert sorted(str(error.value).splitlines()) == sorted(expected)
     missing(broken)
     with pytest.raises(published.SourceError, match="missing from all files"):
-        published.load(published.open_source(broken), leaves, sharding.make())
+        list(published.open_source(broken).read_all(leaves))
 
 
 def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
@@ -962,7 +982,7 @@ def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
         held[other] = (*held[other][:2], set_bits(held[other][2], {5: 0x7FC0}))
     opened = published.open_source(broken_bf16)
     with pytest.raises(published.SourceError) as error:
-        published.load(opened, convert.declared_leaves(opened), sharding.make())
+        list(opened.read_all(declared(opened)))
     lines = str(error.value).splitlines()
     assert f"{file_of(broken_bf16, other)}: {other}: 1 NaN" in lines
     assert any("8 of 8 experts are not on the MXFP4 grid" in line for line in lines) and len(lines) == 2
@@ -971,7 +991,7 @@ def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
 def test_a_file_truncated_while_it_is_read_is_named(broken):
     """An endless loop, or zeros in place of what is gone."""
     opened = published.open_source(broken)
-    leaves = convert.declared_leaves(opened)
+    leaves = declared(opened)
     path = opened.tensors["lm_head.weight"].file
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(

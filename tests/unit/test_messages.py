@@ -20,7 +20,8 @@ from gptoss_jax.harmony.messages import (
     to_json,
     tool_results,
 )
-from gptoss_jax.harmony.settings import ResponseFormat, Settings, call_results, opening, render
+from gptoss_jax.harmony.render import call_results, opening, render
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 from tests.unit.test_harmony import FORGED, LIBRARY_CASES, OUR_CASES, call, golden_ids, result, say, user
 
 CITY = {"type": "string", "description": "The city."}
