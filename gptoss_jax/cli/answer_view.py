@@ -5,7 +5,7 @@ import json
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import NOT_FINITE
 from gptoss_jax.harmony.answer import RAW, Answer, call_document
-from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.parsed import Delta
 
 REASONING = "analysis"
 REASONING_STYLE = "dim"

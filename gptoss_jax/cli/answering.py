@@ -12,7 +12,7 @@ from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream
-from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.parsed import Delta
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.runtime.answers import Sample, collect
 

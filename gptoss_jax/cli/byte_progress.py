@@ -57,12 +57,12 @@ class _Lines:
         print(f"{self._what}: {amount}, {rate / 1e6:,.0f} MB/s{left}", file=sys.stderr, flush=True)
 
 
-def gigabytes(size_bytes: float) -> str:
+def gigabytes(size_bytes: int | float) -> str:
     """A number of bytes for people: in GB, small ones in MB."""
     return f"{size_bytes / 1e9:.3f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.3f} MB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time for people, rounded up to seconds."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

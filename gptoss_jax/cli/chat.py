@@ -17,7 +17,7 @@ from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony import tokenizer as tokenizer_module
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.messages import Conversation
-from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.parsed import Delta
 from gptoss_jax.harmony.settings import REASONING_EFFORTS, Settings
 from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.runtime.answers import Sample, collect

@@ -122,7 +122,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids as they come: never half a character, and all pieces joined equal `Tokenizer.decode`."""
+    """Text of ids as they come: never half a character, and all chunks joined equal `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

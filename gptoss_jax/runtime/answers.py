@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_jax.engine.request import Event, NumericsError, Request
 from gptoss_jax.harmony.answer import Answer, AnswerStream
-from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.parsed import Delta
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
