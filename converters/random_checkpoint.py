@@ -1,6 +1,6 @@
 """Writes a random model as a published checkpoint, in any of the published formats, streamed in bounded memory.
 
-Which tensor holds which leaf is told by the tables that reading uses: `gptoss_jax.checkpoints.{huggingface, openai}`.
+The tables that reading uses say which tensor holds which leaf: `gptoss_jax.checkpoints.{huggingface, openai}`.
 """
 
 import functools

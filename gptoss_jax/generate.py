@@ -24,11 +24,10 @@ had come is printed, and written by --save, in each case.
 
 Deterministic runs (the default on CPUs) give a request the same tokens and log
 probabilities, bit by bit, alone and in any batch. With --nodeterministic (the
-default on GPUs and TPUs) rows share their arithmetic on any kernels: the
-weights are read once for all of them, and where kernels do not keep rows apart
-the last bits are given up. Sums round differently with the number of rows, log
-probabilities move by about 0.01, and now and then another token is drawn
-(docs/generate.md has the measurement).
+default on GPUs and TPUs) weights are read once for all requests on any kernels,
+and where kernels are not batch invariant the last bits are given up. Sums round
+differently with the size of the batch, log probabilities move by about 0.01,
+and now and then another token is drawn (docs/generate.md has the measurement).
 """
 
 import sys

@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("lines", False, "Each line is a text of its own; empty lines are left out.")
     flags.DEFINE_string("token_ids", None, "IDS: Token ids in place of text: 1,2,3.")
     flags.DEFINE_integer("max_context_tokens", 4096, "N: Tokens in a window at most; memory follows it.")
-    flags.DEFINE_integer("stride", None, "N: Tokens by which a window is behind the last; left out: half a window.")
+    flags.DEFINE_integer("stride", None, "N: Tokens between the beginnings of two windows; left out: half a window.")
     flags.DEFINE_integer(
         "top_logprobs", 0, "N: Report this many of the likeliest tokens at each place, up to 20 (--json)."
     )

@@ -151,7 +151,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> list[str]:
-    """Tensors that overlap, leave holes or reach beyond the file, and bytes behind the last of them."""
+    """Tensors that overlap, leave holes or reach beyond the file, and bytes after the last of them."""
     faults, end, before = [], data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
         if entry.offset < end:
@@ -166,5 +166,5 @@ def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes
             f"{path}: {size_bytes:,} bytes, expected {end:,}: truncated, {cut} tensors are cut off; fetch it again"
         )
     elif end < size_bytes:
-        faults.append(f"{path}: {size_bytes - end:,} bytes behind {before} belong to no tensor")
+        faults.append(f"{path}: {size_bytes - end:,} bytes after {before} belong to no tensor")
     return faults

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from gptoss_jax.cli.prompt import Prompt
+from gptoss_jax.cli.prompts import Prompt
 from gptoss_jax.cli.sampling_flags import SAMPLING_FLAGS
 from gptoss_jax.engine.request import Request
 from gptoss_jax.harmony import messages

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from gptoss_jax.cli import answer_report, command, model_flags, prompt, sampling_flags
+from gptoss_jax.cli import answer_report, command, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.terminal import Screen, interruptible
 from gptoss_jax.engine.request import Request
@@ -41,21 +41,21 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     if options.save:
         messages.check_can_write(options.save)
     config = model_flags.config(options)
-    asked = prompt.read(options, arguments)
+    prompt = prompts.read(options, arguments)
     seeds = [(sampling.seed + i) % 2**32 for i in range(options.n)]
     samplings = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
     tokenizer = load_tokenizer(options.vocab)
     streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in seeds]
     requests = [
-        dataclasses.replace(sampling_flags.request(options, config, asked.token_ids, sampling), ends_at=stream.ends_at)
+        dataclasses.replace(sampling_flags.request(options, config, prompt.token_ids, sampling), ends_at=stream.ends_at)
         for sampling, stream in zip(samplings, streams, strict=True)
     ]
-    return _run(options, asked, requests, streams, echoed)
+    return _run(options, prompt, requests, streams, echoed)
 
 
 def _run(
     options: flags.FlagValues,
-    asked: prompt.Prompt,
+    prompt: prompts.Prompt,
     requests: Sequence[Request],
     streams: Sequence[AnswerStream],
     echoed: Sequence[str],
@@ -63,8 +63,8 @@ def _run(
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen()
     language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
-    screen.say(f"compiled in {engine.compile_seconds:.1f} s; prompt of {len(asked.token_ids)} tokens")
-    for call in render.calls_without_result(asked.conversation or []):
+    screen.say(f"compiled in {engine.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
     samples: list[Sample] = []
@@ -73,13 +73,13 @@ def _run(
             shown.finish(sample)
             samples.append(sample)
         if options.save:
-            messages.write_messages(options.save, asked.conversation_with(samples[0].answer))
-        statistics = answer_report.measure(language_model, engine, len(asked.token_ids), samples)
+            messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
+        statistics = answer_report.measure(language_model, engine, len(prompt.token_ids), samples)
         if options.json:
             settings = answer_report.settings_document(
-                options, echoed, asked, requests[0], deterministic=engine.deterministic
+                options, echoed, prompt, requests[0], deterministic=engine.deterministic
             )
-            screen.document(answer_report.document(settings, asked, samples, statistics))
+            screen.document(answer_report.document(settings, prompt, samples, statistics))
         screen.say(answer_report.statistics_line(statistics))
     screen.check_reader()
     if any(sample.answer.finish_reason == "error" for sample in samples):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import flags
 from openai_harmony import Message
 
-from gptoss_jax.cli import command, model_flags, prompt, sampling_flags
+from gptoss_jax.cli import command, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.terminal import Screen, interruptible
 from gptoss_jax.engine.request import Request
@@ -90,8 +90,8 @@ class ChatSession:
             self.results = results
             return []
         names = [self.messages[call].recipient for call in calls]
-        rows = [{"name": name, "content": result} for name, result in zip(names, results, strict=True)]
-        return messages.tool_results(rows, Conversation(tuple(self.messages)))
+        documents = [{"name": name, "content": result} for name, result in zip(names, results, strict=True)]
+        return messages.tool_results(documents, Conversation(tuple(self.messages)))
 
     def forget(self) -> None:
         """Empties the conversation."""
@@ -132,8 +132,8 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     """The conversation that --messages holds, and the model that goes on with it."""
     _refuse_what_chat_asks_for(options, arguments)
     sampling, config = sampling_flags.sampling(options), model_flags.config(options)
-    before = prompt.read_conversation(options)
-    settings = prompt.merge(prompt.settings(options), before, options)
+    before = prompts.read_conversation(options)
+    settings = prompts.merge(prompts.settings(options), before, options)
     request = sampling_flags.request(options, config, [tokenizer_module.START], sampling)
     tokenizer, stop_strings = tokenizer_module.load_tokenizer(options.vocab), tuple(options.stop)
     AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for

@@ -1,4 +1,4 @@
-"""The flags that say what a model is told beside the prompt."""
+"""The flags that say what the system and developer messages say."""
 
 from absl import flags
 
@@ -13,7 +13,7 @@ FLAG_OF = {"instructions": "system", "current_date": "date"}
 
 
 def define_flags() -> None:
-    """The flags named in PROMPT_FLAGS; `prompt.settings` reads them."""
+    """The flags named in PROMPT_FLAGS; `prompts.settings` reads them."""
     flags.DEFINE_string("system", None, "TEXT: Instructions: the developer message, or system prompt.")
     flags.DEFINE_enum("reasoning_effort", "medium", REASONING_EFFORTS, "How long the model is asked to think.")
     flags.DEFINE_string("date", None, "DATE: The date it is told: YYYY-MM-DD, or today; left out: none.")

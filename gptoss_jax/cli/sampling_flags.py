@@ -54,16 +54,16 @@ def sampling(options: flags.FlagValues) -> SamplingParams:
 def request(
     options: flags.FlagValues, config: ModelConfig, prompt_ids: Sequence[int], sampling: SamplingParams
 ) -> Request:
-    """What the engine is asked, checked against the model before its weights are read.
+    """The request of one prompt, checked against the model before its weights are read.
 
     Raises:
         GptossError: the model cannot serve it.
     """
     stop_ids = tuple(dict.fromkeys((*config.stop_ids, *token_ids("stop_ids", options.stop_ids))))
-    asked = Request(tuple(prompt_ids), stop_ids, options.max_new_tokens, sampling)
+    made = Request(tuple(prompt_ids), stop_ids, options.max_new_tokens, sampling)
     with naming_flags():
-        asked.check(config, engine_config(options))
-    return asked
+        made.check(config, engine_config(options))
+    return made
 
 
 def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:

@@ -9,7 +9,7 @@ _UNOPENED = 0  # stands for START as a section's opener if the role is known bef
 _SPELLED = {CHANNEL: "<|channel|>", CONSTRAIN: "<|constrain|>"}
 _TYPES = ("code", "json")
 
-# How a section begins; the words after it are told from one another by `_Header._take`. All of a pattern is optional.
+# How a section begins; `Header._take` says what the words after it are. All of a pattern is optional.
 _ROLE = rf"(?P<role>{'|'.join(ROLES)})(?P<again>(?:\s*(?P=role))+)?"
 _CHANNEL = rf"(?P<channel>{'|'.join(CHANNELS)})"
 _AUTHOR = rf"(?:{_ROLE}(?:(?<!tool):(?P<name>\S+))?)?{_CHANNEL}?"

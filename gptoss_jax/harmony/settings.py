@@ -1,4 +1,4 @@
-"""What a model is told beside the conversation: the settings of the system and developer messages.
+"""The settings that system and developer messages are made of.
 
 Quick to import: openai-harmony is not needed to say what can be set.
 """

@@ -16,17 +16,19 @@ def tools(value: object) -> tuple[ToolDescription, ...]:
     Raises:
         GptossError: anything else; the error names the tool.
     """
-    found = tuple(_tool(row, f"tool {index}") for index, row in enumerate(nonempty_list(value, "tools")))
+    found = tuple(_tool(document, f"tool {index}") for index, document in enumerate(nonempty_list(value, "tools")))
     Settings(tools=found)  # refuses names that it cannot take
     return found
 
 
-def _tool(row: object, where: str) -> ToolDescription:
-    if isinstance(row, dict) and row.get("type", "function") != "function":
-        raise GptossError(f"{where} has type {short(row['type'])}, expected 'function'; built-in tools are a setting")
-    if isinstance(row, dict) and "function" in row:
-        row = needed(known_fields(row, ("type", "function"), where), "function", where)
-    fields = known_fields(row, ("type", "name", "description", "parameters", "strict"), where)
+def _tool(document: object, where: str) -> ToolDescription:
+    if isinstance(document, dict) and document.get("type", "function") != "function":
+        raise GptossError(
+            f"{where} has type {short(document['type'])}, expected 'function'; built-in tools are a setting"
+        )
+    if isinstance(document, dict) and "function" in document:
+        document = needed(known_fields(document, ("type", "function"), where), "function", where)
+    fields = known_fields(document, ("type", "name", "description", "parameters", "strict"), where)
     _not_strict(fields, where)
     fields = {"description": "", "name": needed(fields, "name", where)} | fields
     tool = model_of(ToolDescription, fields, where)

@@ -1,4 +1,4 @@
-"""What is asked of this machine beside computing: to keep compiled programs, and how fast its memory is read."""
+"""The machine: where its compiled programs are kept, and how fast its memory is read."""
 
 import contextlib
 import json
@@ -91,8 +91,8 @@ def _kept_figures() -> dict[str, float]:
         content: Any = json.loads((user_cache.cache_folder() / BANDWIDTH_FILE).read_text())
     except (OSError, ValueError, RuntimeError):  # Path.home raises RuntimeError for a user without an account
         return {}
-    rows = content.items() if isinstance(content, dict) else ()
-    return {key: float(value) for key, value in rows if isinstance(value, int | float) and 0 < value < math.inf}
+    figures = content.items() if isinstance(content, dict) else ()
+    return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < math.inf}
 
 
 def _keep_figures(figures: dict[str, float]) -> None:

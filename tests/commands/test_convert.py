@@ -203,13 +203,13 @@ def three(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_huggingface_and_openai_formats_give_the_same_bytes(three):
-    """A wrong cut of the fused qkv, mlp1 and mlp2 confused, gate and up reordered."""
+    """Guards against a wrong cut of the fused qkv, mlp1 and mlp2 confused, gate and up reordered."""
     assert leaf_hashes(three["huggingface"]) == leaf_hashes(three["openai"])
     assert manifest.read_config(three["huggingface"]) == manifest.read_config(three["openai"])
 
 
 def test_mxfp4_bytes_are_those_published(small, small_converted):
-    """Blocks dequantised, reordered or padded on the way."""
+    """Guards against blocks dequantised, reordered or padded on the way."""
     for leaf, tensor in {"gate_up/blocks": "gate_up_proj_blocks", "down/scales": "down_proj_scales"}.items():
         name = f"model.layers.1.mlp.experts.{tensor}"
         content = read_tensors(file_of(small, name))[name][2]
@@ -217,7 +217,7 @@ def test_mxfp4_bytes_are_those_published(small, small_converted):
 
 
 def test_bf16_format_gives_the_same_values(three):
-    """Experts packed along the wrong axis, or with values changed. Their scales may differ: see `packing.pack`."""
+    """Guards against experts packed along the wrong axis, or changed. Their scales may differ: see `packing.pack`."""
     published, packed = leaf_hashes(three["huggingface"]), leaf_hashes(three["huggingface-bf16"])
     experts = [path for path in published if path.endswith("/blocks")]
     differing = {path for path in published if published[path] != packed[path]}
@@ -235,7 +235,7 @@ def test_bf16_format_gives_the_same_values(three):
 
 
 def test_formats_are_named(three, small, tmp_path, capsys):
-    """A format guessed wrong and not told."""
+    """Guards against a format guessed wrong, and not said."""
     for format, name in {
         "huggingface": "Hugging Face, MXFP4 experts",
         "openai": "OpenAI original",
@@ -256,7 +256,7 @@ def test_formats_are_named(three, small, tmp_path, capsys):
 
 
 def test_provenance_and_what_makes_it_self_contained(small, small_converted):
-    """A checkpoint of which nobody can say where it came from."""
+    """Guards against a checkpoint of which nobody can say where it came from."""
     provenance = manifest.read_provenance(small_converted)
     files = {file["name"]: file for file in provenance["source"]["files"]}
     assert files.keys() == {path.name for path in small.glob("*.safetensors")}
@@ -277,7 +277,7 @@ def test_provenance_and_what_makes_it_self_contained(small, small_converted):
 
 
 def test_tables_cover_the_model(small):
-    """A leaf without a tensor, or a tensor whose shape letters are wrong at the published sizes."""
+    """Guards against a leaf without a tensor, or a tensor whose shape letters are wrong at the published sizes."""
     for name in ("gpt-oss-20b.json", "gpt-oss-120b.json"):
         config = published.read_config(ROOT / "configs" / name)
         leaves = transformer.declare(config, sharding.make()).leaves
@@ -300,7 +300,7 @@ def _bytes_of(recipe) -> int:
 
 
 def test_packing_is_mxfp4_quantize():
-    """The fast integer form against the format's own: ties, zeros, signs, ranges of exponents."""
+    """Guards the fast integer form against the format's own: ties, zeros, signs, ranges of exponents."""
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((96, 320)) * 2.0 ** rng.integers(-20, 20, (1, 320))
     weights[:32, :16] = 0
@@ -318,7 +318,7 @@ def test_packing_is_mxfp4_quantize():
 
 
 def test_packing_knows_what_is_exact():
-    """A grid test that passes values between the codes, or refuses codes under another scale."""
+    """Guards against a grid test that passes values between the codes, or refuses codes under another scale."""
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (40, 3, 16), np.uint8)
     scales = rng.integers(60, 200, (40, 3)).astype(np.uint8)
@@ -341,7 +341,7 @@ def off_grid(folder: Path, tensors: tuple[str, ...] = (DOWN,)):
 
 
 def test_experts_off_the_grid_are_refused(broken_bf16, tmp_path, capsys):
-    """A fine-tuned model rounded to 4 bits without anybody having asked."""
+    """Guards against a fine-tuned model rounded to 4 bits without anybody having asked."""
     off_grid(broken_bf16)
     assert refusals(capsys, broken_bf16, tmp_path / "out") == [
         f"convert: {file_of(broken_bf16, DOWN)}: {DOWN}: 8 of 8 experts are not on the MXFP4 grid; "
@@ -351,7 +351,7 @@ def test_experts_off_the_grid_are_refused(broken_bf16, tmp_path, capsys):
 
 
 def test_nan_among_bf16_experts_is_told_as_such(broken_bf16, tmp_path, capsys):
-    """A NaN that is rounded to a number, or told as being off the grid."""
+    """Guards against a NaN that is rounded to a number, or reported as being off the grid."""
     with edited(broken_bf16, DOWN) as held:
         dtype, shape, content = held[DOWN]
         held[DOWN] = (dtype, shape, set_bits(content, {5: 0xFFFF, 700: 0x7F80}))
@@ -361,7 +361,7 @@ def test_nan_among_bf16_experts_is_told_as_such(broken_bf16, tmp_path, capsys):
 
 
 def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsys):
-    """An error introduced and not told, layer by layer."""
+    """Guards against an error introduced and not reported, layer by layer."""
     names = (DOWN, DOWN.replace("layers.1", "layers.0"))
     off_grid(broken_bf16, names)
     assert command(broken_bf16, tmp_path / "out", "--quantize-experts", "--verify") == 0
@@ -376,7 +376,7 @@ def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsy
 
 
 def test_a_wrongly_transposed_export_is_told(tmp_path, capsys):
-    """Square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
+    """Guards square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
     square = SMALL | {"intermediate_size": 96}
     write_checkpoint(tmp_path / "published", square, format="huggingface-bf16")
     with edited(tmp_path / "published", DOWN) as held:
@@ -559,7 +559,7 @@ def trailing_bytes(folder: Path) -> list[str]:
     path = file_of(folder, SCALES)
     with open(path, "ab") as file:
         file.write(b"abc")
-    return [f"{path}: 3 bytes behind "]
+    return [f"{path}: 3 bytes after "]
 
 
 FAULTS = [nan_and_inf, scale_255, unknown, missing, misshapen, wrong_dtype, duplicate, duplicate_in_header]
@@ -569,7 +569,7 @@ FAULTS += [overlapping, offsets_lie, unknown_dtype, trailing_bytes]
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
 def test_faults_are_refused_and_name_file_and_tensor(spoil, broken, tmp_path, capsys):
-    """A fault that passes, that another hides, or that leaves something behind."""
+    """Guards against a fault that passes, that another hides, or that leaves something behind."""
     expected = spoil(broken)
     lines = refusals(capsys, broken, tmp_path / "out")
     for text in expected:
@@ -580,7 +580,7 @@ def test_faults_are_refused_and_name_file_and_tensor(spoil, broken, tmp_path, ca
 
 
 def test_all_faults_of_headers_and_contents_are_listed_together(broken, tmp_path, capsys):
-    """One fault a run: a night of downloads, one at a time."""
+    """Guards against one fault a run: a night of downloads, one at a time."""
     spoils = (nan_and_inf, scale_255, unknown, missing, misshapen, wrong_dtype, stray_shard)
     expected = [f"convert: {line}" for spoil in spoils for line in spoil(broken)]
     assert sorted(refusals(capsys, broken, tmp_path / "out")) == sorted(expected)
@@ -588,7 +588,7 @@ def test_all_faults_of_headers_and_contents_are_listed_together(broken, tmp_path
 
 
 def test_a_transposed_shape_is_explained(broken_bf16, tmp_path, capsys):
-    """`[8, 320, 96]` refused without a word on which way round it should be."""
+    """Guards against `[8, 320, 96]` refused without a word on which way round it should be."""
     name = "model.layers.0.mlp.experts.gate_up_proj"
     with edited(broken_bf16, name) as held:
         held[name] = (held[name][0], [8, 320, 96], held[name][2])
@@ -599,7 +599,7 @@ def test_a_transposed_shape_is_explained(broken_bf16, tmp_path, capsys):
 
 
 def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_path, capsys):
-    """A traceback for a mistyped path."""
+    """Guards against a traceback for a mistyped path."""
     (tmp_path / "empty").mkdir()
     cases = {
         tmp_path / "nothing": "nothing: no such folder, expected a checkpoint's folder",
@@ -620,7 +620,7 @@ def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_
 
 
 def test_config_faults_are_one_line(broken, tmp_path, capsys):
-    """Another model's weights under gpt-oss names."""
+    """Guards against another model's weights under gpt-oss names."""
     raw = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
     (line,) = refusals(capsys, broken, tmp_path / "out")
@@ -631,7 +631,7 @@ def test_config_faults_are_one_line(broken, tmp_path, capsys):
 
 
 def test_a_finished_checkpoint_of_the_same_source_is_kept(small, small_converted, capsys):
-    """Hours of work repeated, or `exists` as an error to whoever repeats the command."""
+    """Guards against hours of work repeated, or `exists` as an error to whoever repeats the command."""
     before = {path: path.stat().st_mtime_ns for path in small_converted.rglob("*")}
     assert command(small, small_converted, "--verify") == 0
     out = capsys.readouterr().out
@@ -641,7 +641,7 @@ def test_a_finished_checkpoint_of_the_same_source_is_kept(small, small_converted
 
 
 def test_anything_else_at_the_destination_is_refused(broken, small_converted, tmp_path, capsys):
-    """Somebody's folder overwritten; a checkpoint of the same shapes but other weights taken for this one's."""
+    """Guards against somebody's folder overwritten; a checkpoint of other weights in the same shapes taken for this."""
     copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
     with edited(broken, "model.norm.weight") as held:
         dtype, shape, content = held["model.norm.weight"]
@@ -657,7 +657,7 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
 
 
 def test_destination_may_not_be_or_hold_the_source(broken, capsys):
-    """A message that says of the only copy of the weights: remove it."""
+    """Guards against a message that says of the only copy of the weights: remove it."""
     for destination in (broken, broken.parent):
         (line,) = refusals(capsys, broken, destination)
         assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
@@ -665,7 +665,7 @@ def test_destination_may_not_be_or_hold_the_source(broken, capsys):
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
-    """A verification that compares a file with itself, or with what was remembered of it."""
+    """Guards against a verification that compares a file with itself, or with what was remembered of it."""
     copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
     file = copy / Manifest.read(copy).leaves["embedding"].file
     content = bytearray(file.read_bytes())
@@ -684,7 +684,7 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
 
 @pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run"])
 def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, capsys):
-    """A dry run that makes folders."""
+    """Guards against a dry run that makes folders."""
     before = {path: path.stat().st_mtime_ns for path in (*small.rglob("*"), tmp_path, *tmp_path.rglob("*"))}
     assert command(spelling, small, tmp_path / "deep" / "out") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -701,7 +701,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, 
 
 
 def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
-    """A plan for a checkpoint that cannot be converted."""
+    """Guards against a plan for a checkpoint that cannot be converted."""
     expected = missing(broken)
     assert expected == [
         line.removeprefix("convert: ") for line in refusals(capsys, broken, tmp_path / "o", "--dry-run")
@@ -709,7 +709,7 @@ def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
 
 
 def test_progress_tells_bytes_rate_and_remaining_time(capsys, monkeypatch):
-    """Hours of silence in a log file."""
+    """Guards against hours of silence in a log file."""
     monkeypatch.setattr(byte_progress, "LINE_SECONDS", 0)
     with byte_progress.byte_progress("writing", 400_000_000) as report_bytes:
         report_bytes(100_000_000)
@@ -792,7 +792,7 @@ print(json.dumps(dict(total=total, runs=out)))
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(small, tmp_path):
-    """kill -9: a half-written folder that opens, finished leaves redone, bytes that depend on the interruption."""
+    """Guards against a half-written folder that opens, finished leaves redone, bytes that depend on the moment."""
     done = subprocess.run(
         [sys.executable, "-c", KILLER, small, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -807,7 +807,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(small, tmp_path):
 
 
 def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
-    """A resumed conversion of 60 GB that first reads all of it again."""
+    """Guards against a resumed conversion of 60 GB that first reads all of it again."""
     opened = published.open_source(small)
     written, checked = [], []
     real_write, real_check = Writer.write, published.Source.check_file
@@ -829,7 +829,7 @@ def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
 
 
 def test_a_changed_source_is_not_resumed(small, broken, tmp_path, capsys, monkeypatch):
-    """Half of one download and half of another."""
+    """Guards against half of one download and half of another."""
     monkeypatch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(broken, tmp_path / "out") == command_line.INTERRUPTED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
@@ -858,7 +858,7 @@ def fill_up(monkeypatch, most_bytes: int):
 
 @pytest.mark.parametrize("most_bytes", [0, 700, 300_000, 600_000])
 def test_a_full_disk_is_one_line_and_resumes(most_bytes, small, small_converted, tmp_path, capsys, monkeypatch):
-    """A traceback at 95 %, and the start over."""
+    """Guards against a traceback at 95 %, and the start over."""
     with monkeypatch.context() as patch:
         fill_up(patch, most_bytes)
         assert refusals(capsys, small, tmp_path / "out") == [
@@ -873,7 +873,7 @@ def test_a_full_disk_is_one_line_and_resumes(most_bytes, small, small_converted,
 
 
 def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, monkeypatch):
-    """What a real file system does, which may fail in other calls than write."""
+    """Guards against what a real file system does, which may fail in other calls than write."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
@@ -897,7 +897,7 @@ def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, mo
 
 
 def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
-    """A whole checkpoint, a mapped file or three copies of a tensor in memory. Stricter than promised, as it is so."""
+    """Guards against a whole checkpoint, a mapped file or three copies of a tensor in memory."""
     wide = with_vocab_size(TINY, 150_000) | TWO_LAYERS | {"hidden_size": 1024}
     write_checkpoint(tmp_path / "published", wide)
     largest = 150_000 * 1024 * 2
@@ -932,7 +932,7 @@ def placed(arrays, leaves, laid) -> dict[str, jax.Array]:
 
 @pytest.mark.parametrize("mesh", ["", "expert=4"])
 def test_safetensors_load_without_conversion(mesh, small, small_converted, small_bf16):
-    """Another way in that differs from the converted one."""
+    """Guards against another way in that differs from the converted one."""
     laid = sharding.make(mesh)
     opened = published.open_source(small)
     leaves = transformer.declare(opened.config, laid).leaves
@@ -953,7 +953,7 @@ def test_safetensors_load_without_conversion(mesh, small, small_converted, small
 
 @pytest.mark.parametrize("format", ["mxfp4", "bf16"])
 def test_a_cpu_takes_safetensors_without_a_copy(format, small, small_bf16, addresses_given):
-    """Weights twice in memory while they load."""
+    """Guards against weights twice in memory while they load."""
     opened = published.open_source({"mxfp4": small, "bf16": small_bf16}[format])
     laid = sharding.make()
     leaves = transformer.declare(opened.config, laid).leaves
@@ -962,7 +962,7 @@ def test_a_cpu_takes_safetensors_without_a_copy(format, small, small_bf16, addre
 
 
 def test_loading_safetensors_refuses_as_converting_does(broken):
-    """NaN weights that only the converter notices."""
+    """Guards against NaN weights that only the converter notices."""
     expected = nan_and_inf(broken) + scale_255(broken)
     opened = published.open_source(broken)
     leaves = declared(opened)
@@ -975,7 +975,7 @@ def test_loading_safetensors_refuses_as_converting_does(broken):
 
 
 def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
-    """Experts rounded, or NaN packed as a number, where nothing is written and nobody looks."""
+    """Guards against experts rounded, or NaN packed as a number, where nothing is written and nobody looks."""
     off_grid(broken_bf16, (DOWN,))
     other = DOWN.replace("layers.1", "layers.0")
     with edited(broken_bf16, other) as held:
@@ -989,7 +989,7 @@ def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
 
 
 def test_a_file_truncated_while_it_is_read_is_named(broken):
-    """An endless loop, or zeros in place of what is gone."""
+    """Guards against an endless loop, or zeros in place of what is gone."""
     opened = published.open_source(broken)
     leaves = declared(opened)
     path = opened.tensors["lm_head.weight"].file
@@ -1002,7 +1002,7 @@ def test_a_file_truncated_while_it_is_read_is_named(broken):
 
 
 def test_the_command_itself(small, small_converted, tmp_path):
-    """An entry point that works only inside the tests; accelerators taken by a command that needs none."""
+    """Guards against an entry point that works in tests only; accelerators taken by a command that needs none."""
     done = subprocess.run(
         [sys.executable, "-m", "converters.convert", small, tmp_path / "out", "--verify"],
         cwd=ROOT,

@@ -106,7 +106,7 @@ def orbax_target(mesh: str = "") -> dict:
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_bytes_do_not_depend_on_the_devices_written_from(devices, arrays, saved, tmp_path):
-    """A file per shard, a chunk shape taken from the sharding, a time or a host name somewhere."""
+    """Guards against a file per shard, a chunk shape taken from the sharding, a time or a host name somewhere."""
     laid = sharding.make(MESHES[devices])
     spread = {path: jax.device_put(arrays[path], laid.named(leaf.axes)) for path, leaf in LEAVES.items()}
     dst = save(tmp_path / "checkpoint", spread, CONFIG, {"from": "a test"})
@@ -116,7 +116,7 @@ def test_bytes_do_not_depend_on_the_devices_written_from(devices, arrays, saved,
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_restores_equal_bytes_straight_into_shardings(devices, arrays, saved):
-    """A leaf restored whole and never cut, a shard in another's place."""
+    """Guards against a leaf restored whole and never cut, a shard in another's place."""
     laid = sharding.make(MESHES[devices])
     restored = restore(saved, LEAVES, laid)
     assert_equal(restored, arrays)
@@ -128,7 +128,7 @@ def test_restores_equal_bytes_straight_into_shardings(devices, arrays, saved):
 
 
 def test_a_cpu_takes_what_was_read_without_a_copy(saved, addresses_given):
-    """Weights twice in memory while they load, or off the huge pages that make them fast to read."""
+    """Guards against weights twice in memory while they load, or off the huge pages that make them fast to read."""
     restored = restore(saved, LEAVES, sharding.make())
     assert {array.unsafe_buffer_pointer() for array in restored.values()} == addresses_given
     assert len(addresses_given) == len(LEAVES)
@@ -136,7 +136,7 @@ def test_a_cpu_takes_what_was_read_without_a_copy(saved, addresses_given):
 
 
 def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
-    """Whatever the memory held before, taken for weights."""
+    """Guards against whatever the memory held before, taken for weights."""
     data_file(copy).write_bytes(data_file(copy).read_bytes()[:1000])
     monkeypatch.setattr(integrity, "problems", lambda *_: [])  # as if it was whole when that was asked
     with pytest.raises(CheckpointError, match=r"/c\S*: ends at byte 1,000: it was truncated while being read"):
@@ -144,7 +144,7 @@ def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
 
 
 def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
-    """A second copy of a leaf, on its way or left behind; whole huge pages for the small ends of leaves."""
+    """Guards against a second copy of a leaf, on its way or left over; whole huge pages for leaves' small ends."""
     arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
     save(tmp_path / "large", arrays, CONFIG)
     code = (
@@ -172,7 +172,7 @@ def peak_of_restoring(path: str) -> tuple[int, int]:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
 def test_whole_huge_pages_are_asked_for_and_memory_is_given_back():
-    """Pages of 4 KiB, which cost a fifth of the speed; or every model ever loaded still in memory."""
+    """Guards against pages of 4 KiB, which cost a fifth of the speed; or every model ever loaded still in memory."""
 
     def found() -> dict[str, str]:
         maps = re.search(rf"^{address:x}-\S+ (.*?)^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(), re.S | re.M)
@@ -191,7 +191,7 @@ def test_whole_huge_pages_are_asked_for_and_memory_is_given_back():
 
 
 def test_host_holds_no_more_than_the_largest_leaf_at_a_time():
-    """Batches of the restore that together exceed one tensor, or that leave a leaf out."""
+    """Guards against batches of the restore that together exceed one tensor, or that leave a leaf out."""
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in LEAVES.items()}
     batches = list(reader._batches(LEAVES))
     assert sorted(path for batch in batches for path in batch) == sorted(LEAVES)
@@ -200,14 +200,14 @@ def test_host_holds_no_more_than_the_largest_leaf_at_a_time():
 
 @pytest.mark.parametrize("mesh", [MESHES[1], MESHES[4]])
 def test_orbax_alone_restores_it(mesh, arrays, saved):
-    """A folder that only this project's own code can open."""
+    """Guards against a folder that only this project's own code can open."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(saved, orbax_target(mesh))
     assert_equal({path: at(tree, path) for path in LEAVES}, arrays)
 
 
 def test_data_files_can_be_mapped(arrays, saved):
-    """Compression, a header, or parts out of order: the tensor's bytes must lie at offset 0 as in memory."""
+    """Guards against compression, a header, or parts out of order: the bytes must lie at offset 0 as in memory."""
     for record in Manifest.read(saved).leaves.values():
         assert record.file_bytes == (saved / record.file).stat().st_size
         array = arrays[record.path]
@@ -229,13 +229,13 @@ def test_data_files_can_be_mapped(arrays, saved):
     ],
 )
 def test_parts_of_the_published_shapes(shape, itemsize, part):
-    """Parts of a few bytes (a million reads), or a whole tensor as one part (every device reads all of it)."""
+    """Guards against parts of a few bytes (a million reads), or one part (every device reads the whole tensor)."""
     assert zarr.part_shape(shape, itemsize) == part
 
 
 @given(st.lists(st.integers(1, 40), max_size=4), st.sampled_from([1, 2, 4]), st.integers(1, 5000))
 def test_parts_divide_and_follow_one_another(shape, itemsize, most):
-    """A part that does not divide the tensor, or whose bytes are not one run of the file."""
+    """Guards against a part that does not divide the tensor, or whose bytes are not one run of the file."""
     kept, zarr.PART_BYTES = zarr.PART_BYTES, most
     try:
         part = zarr.part_shape(tuple(shape), itemsize)
@@ -248,12 +248,12 @@ def test_parts_divide_and_follow_one_another(shape, itemsize, most):
 
 
 def test_checksum_of_the_index():
-    """Another CRC than Castagnoli's (RFC 3720 gives this value)."""
+    """Guards against another CRC than Castagnoli's (RFC 3720 gives this value)."""
     assert zarr.crc32c(b"123456789") == 0xE3069283
 
 
 def test_what_lies_beside_the_leaves(saved):
-    """A checkpoint that needs its source, or that stops at <|end|>."""
+    """Guards against a checkpoint that needs its source, or that stops at <|end|>."""
     assert manifest.read_config(saved) == CONFIG
     assert manifest.read_provenance(saved) == {"from": "a test"}
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [510]
@@ -268,7 +268,7 @@ def test_what_lies_beside_the_leaves(saved):
 
 
 def test_mismatches_are_refused_all_of_them_in_one_error(saved):
-    """Orbax casts bfloat16 to float32 without a word, and stops at the first missing leaf."""
+    """Guards against Orbax, which casts bfloat16 to float32 without a word, and stops at the first missing leaf."""
     wanted = dict(LEAVES)
     wanted["norm"] = wanted["norm"]._replace(dtype=jnp.dtype(jnp.float32))
     wanted["layers/1/moe/norm"] = wanted["layers/1/moe/norm"]._replace(shape=(95,))
@@ -285,7 +285,7 @@ def test_mismatches_are_refused_all_of_them_in_one_error(saved):
 
 
 def test_orbax_does_cast_without_a_word(saved):
-    """The reason for comparing the manifest: should Orbax refuse one day, the comparison may go."""
+    """Guards the reason for comparing the manifest: should Orbax refuse one day, the comparison may go."""
     target = orbax_target()
     target["norm"] = jax.ShapeDtypeStruct((96,), jnp.float32, sharding=target["norm"].sharding)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -335,7 +335,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_the_reason(damage, copy):
-    """TensorStore gives zeros for a missing file: a model that runs and says nothing sensible."""
+    """Guards against a model that runs and says nothing sensible: TensorStore gives zeros for a missing file."""
     inflict, text = DAMAGES[damage]
     expected = text.format(data=data_file(copy))
     inflict(copy)
@@ -345,7 +345,7 @@ def test_damaged_checkpoints_are_refused_with_the_reason(damage, copy):
 
 
 def test_all_damaged_files_are_listed(copy):
-    """One fault a run, a run an hour."""
+    """Guards against one fault a run, a run an hour."""
     records = list(Manifest.read(copy).leaves.values())
     for record in records[:5]:
         (copy / record.file).unlink()
@@ -355,7 +355,7 @@ def test_all_damaged_files_are_listed(copy):
 
 
 def test_verify_finds_one_flipped_bit(copy):
-    """A checker that believes sizes."""
+    """Guards against a checker that believes sizes."""
     read = []
     assert integrity.verify(copy, read.append) == len(LEAVES)
     assert sum(read) == sum(record.size_bytes for record in Manifest.read(copy).leaves.values())
@@ -367,7 +367,7 @@ def test_verify_finds_one_flipped_bit(copy):
 
 
 def test_absent_checkpoints_are_explained(tmp_path):
-    """`No such file or directory: manifest.json` for a path that was mistyped."""
+    """Guards against `No such file or directory: manifest.json` for a path that was mistyped."""
     (tmp_path / "file").write_text("")
     (tmp_path / "begun.partial").mkdir()
     for name, text in {
@@ -396,7 +396,7 @@ def write_all(writer: Writer, arrays, *, but: int = 0):
 
 
 def test_interrupted_writing_goes_on_and_ends_in_the_same_bytes(arrays, tmp_path):
-    """Finished leaves written again, unfinished ones kept, or a journal that ends up in the checkpoint."""
+    """Guards against finished leaves written again, unfinished ones kept, or a journal left in the checkpoint."""
     with Writer(tmp_path / "whole", IDENTITY) as writer:
         write_all(writer, arrays)
         writer.finish(CONFIG, {})
@@ -425,7 +425,7 @@ def test_interrupted_writing_goes_on_and_ends_in_the_same_bytes(arrays, tmp_path
 
 
 def test_a_journalled_leaf_whose_file_is_gone_is_written_again(arrays, tmp_path):
-    """A journal believed against the disk."""
+    """Guards against a journal believed against the disk."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         record = writer.write("norm", arrays["norm"])
         writer.write("embedding", arrays["embedding"])
@@ -435,7 +435,7 @@ def test_a_journalled_leaf_whose_file_is_gone_is_written_again(arrays, tmp_path)
 
 
 def test_unfinished_checkpoints_cannot_be_opened(arrays, tmp_path):
-    """A half-written folder that Orbax opens, with zeros for the leaves that are not there yet."""
+    """Guards against a half-written folder that Orbax opens, with zeros for the leaves that are not there yet."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         write_all(writer, arrays, but=1)
     for folder in (tmp_path / "cut", tmp_path / "cut.partial", tmp_path / "cut.partial" / "checkpoint"):
@@ -446,7 +446,7 @@ def test_unfinished_checkpoints_cannot_be_opened(arrays, tmp_path):
 
 
 def test_a_journal_of_something_else_is_refused_naming_what_differs(arrays, tmp_path):
-    """Half of one model and half of another in one checkpoint."""
+    """Guards against half of one model and half of another in one checkpoint."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         writer.write("norm", arrays["norm"])
     other = {"source": {"a.safetensors": {"size": 2}}, "option": True}
@@ -463,7 +463,7 @@ def test_a_journal_of_something_else_is_refused_naming_what_differs(arrays, tmp_
 
 
 def test_a_damaged_journal_is_refused(arrays, tmp_path):
-    """A damaged line skipped, and with it the leaf it vouched for."""
+    """Guards against a damaged line skipped, and with it the leaf it vouched for."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         write_all(writer, arrays, but=20)
     journal = tmp_path / "cut.partial" / "journal.jsonl"
@@ -474,7 +474,7 @@ def test_a_damaged_journal_is_refused(arrays, tmp_path):
 
 
 def test_what_is_in_the_way_is_refused(arrays, saved, tmp_path):
-    """Somebody's folder overwritten, or two processes writing into each other's files."""
+    """Guards against somebody's folder overwritten, or two processes writing into each other's files."""
     with pytest.raises(CheckpointError, match="exists; remove it or name another folder"):
         Writer(saved, IDENTITY)
     (tmp_path / "mine.partial").mkdir()
@@ -488,7 +488,7 @@ def test_what_is_in_the_way_is_refused(arrays, saved, tmp_path):
 
 
 def test_an_interrupted_save_starts_again(arrays, tmp_path):
-    """Leaves of an earlier training step kept because their paths are the same."""
+    """Guards against leaves of an earlier training step kept because their paths are the same."""
     old = {path: np.zeros_like(array) for path, array in arrays.items()}
     old["norm"] = np.zeros(96, np.complex64)
     with pytest.raises(CheckpointError, match="norm: dtype complex64, expected one of bfloat16, float32, uint8"):
@@ -499,7 +499,7 @@ def test_an_interrupted_save_starts_again(arrays, tmp_path):
 
 
 def test_other_dtypes_and_scalars(tmp_path):
-    """An adapter's float32 leaves, a step counter."""
+    """Guards an adapter's float32 leaves, and a step counter."""
     odd = {"scale": np.array(3.5, np.float32), "a/b": np.ones((3, 5), ml_dtypes.bfloat16)}
     dst = save(tmp_path / "odd", odd, CONFIG)
     leaves = {path: transformer.Leaf(array.shape, array.dtype, (None,) * array.ndim) for path, array in odd.items()}

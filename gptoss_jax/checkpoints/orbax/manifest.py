@@ -35,7 +35,7 @@ class LeafRecord:
         shape: sizes of the axes.
         dtype: a NumPy or ml_dtypes name, as in "bfloat16".
         sha256: of the tensor's little-endian bytes in C order.
-        file_bytes: size of its data file: the tensor's bytes and the index behind them.
+        file_bytes: size of its data file: the tensor's bytes and the index after them.
     """
 
     path: str

@@ -63,7 +63,7 @@ class Writer:
     """Writes a checkpoint leaf by leaf into `<dst>.partial`; `finish` moves it to `dst` in one step.
 
     A journal names the leaves that are complete on disk, each line synced, so whatever kills the process, a Writer of
-    the same `identity` goes on behind the last of them. What lies at `dst` is whole or absent, and `<dst>.partial` is
+    the same `identity` goes on after the last of them. What lies at `dst` is whole or absent, and `<dst>.partial` is
     nothing that can be opened. Use as a context manager.
 
     Attributes:

@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
     Attributes:
         token_ids: all of it.
-        text: what was said last, if it was said as text.
+        text: the user's message, if there is one beside the conversation's file.
         conversation: the messages that were rendered, with those that the settings put in front; None: plain ids.
         settings: those fields of `Settings` that acted.
     """
@@ -129,7 +129,7 @@ def _plain_ids(options: flags.FlagValues) -> list[int]:
 
 
 def _render(options: flags.FlagValues, text: str | None) -> Prompt:
-    """The conversation in --messages, the results of its calls, and what is said next."""
+    """The conversation in --messages, the results of its calls, and the user's `text`."""
     from_flags, before = settings(options), read_conversation(options)
     conversation = list(before.messages)
     if options.tool_results:
