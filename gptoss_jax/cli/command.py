@@ -38,9 +38,18 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            _guard(main, argv[1:], name)
+        finally:  # the exit code is decided, however long a hand insists
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            except KeyboardInterrupt:  # it did while the memory of a model was given back
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     open_streams(name)
-    parse = functools.partial(_parse, name=name, sections=sections)
-    app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, name=name, sections=sections))
 
 
 def refuse(message: str, name: str) -> NoReturn:

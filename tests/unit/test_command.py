@@ -14,6 +14,8 @@ from absl import flags
 
 from gptoss_jax.cli import command
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_json_keeps_numbers_together_and_changes_nothing():
     """Guards the regular expression that joins lists: strings that look like lists stay as they are."""
@@ -100,8 +102,7 @@ def _command_that_raises(error: str) -> subprocess.CompletedProcess:
         "from gptoss_jax.cli import command\nfrom gptoss_jax.errors import GptossError\n"
         f"def main(arguments): raise {error}\ncommand.run(main, 'test')"
     )
-    root = Path(__file__).parents[2]
-    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +135,14 @@ def test_imports_can_be_ended_with_ctrl_c():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_at_the_very_end_does_not_change_the_exit_code():
+    """Guards a hand that insists: the answer has been printed, and leaving Python takes a moment."""
+    code = (
+        "import atexit, os, signal, sys\nfrom gptoss_jax.cli import command\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "command.run(lambda arguments: sys.exit(130), 'test')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
