@@ -170,6 +170,7 @@ class Source:
                 continue
             if not faults:
                 yield path, array
+            del array  # while the next one is read
         _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
 
     def _read_packed(self, path: str, entry: Entry, recipe: Recipe) -> np.ndarray:

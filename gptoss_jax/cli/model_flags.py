@@ -92,7 +92,7 @@ def load_for_answers(
     Raises:
         GptossError, KeyboardInterrupt: as `load`.
     """
-    from gptoss_jax.cli.terminal import interrupted_late
+    from gptoss_jax.cli.terminal import interrupted_late  # here, since it imports rich
 
     with interrupted_late() as pressed:
         language_model = load(options, screen, pressed, if_random="the text is noise, not an answer")

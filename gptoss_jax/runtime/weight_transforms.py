@@ -26,6 +26,7 @@ def apply(transforms: Sequence[Transform], leaves: Iterable[tuple[str, Any]]) ->
         for transform in transforms:
             array = transform(path, array)
         yield path, jax.block_until_ready(array)
+        del array  # while the next one is read
 
 
 def to_devices(model: Model, sharding: Sharding) -> Transform:
