@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.checkpoints.opening import open_weights
 from gptoss_jax.checkpoints.orbax import integrity, manifest, reader, zarr
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer, generation_config, save
@@ -325,6 +326,15 @@ DAMAGES = {
     "zarr.json": (zarr_json_changed, "zarr.json: missing, or not as written: the checkpoint is damaged"),
     "_METADATA": (lambda folder: (folder / "_METADATA").unlink(), "_METADATA: missing, or not what manifest.json"),
     "manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: damaged (JSONDecodeError"),
+    "digits": (
+        lambda folder: (folder / "manifest.json").write_text(f'{{"format_version": {"1" * 5000}}}'),
+        "manifest.json: damaged (ValueError",
+    ),
+    "nesting": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        "manifest.json: damaged (Recursion",
+    ),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: damaged (a list, expected"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, so it is no finished"),
     "version": (
         lambda folder: (folder / "manifest.json").write_text('{"format_version": 0}'),
@@ -504,3 +514,23 @@ def test_other_dtypes_and_scalars(tmp_path):
     dst = save(tmp_path / "odd", odd, CONFIG)
     leaves = {path: transformer.Leaf(array.shape, array.dtype, (None,) * array.ndim) for path, array in odd.items()}
     assert_equal(restore(dst, leaves, sharding.make()), odd)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "damaged (JSONDecodeError"),
+        ("[]", "damaged (a list, expected an object): convert again"),
+        ('{"source": []}', "damaged, convert again"),
+        ('{"source": {"files": [1]}}', "damaged, convert again"),
+        (None, "missing: the checkpoint is damaged, convert again"),
+    ],
+)
+def test_a_damaged_provenance_is_refused(content, text, copy):
+    """Guards against a model of unknown origin, whose random weights would pass for trained ones."""
+    (copy / "provenance.json").unlink()
+    if content is not None:
+        (copy / "provenance.json").write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        open_weights(copy)
+    assert str(error.value).startswith(f"{copy / 'provenance.json'}: {text}")

@@ -163,9 +163,10 @@ def test_absent_and_damaged_files_are_named(tmp_path):
     """Guards against a traceback for a mistyped folder."""
     with pytest.raises(ConfigError, match=r"config\.json: no such file; a checkpoint's folder holds its config\.json"):
         read_config(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: not JSON \("):
-        read_config(tmp_path / "config.json")
+    for text in ("{", "[" * 100_000, f'{{"vocab_size": {"1" * 5000}}}'):  # the last two are no JSONDecodeErrors
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.json: not JSON \("):
+            read_config(tmp_path / "config.json")
 
 
 def test_cache_bytes_at_the_longest_context():
