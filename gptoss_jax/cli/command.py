@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
     130. Anything else is a bug and keeps its traceback.
 
     Args:
-        main: the command.
+        main: the command; its module's docstring is its help.
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
@@ -49,7 +49,8 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     open_streams(name)
-    app.run(guarded, flags_parser=functools.partial(_parse, name=name, sections=sections))
+    parse = functools.partial(_parse, name=name, sections=sections, module=main.__module__)
+    app.run(guarded, flags_parser=parse)
 
 
 def refuse(message: str, name: str) -> NoReturn:
@@ -133,14 +134,12 @@ def _value_and_meaning(flag: flags.Flag) -> tuple[str, str]:
     return (found[1], found[2]) if found else (flag.flag_type().upper(), flag.help or "")
 
 
-def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> list[str]:
+def _parse(argv: Sequence[str], name: str, sections: Sections | None = None, module: str = "__main__") -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
     if {"--help", "-h"} & set(argv[1:]):
-        key = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-        main_flags = sections or {"Flags": key}
-        print(f"{sys.modules['__main__'].__doc__}\nDashes and underscores in flags are the same.\n")
-        print(help_text(flags.FLAGS, main_flags))
+        print(f"{sys.modules[module].__doc__}\nDashes and underscores in flags are the same.\n")
+        print(help_text(flags.FLAGS, sections or {"Flags": _flags_of(module)}))
         sys.exit(0)
     try:
         arguments = flags.FLAGS([_as_defined(argument) for argument in argv])
@@ -150,6 +149,12 @@ def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> 
         if flag.value == "" and _value_and_meaning(flag)[0] == "FILE":
             refuse(f"{spelled(flag.name)} is empty, expected the name of a file", name)
     return arguments
+
+
+def _flags_of(module: str) -> list[str]:
+    """Names of the flags that a command's module defines."""
+    key = sys.argv[0] if module == "__main__" else module  # as absl keeps them
+    return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(key)]
 
 
 def _as_defined(argument: str) -> str:

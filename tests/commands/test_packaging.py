@@ -12,6 +12,7 @@ import jaxtyping
 import pytest
 from packaging.requirements import Requirement
 
+import gptoss_jax
 from gptoss_jax.harmony import tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,18 @@ def test_jax_bounds_admit_both_supported_minor_versions(version):
     lines += [line for extra in ("cuda12", "cuda13", "tpu") for line in extras[extra]]
     assert len(lines) == 4
     assert all(Requirement(line).specifier.contains(version) for line in lines)
+
+
+@pytest.mark.parametrize("name", gptoss_jax.__all__)
+def test_public_names_are_where_the_package_says(name):
+    """Guards against a lazy name whose module has moved, which fails for the first user who asks for it."""
+    assert getattr(gptoss_jax, name).__name__ == name
+
+
+def test_other_names_are_refused_and_the_version_is_known():
+    """Guards `hasattr`, which lazy names break if they raise anything but AttributeError."""
+    assert not hasattr(gptoss_jax, "generate_everything")
+    assert gptoss_jax.__version__ == PROJECT["version"]
 
 
 @pytest.mark.parametrize("target", PROJECT["scripts"].values())
