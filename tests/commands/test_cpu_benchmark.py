@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import true_width, under_load, write_gguf
-from converters.random_weights import random_tensors, with_vocab_size, write_checkpoint
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
+from converters.random_model import random_tensors
 from gptoss_jax.model.config import parse_config
 from pallas_kernels import mxfp4
 from tests import processes

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.random_weights import random_tensors, write_checkpoint
+from converters.random_checkpoint import write_checkpoint
+from converters.random_model import random_tensors
 from tests import reference
 from tests.goldens import make
 
@@ -86,7 +87,7 @@ def test_transformers_reads_what_we_write(config, tensors, tmp_path):
     token_ids = make.token_ids(300, 1)
     logits = []
     for layout in ("huggingface", "huggingface-bf16"):
-        write_checkpoint(tmp_path / layout, config, layout=layout, seed=make.WEIGHTS_SEED)
+        write_checkpoint(tmp_path / layout, config, format=layout, seed=make.WEIGHTS_SEED)
         model = make.load_transformers(tmp_path / layout, "float32")
         logits.append(make.transformers_logits(model, token_ids))
     assert (logits[0] == logits[1]).all()
