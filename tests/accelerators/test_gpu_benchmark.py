@@ -23,7 +23,6 @@ CONFIG = with_vocab_size(true_width.raw_config(2, Path("configs/tiny.json")), 51
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["reference", "attention=gpu-interpreted,expert_mlp=gpu-interpreted"])
 def test_command_measures_and_says_what_it_left_out(tmp_path, kernels):
     """Flags that are not read, rates that do not follow from one another, a case that vanishes without a word."""

@@ -162,7 +162,6 @@ def test_buffers_are_reused_without_races(warpgroups, parts, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
 
 
-@pytest.mark.slow
 def test_prefill_in_its_own_form(monkeypatch):
     """Guards the form that prefill takes, in shared tests with one warpgroup: four, each with its outputs."""
     monkeypatch.setattr(gpu, "INTERPRETED_WARPGROUPS", 4)

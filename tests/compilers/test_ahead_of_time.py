@@ -34,7 +34,6 @@ def _report(what: str, target: str) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])[what]
 
 
-@pytest.mark.slow
 @_needs("gpu")
 def test_whole_steps_fit_one_gpu():
     """Guards the promise: 20b in 16 GB, 120b with 131,072 tokens in 80 GB, decoding and prefill."""
@@ -45,7 +44,6 @@ def test_whole_steps_fit_one_gpu():
             assert report["arguments_gib"] + report["temporaries_gib"] <= budget, report
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [pytest.param(name, marks=_needs("gpu")) for name in ("8 H200", "B200")]
@@ -57,7 +55,6 @@ def test_whole_steps_fit(target):
     assert len(reports) == 2 and all(report["fits"] for report in reports), reports
 
 
-@pytest.mark.slow
 @_needs("gpu")
 def test_kernels_for_gpus_spill_nothing():
     """Guards speed that nobody here can measure: no spills, tensor cores in use and not one after the other."""
@@ -71,7 +68,6 @@ def test_kernels_for_gpus_spill_nothing():
         assert not kernel["wgmma_serialized"] and kernel["tensor_core_instructions"] > 0, kernel
 
 
-@pytest.mark.slow
 @_needs("tpu")
 @pytest.mark.parametrize("target", ["v5e", "v6e", "v5p", "tpu7x"])
 def test_kernels_for_tpus_compile(target):
@@ -84,7 +80,6 @@ def test_kernels_for_tpus_compile(target):
     )
 
 
-@pytest.mark.slow
 @_needs("gpu")
 def test_a_decoding_step_launches_few_kernels():
     """Guards decoding of one row, where launches cost as much as bytes: more than this a layer is a regression."""

@@ -23,12 +23,16 @@ from tests import reference
 from tests.goldens import make as golden
 
 
-def all_of(implementations) -> list:
-    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
+def all_of(implementations, *, interpreted: bool = False) -> list:
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built.
+
+    Kernels that are `interpreted`, which takes long, run through these tests in tests/accelerators/test_shared.py.
+    """
     here = Hardware.of(jax.devices()[0])
     missing = {name: why_not(name, here) for name in KERNELS_OF}
     marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
+    names = [name for name in implementations if name.endswith("-interpreted") == interpreted]
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 # ---- the number format ----
