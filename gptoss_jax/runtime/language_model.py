@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
 from gptoss_jax.checkpoints import host_memory, orbax, published
-from gptoss_jax.engine.engine import Compiled, Engine
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
+from gptoss_jax.engine.runner import Compiled
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
@@ -85,6 +87,8 @@ class LanguageModel:
     def engine(
         self,
         engine_config: EngineConfig,
+        *,
+        scheduler: Scheduler | None = None,
         compiled: Compiled | None = None,
         report: Callable[[int, int], object] = lambda done, total: None,
     ) -> Engine:
@@ -92,11 +96,15 @@ class LanguageModel:
 
         Args:
             engine_config: what its programs are compiled for.
+            scheduler: which requests go first, and which give way; None: first come, first served.
             compiled: those of an engine just like it; None: they are compiled here.
             report: called with the number of programs that are compiled, and of all.
         """
         return Engine(
-            self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, compiled, report
+            *(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config),
+            scheduler=scheduler,
+            compiled=compiled,
+            report=report,
         )
 
     def generate(
@@ -138,7 +146,7 @@ class LanguageModel:
         if self._engine is None or self._engine.engine_config != engine_config:
             self._engine = self.engine(engine_config)
         elif not self._engine.is_idle:  # an iterator that is still held: it keeps its rows, we get rows of our own
-            self._engine = self.engine(engine_config, compiled=self._engine.programs)
+            self._engine = self.engine(engine_config, compiled=self._engine.compiled)
         return _run_one(self._engine, request)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
@@ -216,7 +224,7 @@ class LanguageModel:
             self._allocators[tokens] = kv_cache.allocator(
                 self.config,
                 self.sharding,
-                rows=rows,
+                slots=rows,
                 pages=rows * pages,
                 max_context_tokens=tokens,
                 dtype=self.policy.cache,
@@ -307,7 +315,7 @@ def load(
     laid_out = sharding.make(mesh)
     chosen, reason = layers.choose_kernels(kernels, Hardware.of(laid_out.mesh.devices.flat[0]), policy.activations)
     stored = _open(Path(path))
-    laid_out.check(stored.config, rows=laid_out.size("batch"))
+    laid_out.check(stored.config, slots=laid_out.size("batch"))
     declared = transformer.declare(stored.config, laid_out, chosen, policy)
     total = sum(orbax.leaf_bytes(leaf) for leaf in declared.leaves.values())
     loaded = 0
