@@ -137,7 +137,7 @@ def _answer(options: flags.FlagValues, screen: Screen, words: Tokenizer, prompt:
         for seed, stream in zip(seeds, streams, strict=True)
     ]
     language_model, runner = load(options, screen, rows=min(options.n, MAX_ROWS))
-    screen.say(f"compiled in {runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    screen.say(f"compiled in {runner.runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Shown(screen, options, [request.sampling.seed for request in requests])
@@ -289,7 +289,7 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "answer_tokens": sum(tokens),
         "load_seconds": round(language_model.load_seconds, 3),
-        "compile_seconds": round(runner.compile_seconds, 3),
+        "compile_seconds": round(runner.runner.compile_seconds, 3),
         "first_token_seconds": round(first, 3),
         "decode_tokens_per_second": rate and round(rate, 3),
     }
@@ -317,7 +317,7 @@ def document(
     return {
         "settings": {name: options[name].value for name in echoed}
         | request_flags.as_acted(options, prompt.told, requests[0])
-        | {"prompt": prompt.text, "deterministic": runner.deterministic},
+        | {"prompt": prompt.text, "deterministic": runner.runner.deterministic},
         "prompt_token_ids": prompt.token_ids,
         "answers": [sample.answer.document() for sample in samples],
         "conversation": messages.to_json(conversation(prompt, samples[0].answer)),

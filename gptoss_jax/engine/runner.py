@@ -50,6 +50,8 @@ class ModelRunner:
     Attributes:
         deterministic: see `EngineConfig`; chosen here where that leaves it open.
         forms: how slots share the arithmetic.
+        num_shards: data shards, each with its own slots and pages.
+        pages_per_shard: pages of the pool of each.
         compiled: the programs, for another runner just like this one.
         compile_seconds: what compiling them took.
     """
@@ -63,7 +65,6 @@ class ModelRunner:
         cache_dtype: jnp.dtype,
         engine_config: EngineConfig,
         *,
-        pages_per_shard: int,
         compiled: Compiled | None = None,
         report: Callable[[int, int], object] = lambda done, total: None,
     ):
@@ -74,6 +75,7 @@ class ModelRunner:
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self.forms = programs.choose(model, config, sharding, deterministic=self.deterministic)
         self.num_shards = sharding.size("batch")
+        self.pages_per_shard = -(-_pool_pages(engine_config) // self.num_shards)
         self._slots_per_shard = engine_config.slots // self.num_shards
         self._table = np.zeros((engine_config.slots, kv_cache.num_pages(engine_config.max_context_tokens)), np.int32)
         self._table_changed = False
@@ -81,7 +83,7 @@ class ModelRunner:
             config,
             sharding,
             slots=engine_config.slots,
-            pages=pages_per_shard * self.num_shards,
+            pages=self.pages_per_shard * self.num_shards,
             max_context_tokens=engine_config.max_context_tokens,
             dtype=cache_dtype,
         )()
@@ -135,6 +137,16 @@ class ModelRunner:
             decode=build(decode, self._params, self._cache, *slots, np.int32(1)),
         )
 
+    @property
+    def prefills_in_one_batch(self) -> bool:
+        """Whether the prompts of all slots can be read in one dispatch, or one of each data shard."""
+        return self.forms.prefill.num_chunks is None
+
+    @property
+    def decodes_in_one_batch(self) -> bool:
+        """Whether a decoding step runs the model once for all slots, or once for each."""
+        return self.forms.decode.num_chunks is None
+
     # ---- slots and pages ----
 
     def shard_of(self, slot: int) -> int:
@@ -178,7 +190,7 @@ class ModelRunner:
         """
         widths = sorted(self.compiled.prefill)
         fitting = {slot: next((w for w in widths if w >= left), widths[-1]) for slot, left in unread.items()}
-        if self.forms.prefill.num_chunks is None:
+        if self.prefills_in_one_batch:
             return max(fitting.values()), list(unread)
         width = next(iter(fitting.values()))
         first = {self.shard_of(slot): slot for slot in reversed(unread) if fitting[slot] == width}
@@ -194,7 +206,7 @@ class ModelRunner:
 
     def place_of(self, slot: int) -> int:
         """The slot's place among the chunks of a prefill, and among its draws."""
-        return slot if self.forms.prefill.num_chunks is None else self.shard_of(slot)
+        return slot if self.prefills_in_one_batch else self.shard_of(slot)
 
     def _chunks(self, width: int, chunks: Mapping[int, Chunk]) -> tuple[Chunks, jax.Array]:
         count = self.forms.prefill.num_chunks or self._engine_config.slots
@@ -214,3 +226,10 @@ class ModelRunner:
             self._params, self._cache, self._options, self._state, np.int32(steps)
         )
         return draws
+
+
+def _pool_pages(engine_config: EngineConfig) -> int:
+    """Pages of all shards together."""
+    if engine_config.pool_tokens is not None:
+        return kv_cache.num_pages(engine_config.pool_tokens)
+    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens)

@@ -1,8 +1,9 @@
-"""A request on its way through an engine, as the host sees it."""
+"""A request on its way through an engine, as the host sees it: what it holds, and what it was told."""
 
 import dataclasses
+from typing import Any
 
-from gptoss_jax.engine.request import Request
+from gptoss_jax.engine.request import Event, FinishReason, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,19 +35,16 @@ class Sequence:
     def __post_init__(self):
         self.prompt = self.request.token_ids
 
+    # ---- how much of the cache it takes, in tokens ----
+
     @property
     def num_unread(self) -> int:
         """Tokens of the prompt that are not yet in the cache."""
         return len(self.prompt) - self.prefilled
 
     @property
-    def num_cached(self) -> int:
-        """Tokens in the cache: the token drawn last enters it with the next step."""
-        return self.prefilled if self.num_unread else len(self.request.token_ids) + self.drawn - 1
-
-    @property
     def num_known(self) -> int:
-        """Tokens that the cache holds once the sequence is where it was when its caller last heard of it."""
+        """Tokens that the caller knows of, the request's own among them."""
         return len(self.request.token_ids) + len(self.tokens)
 
     @property
@@ -55,8 +53,10 @@ class Sequence:
         return len(self.request.token_ids) + self.limit - 1
 
     def cached_after(self, steps: int) -> int:
-        """Tokens in the cache after so many decoding steps."""
-        return min(self.num_cached + steps, self.most_cached)
+        """Tokens in the cache after so many decoding steps; the token drawn last enters it with the first."""
+        return min(len(self.request.token_ids) + self.drawn - 1 + steps, self.most_cached)
+
+    # ---- what happens to it ----
 
     def restart(self, *, draw_again: bool) -> None:
         """Forgets what was computed. The answer so far is drawn again, to the same bits, or read as part of the prompt.
@@ -67,3 +67,35 @@ class Sequence:
         self.pages, self.prefilled = [], 0
         self.prompt = self.request.token_ids if draw_again else (*self.request.token_ids, *self.tokens)
         self.drawn = 0 if draw_again else len(self.tokens)
+
+    def take(self, tokens: list[int], logprobs: Any, top: Any, *, faulty: bool) -> Event:
+        """Takes in what was drawn, and gives what is news of it to the caller; the event may be empty.
+
+        Args:
+            tokens: the next tokens.
+            logprobs: of each of them, a host array.
+            top: likeliest ids and their log probabilities, host arrays [tokens, Z]; None if nobody asks.
+            faulty: whether the logits after them were not finite.
+        """
+        # What is drawn again after a preemption is what the caller has seen already, bit by bit.
+        again = min(max(0, len(self.tokens) - self.drawn), len(tokens))
+        self.drawn += len(tokens)
+        step, (new, reason) = len(self.tokens), self._until_end(tokens[again:])
+        self.tokens += new
+        here = slice(again, again + len(new))
+        reason = reason or ("error" if faulty else None)
+        return Event(self.request_id, tuple(new), tuple(logprobs[here].tolist()), reason, step, self._top(top, here))
+
+    def _top(self, top: Any, here: slice) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """The likeliest ids of each new token, with their log probabilities, as many as were asked for."""
+        if asked := self.request.sampling.top_logprobs:
+            pairs = zip(*(x[here, :asked].tolist() for x in top), strict=True)
+            return tuple(tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs)
+        return ()
+
+    def _until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """New tokens up to where the answer ends, and why it does; None if it goes on."""
+        for count, token in enumerate(tokens, 1):
+            if (self.request.ends_at and self.request.ends_at(token)) or token in self.request.stop_ids:
+                return tokens[:count], "stop"
+        return tokens, "length" if len(self.tokens) + len(tokens) >= self.limit else None

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int32
 from gptoss_jax.checkpoints import host_memory, orbax, published
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
-from gptoss_jax.engine.runner import Compiled
+from gptoss_jax.engine.runner import Compiled, ModelRunner
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
@@ -100,12 +100,17 @@ class LanguageModel:
             compiled: those of an engine just like it; None: they are compiled here.
             report: called with the number of programs that are compiled, and of all.
         """
-        return Engine(
-            *(self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config),
-            scheduler=scheduler,
+        runner = ModelRunner(
+            self.model,
+            self.params,
+            self.config,
+            self.sharding,
+            self.policy.cache,
+            engine_config,
             compiled=compiled,
             report=report,
         )
+        return Engine(runner, self.config, engine_config, scheduler=scheduler)
 
     def generate(
         self,
@@ -146,7 +151,7 @@ class LanguageModel:
         if self._engine is None or self._engine.engine_config != engine_config:
             self._engine = self.engine(engine_config)
         elif not self._engine.is_idle:  # an iterator that is still held: it keeps its rows, we get rows of our own
-            self._engine = self.engine(engine_config, compiled=self._engine.compiled)
+            self._engine = self.engine(engine_config, compiled=self._engine.runner.compiled)
         return _run_one(self._engine, request)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:

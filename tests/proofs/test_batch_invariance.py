@@ -1,12 +1,16 @@
 """Batch invariance: 64 mixed requests give the same bits alone, in batches of any size, in any order."""
 
+import collections
+import dataclasses
+
 import numpy as np
 import pytest
 
 import gptoss_jax
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling_params import SamplingParams
-from tests.unit.test_engine import _mixed_requests, _prompt, _streams, folder
+from gptoss_jax.engine.scheduler import Scheduler
+from tests.unit.test_engine import GREEDY, _mixed_requests, _prompt, _streams, folder
 
 __all__ = ["folder"]  # a fixture
 
@@ -64,3 +68,39 @@ def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
     assert len(differences) > 300
     assert max(differences) < 0.1
     assert same > 32
+
+
+SMALL_POOL = {"max_context_tokens": 384, "prefill_widths": (16, 64), "pool_tokens": 384}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "batched"])
+def test_a_preempted_request_goes_on_where_it_was(folder, deterministic, kernels):
+    """Guards a pool that runs dry: every token and log probability is that of a run with memory for all, to the bit.
+
+    A batched engine reads the answer so far as a prompt: what was streamed stays, and greedy tokens follow alike.
+    """
+    model = gptoss_jax.load(folder, dtype="float32", kernels=kernels)
+    sampling_params = [SamplingParams(seed=i, top_logprobs=2, frequency_penalty=0.3) for i in range(4)]
+    requests = [Request(_prompt(20 + i), (), 150, p) for i, p in enumerate(sampling_params)]
+    if not deterministic:
+        requests = [dataclasses.replace(request, sampling=GREEDY) for request in requests]
+    roomy = model.engine(EngineConfig(slots=4, deterministic=deterministic, **SMALL_POOL | {"pool_tokens": None}))
+    expected = _streams(roomy, requests)
+    preempted = []
+
+    class Watched(Scheduler):
+        def preempt(self, running):
+            preempted.append(super().preempt(running).request_id)
+            return super().preempt(running)
+
+    engine = model.engine(EngineConfig(slots=4, deterministic=deterministic, **SMALL_POOL), scheduler=Watched())
+    seen = collections.defaultdict(list)
+    streams = _streams(engine, [dataclasses.replace(r, ends_at=seen[i].append) for i, r in enumerate(requests)])
+    assert preempted and 0 not in preempted  # the oldest always goes on
+    if deterministic:
+        assert streams == expected
+    tokens = [[token for token, *_ in stream] for stream in streams]
+    assert tokens == [[token for token, *_ in stream] for stream in expected]
+    assert [seen[i] for i in range(4)] == tokens  # each token was told once
+    assert all(pool.num_free == pool.num_pages for pool in engine._placement._pools)
