@@ -30,7 +30,7 @@ def _loss(model, tokens, leaves, params):
     for path, leaf in leaves.items():
         *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
         functools.reduce(operator.getitem, parents, tree)[last] = leaf
-    cache = kv_cache.empty(model.config, rows=1, pages=1, max_context_tokens=64, dtype=jnp.dtype(jnp.float32))
+    cache = kv_cache.empty(model.config, slots=1, pages=1, max_context_tokens=64, dtype=jnp.dtype(jnp.float32))
     counts = jnp.full(1, tokens.shape[1], jnp.int32)
     logits, _ = all_logits(model.model, tree, tokens, counts, cache)
     likely = jax.nn.log_softmax(logits[:, :-1])

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from pallas_kernels.shapes import GPT_OSS_20B
 ROOT = Path(__file__).parents[2]
 MISSING = cpu_kernels.why_not()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-INSTRUCTION_SETS = () if MISSING else cpu_kernels.instruction_sets()
+INSTRUCTION_SETS: tuple[str, ...] = () if MISSING else cpu_kernels.instruction_sets()
 DTYPES = (jnp.float32, jnp.bfloat16)
 LIMIT = 7.0
 
@@ -155,7 +156,8 @@ def _expert_arguments(tokens, hidden, inner, experts, choices, dtype):
         return blocks, rng.integers(119, 123, (experts, out, inputs // 32), dtype=np.uint8)
 
     bias = lambda out: rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)  # noqa: E731
-    weights = expert_op.ExpertWeights(*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden))
+    arrays: list[Any] = [*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden)]
+    weights = expert_op.ExpertWeights(*arrays)
     ids = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
     x = rng.standard_normal((tokens, hidden)).astype(dtype)
     shares = rng.random((tokens, choices)).astype(np.float32)
@@ -217,10 +219,9 @@ def test_every_byte_under_every_scale_is_exact(isa, dtype):
     gate_up_bias = np.tile(np.array([0, 1 / saturated - 1], ml_dtypes.bfloat16), (experts, inner))
     down = np.tile(np.arange(256, dtype=np.uint8).reshape(experts, 1, 1, 16), (1, hidden, 1, 1))
     scales = np.where(np.arange(hidden) <= 252, np.arange(hidden), 127).astype(np.uint8)
-    weights = expert_op.ExpertWeights(
-        *(gate_up, np.full(gate_up.shape[:3], 127, np.uint8), gate_up_bias),
-        *(down, np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)),
-    )
+    arrays: list[Any] = [gate_up, np.full(gate_up.shape[:3], 127, np.uint8), gate_up_bias]
+    arrays += [down, np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)]
+    weights = expert_op.ExpertWeights(*arrays)
     x = np.tile(saturated * np.eye(inner, hidden), (experts, 1)).astype(dtype)
     ids = np.repeat(np.arange(experts, dtype=np.int32), inner)[:, None]
     arguments = jax.tree.map(jnp.asarray, (x, ids, np.ones(ids.shape, np.float32), weights))
@@ -244,9 +245,8 @@ def test_swiglu_over_its_whole_range(isa):
     gate_up[0, 0::2] = identity  # the linear part is 0
     ones = lambda rows: np.full((1, rows, 1), 127, np.uint8)  # noqa: E731
     zeros = lambda rows: np.zeros((1, rows), ml_dtypes.bfloat16)  # noqa: E731
-    weights = expert_op.ExpertWeights(
-        gate_up, ones(2 * inner), zeros(2 * inner), identity[None], ones(hidden), zeros(hidden)
-    )
+    arrays: list[Any] = [gate_up, ones(2 * inner), zeros(2 * inner), identity[None], ones(hidden), zeros(hidden)]
+    weights = expert_op.ExpertWeights(*arrays)
     x = np.linspace(-200, 12, 64 * hidden).reshape(-1, hidden).astype(np.float32)
     ids, shares = np.zeros((64, 1), np.int32), np.ones((64, 1), np.float32)
     run = lambda *arguments: np.asarray(expert_mlp(*jax.tree.map(jnp.asarray, arguments), limit=LIMIT))  # noqa: E731

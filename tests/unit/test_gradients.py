@@ -51,8 +51,8 @@ def test_experts(name, routing):
         biased = packed._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
         return jnp.sum(implementation.run(x, ids, shares, biased, limit=LIMIT) * towards)
 
-    def dense(*floats):
-        return jnp.sum(_dense_experts(*floats, ids, weights) * towards)
+    def dense(x, shares, gate_up_bias, down_bias):
+        return jnp.sum(_dense_experts(x, shares, gate_up_bias, down_bias, ids, weights) * towards)
 
     floats = x, shares, packed.gate_up_bias, packed.down_bias
     *found, d_gate_up, d_down = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*floats)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpu_kernels
+from benchmarks.program_memory import program_memory
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
@@ -99,8 +101,8 @@ def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: i
         return blocks, rng.integers(121, 125, (experts, out, inputs // 32), dtype=np.uint8)
 
     bias = lambda out: rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)  # noqa: E731
-    gate_up, down = packed(2 * inner, hidden), packed(hidden, inner)
-    return expert_op.ExpertWeights(*gate_up, bias(2 * inner), *down, bias(hidden))
+    arrays: list[Any] = [*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden)]
+    return expert_op.ExpertWeights(*arrays)
 
 
 def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, choices: int) -> np.ndarray:
@@ -221,7 +223,7 @@ def test_streamed_weights_are_never_float32_in_memory():
 
     x, w = jax.ShapeDtypeStruct((1, 2880), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 2880), jnp.bfloat16)
     temporaries = {
-        name: jax.jit(functools.partial(loop, linear)).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+        name: program_memory(jax.jit(functools.partial(loop, linear)).lower(x, w).compile()).temporary_bytes
         for name, linear in linear_op.IMPLEMENTATIONS.items()
         if name != "cpu" or not cpu_kernels.why_not()
     }
