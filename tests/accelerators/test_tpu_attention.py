@@ -1,6 +1,7 @@
 """The TPU's attention, interpreted: what the bodies shared by all implementations do not reach, and races of copies."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def _interpreted(form, arguments) -> np.ndarray:
 
 def _races_found() -> bool:
     """Whether the last kernel that was interpreted raced; where this is told differs between JAX 0.10 and 0.11."""
-    module = interpret_pallas_call
+    module: Any = interpret_pallas_call
     return (module.get_races() if hasattr(module, "get_races") else module.races).races_found
 
 

@@ -1,6 +1,7 @@
 """The expert kernel for TPUs, in the interpreter: what the body that all implementations share does not ask."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from tests.unit.test_kernels import choices_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES = expert_op.ExpertWeights(  # as in gptoss_jax/moe.py
+AXES: Any = (  # of each of ExpertWeights, as in gptoss_jax/model/experts.py
     ("experts", "expert_hidden", None, None),
     ("experts", "expert_hidden", None),
     ("experts", "expert_hidden"),
@@ -134,7 +135,7 @@ def _run(form: tpu_forms.Form, *arguments) -> np.ndarray:
     interpret = pltpu.InterpretParams(detect_races=True)
     found = jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))(*arguments)
     found.block_until_ready()
-    module = interpret_pallas_call  # JAX 0.11 asks by a function
+    module: Any = interpret_pallas_call  # JAX 0.11 asks by a function
     assert not (module.get_races() if hasattr(module, "get_races") else module.races).races_found
     return np.asarray(found)
 

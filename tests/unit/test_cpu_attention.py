@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import cpu_kernels
+from benchmarks.program_memory import program_memory
 from cpu_kernels import attention
 from pallas_kernels.attention import reference
 from pallas_kernels.shapes import GPT_OSS_20B
 
-if cpu_kernels.why_not():
-    pytest.skip(cpu_kernels.why_not(), allow_module_level=True)
+if reason := cpu_kernels.why_not():
+    pytest.skip(reason, allow_module_level=True)
 
 REAL = (GPT_OSS_20B.heads, GPT_OSS_20B.kv_heads, GPT_OSS_20B.head_size)
 HEADS = [REAL, (6, 2, 16), (5, 1, 40), (3, 3, 33), (130, 1, 8)]  # query heads, key/value heads, head size
@@ -62,7 +64,7 @@ class Rows:
     def queries(self, positions: np.ndarray) -> np.ndarray:
         return np.take_along_axis(self.q, np.maximum(positions, 0)[:, :, None, None], axis=1)
 
-    def paged(self, positions: np.ndarray, page: int = 64) -> tuple[np.ndarray, ...]:
+    def paged(self, positions: np.ndarray, page: int = 64) -> tuple[Any, ...]:
         """Arguments of paged attention: shuffled pages, NaN in all slots that no query sees."""
         pages = -(-self.context // page)
         table = self.rng.permutation(self.rows * pages).reshape(self.rows, pages).astype(np.int32)
@@ -75,7 +77,7 @@ class Rows:
             stored.append(pool)
         return self.queries(positions), *stored, table, positions, self.sinks
 
-    def banded(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple[np.ndarray, ...]:
+    def banded(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple[Any, ...]:
         """Arguments of banded attention: NaN in slots never written and in the new tokens that are padding."""
         stored, new = [], []
         for by_position in (self.k, self.v):
@@ -301,4 +303,4 @@ def test_no_logits_in_memory():
     table, positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     q = shape((1, 128, REAL[0], REAL[2]))
     lowered = jax.jit(attention.paged_attention).lower(q, pages, pages, table, positions, shape((REAL[0],)))
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1e6
+    assert program_memory(lowered.compile()).temporary_bytes < 1e6
