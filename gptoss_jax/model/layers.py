@@ -25,7 +25,7 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 class Kernels(NamedTuple):
     """The implementation of each op that a model runs with."""
 
-    attention: attention_op.Attention = attention_op.IMPLEMENTATIONS["reference"]
+    attention: attention_op.Attend = attention_op.IMPLEMENTATIONS["reference"]
     expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
     linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
 

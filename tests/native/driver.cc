@@ -104,24 +104,26 @@ struct Heads {
   int64_t heads, kv_heads, size;
 };
 
-// Attention of two rows, the second of which ends in padding; over pages in order, or over a ring of `window` slots.
+// Attention of two sequences, the second of which ends in padding; over pages in order, or over a ring of `window`
+// slots. Results lie one after the other, the log-sum-exp last.
 bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t window) {
-  const int64_t rows = 2, pages = (start + tokens + page - 1) / page, token = heads.kv_heads * heads.size;
-  std::vector<int32_t> positions, table, starts(rows, start);
-  for (int64_t i = 0; i < rows * tokens; ++i)
-    positions.push_back(i > tokens && i + 1 == rows * tokens ? -1 : start + static_cast<int32_t>(i % tokens));
-  for (int64_t i = 0; i < rows * pages; ++i) table.push_back(static_cast<int32_t>(i));
-  const auto q = bfloat16s(rows * tokens * heads.heads * heads.size), sinks = bfloat16s(heads.heads);
-  const int64_t stored = (window ? rows * window : rows * pages * page) * token;
+  const int64_t sequences = 2, pages = (start + tokens + page - 1) / page, token = heads.kv_heads * heads.size;
+  const int64_t queries = sequences * tokens * heads.heads;
+  std::vector<int32_t> positions, table, starts(sequences, start);
+  for (int64_t i = 0; i < sequences * tokens; ++i)
+    positions.push_back(i > tokens && i + 1 == sequences * tokens ? -1 : start + static_cast<int32_t>(i % tokens));
+  for (int64_t i = 0; i < sequences * pages; ++i) table.push_back(static_cast<int32_t>(i));
+  const auto q = bfloat16s(queries * heads.size), sinks = bfloat16s(heads.heads);
+  const int64_t stored = (window ? sequences * window : sequences * pages * page) * token;
   const auto keys = bfloat16s(stored), values = bfloat16s(stored);
-  const auto new_keys = bfloat16s(rows * tokens * token), new_values = bfloat16s(rows * tokens * token);
-  return agree(rows * tokens * heads.heads * heads.size, [&](const Pool& pool, float* y) {
+  const auto new_keys = bfloat16s(sequences * tokens * token), new_values = bfloat16s(sequences * tokens * token);
+  return agree(queries * (heads.size + 1), [&](const Pool& pool, float* y) {
     cpu_kernels::AttentionCall call = {};
     call.q = {q.data(), true};
     call.sinks = {sinks.data(), true};
     call.positions = positions.data();
-    call.output = y;
-    call.rows = rows, call.tokens = tokens;
+    call.out = y, call.lse = y + queries * heads.size;
+    call.sequences = sequences, call.tokens = tokens;
     call.heads = heads.heads, call.kv_heads = heads.kv_heads, call.head_size = heads.size;
     call.bfloat16_keys = true;
     call.stored = {keys.data(), values.data()};
@@ -131,7 +133,7 @@ bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t
       call.start = starts.data();
     } else {
       call.page_table = table.data();
-      call.pages = rows * pages, call.pages_per_row = pages;
+      call.pages = sequences * pages, call.pages_per_sequence = pages;
     }
     return kernels.attention(pool, call);
   });
