@@ -6,6 +6,7 @@ Each op takes its turn over several copies of its weights, more than any cache h
 is the longer of its two: bytes of weights over reading, operations over the float32 peak.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -21,20 +22,21 @@ import numpy as np
 from absl import flags
 
 import cpu_kernels
-from benchmarks import cpu
+from benchmarks import cpu, true_width
 from cpu_kernels.expert_mlp import expert_mlp
 from cpu_kernels.linear import linear
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.cli import command
-from pallas_kernels.shapes import GPT_OSS_20B as MODEL
+from gptoss_jax.model.config import read_config
+from pallas_kernels.expert_mlp import ExpertWeights
 
+MODEL = read_config(true_width.CONFIG)
 BYTES_OF_COPIES = 1 << 28
-LIMIT = 7.0  # of the SwiGLU
 DENSE = {  # outputs, inputs
-    "query": (MODEL.heads * MODEL.head_size, MODEL.hidden),
-    "key": (MODEL.kv_heads * MODEL.head_size, MODEL.hidden),
-    "output": (MODEL.hidden, MODEL.heads * MODEL.head_size),
-    "unembedding": (MODEL.vocabulary, MODEL.hidden),
+    "query": (MODEL.num_heads * MODEL.head_dim, MODEL.hidden_size),
+    "key": (MODEL.num_kv_heads * MODEL.head_dim, MODEL.hidden_size),
+    "output": (MODEL.hidden_size, MODEL.num_heads * MODEL.head_dim),
+    "unembedding": (MODEL.vocab_size, MODEL.hidden_size),
 }
 
 
@@ -60,10 +62,10 @@ def dense(name: str, rows: int, dtype: np.dtype) -> Product:
 
 def experts(rows: int) -> Product:
     """`expert_mlp` of one layer, each row choosing evenly among the experts."""
-    e, d, f = MODEL.experts, MODEL.hidden, MODEL.expert_hidden
+    e, d, f = MODEL.num_experts, MODEL.hidden_size, MODEL.intermediate_size
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
-    weights = tuple(_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    weights = ExpertWeights(*(_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)
     shares = jnp.full((rows, MODEL.experts_per_token), 0.25, jnp.float32)
@@ -72,8 +74,8 @@ def experts(rows: int) -> Product:
         ids = np.stack([rng.permutation(e)[: MODEL.experts_per_token] for _ in range(rows)]).astype(np.int32)
         calls.append((x, jnp.asarray(ids), shares, weights))
         hit.append(len(np.unique(ids)))
-    one_expert = sum(w.nbytes for w in weights) // e
-    run = _in_turn(jax.jit(lambda *call: expert_mlp(*call, limit=LIMIT)), calls)
+    one_expert = sum(w.nbytes for w in jax.tree.leaves(weights)) // e
+    run = _in_turn(jax.jit(lambda *call: expert_mlp(*call, limit=MODEL.swiglu_limit)), calls)
     operations = 2 * rows * MODEL.experts_per_token * 3 * d * f
     return Product("experts, MXFP4", rows, run, round(statistics.mean(hit) * one_expert), operations)
 
@@ -87,13 +89,12 @@ def _weights(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
 
 def _in_turn(compiled: Callable[..., jax.Array], calls: list[tuple]) -> Callable[[], float]:
     jax.block_until_ready([compiled(*call) for call in calls])
-    turn = 0
+    upcoming = itertools.cycle(calls)
 
     def run() -> float:
-        nonlocal turn
-        turn += 1
+        call = next(upcoming)
         began = time.perf_counter()
-        compiled(*calls[turn % len(calls)]).block_until_ready()
+        compiled(*call).block_until_ready()
         return time.perf_counter() - began
 
     return run

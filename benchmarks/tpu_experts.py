@@ -119,8 +119,8 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     from jax.experimental.layout import Format, Layout
 
     from pallas_kernels.expert_mlp import packed, tpu, tpu_forms
-    from pallas_kernels.expert_mlp.layout import ExpertWeights
     from pallas_kernels.expert_mlp.tiles import tile_rows
+    from pallas_kernels.expert_mlp.weights import ExpertWeights
 
     num_experts, num_tokens, per_token, width = int(experts), int(tokens), 4, int(inner)
     device = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[name].topology).devices[0]
@@ -128,10 +128,12 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def like(shape, dtype):
-        by_rows = Format(Layout(major_to_minor=tuple(range(len(shape)))), whole)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows)
+        row_major = Format(Layout(major_to_minor=tuple(range(len(shape)))), whole)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
-    blocks = lambda rows, inputs: (num_experts, rows, inputs // 32)  # noqa: E731
+    def blocks(rows: int, inputs: int) -> tuple[int, int, int]:
+        return num_experts, rows, inputs // 32
+
     published = ExpertWeights(
         like((*blocks(2 * width, HIDDEN), 16), jnp.uint8),
         like(blocks(2 * width, HIDDEN), jnp.uint8),
@@ -144,10 +146,10 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     weights = jax.tree.map(
         lambda a: like(a.shape, a.dtype), jax.eval_shape(functools.partial(packed, form.layout), published)
     )
-    x, choices = like((num_tokens, HIDDEN), jnp.dtype(dtype)), (num_tokens, per_token)
+    x, assignments = like((num_tokens, HIDDEN), jnp.dtype(dtype)), (num_tokens, per_token)
     run = jax.jit(functools.partial(tpu.expert_mlp, limit=7.0, form=form))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = run.trace(x, like(choices, jnp.int32), like(choices, jnp.float32), weights)
+        traced = run.trace(x, like(assignments, jnp.int32), like(assignments, jnp.float32), weights)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = program.memory_analysis()
     others = x.size * x.dtype.itemsize + 8 * num_tokens * per_token
@@ -158,7 +160,7 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
         "weights": 3 * num_experts * HIDDEN * width,
         "step_weights": HIDDEN * 2 * steps.inner_block + width * steps.hidden_block,
         "packed": memory.argument_size_in_bytes - others,
-        "published": sum(a.size * a.dtype.itemsize for a in published),
+        "published": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(published)),
         "temporaries": memory.temp_size_in_bytes,
     }
     print(json.dumps(sizes))

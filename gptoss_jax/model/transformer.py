@@ -116,7 +116,7 @@ class Model(NamedTuple):
         """The module with `params` in it, for use inside a jitted function."""
         return nnx.merge(self.graph, params)
 
-    def rearrangements(self, layout: expert_op.Layout) -> dict[str, expert_op.Rearrangement]:
+    def rearrangements(self, layout: expert_op.WeightLayout) -> dict[str, expert_op.Rearrangement]:
         """What `layout` does to each leaf."""
         ways: dict[str, expert_op.Rearrangement] = dict(zip(experts.PACKED, layout, strict=True))
         return {path: ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED) for path in self.leaves}

@@ -74,7 +74,7 @@ def logits_of(
     q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B K G T S"]:
     """Scaled products of queries and keys; -inf where a key is not visible."""
-    wider = jnp.promote_types(q.dtype, k.dtype)
+    wider = q.dtype if q.dtype == k.dtype else jnp.float32
     logits = jnp.einsum(
         "btkgh,bskh->bkgts", q.astype(wider), k.astype(wider), precision="highest", preferred_element_type=jnp.float32
     )

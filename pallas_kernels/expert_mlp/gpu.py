@@ -1,6 +1,6 @@
 """The experts' MLPs on Hopper GPUs: two grouped products of packed weights, dequantised in registers (Mosaic GPU).
 
-How the data moves. The choices are sorted by expert and cut into tiles of M rows (tiles.py); XLA gathers their
+How the data moves. The assignments are sorted by expert and cut into tiles of M rows (tiles.py); XLA gathers their
 activations. A block of threads (one warpgroup for every 64 outputs) multiplies one tile by its expert's weights, which
 TMA brings to shared memory as they lie in HBM, 4 blocks of 32 weights of each output at a time and several such steps
 ahead. They go to registers, become bfloat16 there, and are the A operand of wgmma (64 outputs x 128 inputs); B is the
@@ -38,9 +38,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement, unchanged
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
+from pallas_kernels.expert_mlp.weights import (
+    AS_PUBLISHED,
+    ExpertWeights,
+    Rearrangement,
+    WeightLayout,
+    unchanged,
+    without_adapters,
+)
 from pallas_kernels.mxfp4 import BLOCK
 
 BLOCKS = 4  # blocks of 32 inputs in a group: one for each thread that shares a row
@@ -121,7 +128,7 @@ def _columns(before: Any, after: Any, described: str) -> Rearrangement:
 
 
 _BITS = "words of 8 codes whose bits are permuted"
-LAYOUT = Layout(
+LAYOUT = WeightLayout(
     _words(_split, _interleave, f"{_BITS}, 8 gates before 8 linear rows"),
     _columns(_split, _interleave, "[E, DB, F2], 8 gates before 8 linear rows"),
     AS_PUBLISHED,
@@ -155,7 +162,9 @@ def expert_mlp(
 
     Raises:
         TypeError: x has another type.
+        NotImplementedError: there are adapters.
     """
+    arrays = without_adapters(weights)
     num_experts = weights.gate_up_blocks.shape[0]
     terms = _terms(x)
     most = MOST_ROWS if len(terms) == 1 else MOST_ROWS // 4  # three terms take three times the shared memory
@@ -163,8 +172,8 @@ def expert_mlp(
     tiles = TiledRows.of(expert_ids, num_experts, rows)
     gathered = jnp.stack([_in_fragment_order(tiles.gather(term)) for term in terms])
     run = functools.partial(_product, tiles, rows, interpret=interpret)
-    hidden = run(gathered, *weights[:3], limit=limit)
-    return tiles.combine(run(hidden, *weights[3:])[:, : x.shape[1]], routing_weights)
+    hidden = run(gathered, *arrays[:3], limit=limit)
+    return tiles.combine(run(hidden, *arrays[3:])[:, : x.shape[1]], routing_weights)
 
 
 def _terms(x: Float[Array, "T D"]) -> list[Array]:
@@ -289,7 +298,7 @@ def _kernel(
     """One tile, and for each warpgroup 64 outputs."""
     tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
     unit = lax.axis_index("block") * tiling.warpgroups + warpgroup
-    pieces, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
+    columns, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
     rows, steps = pl.ds(tile * tiling.rows, tiling.rows), pl.cdiv(groups, GROUPS)
     operands_s = [ref.at[warpgroup] for ref in operands_s]
 
@@ -301,10 +310,10 @@ def _kernel(
             slot = lax.rem(step, tiling.stages)
             for group in range(GROUPS):
                 of_group = words.at[
-                    own, pieces, phase, :, pl.ds((step * GROUPS + group) * BLOCKS * WORDS, BLOCKS * WORDS)
+                    own, columns, phase, :, pl.ds((step * GROUPS + group) * BLOCKS * WORDS, BLOCKS * WORDS)
                 ]
                 plgpu.copy_gmem_to_smem(of_group, words_s.at[slot, warpgroup, group], loaded.at[slot])
-            of_step = scales.at[own, pl.ds(step * GROUPS * BLOCKS, GROUPS * BLOCKS), pieces, phase]
+            of_step = scales.at[own, pl.ds(step * GROUPS * BLOCKS, GROUPS * BLOCKS), columns, phase]
             plgpu.copy_gmem_to_smem(of_step, scales_s.at[slot, warpgroup], loaded.at[slot])
 
             @pl.when(warpgroup == 0)
@@ -344,7 +353,7 @@ def _kernel(
                 multiply(acc, jnp.int32(steps - 1), groups % GROUPS)
             return acc[...]
 
-        plgpu.copy_gmem_to_smem(bias.at[own, pieces, phase], bias_s.at[warpgroup], bias_loaded)
+        plgpu.copy_gmem_to_smem(bias.at[own, columns, phase], bias_s.at[warpgroup], bias_loaded)
         for step in range(min(tiling.stages, steps)):
             load(jnp.int32(step))
         total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((OUTPUTS, tiling.rows), jnp.float32))

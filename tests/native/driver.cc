@@ -77,21 +77,21 @@ bool linear_int8(int64_t rows, int64_t outputs, int64_t inputs) {
   });
 }
 
-bool experts(bool is_bf16, int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t choices) {
+bool experts(bool is_bf16, int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t top_k) {
   const std::vector<float> wide_x(static_cast<size_t>(rows * hidden), 0.25f);
   const auto narrow_x = bfloat16s(rows * hidden);
   const void* x = is_bf16 ? static_cast<const void*>(narrow_x.data()) : wide_x.data();
-  const std::vector<float> shares(static_cast<size_t>(rows * choices), 0.5f);
+  const std::vector<float> routing_weights(static_cast<size_t>(rows * top_k), 0.5f);
   std::vector<int32_t> ids;
-  for (int64_t i = 0; i < rows * choices; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (experts + 2)) - 1);
+  for (int64_t i = 0; i < rows * top_k; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (experts + 2)) - 1);
   const auto up = bytes(experts * inner * hidden), down = bytes(experts * hidden * inner / 2);
   const auto up_scales = scales(experts * 2 * inner * hidden / 32), down_scales = scales(experts * hidden * inner / 32);
   const auto up_bias = bfloat16s(experts * 2 * inner), down_bias = bfloat16s(experts * hidden);
   return agree(rows * hidden, [&](const Pool& pool, float* y) {
     return kernels.expert_mlp(pool, {{x, is_bf16, rows, hidden},
                                      ids.data(),
-                                     shares.data(),
-                                     choices,
+                                     routing_weights.data(),
+                                     top_k,
                                      experts,
                                      {up.data(), up_scales.data(), up_bias.data(), 2 * inner, hidden / 32},
                                      {down.data(), down_scales.data(), down_bias.data(), hidden, inner / 32},
