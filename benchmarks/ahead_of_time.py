@@ -197,7 +197,10 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     cache = jax.tree.map(placed, cache, kv_cache.axes(config), is_leaf=_is_array)
     state = jax.tree.map(placed, state, STATE_AXES, is_leaf=_is_array)
     programs = Programs(declared, config, laid_out, False, False)
-    ints = lambda *axes, shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)  # noqa: E731
+
+    def ints(*axes: str | None, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)
+
     if step.width == 1:
         decode = lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2))
         return decode.compile(compiler_options=dict(target.options))
@@ -391,12 +394,12 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.ptxas")):
         said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass*"))
-        number = lambda pattern, said=said: max(map(int, re.findall(pattern, said)), default=0)  # noqa: E731
         reports.append(
             {
                 "kernel": path.stem,
-                "registers": number(r"Used (\d+) registers"),
-                "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                "registers": _largest(r"Used (\d+) registers", said),
+                "spilled_bytes": _largest(r"(\d+) bytes spill stores", said)
+                + _largest(r"(\d+) bytes spill loads", said),
                 "wgmma_serialized": "wgmma" in said.lower() and "serializ" in said.lower(),
                 "tensor_core_instructions": len(re.findall(r"\bHGMMA", code)),
                 "tensor_core_loops": tensor_core_loops(code),
@@ -407,6 +410,10 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
     return reports
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)), default=0)
 
 
 def tensor_core_loops(code: str) -> list[int]:

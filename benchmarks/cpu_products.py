@@ -6,6 +6,7 @@ Each op takes its turn over several copies of its weights, more than any cache h
 is the longer of its two: bytes of weights over reading, operations over the float32 peak.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -110,6 +111,10 @@ def products(all_rows: list[int]) -> Iterator[Product]:
         yield experts(rows)
 
 
+def _median_of_five(run: Callable[[], float]) -> float:
+    return statistics.median(run() for _ in range(5))
+
+
 def define_flags() -> None:
     """Defines this command's flags."""
     flags.DEFINE_list("rows", ["1", "16", "512"], "N,N,...: Rows of activations.")
@@ -123,8 +128,7 @@ def main(arguments: list[str]) -> None:
     limits = {"read": cpu.reading("huge"), "multiply": cpu.multiplying()}
     results = []
     for product in products([int(rows) for rows in options.rows]):
-        ours = lambda run=product.run: statistics.median(run() for _ in range(5))  # noqa: E731
-        figures = cpu.in_turns({"ours": ours, **limits}, options.rounds)
+        figures = cpu.in_turns({"ours": functools.partial(_median_of_five, product.run), **limits}, options.rounds)
         floors = [
             max(product.num_bytes / read, product.operations / peak)
             for read, peak in zip(figures["read"], figures["multiply"], strict=True)

@@ -83,7 +83,7 @@ inline Vec swiglu(Vec gate, Vec linear, float limit) {
   return mul(mul(gate, sigmoid), add(linear, splat(1)));
 }
 
-// Sixteen inner activations from `products`, gate and linear by turns, into their places in a row.
+// Sixteen inner activations from `products`, gate and linear alternating, into their places in a row.
 template <typename X>
 inline void activate(const ExpertCall& call, int64_t expert, int64_t panel, const float* products, X* inner) {
   float gate[kLanes], linear[kLanes];

@@ -21,7 +21,7 @@ from pallas_kernels.attention import PagedKV, RingKV
 class Positions(NamedTuple):
     """Where the tokens of one step stand, and how far rotary embedding turns them there: the same in every layer."""
 
-    index: Int32[Array, "B T"]  # from the start of the token's sequence; -1 for padding
+    of_tokens: Int32[Array, "B T"]  # from the start of the token's sequence; -1 for padding
     cosine: Float[Array, "B T J"]
     sine: Float[Array, "B T J"]
 
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         q = rope.rotate(self.q(x), positions.cosine, positions.sine).astype(self.dtype)
         k = rope.rotate(self.k(x), positions.cosine, positions.sine).astype(self.dtype)
         v = self.v(x).astype(self.dtype)
-        attended, cache = self._attend(q, k, v, positions.index, cache)
+        attended, cache = self._attend(q, k, v, positions.of_tokens, cache)
         return self.out(attended.astype(self.dtype)), cache
 
     def _attend(

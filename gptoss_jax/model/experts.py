@@ -71,6 +71,6 @@ class MixtureOfExperts(nnx.Module):
         ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
-        by_token = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
-        y = self.kernel.run(*by_token, packed, limit=self.config.swiglu_limit)
+        flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+        y = self.kernel.run(flat_x, ids, weights, packed, limit=self.config.swiglu_limit)
         return self.sharding.sum_over(self.sharding.sum_over(y, "experts"), "expert_hidden").reshape(x.shape)

@@ -56,7 +56,7 @@ class Layer(nnx.Module):
             added, cache = self.attention(x, positions, cache)
             x = x + added.astype(x.dtype)
         with jax.named_scope("experts"):
-            x = x + self.moe(x, positions.index >= 0).astype(x.dtype)
+            x = x + self.moe(x, positions.of_tokens >= 0).astype(x.dtype)
         return x, cache
 
 
@@ -76,8 +76,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs `counts` tokens of each row behind what `cache` holds; gives the final residual stream."""
         ordinal = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        index = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
-        positions = Positions(index, *rope.rotation(self.config, index))
+        of_tokens = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
+        positions = Positions(of_tokens, *rope.rotation(self.config, of_tokens))
         x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):

@@ -4,6 +4,7 @@ FlashAttention's backward pass (Dao et al., arXiv:2205.14135, algorithm 4), with
 gradient of the log-sum-exp, whose derivative by a logit is that logit's probability.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from pallas_kernels.attention import reference
 from pallas_kernels.attention.contract import Attend, Attended, PagedKV, RingKV
 
 
-def differentiable(attend: Attend) -> Attend:
-    """`attend` with a gradient for queries, keys, values and sinks."""
+def differentiable(attend: Callable[..., tuple[Array, Array]]) -> Attend:
+    """`attend`, an `Attend` that may give a plain tuple, with a gradient for queries, keys, values and sinks."""
 
     @jax.custom_vjp
     def differentiated(
@@ -94,5 +95,5 @@ def _sliding_window(
         return Attended(found.out.astype(cotangent.out.dtype), found.lse)
 
     _, pull = jax.vjp(attended, q, *kv[:4], sinks)
-    dq, *d_arrays, d_sinks = pull(cotangent)
-    return dq, RingKV(*d_arrays, None), None, d_sinks  # pyright: ignore[reportArgumentType]
+    dq, dk, dv, dk_new, dv_new, d_sinks = pull(cotangent)
+    return dq, RingKV(dk, dv, dk_new, dv_new, None), None, d_sinks  # pyright: ignore[reportArgumentType]

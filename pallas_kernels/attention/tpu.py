@@ -55,8 +55,9 @@ def attend(
         ValueError: pages too small for the device's copies.
     """
     _check_dtypes(q=q, **{name: x for name, x in kv._asdict().items() if jnp.issubdtype(x.dtype, jnp.floating)})
-    run = _paged if isinstance(kv, PagedKV) else _sliding_window
-    return run(q, kv, positions, sinks, interpret)
+    if isinstance(kv, PagedKV):
+        return _paged(q, kv, positions, sinks, interpret)
+    return _sliding_window(q, kv, positions, sinks, interpret)
 
 
 def _paged(q, kv: PagedKV, positions, sinks, interpret) -> Attended:
@@ -85,7 +86,7 @@ def _paged(q, kv: PagedKV, positions, sinks, interpret) -> Attended:
     tables = kv.page_table[:, None]
     buffer = pltpu.VMEM((2, block_pages * page, heads.kv_lanes), kv.k.dtype)
     results = heads.results(tile)
-    found = pl.pallas_call(
+    out, lse = pl.pallas_call(
         functools.partial(_paged_kernel, heads=heads, block_pages=block_pages),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -127,7 +128,7 @@ def _paged(q, kv: PagedKV, positions, sinks, interpret) -> Attended:
         kv.k.reshape(pages, page, heads.kv_lanes),
         kv.v.reshape(pages, page, heads.kv_lanes),
     )
-    return heads.join(*found, q.shape)
+    return heads.join(out, lse, q.shape)
 
 
 def _paged_kernel(
@@ -234,7 +235,7 @@ def _sliding_window(q, kv: RingKV, positions, sinks, interpret) -> Attended:
     before = pl.BlockSpec((1, new_tokens, heads.kv_lanes), lambda b, i, *_: (b, jnp.maximum(i - 1, 0), 0))
     k_ring, v_ring, k_new, v_new = (a.reshape(*a.shape[:2], heads.kv_lanes) for a in kv[:4])
     results = heads.results(tile)
-    found = pl.pallas_call(
+    out, lse = pl.pallas_call(
         functools.partial(_window_kernel, heads=heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -272,7 +273,7 @@ def _sliding_window(q, kv: RingKV, positions, sinks, interpret) -> Attended:
         k_new,
         v_new,
     )
-    return heads.join(*found, q.shape)
+    return heads.join(out, lse, q.shape)
 
 
 def _window_kernel(

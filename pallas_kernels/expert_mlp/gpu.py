@@ -64,7 +64,7 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # as 
 # ---- how the weights lie ----
 
 _IN_BFLOAT16 = (6, 7, 8, 15)  # where the bits of an E2M1 code go: mantissa, two of exponent, sign
-_TURNS = (0, 13, 10)  # rotations to the left that bring the first three pairs of a word there
+_ROTATIONS = (0, 13, 10)  # rotations to the left that bring the first three pairs of a word there
 _GATHER = (4, 0, 1, 3)  # where the last pair's bits lie: those that are left; one product brings them there
 _GATHERING = (1 << 2) + (1 << 7) + (1 << 12)
 _LARGEST = 128  # scale byte whose factor, 2^(128 - 127 + 126), is a bfloat16
@@ -74,9 +74,9 @@ _MASK = sum(1 << bit << half for bit in _IN_BFLOAT16 for half in (0, 16))
 def _bit_of(code: int, bit: int) -> int:
     """Where a bit of one of a word's 8 codes lies at rest; even codes are the low halves of their pairs."""
     pair, half = code // 2, 16 * (code % 2)
-    if pair == len(_TURNS):
+    if pair == len(_ROTATIONS):
         return half + _GATHER[bit]
-    return (half + _IN_BFLOAT16[bit] - _TURNS[pair]) % 32
+    return (half + _IN_BFLOAT16[bit] - _ROTATIONS[pair]) % 32
 
 
 _BIT_OF = tuple(_bit_of(code, bit) for code in range(8) for bit in range(4))
@@ -243,14 +243,14 @@ def _product(
     tiling = _Tiling.of(rows, terms)
     if interpret is not None:
         tiling = tiling._replace(warpgroups=min(tiling.warpgroups, INTERPRETED_WARPGROUPS))
-    # A warpgroup's four warps take 16 outputs each. In the first product they lie 64 apart, so that the SwiGLU of a
-    # warpgroup is 32 neighbours in fragment order; in the second one behind the other.
-    apart = 4 if limit is not None else 1
+    # A warpgroup's four warps take 16 outputs each. In the first product they are 64 outputs from one another, so that
+    # the SwiGLU of a warpgroup is 32 neighbours in fragment order; in the second they are neighbours.
+    spacing = 4 if limit is not None else 1
     words, scales, bias = (
-        a.reshape(*a.shape[:at], a.shape[at] // (16 * apart), apart, 16, *a.shape[at + 1 :])
+        a.reshape(*a.shape[:at], a.shape[at] // (16 * spacing), spacing, 16, *a.shape[at + 1 :])
         for a, at in ((words, 1), (scales, 2), (bias, 1))
     )
-    units = pl.cdiv(words.shape[1], 4) * apart
+    units = pl.cdiv(words.shape[1], 4) * spacing
     blocks = pl.cdiv(units, tiling.warpgroups)
     width = OUTPUTS // 2 if limit is not None else OUTPUTS
     columns = blocks * tiling.warpgroups * width
@@ -404,10 +404,10 @@ def _weights(words_ref: Any, scales_ref: Any, part: int, parts: int, interpret: 
 
 def _pairs(words: UInt32[Array, "*shape"]) -> list[Array]:
     """Each word's 4 pairs of codes, as bits of pairs of bfloat16 that are 2^-126 times the codes' values."""
-    turned = [words] + [(words << jnp.uint32(n)) | (words >> jnp.uint32(32 - n)) for n in _TURNS[1:]]
+    rotated = [words] + [(words << jnp.uint32(n)) | (words >> jnp.uint32(32 - n)) for n in _ROTATIONS[1:]]
     left = sum(1 << bit << half for bit in _GATHER for half in (0, 16))
-    turned.append((words & jnp.uint32(left)) * jnp.uint32(_GATHERING))
-    return [word & jnp.uint32(_MASK) for word in turned]
+    rotated.append((words & jnp.uint32(left)) * jnp.uint32(_GATHERING))
+    return [word & jnp.uint32(_MASK) for word in rotated]
 
 
 def _scaled_interpreted(pairs: list[Array], scales: UInt8[Array, "4 4 16"]) -> Float[Array, "64 K"]:

@@ -81,7 +81,7 @@ def _floats(weights: ExpertWeights) -> ExpertWeights:
 
 def _with_floats(weights: ExpertWeights, floats: ExpertWeights) -> ExpertWeights:
     """`weights` with its biases and adapters replaced."""
-    return ExpertWeights(*(old if new is None else new for old, new in zip(weights, floats, strict=True)))
+    return weights._replace(**{name: new for name, new in floats._asdict().items() if new is not None})
 
 
 def _unpacked(weights: ExpertWeights, layout: WeightLayout, expert: Int32[Array, ""]) -> ExpertWeights:

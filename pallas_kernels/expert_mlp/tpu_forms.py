@@ -129,7 +129,7 @@ def _layout(
     parts as 3,072; the rest wastes nothing.
     """
     in_parts = functools.partial(_in_parts, parts=parts)
-    turned = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+    transposed = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
 
     def outputs_last(names: tuple[Any, ...]) -> tuple[Any, ...]:
         return names[0], names[2], names[1]
@@ -145,12 +145,12 @@ def _layout(
         Rearrangement(in_parts, _out_of_parts, parts_first, f"bytes {where}", SCALES[1]),
         Rearrangement(in_parts, _out_of_parts, parts_first, f"values {where}"),
         Rearrangement(
-            lambda a: turned(to_codes(a)),
-            lambda a: from_codes(turned(a)),
+            lambda a: transposed(to_codes(a)),
+            lambda a: from_codes(transposed(a)),
             outputs_last,
             f"{codes} [expert, input, output]",
         ),
-        Rearrangement(turned, turned, outputs_last, "bytes [expert, input, output]", SCALES[1]),
+        Rearrangement(transposed, transposed, outputs_last, "bytes [expert, input, output]", SCALES[1]),
         Rearrangement(
             lambda a: a[:, None], lambda a: a[:, 0], lambda n: (n[0], None, n[1]), "values [expert, 1, output]"
         ),
