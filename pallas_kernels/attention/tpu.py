@@ -488,9 +488,8 @@ class _Softmax(NamedTuple):
             mean = state.value[j] / _widen(state.total[j], heads.lanes)
             parts = [self._own_lanes(n, mean[n * rows : (n + 1) * rows]) for n in range(heads.packed)]
             out[0, j] = _only(real[:rows], sum(parts[1:], start=parts[0]))
-            by_row = jnp.where(real, state.top[j] * math.log(2) + jnp.log(state.total[j]), -jnp.inf)
-            for register in range(lse.shape[2]):
-                lse[0, j, pl.ds(register, 1)] = _to_lanes(by_row[register * LANES : (register + 1) * LANES])
+            top = _to_lanes(jnp.where(real, state.top[j], -jnp.inf))
+            lse[0, j] = top * math.log(2) + jnp.log(_to_lanes(state.total[j]))
 
         self._each_group(finish_group)
 
@@ -512,10 +511,14 @@ def _only(where: Bool[Array, "..."], x: Array) -> Array:
     return jnp.where(where, x, jnp.zeros_like(x))
 
 
-def _to_lanes(x: Float[Array, "rows 128"]) -> Float[Array, "1 128"]:
-    """x, all of whose lanes are alike, as a lane for each row; zeros in the lanes beyond."""
-    row, lane = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
-    return _only(row == lane, x).sum(0, keepdims=True)
+def _to_lanes(x: Float[Array, "rows 128"]) -> Float[Array, "registers 128"]:
+    """x, all of whose lanes are alike, as one lane for each row: of 128 rows, the diagonal. Zeros in lanes beyond."""
+
+    def diagonal(x):
+        row, lane = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+        return _only(row == lane, x).sum(0, keepdims=True)
+
+    return jnp.concatenate([diagonal(x[first : first + LANES]) for first in range(0, x.shape[0], LANES)])
 
 
 def _widen(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:

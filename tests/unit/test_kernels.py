@@ -421,9 +421,9 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
 def test_kernels_that_multiply_one_dtype_say_so(name, of_queries, of_keys):
     """Guards against a silent cast: tensor cores and matrix units take operands of one dtype."""
     q, kv, positions, sinks, _ = paged_call(1)
-    kv = kv._replace(k=jnp.asarray(kv.k, of_keys), v=jnp.asarray(kv.v, of_keys))
-    with pytest.raises(TypeError, match=r"attention: .*(bfloat16.* float32|[^b]float32.* bfloat16)"):
-        attention_op.IMPLEMENTATIONS[name](jnp.asarray(q, of_queries), kv, positions, sinks)
+    kv = attention_op.PagedKV(jnp.asarray(kv.k, of_keys), jnp.asarray(kv.v, of_keys), jnp.asarray(kv.page_table))
+    with pytest.raises(TypeError, match=r"attention: .*(bfloat16.* float32|float32.* bfloat16)"):
+        attention_op.IMPLEMENTATIONS[name](jnp.asarray(q, of_queries), kv, jnp.asarray(positions), jnp.asarray(sinks))
 
 
 def test_unknown_implementations_are_refused():
