@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,8 @@ def experts(rows: int) -> Product:
     e, d, f = MODEL.num_experts, MODEL.hidden_size, MODEL.intermediate_size
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
-    weights = ExpertWeights(*(_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+    arrays: Any = [_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    weights = ExpertWeights(*arrays)
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)
     shares = jnp.full((rows, MODEL.experts_per_token), 0.25, jnp.float32)

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BLOCK_WEIGHTS = 1 << 19
 HIDDEN = EXPERT_HIDDEN = 2880
@@ -127,7 +127,7 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     mesh = jax.sharding.Mesh(np.array([device]), ("all",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def like(shape, dtype):
+    def like(shape, dtype) -> Any:
         row_major = Format(Layout(major_to_minor=tuple(range(len(shape)))), whole)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
