@@ -6,6 +6,8 @@ Each op goes over several copies of its weights in turn, more than any cache hol
 of the longer of two times: bytes of weights over reading, operations over the float32 peak.
 """
 
+import functools
+import itertools
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ from cpu_kernels.linear import linear
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.cli import command
 from gptoss_jax.model.config import ModelConfig, read_config
+from pallas_kernels.expert_mlp import ExpertWeights
 
 MIB = 1 << 20
 
@@ -69,7 +72,8 @@ def experts(config: ModelConfig, rows: int) -> Product:
     e, d, f, per_token = config.num_experts, config.hidden_size, config.intermediate_size, config.experts_per_token
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
-    weights = tuple(_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    arrays: list[Any] = [_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    weights = ExpertWeights(*arrays)
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)
     shares = jnp.full((rows, per_token), 1 / per_token, jnp.float32)
@@ -78,7 +82,7 @@ def experts(config: ModelConfig, rows: int) -> Product:
         ids = np.stack([rng.permutation(e)[:per_token] for _ in range(rows)]).astype(np.int32)
         calls.append((x, jnp.asarray(ids), shares, weights))
         hit.append(len(np.unique(ids)))
-    one_expert = sum(w.nbytes for w in weights) // e
+    one_expert = sum(w.nbytes for w in jax.tree.leaves(weights)) // e
     run = _in_turn(jax.jit(lambda *call: expert_mlp(*call, limit=config.swiglu_limit)), calls)
     operations = 2 * rows * per_token * 3 * d * f
     return Product("experts, MXFP4", rows, run, round(statistics.mean(hit) * one_expert), operations)
@@ -93,13 +97,12 @@ def _weights(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
 
 def _in_turn(compiled: Callable[..., jax.Array], calls: list[tuple]) -> Callable[[], float]:
     jax.block_until_ready([compiled(*call) for call in calls])
-    turn = 0
+    upcoming = itertools.cycle(calls)
 
     def run() -> float:
-        nonlocal turn
-        turn += 1
+        call = next(upcoming)
         began = time.perf_counter()
-        compiled(*calls[turn % len(calls)]).block_until_ready()
+        compiled(*call).block_until_ready()
         return time.perf_counter() - began
 
     return run
@@ -113,6 +116,10 @@ def products(config: ModelConfig, all_rows: list[int]) -> Iterator[Product]:
                 yield dense(name, shape, rows, ml_dtypes.bfloat16)
                 yield dense(name, shape, rows, np.int8)
         yield experts(config, rows)
+
+
+def _median_of_five(run: Callable[[], float]) -> float:
+    return statistics.median(run() for _ in range(5))
 
 
 def define_flags() -> None:
@@ -130,8 +137,7 @@ def main(arguments: list[str]) -> None:
     limits = {"read": cpu.reading("huge"), "multiply": cpu.multiplying()}
     results, figures = [], {}
     for product in products(read_config(Path(options.config)), [int(rows) for rows in options.rows]):
-        ours = lambda run=product.run: statistics.median(run() for _ in range(5))  # noqa: E731
-        figures = cpu.in_turns({"ours": ours, **limits}, options.rounds)
+        figures = cpu.in_turns({"ours": functools.partial(_median_of_five, product.run), **limits}, options.rounds)
         rooflines = [
             max(product.num_bytes / read, product.operations / peak)
             for read, peak in zip(figures["read"], figures["multiply"], strict=True)

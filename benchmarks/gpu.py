@@ -109,7 +109,7 @@ def measure_limits(elements: int, side: int, calls: int) -> Limits:
 # ---- random weights, made on the device ----
 
 
-def random_params(config: ModelConfig, declared: Model, laid_out: Sharding, layout: expert_op.Layout) -> Any:
+def random_params(config: ModelConfig, declared: Model, laid_out: Sharding, layout: expert_op.WeightLayout) -> Any:
     """Weights of the declared shapes in `layout`: codes uniform, scales near 2^-6, dense weights normal / 50."""
     ways = declared.rearrangements(layout)
 
@@ -175,53 +175,55 @@ class Experts(NamedTuple):
         return Timing(f"expert_mlp, {tokens} tokens", seconds, num_bytes, 2 * ids.size * expert)
 
 
-def attention_error(implementation: attention_op.Attention, config: ModelConfig, rows: int, tokens: int) -> float:
+def attention_error(attend: attention_op.Attend, config: ModelConfig, rows: int, tokens: int) -> float:
     """Relative error of both forms against the reference in float32, the larger one."""
-    q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
-    reference, errors = attention_op.IMPLEMENTATIONS["reference"], []
-    heads = (config.num_kv_heads, config.head_dim)
-    new = [jax.random.normal(jax.random.key(k), (*q.shape[:2], *heads), q.dtype) for k in (5, 6)]
-    stored = [[kv_cache.by_heads(layer[i], heads[0]) for layer in (cache.k, cache.v)] for i in (0, 1)]
-    paged, banded = (*stored[1], cache.page_table), (*stored[0], *new, cache.lengths)
-    for form, arguments in (("paged", paged), ("banded", banded)):
-        run, judge = (jax.jit(getattr(op, form)) for op in (implementation, reference))
-        exact = [a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in arguments]
-        expected = judge(q.astype(jnp.float32), *exact, positions, sinks)
-        errors.append(relative_error(run(q, *arguments, positions, sinks), expected))
+    q, paged, ring, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
+    run, judge = jax.jit(attend), jax.jit(attention_op.IMPLEMENTATIONS["reference"])
+    errors = []
+    for kv in (paged, ring):
+        exact_q, exact_kv = jax.tree.map(_in_float32, (q, kv))
+        expected = judge(exact_q, exact_kv, positions, sinks)
+        errors += map(relative_error, run(q, kv, positions, sinks), expected)
     return max(errors)
 
 
+def _in_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def _attention_arguments(config: ModelConfig, rows: int, tokens: int, behind: int) -> tuple[Any, ...]:
-    """q, a cache of one banded and one full layer of random numbers, positions, sinks."""
-    capacity = behind + tokens
-    shape = (rows, tokens, config.num_heads, config.head_dim)
-    q = jax.random.normal(jax.random.key(time.time_ns() % 2**31), shape, jnp.bfloat16)
-    pages = rows * kv_cache.num_pages(capacity)
-    width = config.num_kv_heads * config.head_dim
-    draw = lambda k, *first: jax.random.normal(jax.random.key(k), (*first, width), jnp.bfloat16)  # noqa: E731
+    """q, pages and a ring of random numbers, positions, sinks."""
+    capacity, seed = behind + tokens, time.time_ns() % 2**31
+    pages, heads = rows * kv_cache.num_pages(capacity), (config.num_kv_heads, config.head_dim)
+
+    def draw(key: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
+
+    q = draw(seed, rows, tokens, config.num_heads, config.head_dim)
     table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(rows, -1)
-    cache = kv_cache.KVCache(
-        k=(draw(1, rows, config.sliding_window), draw(2, pages, PAGE_TOKENS)),
-        v=(draw(3, rows, config.sliding_window), draw(4, pages, PAGE_TOKENS)),
-        page_table=table,
-        lengths=jnp.full(rows, behind, jnp.int32),
-    )
+    k, v = (draw(key, pages, PAGE_TOKENS, *heads) for key in (1, 2))
+    k_ring, v_ring = (draw(key, rows, config.sliding_window, *heads) for key in (3, 4))
+    k_new, v_new = (draw(key, rows, tokens, *heads) for key in (5, 6))
+    ring = attention_op.RingKV(k_ring, v_ring, k_new, v_new, jnp.full(rows, behind, jnp.int32))
     positions = jnp.broadcast_to(behind + jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
-    return q, cache, positions, jax.random.normal(jax.random.key(9), (config.num_heads,), jnp.bfloat16)
+    return q, attention_op.PagedKV(k, v, table), ring, positions, draw(9, config.num_heads)
 
 
 def time_paged(
-    implementation: attention_op.Attention, config: ModelConfig, rows: int, tokens: int, behind: int, calls: int
+    attend: attention_op.Attend, config: ModelConfig, rows: int, tokens: int, behind: int, calls: int
 ) -> Timing:
     """Attention over pages: `tokens` queries of each row behind `behind` others."""
-    q, cache, positions, sinks = _attention_arguments(config, rows, tokens, behind)
+    q, kv, _, positions, sinks = _attention_arguments(config, rows, tokens, behind)
+    width = config.num_kv_heads * config.head_dim
+    stored = kv._replace(**{name: getattr(kv, name).reshape(-1, PAGE_TOKENS, width) for name in ("k", "v")})
 
     def step(i, q, others):
-        k, v, *where = others
-        y = implementation.paged(q, *(kv_cache.by_heads(pool, config.num_kv_heads) for pool in (k, v)), *where)
+        stored, positions, sinks = others
+        k, v = (kv_cache.by_heads(pool, config.num_kv_heads) for pool in (stored.k, stored.v))
+        y = attend(q, attention_op.PagedKV(k, v, stored.page_table), positions, sinks).out
         return (q + (y * 1e-6).astype(q.dtype)) * q.dtype.type(0.999)
 
-    seconds = per_call(step, q, (cache.k[1], cache.v[1], cache.page_table, positions, sinks), calls)
+    seconds = per_call(step, q, (stored, positions, sinks), calls)
     keys = tokens * behind + tokens * (tokens + 1) // 2
     num_bytes = 4 * rows * (behind + tokens) * config.num_kv_heads * config.head_dim + 6 * q.size
     name = f"paged attention, {rows} rows of {tokens} behind {behind}"
@@ -404,7 +406,7 @@ def measure_model(run: Run, path: Path, kernels: layers.Kernels, limits: Limits,
         run.add("ops", entry, f"{whole.name:13} {timing.op:48} {times}")
 
 
-def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attention) -> None:
+def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attend) -> None:
     """Every kernel against float32 on the device.
 
     Raises:
@@ -449,7 +451,7 @@ def prefill(run: Run, whole: Whole, tokens: int, limits: Limits) -> None:
     )
 
 
-def time_ops(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attention) -> Iterator[Timing]:
+def time_ops(run: Run, whole: Whole, experts: Experts, attention: attention_op.Attend) -> Iterator[Timing]:
     """Each op at the sizes of decoding and of prefill."""
     calls = flags.FLAGS.calls
     for tokens in map(int, flags.FLAGS.op_tokens):

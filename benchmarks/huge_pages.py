@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         "4 KiB": np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8),
         "2 MiB": host_memory.empty(size),
     }
-    choice = linear.choose("auto", Hardware("cpu"))
+    choice = linear.choose("auto", Hardware.of(jax.devices("cpu")[0]))
     product = jax.jit(choice.implementation)
     x = jnp.ones((1, INPUTS), jnp.bfloat16)
     result = {}

@@ -29,8 +29,8 @@ from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
 from pallas_kernels.expert_mlp import packed, tpu, tpu_forms
-from pallas_kernels.expert_mlp.layout import ExpertWeights
 from pallas_kernels.expert_mlp.tiles import tile_rows
+from pallas_kernels.expert_mlp.weights import ExpertWeights
 
 BLOCK_WEIGHTS = 1 << 19
 HIDDEN = EXPERT_HIDDEN = 2880
@@ -122,7 +122,9 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
         row_major = Format(Layout(major_to_minor=tuple(range(len(shape)))), whole)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
-    blocks = lambda rows, inputs: (num_experts, rows, inputs // 32)  # noqa: E731
+    def blocks(rows: int, inputs: int) -> tuple[int, int, int]:
+        return num_experts, rows, inputs // 32
+
     published = ExpertWeights(
         like((*blocks(2 * width, HIDDEN), 16), jnp.uint8),
         like(blocks(2 * width, HIDDEN), jnp.uint8),
@@ -135,10 +137,10 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     weights = jax.tree.map(
         lambda a: like(a.shape, a.dtype), jax.eval_shape(functools.partial(packed, form.layout), published)
     )
-    x, choices = like((num_tokens, HIDDEN), jnp.dtype(dtype)), (num_tokens, per_token)
+    x, assignments = like((num_tokens, HIDDEN), jnp.dtype(dtype)), (num_tokens, per_token)
     run = jax.jit(functools.partial(tpu.expert_mlp, limit=7.0, form=form))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = run.trace(x, like(choices, jnp.int32), like(choices, jnp.float32), weights)
+        traced = run.trace(x, like(assignments, jnp.int32), like(assignments, jnp.float32), weights)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = program_memory(program)
     others = x.size * x.dtype.itemsize + 8 * num_tokens * per_token
@@ -149,7 +151,7 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
         "weights": 3 * num_experts * HIDDEN * width,
         "step_weights": HIDDEN * 2 * steps.inner_block + width * steps.hidden_block,
         "packed": memory.argument_bytes - others,
-        "published": sum(a.size * a.dtype.itemsize for a in published),
+        "published": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(published)),
         "temporaries": memory.temporary_bytes,
     }
     print(json.dumps(sizes))

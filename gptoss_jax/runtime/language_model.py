@@ -366,7 +366,7 @@ _quantize = jax.jit(layers.quantize, static_argnums=1)
 
 
 def with_layout(
-    leaves: dict[str, Any], declared: Model, layout: expert_op.Layout, sharding: Sharding
+    leaves: dict[str, Any], declared: Model, layout: expert_op.WeightLayout, sharding: Sharding
 ) -> dict[str, Any]:
     """`leaves` with the experts' weights in `layout`, each on the devices that its axes then name.
 

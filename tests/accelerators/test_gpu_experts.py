@@ -32,9 +32,9 @@ def test_the_layout_is_undone_to_the_published_bytes():
     weights = weights._replace(gate_up_blocks=blocks)
     packed = op.packed(gpu.LAYOUT, weights)
     assert packed.gate_up_blocks.dtype == jnp.uint32 and packed.gate_up_blocks.nbytes == blocks.nbytes
-    for before, after in zip(weights, op.published(gpu.LAYOUT, packed), strict=True):
-        assert before.dtype == after.dtype
-        np.testing.assert_array_equal(before, after)
+    after = op.published(gpu.LAYOUT, packed)
+    assert jax.tree.map(lambda array: array.dtype, after) == jax.tree.map(lambda array: array.dtype, weights)
+    jax.tree.map(np.testing.assert_array_equal, after, weights)
 
 
 @pytest.mark.parametrize("axis", ["experts", "expert_hidden"])
@@ -47,7 +47,7 @@ def test_each_device_gets_what_it_would_pack_itself(axis):
     def halves(array, names):
         return jnp.split(array, 2, names.index(axis)) if axis in names else [array, array]
 
-    ways = zip(gpu.LAYOUT, weights, op.packed(gpu.LAYOUT, weights), axes, strict=True)
+    ways = zip(gpu.LAYOUT, *(w[:6] for w in (weights, op.packed(gpu.LAYOUT, weights), axes)), strict=True)
     for way, array, packed, names in ways:
         for half, packed_half in zip(halves(array, names), halves(packed, way.axes(names)), strict=True):
             np.testing.assert_array_equal(way.pack(half), packed_half)
