@@ -204,7 +204,7 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
-    """What `runtime.with_layout` makes of a leaf."""
+    """What `weight_transforms.to_weight_layout` makes of a leaf."""
     placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
     packed = jax.eval_shape(way.pack, array)
     return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))

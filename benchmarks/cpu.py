@@ -38,7 +38,8 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.transformer import Params, declare, nest
-from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime import loading, weight_transforms
+from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from pallas_kernels.choice import Hardware
 
 READ_BYTES = 1 << 29  # far above any cache
@@ -124,15 +125,18 @@ def load(options: flags.FlagValues) -> Subject:
     """The model that the flags name."""
     laid_out = sharding.make()
     if options.checkpoint:
-        loaded = runtime.load(options.checkpoint, kernels=options.kernels, dense=options.dense)
+        loaded = loading.load(options.checkpoint, kernels=options.kernels, dense=options.dense)
         step = ModelStep(loaded.model, loaded.config, laid_out)
         forms = under_load.forms(step, slot_by_slot=options.one_by_one)
         return Subject(loaded.config, loaded.params, forms, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
     kernels, reason = layers.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
     declared = declare(config, laid_out, kernels)
-    placed = {path: jax.device_put(leaf) for path, leaf in leaves}
-    params = nest(runtime.with_dense(placed, declared, options.dense))
+    transforms = [
+        weight_transforms.to_devices(declared, laid_out),
+        weight_transforms.to_dense_format(declared, options.dense),
+    ]
+    params = nest(dict(weight_transforms.apply(transforms, leaves)))
     forms = under_load.forms(ModelStep(declared, config, laid_out), slot_by_slot=options.one_by_one)
     name = f"{Path(options.config).stem} cut to {options.layers} layers, random weights, seed {true_width.SEED}"
     return Subject(config, params, forms, reason, name)
@@ -237,7 +241,7 @@ def decode_case(
         if peer.can_run(rows):
             runners[peer.name] = functools.partial(peer.decode, rows, context, steps)
     figures = in_turns(runners, options.rounds)
-    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=runtime.DENSE_ITEMSIZE[options.dense])
+    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=DENSE_ITEMSIZE[options.dense])
     return {
         "rows": rows,
         "context_tokens": context,
@@ -280,7 +284,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "In place of a checkpoint: layers of true width with random weights, even.")
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
-    flags.DEFINE_enum("dense", "bfloat16", list(runtime.DENSE_ITEMSIZE), "Weights of attention and unembedding.")
+    flags.DEFINE_enum("dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding.")
     flags.DEFINE_list("contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens behind a decoding step.")
     flags.DEFINE_list("prefill", ["128", "512", "2048"], "N,N,...: Lengths of prompts.")
     flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Rows of a decoding step.")

@@ -178,7 +178,7 @@ class Experts(NamedTuple):
 def attention_error(attend: attention_op.Attend, config: ModelConfig, rows: int, tokens: int) -> float:
     """Relative error of both forms against the reference in float32, the larger one."""
     q, paged, ring, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
-    run, judge = jax.jit(attend), jax.jit(attention_op.IMPLEMENTATIONS["reference"])
+    run, judge = (jax.jit(_of_stored(op)) for op in (attend, attention_op.IMPLEMENTATIONS["reference"]))
     errors = []
     for kv in (paged, ring):
         exact_q, exact_kv = jax.tree.map(_in_float32, (q, kv))
@@ -187,26 +187,37 @@ def attention_error(attend: attention_op.Attend, config: ModelConfig, rows: int,
     return max(errors)
 
 
+def _of_stored(attend: attention_op.Attend) -> attention_op.Attend:
+    """`attend` of keys and values as the cache stores them: [., ., K H]."""
+
+    def run(q: Any, kv: Any, positions: Any, sinks: Any) -> attention_op.Attended:
+        by_heads = (kv_cache.by_heads(stored, stored.shape[2] // q.shape[3]) for stored in kv[:2])
+        return attend(q, type(kv)(*by_heads, *kv[2:]), positions, sinks)
+
+    return run
+
+
 def _in_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _attention_arguments(config: ModelConfig, rows: int, tokens: int, behind: int) -> tuple[Any, ...]:
-    """q, pages and a ring of random numbers, positions, sinks."""
+    """q, pages and a ring of random numbers as they are stored, positions, sinks."""
     capacity, seed = behind + tokens, time.time_ns() % 2**31
     pages, heads = rows * kv_cache.num_pages(capacity), (config.num_kv_heads, config.head_dim)
+    width = heads[0] * heads[1]
 
     def draw(key: int, *shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
     q = draw(seed, rows, tokens, config.num_heads, config.head_dim)
     table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(rows, -1)
-    k, v = (draw(key, pages, PAGE_TOKENS, *heads) for key in (1, 2))
-    k_ring, v_ring = (draw(key, rows, config.sliding_window, *heads) for key in (3, 4))
+    paged = attention_op.PagedKV(draw(1, pages, PAGE_TOKENS, width), draw(2, pages, PAGE_TOKENS, width), table)
+    k, v = (draw(key, rows, config.sliding_window, width) for key in (3, 4))
     k_new, v_new = (draw(key, rows, tokens, *heads) for key in (5, 6))
-    ring = attention_op.RingKV(k_ring, v_ring, k_new, v_new, jnp.full(rows, behind, jnp.int32))
+    ring = attention_op.RingKV(k, v, k_new, v_new, jnp.full(rows, behind, jnp.int32))
     positions = jnp.broadcast_to(behind + jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
-    return q, attention_op.PagedKV(k, v, table), ring, positions, draw(9, config.num_heads)
+    return q, paged, ring, positions, draw(9, config.num_heads)
 
 
 def time_paged(
@@ -214,16 +225,13 @@ def time_paged(
 ) -> Timing:
     """Attention over pages: `tokens` queries of each row behind `behind` others."""
     q, kv, _, positions, sinks = _attention_arguments(config, rows, tokens, behind)
-    width = config.num_kv_heads * config.head_dim
-    stored = kv._replace(**{name: getattr(kv, name).reshape(-1, PAGE_TOKENS, width) for name in ("k", "v")})
+    run = _of_stored(attend)
 
     def step(i, q, others):
-        stored, positions, sinks = others
-        k, v = (kv_cache.by_heads(pool, config.num_kv_heads) for pool in (stored.k, stored.v))
-        y = attend(q, attention_op.PagedKV(k, v, stored.page_table), positions, sinks).out
+        y = run(q, *others).out
         return (q + (y * 1e-6).astype(q.dtype)) * q.dtype.type(0.999)
 
-    seconds = per_call(step, q, (stored, positions, sinks), calls)
+    seconds = per_call(step, q, (kv, positions, sinks), calls)
     keys = tokens * behind + tokens * (tokens + 1) // 2
     num_bytes = 4 * rows * (behind + tokens) * config.num_kv_heads * config.head_dim + 6 * q.size
     name = f"paged attention, {rows} rows of {tokens} behind {behind}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import random_weights
+from converters.random_model import random_tensors
 from gptoss_jax.checkpoints import host_memory, huggingface
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import sharding, transformer
@@ -34,14 +34,14 @@ def raw_config(layers: int, path: Path = CONFIG) -> dict[str, Any]:
 
 
 def leaves(raw: dict[str, Any]) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]]:
-    """The model of a raw config.json, and its leaves one by one, as declared: those of `converters.random_weights`.
+    """The model of a raw config.json, and its leaves one by one, as declared: those of `converters.random_model`.
 
     Each lies in memory that a device on this host takes without a copy.
     """
     config = parse_config(raw)
     recipes = huggingface.mxfp4_recipes(config)
     shapes = {path: leaf.shape for path, leaf in transformer.declare(config, sharding.make()).leaves.items()}
-    tensors = random_weights.random_tensors(raw, SEED)
+    tensors = random_tensors(raw, SEED)
     return config, ((path, _moved(tensors.pop(recipes[path].tensor), shapes[path])) for path in shapes)
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from converters.random_weights import random_tensors, write_checkpoint
+from converters.random_checkpoint import write_checkpoint
+from converters.random_model import random_tensors
 from tests.goldens.make import divergence
 
 MAX_KL = 1e-6  # nats, mean over a range; float32 against the reference
@@ -29,7 +30,7 @@ class TinyModel(NamedTuple):
         return random_tensors(self.config, self.seed)
 
     def write(self, folder: Path, layout: str = "huggingface") -> Path:
-        write_checkpoint(folder / "published", self.config, layout=layout, seed=self.seed)
+        write_checkpoint(folder / "published", self.config, format=layout, seed=self.seed)
         return folder / "published"
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gptoss_jax.generate", "gptoss_jax.score"])
+# What the commands import when they come to it: they begin without JAX.
+_CONTEXT.set_forkserver_preload(
+    [f"gptoss_jax.{name}" for name in ("cli.answering", "cli.chat", "cli.scoring", "runtime.loading")]
+)
 
 
 class Done(NamedTuple):

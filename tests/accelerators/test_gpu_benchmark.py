@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, true_width
-from converters.random_weights import with_vocab_size
+from converters.random_checkpoint import with_vocab_size
 from tests import processes
 
 CASES = ("--batch", 1, "--contexts", "16,4000", "--prefill", 8, "--op-tokens", 1, "--op-attention", "1x1x40")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import ahead_of_time, compilers, true_width
-from converters.random_weights import with_vocab_size
+from converters.random_checkpoint import with_vocab_size
 from tests import processes
 
 FOLDER = Path(true_width.__file__).parent

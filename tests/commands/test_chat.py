@@ -175,6 +175,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(folder):
         os.write(terminal.descriptor, b"Tell me a story.\r")
         time.sleep(2)
         terminal.say("\x03\x03\x03", "the answer was interrupted after")  # a hand that insists
+        terminal.wait_for("\n>", 2)
         terminal.say("\x03", "(Ctrl-D or /quit ends the session)\n>")
         terminal.say("/stats\r", "effort: medium\n>")  # before the prompt is there, Ctrl-D would go astray
         os.write(terminal.descriptor, b"\x04")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import true_width, under_load
-from converters.random_weights import with_vocab_size
+from converters.random_checkpoint import with_vocab_size
 from gptoss_jax.model.config import parse_config
 from tests import processes
 

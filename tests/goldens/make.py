@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.random_weights import with_vocab_size, write_checkpoint
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS_SEED = 0

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import true_width, write_gguf
-from converters.random_weights import random_tensors, with_vocab_size, write_checkpoint
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
+from converters.random_model import random_tensors
 from tests.unit.test_write_gguf import dequantized
 
 gguf = pytest.importorskip("gguf", reason="reading and writing GGUF needs the gguf package")

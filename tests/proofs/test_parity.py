@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import gptoss_jax
-from converters.random_weights import random_tensors, with_vocab_size
+from converters.random_checkpoint import with_vocab_size
+from converters.random_model import random_tensors
 from gptoss_jax.model import experts, layers, rope
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime import language_model as runtime

@@ -25,7 +25,8 @@ from openai_harmony import (
 )
 
 from gptoss_jax.harmony import render, tokenizer
-from gptoss_jax.harmony.render import ResponseFormat, Settings, apply_history_rules
+from gptoss_jax.harmony.render import apply_history_rules
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 OF_THE_PARSER = {"simple_reasoning_response", "simple_tool_call", "streamable_parser", "tool_response_parsing"}

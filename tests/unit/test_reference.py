@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.random_weights import random_tensors
+from converters.random_model import random_tensors
 from tests import reference
 from tests.gate import assert_agrees
 from tests.goldens import make
