@@ -34,7 +34,7 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "answer_tokens": sum(tokens),
         "load_seconds": round(language_model.load_seconds, 3),
-        "compile_seconds": round(engine.compile_seconds, 3),
+        "compile_seconds": round(engine.runner.compile_seconds, 3),
         "first_token_seconds": round(first, 3),
         "decode_tokens_per_second": rate and round(rate, 3),
     }

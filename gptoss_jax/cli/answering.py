@@ -61,7 +61,7 @@ def _run(
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen()
     language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
-    screen.say(f"compiled in {engine.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    screen.say(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
@@ -75,7 +75,7 @@ def _run(
         statistics = answer_report.measure(language_model, engine, len(prompt.token_ids), samples)
         if options.json:
             settings = answer_report.settings_document(
-                options, echoed, prompt, requests[0], deterministic=engine.deterministic
+                options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic
             )
             screen.document(answer_report.document(settings, prompt, samples, statistics))
         screen.say(answer_report.statistics_line(statistics))

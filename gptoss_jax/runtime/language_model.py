@@ -12,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from gptoss_jax.engine.engine import Compiled, Engine
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
+from gptoss_jax.engine.runner import Compiled, ModelRunner
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, transformer
 from gptoss_jax.model.config import ModelConfig
@@ -76,6 +78,8 @@ class LanguageModel:
     def engine(
         self,
         engine_config: EngineConfig,
+        *,
+        scheduler: Scheduler | None = None,
         compiled: Compiled | None = None,
         report: Callable[[int, int], object] = lambda done, total: None,
     ) -> Engine:
@@ -83,12 +87,21 @@ class LanguageModel:
 
         Args:
             engine_config: what its programs are compiled for.
+            scheduler: which requests go first, and which give way; None: first come, first served.
             compiled: those of an engine just like it; None: they are compiled here.
             report: called with the number of programs that are compiled, and of all.
         """
-        return Engine(
-            self.model, self.params, self.config, self.sharding, self.policy.cache, engine_config, compiled, report
+        runner = ModelRunner(
+            self.model,
+            self.params,
+            self.config,
+            self.sharding,
+            self.policy.cache,
+            engine_config,
+            compiled=compiled,
+            report=report,
         )
+        return Engine(runner, self.config, engine_config, scheduler=scheduler)
 
     def generate(
         self,
@@ -129,7 +142,7 @@ class LanguageModel:
         if self._engine is None or self._engine.engine_config != engine_config:
             self._engine = self.engine(engine_config)
         elif not self._engine.is_idle:  # an iterator that is still held keeps its slots
-            self._engine = self.engine(engine_config, compiled=self._engine.programs)
+            self._engine = self.engine(engine_config, compiled=self._engine.runner.compiled)
         return _run_one(self._engine, request)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
@@ -207,7 +220,7 @@ class LanguageModel:
             self._allocators[tokens] = kv_cache.allocator(
                 self.config,
                 self.sharding,
-                rows=slots,
+                slots=slots,
                 pages=slots * pages,
                 max_context_tokens=tokens,
                 dtype=self.policy.cache,

@@ -56,7 +56,7 @@ def load(
     sharding = sharding_module.make(mesh)
     chosen, reason = layers.choose_kernels(kernels, Hardware.of(sharding.mesh.devices.flat[0]), policy.activations)
     weights = opening.open_weights(Path(path))
-    sharding.check(weights.config, rows=sharding.size("batch"))
+    sharding.check(weights.config, slots=sharding.size("batch"))
     model = transformer.declare(weights.config, sharding, chosen, policy)
     transforms = [
         weight_transforms.to_devices(model, sharding),

@@ -33,7 +33,7 @@ class Runner:
         )
         self.rows, self.context, pages = rows, context, kv_cache.num_pages(context)
         self.cache = kv_cache.empty(
-            self.config, rows=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
+            self.config, slots=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
         )
         # Pages out of order, so that a position that takes its page's number for granted is caught.
         table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
@@ -145,7 +145,7 @@ def test_cache_size_at_full_context(name, gib):
     make = functools.partial(
         kv_cache.empty,
         config,
-        rows=1,
+        slots=1,
         pages=kv_cache.num_pages(tokens),
         max_context_tokens=tokens,
         dtype=transformer.DTYPE_POLICIES["bfloat16"].cache,
@@ -194,7 +194,7 @@ def _abstract_step(config, tokens: int, context: int):
     params = transformer.nest({p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in declared.leaves.items()})
     pages = kv_cache.num_pages(context)
     make = functools.partial(
-        kv_cache.empty, config, rows=1, pages=pages, max_context_tokens=context, dtype=policy.cache
+        kv_cache.empty, config, slots=1, pages=pages, max_context_tokens=context, dtype=policy.cache
     )
     ids, counts = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     step = jax.jit(functools.partial(transformer.step, declared), donate_argnums=3)
