@@ -72,7 +72,8 @@ def _run(
             samples.append(sample)
         if options.save:
             messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
-        statistics = answer_report.measure(language_model, engine, len(prompt.token_ids), samples)
+        compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
+        statistics = answer_report.measure(language_model, compile_seconds, prompt_tokens, samples)
         if options.json:
             settings = answer_report.settings_document(
                 options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic
