@@ -24,23 +24,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import true_width
+from benchmarks import true_width, under_load
+from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
-from gptoss_jax.engine import sampling
-from gptoss_jax.engine.programs import STATE_AXES, Programs, RowState
-from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.engine import programs
+from gptoss_jax.engine.programs import OPTIONS_AXES, STATE_AXES, Chunks, ModelStep
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
-from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DTYPE_POLICIES, declare, nest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels.choice import Hardware
-from pallas_kernels.shapes import MODELS, ModelShape
 
 ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
     "JAX_PLATFORMS": "cpu",
@@ -87,7 +86,10 @@ TARGETS = {
     "H200": Target("gpu", "1x1x1", _H200, 141.0),
     "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
     "B200": Target(
-        *("gpu", "1x1x1", Hardware("gpu", "NVIDIA B200", "10.0"), 178.4),
+        platform="gpu",
+        topology="1x1x1",
+        hardware=Hardware("gpu", "NVIDIA B200", "10.0"),
+        memory_gib=178.4,
         differs=B200_DIFFERS,
         options={"xla_gpu_enable_cub_radix_sort": False},  # CUB asks the device, here for 201,088 logits
     ),
@@ -122,10 +124,10 @@ def devices(target: Target) -> list[Any]:
     """Devices of `target` that can be compiled for, and nothing else.
 
     Raises:
-        ValueError: the compiler's wheels are not installed.
+        GptossError: the compiler's wheels are not installed.
     """
     if absent := missing(target.platform):
-        raise ValueError(absent)
+        raise GptossError(absent)
     if target.platform == "gpu":
         topology = topologies.get_topology_desc("", "cuda", topology=target.topology, target_config=_gpu_spec(target))
         return topology.devices[: target.devices]
@@ -163,18 +165,6 @@ class Step(NamedTuple):
     layers: int | None = None  # fewer than the model has; None: all
 
 
-class Memory(NamedTuple):
-    """What a compiled program takes of one device."""
-
-    arguments: int
-    temporaries: int
-
-    @property
-    def gib(self) -> float:
-        """Both, in GiB: what is given back takes the place of what was donated."""
-        return (self.arguments + self.temporaries) / GIB
-
-
 def compile_step(step: Step, kernels: str = "auto") -> Any:
     """The compiled program of `step`, sampling included."""
     target = TARGETS[step.target]
@@ -182,7 +172,10 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     laid_out = sharding.make(step.mesh, devices(target))
     chosen, _ = layers.choose_kernels(kernels, target.hardware)
     declared = declare(config, laid_out, chosen)
-    placed = lambda array, axes: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))  # noqa: E731
+
+    def placed(array: Any, axes: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))
+
     params = nest(
         {
             path: _rearranged(
@@ -191,18 +184,23 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
             for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
         }
     )
-    cache, state = _cache(config, step), _state(config, step.rows)
-    cache = jax.tree.map(placed, cache, kv_cache.axes(config), is_leaf=_is_array)
-    state = jax.tree.map(placed, state, STATE_AXES, is_leaf=_is_array)
-    programs = Programs(declared, config, laid_out, False, False)
-    ints = lambda *axes, shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)  # noqa: E731
+    slots = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.rows))
+    load = (_cache(config, step), *slots)
+    load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
+    forms = under_load.forms(ModelStep(declared, config, laid_out))
+
+    def ints(*axes: str | None, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)
+
     if step.width == 1:
-        decode = lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2))
-        return decode.compile(compiler_options=dict(target.options))
-    chunk, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
-    at = ints("batch", shape=(laid_out.size("batch"),))
-    prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
-    return prefill.compile(compiler_options=dict(target.options))
+        decode = functools.partial(programs.decode, forms.decode)
+        lowered = lower(decode, laid_out, params, *load, ints(shape=()), donate=(1, 3))
+    else:
+        tokens, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
+        at = ints("batch", shape=(laid_out.size("batch"),))
+        chunks = Chunks._make([tokens, counts, counts])
+        lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
+    return lowered.compile(compiler_options=dict(target.options))
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
@@ -212,14 +210,8 @@ def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...],
     return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
 
 
-def memory(compiled: Any) -> Memory:
-    """What the compiler says that a program takes."""
-    found = compiled.memory_analysis()
-    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes)
-
-
 def launches(compiled: Any) -> int:
-    """Kernels, copies and library calls in one turn of a decoding program's loop; loops inside count once."""
+    """Kernels, copies and library calls in one iteration of a decoding program's loop; loops inside count once."""
     text = compiled.as_text()
     body = max(re.findall(r"while\(.*body=%?([\w.-]+)", text), key=lambda name: len(_computation(text, name)))
     silent = r"parameter|get-tuple-element|tuple|bitcast|constant|iota|after-all|partition-id|replica-id"
@@ -244,14 +236,8 @@ def _config(step: Step) -> ModelConfig:
 
 def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
     pages = step.rows * kv_cache.num_pages(step.context_tokens)
-    shape = {"rows": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
+    shape = {"slots": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
     return jax.eval_shape(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))
-
-
-def _state(config: ModelConfig, rows: int) -> RowState:
-    drawn = sampling.row(SamplingParams(temperature=0.0), (), config.vocab_size, config.num_token_ids)
-    row = RowState(np.int32(0), np.int32(0), np.zeros(8, np.int32), drawn)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), row)
 
 
 MODEL_STEPS = (
@@ -276,14 +262,15 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        found = memory(compile_step(step, kernels))
+        found = program_memory(compile_step(step, kernels))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
-    sizes = {"arguments_gib": found.arguments / GIB, "temporaries_gib": found.temporaries / GIB}
+    sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
-    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": found.gib <= limit}
+    fits = sum(found) <= limit * GIB  # results take the place of what was donated
+    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": fits}
 
 
 # ---- kernels by themselves ----
@@ -296,10 +283,6 @@ class Case(NamedTuple):
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
 
-    def is_rearranged(self, array: Any) -> bool:
-        """Whether `array` is one of an expert's, which lie as their layout says."""
-        return any(array is weight for group in self.arguments if isinstance(group, tuple) for weight in group)
-
 
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+"  # its address, in the assembler's listing
 DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another with it
@@ -307,70 +290,84 @@ DUMP_TO = "MOSAIC_GPU_DUMP_TO"  # read once a process, so `main` starts another 
 
 def cases(target: Target) -> Iterator[Case]:
     """Every op of both models, decoding and prefill, as `target` runs it."""
-    attention = attention_op.choose("auto", target.hardware).implementation
+    attend = attention_op.choose("auto", target.hardware).implementation
     experts = expert_op.choose("auto", target.hardware).implementation
-    for model, shape in MODELS.items():
+    configs = {
+        name: read_config(true_width.CONFIG.with_name(f"{name}.json")) for name in ("gpt-oss-20b", "gpt-oss-120b")
+    }
+    for name, config in configs.items():
         for tokens in (1, 8, 64, 512, 4_096):
-            run = functools.partial(experts.run, limit=7.0)
-            yield Case(f"{model} expert_mlp, {tokens} tokens", run, _expert_arguments(shape, tokens, experts.layout))
-    shape = MODELS["gpt-oss-20b"]  # attention is that of the 120b
-    for rows, tokens in ((1, 1), (8, 1), (64, 1), (1, 512), (1, 2_048)):
-        size = f"{rows} rows of {tokens} tokens"
-        paged, banded = (functools.partial(_as_stored, form, shape.kv_heads) for form in attention)
-        yield Case(f"paged attention, {size}, 131,072 of context", paged, _paged_arguments(shape, rows, tokens))
-        yield Case(f"banded attention, {size}", banded, _banded_arguments(shape, rows, tokens))
+            run = functools.partial(experts.run, limit=config.swiglu_limit)
+            yield Case(f"{name} expert_mlp, {tokens} tokens", run, _expert_arguments(config, tokens, experts.layout))
+    config = configs["gpt-oss-20b"]  # attention is that of the 120b
+    run = functools.partial(_attend_as_stored, attend)
+    for sequences, tokens in ((1, 1), (8, 1), (64, 1), (1, 512), (1, 2_048)):
+        size = f"{sequences} sequences of {tokens} tokens"
+        for form, kv in (
+            ("paged attention, 131,072 of context", _paged(config, sequences)),
+            ("sliding window attention", _ring(config, sequences, tokens)),
+        ):
+            yield Case(f"{form}, {size}", run, _attention_arguments(config, sequences, tokens, kv))
 
 
-def _as_stored(form: Callable[..., Any], kv_heads: int, q: Any, k: Any, v: Any, *others: Any) -> Any:
-    """Attention to keys and values as the cache stores them."""
-    return form(q, kv_cache.by_heads(k, kv_heads), kv_cache.by_heads(v, kv_heads), *others)
+def _attend_as_stored(attend: attention_op.Attend, q: Any, kv: Any, positions: Any, sinks: Any) -> Any:
+    """Attention to keys and values as the cache stores them, [., ., K H]."""
+    split = [kv_cache.by_heads(stored, stored.shape[2] // q.shape[3]) for stored in kv[:2]]
+    return attend(q, type(kv)(*split, *kv[2:]), positions, sinks).out
 
 
-def _expert_arguments(shape: ModelShape, tokens: int, layout: expert_op.Layout) -> tuple[Any, ...]:
-    s, experts = shape, shape.experts
-    uint8, bfloat16, float32 = jnp.uint8, jnp.bfloat16, jnp.float32
+def _expert_arguments(config: ModelConfig, tokens: int, layout: expert_op.WeightLayout) -> tuple[Any, ...]:
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    uint8, bfloat16 = jnp.uint8, jnp.bfloat16
     published = expert_op.ExpertWeights(
-        *_arrays(((experts, 2 * s.expert_hidden, s.hidden // 32, 16), uint8)),
-        *_arrays(((experts, 2 * s.expert_hidden, s.hidden // 32), uint8)),
-        *_arrays(((experts, 2 * s.expert_hidden), bfloat16)),
-        *_arrays(((experts, s.hidden, s.expert_hidden // 32, 16), uint8)),
-        *_arrays(((experts, s.hidden, s.expert_hidden // 32), uint8)),
-        *_arrays(((experts, s.hidden), bfloat16)),
+        _array(uint8, experts, 2 * inner, hidden // 32, 16),
+        _array(uint8, experts, 2 * inner, hidden // 32),
+        _array(bfloat16, experts, 2 * inner),
+        _array(uint8, experts, hidden, inner // 32, 16),
+        _array(uint8, experts, hidden, inner // 32),
+        _array(bfloat16, experts, hidden),
     )
     packed = jax.eval_shape(functools.partial(expert_op.packed, layout), published)
-    choices = (tokens, s.experts_per_token)
-    return (*_arrays(((tokens, s.hidden), bfloat16), (choices, jnp.int32), (choices, float32)), packed)
+    assignments = tokens, config.experts_per_token
+    return _array(bfloat16, tokens, hidden), _array(jnp.int32, *assignments), _array(jnp.float32, *assignments), packed
 
 
-def _paged_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
-    pages = kv_cache.num_pages(131_072)
-    pool = ((2 * pages, kv_cache.PAGE_TOKENS, shape.kv_heads * shape.head_size), jnp.bfloat16)  # rows may be shorter
-    q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
-    table, positions = ((rows, pages), jnp.int32), ((rows, tokens), jnp.int32)
-    return _arrays(q, pool, pool, table, positions, ((shape.heads,), jnp.bfloat16))
+def _attention_arguments(config: ModelConfig, sequences: int, tokens: int, kv: Any) -> tuple[Any, ...]:
+    q = _array(jnp.bfloat16, sequences, tokens, config.num_heads, config.head_dim)
+    return q, kv, _array(jnp.int32, sequences, tokens), _array(jnp.bfloat16, config.num_heads)
 
 
-def _banded_arguments(shape: ModelShape, rows: int, tokens: int) -> tuple[Any, ...]:
-    ring = ((rows, shape.window, shape.kv_heads * shape.head_size), jnp.bfloat16)
-    new = ((rows, tokens, shape.kv_heads, shape.head_size), jnp.bfloat16)
-    q = ((rows, tokens, shape.heads, shape.head_size), jnp.bfloat16)
-    places = ((rows,), jnp.int32), ((rows, tokens), jnp.int32)
-    return _arrays(q, ring, ring, new, new, *places, ((shape.heads,), jnp.bfloat16))
+def _paged(config: ModelConfig, sequences: int) -> attention_op.PagedKV:
+    pages = kv_cache.num_pages(131_072)  # the pool has two sequences' worth: the others may be shorter
+    pool = _array(jnp.bfloat16, 2 * pages, kv_cache.PAGE_TOKENS, config.num_kv_heads * config.head_dim)
+    return attention_op.PagedKV(pool, pool, _array(jnp.int32, sequences, pages))
 
 
-def _arrays(*shapes_and_dtypes: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes_and_dtypes)
+def _ring(config: ModelConfig, sequences: int, tokens: int) -> attention_op.RingKV:
+    ring = _array(jnp.bfloat16, sequences, config.sliding_window, config.num_kv_heads * config.head_dim)
+    new = _array(jnp.bfloat16, sequences, tokens, config.num_kv_heads, config.head_dim)
+    return attention_op.RingKV(ring, ring, new, new, _array(jnp.int32, sequences))
+
+
+def _array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     """Compiles one case for one device: its temporaries, and for a GPU what the assembler says of each kernel."""
     laid_out = sharding.make(None, devices(target))
-    where = lambda x: laid_out.row_major if case.is_rearranged(x) else laid_out.named  # noqa: E731
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)((None,) * len(x.shape)))  # noqa: E731
-    compiled = lower(case.run, laid_out, *jax.tree.map(place, case.arguments)).compile()
+
+    def place(argument: Any) -> Any:
+        """Packed weights lie as their layout says, row-major; the rest as the compiler likes."""
+        to = laid_out.row_major if isinstance(argument, expert_op.ExpertWeights) else laid_out.named
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to((None,) * len(x.shape))), argument
+        )
+
+    compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
     kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
-    temporaries_mib = round(memory(compiled).temporaries / 2**20, 2)
+    temporaries_mib = round(program_memory(compiled).temporary_bytes / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
 
@@ -379,12 +376,12 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.ptxas")):
         said, code = path.read_text(), "".join(p.read_text() for p in folder.glob(f"{path.stem}*.sass*"))
-        number = lambda pattern, said=said: max(map(int, re.findall(pattern, said)), default=0)  # noqa: E731
         reports.append(
             {
                 "kernel": path.stem,
-                "registers": number(r"Used (\d+) registers"),
-                "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                "registers": _largest(r"Used (\d+) registers", said),
+                "spilled_bytes": _largest(r"(\d+) bytes spill stores", said)
+                + _largest(r"(\d+) bytes spill loads", said),
                 "wgmma_serialized": "wgmma" in said.lower() and "serializ" in said.lower(),
                 "tensor_core_instructions": len(re.findall(r"\bHGMMA", code)),
                 "tensor_core_loops": tensor_core_loops(code),
@@ -395,6 +392,10 @@ def assembler_reports(folder: Path) -> list[dict[str, Any]]:
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
     return reports
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max(map(int, re.findall(pattern, text)), default=0)
 
 
 def tensor_core_loops(code: str) -> list[int]:
@@ -448,10 +449,10 @@ def main(arguments: list[str]) -> None:
     """Prints one table, then one JSON line."""
     found = {"models": _models, "kernels": _kernels, "launches": _launches}
     if len(arguments) != 1 or arguments[0] not in found:
-        raise ValueError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
+        raise GptossError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
     names = flags.FLAGS.target or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
-        raise ValueError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
+        raise GptossError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
     reports = []
     for report, line in found[arguments[0]](names):
         reports.append(report)

@@ -16,28 +16,30 @@ import numpy as np
 from absl import flags
 
 import cpu_kernels
-from benchmarks import cpu
+from benchmarks import cpu, true_width
 from gptoss_jax.cli import command
+from gptoss_jax.model.config import read_config
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
-from pallas_kernels.attention import IMPLEMENTATIONS
-from pallas_kernels.shapes import GPT_OSS_20B as MODEL
+from pallas_kernels.attention import IMPLEMENTATIONS, PagedKV
+
+MODEL = read_config(true_width.CONFIG)
 
 
 def attending(name: str, context_tokens: int, tokens: int) -> Callable[[], float]:
     """Attends with the last `tokens` of a bfloat16 context, on shuffled pages, by one implementation: seconds."""
     pages = -(-context_tokens // PAGE_TOKENS)
     keys = jax.random.split(jax.random.key(0), 3)
-    stored = (pages, PAGE_TOKENS, MODEL.kv_heads, MODEL.head_size)
+    stored = (pages, PAGE_TOKENS, MODEL.num_kv_heads, MODEL.head_dim)
     k, v = (jax.random.normal(key, stored, jnp.bfloat16) for key in keys[:2])
-    q = jax.random.normal(keys[2], (1, tokens, MODEL.heads, MODEL.head_size), jnp.bfloat16)
+    q = jax.random.normal(keys[2], (1, tokens, MODEL.num_heads, MODEL.head_dim), jnp.bfloat16)
     table = jnp.asarray(np.random.default_rng(0).permutation(pages)[None], jnp.int32)
     positions = jnp.arange(context_tokens - tokens, context_tokens, dtype=jnp.int32)[None]
-    arguments = (q, k, v, table, positions, jnp.zeros(MODEL.heads, jnp.bfloat16))
-    compiled = jax.jit(IMPLEMENTATIONS[name].paged).lower(*arguments).compile()
+    arguments = (q, PagedKV(k, v, table), positions, jnp.zeros(MODEL.num_heads, jnp.bfloat16))
+    compiled = jax.jit(IMPLEMENTATIONS[name]).lower(*arguments).compile()
 
     def attend() -> float:
         began = time.perf_counter()
-        compiled(*arguments).block_until_ready()
+        jax.block_until_ready(compiled(*arguments))
         return time.perf_counter() - began
 
     attend()
@@ -46,13 +48,13 @@ def attending(name: str, context_tokens: int, tokens: int) -> Callable[[], float
 
 def bytes_read(context_tokens: int) -> int:
     """Keys and values of a context, once."""
-    return 2 * context_tokens * MODEL.kv_heads * MODEL.head_size * 2
+    return 2 * context_tokens * MODEL.num_kv_heads * MODEL.head_dim * 2
 
 
 def operations(context_tokens: int, tokens: int) -> int:
     """Multiplications and additions of the last `tokens` with the keys that they see, and with those keys' values."""
     seen = sum(range(context_tokens - tokens + 1, context_tokens + 1))
-    return 4 * seen * MODEL.heads * MODEL.head_size
+    return 4 * seen * MODEL.num_heads * MODEL.head_dim
 
 
 def measure(context_tokens: int, tokens: int, options: flags.FlagValues) -> dict[str, float]:

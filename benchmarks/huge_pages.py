@@ -16,6 +16,7 @@ from absl import flags
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.cli import command
 from pallas_kernels import linear
+from pallas_kernels.choice import Hardware
 
 INPUTS = 2880  # of the 20b's unembedding
 
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> None:
         "4 KiB": np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8),
         "2 MiB": host_memory.empty(size),
     }
-    choice = linear.choose("auto", "cpu")
+    choice = linear.choose("auto", Hardware.of(jax.devices("cpu")[0]))
     product = jax.jit(choice.implementation)
     x = jnp.ones((1, INPUTS), jnp.bfloat16)
     result = {}

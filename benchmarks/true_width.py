@@ -12,6 +12,7 @@ import numpy as np
 
 from converters.random_model import random_tensors
 from gptoss_jax.checkpoints import host_memory, huggingface
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import ModelConfig, parse_config
 
@@ -20,9 +21,13 @@ SEED = 0
 
 
 def raw_config(layers: int, path: Path = CONFIG) -> dict[str, Any]:
-    """The config.json at `path` with another number of layers, which must be even."""
+    """The config.json at `path` with another number of layers, which must be even.
+
+    Raises:
+        GptossError: it is odd.
+    """
     if layers < 2 or layers % 2:
-        raise ValueError(f"{layers} layers, expected an even number of them: banded and full attention alternate")
+        raise GptossError(f"{layers} layers, expected an even number of them: sliding and full attention alternate")
     raw = json.loads(path.read_text())
     types = (raw["layer_types"][:2] * layers)[:layers]
     return raw | {"num_hidden_layers": layers, "layer_types": types}

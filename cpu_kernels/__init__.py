@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 FOLDER = Path(__file__).parent
-HANDLERS = ("linear", "expert_mlp", "paged_attention", "banded_attention")
+HANDLERS = ("linear", "expert_mlp", "paged_attention", "sliding_window_attention")
 
 
 class Unavailable(RuntimeError):

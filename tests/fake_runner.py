@@ -43,7 +43,7 @@ class FakeRunner(ModelRunner):
         self._memory = np.full((num_shards, self.pages_per_shard, PAGE_TOKENS), -1)
         self._pages = [[] for _ in range(slots)]
         self._lengths, self._token = np.zeros(slots, int), np.zeros(slots, int)
-        self._remaining, self._stop_ids = np.zeros(slots, int), [() for _ in range(slots)]
+        self._remaining, self._stop_ids = np.zeros(slots, int), [tuple[int, ...]() for _ in range(slots)]
         self.dispatches = []
 
     @property

@@ -2,7 +2,7 @@
 //
 // A key is read once for all query rows of a block (tokens times heads of the group). Every sum has one order, whatever
 // the block: a logit is summed over the head in order, a value over the keys in order, in blocks of 64 and spans of
-// 1,024 counted from the row's start. A key that a query does not see enters with weight 0, which changes no bit.
+// 1,024 counted from the sequence's start. A key that a query does not see enters with weight 0, which changes no bit.
 #ifndef CPU_KERNELS_ATTENTION_H_
 #define CPU_KERNELS_ATTENTION_H_
 
@@ -17,7 +17,7 @@ namespace attending {
 // Rows of queries, tokens times heads of the group, that are worth taking together.
 constexpr int64_t kBlockRows = 64;
 
-// Keys of one row that are summed before they meet the others'. Fixed, whatever the number of threads.
+// Keys of one sequence that are summed before they meet the others'. Fixed, whatever the number of threads.
 constexpr int64_t kSpanKeys = 1024;
 
 // Tasks for each thread that make it matter little which thread ends last.
@@ -183,9 +183,10 @@ inline void multiply(const Rows& rows, const Right& b, Ahead& ahead) {
 
 // ---- what a query sees ----
 
-// Query tokens [first, end) of a row under one key/value head: they read each key once, for all heads of its group.
+// Query tokens [first, end) of a sequence under one key/value head: they read each key once, for all heads of its
+// group.
 struct Queries {
-  int64_t row, kv_head, first, end;
+  int64_t sequence, kv_head, first, end;
 };
 
 // Key positions [first, end).
@@ -193,11 +194,11 @@ struct Range {
   int64_t first, end;
 };
 
-inline Range seen_by(const AttentionCall& call, int64_t row, int64_t token) {
-  const int64_t position = call.positions[row * call.tokens + token];
+inline Range seen_by(const AttentionCall& call, int64_t sequence, int64_t token) {
+  const int64_t position = call.positions[sequence * call.tokens + token];
   if (position < 0) return {0, 0};
-  if (call.page_table) return {0, least(position + 1, call.pages_per_row * call.slots)};
-  const int64_t start = call.start[row];
+  if (call.page_table) return {0, least(position + 1, call.pages_per_sequence * call.slots)};
+  const int64_t start = call.start[sequence];
   const int64_t oldest = most(0, most(start, position + 1) - call.slots);
   const Range range = {most(oldest, position + 1 - call.slots), least(position + 1, start + call.tokens)};
   return range.first < range.end ? range : Range{0, 0};
@@ -206,7 +207,7 @@ inline Range seen_by(const AttentionCall& call, int64_t row, int64_t token) {
 inline Range seen_by_any(const AttentionCall& call, const Queries& queries) {
   Range any = {0, 0};
   for (int64_t token = queries.first; token < queries.end; ++token) {
-    const Range range = seen_by(call, queries.row, token);
+    const Range range = seen_by(call, queries.sequence, token);
     if (range.first == range.end) continue;
     any = any.first == any.end ? range : Range{least(any.first, range.first), most(any.end, range.end)};
   }
@@ -219,15 +220,15 @@ struct Tokens {
 };
 
 // The longest run of stored tokens from a position on, `limit` at most.
-inline Tokens run_from(const AttentionCall& call, int64_t row, int64_t position, int64_t limit) {
+inline Tokens run_from(const AttentionCall& call, int64_t sequence, int64_t position, int64_t limit) {
   const int64_t slot = position % call.slots, run = least(call.slots - slot, limit);
   if (call.page_table) {
-    const int64_t page = call.page_table[row * call.pages_per_row + position / call.slots];
+    const int64_t page = call.page_table[sequence * call.pages_per_sequence + position / call.slots];
     return {&call.stored, most(0, least(page, call.pages - 1)) * call.slots + slot, run};
   }
-  const int64_t start = call.start[row];
-  if (position < start) return {&call.stored, row * call.slots + slot, least(run, start - position)};
-  return {&call.fresh, row * call.tokens + position - start, limit};
+  const int64_t start = call.start[sequence];
+  if (position < start) return {&call.stored, sequence * call.slots + slot, least(run, start - position)};
+  return {&call.fresh, sequence * call.tokens + position - start, limit};
 }
 
 // Finds the keys from `first` on; outside `seen` they are zeros.
@@ -242,7 +243,7 @@ inline void locate(const AttentionCall& call, const Queries& queries, int64_t fi
   const int64_t end = most(0, least(kBlockKeys, seen.end - first));
   blank(least(kBlockKeys, most(0, seen.first - first)));
   while (i < end) {
-    const Tokens run = run_from(call, queries.row, first + i, end - i);
+    const Tokens run = run_from(call, queries.sequence, first + i, end - i);
     const char* key = static_cast<const char*>(run.in->keys) + run.first * token_bytes + head;
     const char* value = static_cast<const char*>(run.in->values) + run.first * token_bytes + head;
     for (int64_t stop = i + run.count; i < stop; ++i, key += token_bytes, value += token_bytes)
@@ -252,7 +253,7 @@ inline void locate(const AttentionCall& call, const Queries& queries, int64_t fi
 }
 
 // A block's keys with lanes for keys: words of four bytes as they lie, [words of a key, 64]. Whole cache lines only.
-inline void turn_keys(const Block& block, int64_t head_bytes, float* tile) {
+inline void transpose_keys(const Block& block, int64_t head_bytes, float* tile) {
   for (int key = 0; key < kBlockKeys; key += kLanes)
     for (int64_t byte = 0; byte < head_bytes; byte += 64)
       transpose(block.keys + key, byte, tile + byte / 4 * kBlockKeys + key, kBlockKeys);
@@ -360,7 +361,7 @@ inline Work::Work(const AttentionCall& call, const Queries& queries, float* scra
   seen = reinterpret_cast<Range*>(scratch);
   memset(zeros, 0, size_t(width) * sizeof(float));
   for (int64_t token = 0; token < queries.end - queries.first; ++token)
-    seen[token] = seen_by(call, queries.row, queries.first + token);
+    seen[token] = seen_by(call, queries.sequence, queries.first + token);
   load_queries();
 }
 
@@ -373,7 +374,7 @@ inline float number(const Numbers& numbers, int64_t i) {
 inline void Work::load_queries() const {
   const float scale = 1 / __builtin_sqrtf(float(size));
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t token = queries.row * call.tokens + queries.first + row / group;
+    const int64_t token = queries.sequence * call.tokens + queries.first + row / group;
     const int64_t first = (token * call.heads + queries.kv_head * group + row % group) * size;
     for (int64_t i = 0; i < size; ++i) q[row * size + i] = number(call.q, first + i) * scale;
   }
@@ -426,7 +427,7 @@ inline void Work::add_block(int64_t first, const Block& block, const Block& next
     widen_keys<Element>(block, size, keys);
     multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
   } else {
-    turn_keys(block, head_bytes, keys);
+    transpose_keys(block, head_bytes, keys);
     if (sizeof(Element) == sizeof(float))
       multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
     else
@@ -475,13 +476,16 @@ inline void Work::fold(const Sums& sums) const {
   }
 }
 
-// The weighted means, the sink's share going to no value; zeros for padding.
+// The weighted means, the sink's share going to no value, and ln(sum of exp(logit)); 0 and -inf for padding. The
+// logarithm is a double's, so that different mathematical libraries round to the same float32.
 inline void Work::finish() const {
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t token = queries.row * call.tokens + queries.first + row / group;
-    float* output = call.output + (token * call.heads + queries.kv_head * group + row % group) * size;
+    const int64_t token = queries.sequence * call.tokens + queries.first + row / group;
+    const int64_t head = token * call.heads + queries.kv_head * group + row % group;
     const bool padding = call.positions[token] < 0;
-    for (int64_t i = 0; i < size; ++i) output[i] = padding ? 0 : all.value[row * width + i] / all.total[row];
+    for (int64_t i = 0; i < size; ++i)
+      call.out[head * size + i] = padding ? 0 : all.value[row * width + i] / all.total[row];
+    call.lse[head] = padding ? -__builtin_inff() : float(all.top[row] + __builtin_log(all.total[row]));
   }
 }
 
@@ -497,9 +501,9 @@ struct Plan {
     blocks = (call.tokens + block_tokens - 1) / block_tokens;
   }
 
-  int64_t items() const { return call.rows * call.kv_heads * blocks; }
+  int64_t items() const { return call.sequences * call.kv_heads * blocks; }
 
-  // Blocks of one row and head are neighbours: the keys that one has read, the next finds in the cache.
+  // Blocks of one sequence and head are neighbours: the keys that one has read, the next finds in the cache.
   Queries item(int64_t i) const {
     const int64_t first = i % blocks * block_tokens;
     return {i / blocks / call.kv_heads, i / blocks % call.kv_heads, first, least(call.tokens, first + block_tokens)};
@@ -507,9 +511,9 @@ struct Plan {
 
   int64_t most_spans() const {
     int64_t spans = 0;
-    for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t sequence = 0; sequence < call.sequences; ++sequence)
       for (int64_t block = 0; block < blocks; ++block) {
-        const Range range = spans_of(item((row * call.kv_heads) * blocks + block));
+        const Range range = spans_of(item((sequence * call.kv_heads) * blocks + block));
         spans = most(spans, range.end - range.first);
       }
     return spans;

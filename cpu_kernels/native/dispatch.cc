@@ -22,7 +22,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-// Those that were built and that this machine can run, the best first; null behind the last.
+// Those that were built and that this machine can run, the best first; null after the last.
 struct Supported {
   const Kernels* kernels[5] = {};
 
@@ -60,7 +60,7 @@ const Kernels& kernels() {
 
 }  // namespace cpu_kernels
 
-// The name of the i-th instruction set that this machine can run, the best first; null behind the last.
+// The name of the i-th instruction set that this machine can run, the best first; null after the last.
 extern "C" const char* cpu_kernels_supported(int i) {
   const auto* kernels = cpu_kernels::supported().kernels[i];
   return kernels ? kernels->name : nullptr;

@@ -9,7 +9,7 @@
 
 namespace cpu_kernels {
 
-// Activations [rows, columns], float32 or bfloat16, row by row.
+// Activations [rows, columns], float32 or bfloat16, row-major.
 struct Activations {
   const void* data;
   bool is_bf16;
@@ -33,12 +33,12 @@ struct ExpertMatrix {
   int64_t rows, blocks;
 };
 
-// y [T, D] = the sum over a token's choices [T, choices] of share * (down(swiglu(gate_up(x))) + bias).
+// y [T, D] = the sum over a token's assignments [T, top_k] of routing_weight * (down(swiglu(gate_up(x))) + bias).
 struct ExpertCall {
   Activations x;
   const int32_t* ids;  // those outside [0, experts) are skipped
-  const float* shares;
-  int64_t choices, experts;
+  const float* routing_weights;
+  int64_t top_k, experts;
   ExpertMatrix gate_up, down;  // rows of gate_up: even ones are the gate, odd ones the linear part
   float limit;
   float* y;

@@ -7,7 +7,7 @@
 
 namespace cpu_kernels {
 
-// Who can help: XLA's intra-operation pool, behind a pointer and a function, so that kernels need not know XLA.
+// Who can help: XLA's intra-operation pool, as a pointer and a function, so that kernels need not know XLA.
 struct Pool {
   void* threads;
   int64_t size;                                                     // threads beside the caller that may help

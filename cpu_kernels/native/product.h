@@ -3,7 +3,7 @@
 // A dot product over K inputs goes in blocks of 32: sixteen lanes take the even inputs of a block, then, in the same
 // accumulator, the odd ones; the lanes are added up at the end. That is the order in which bytes of two MXFP4 codes and
 // words of two bfloat16s unpack without a shuffle, and activations are laid out to fit ("unzipped": of each block first
-// the even inputs, then the odd ones, zeros behind the last). Weights are unpacked in registers, again for each few
+// the even inputs, then the odd ones, zeros after the last). Weights are unpacked in registers, again for each few
 // rows of activations: next to their products that costs less than a copy of unpacked weights in cache would, and a
 // panel of packed weights stays in cache from the first few rows to the last. AVX2 alone, with half the registers, keeps
 // such a copy where rows are many. Every tile adds in this one order, so a row of the result has the same bits beside
@@ -108,7 +108,7 @@ class Rows {
 inline void unpack(const uint16_t* p, Floats& to) { unpack_bf16(p, to.even, to.odd); }
 inline void unpack(const int8_t* p, Floats& to) { unpack_int8(p, to.even, to.odd); }
 
-// Weights as packed; `block` unpacks one block of a row, `rest` what lies behind its last whole block.
+// Weights as packed; `block` unpacks one block of a row, `rest` what lies after its last whole block.
 
 // [outputs, inputs], of bfloat16s or of signed bytes; what a row of the latter is to be multiplied with is the caller's
 // business.
@@ -296,7 +296,7 @@ constexpr int64_t kManyRowsOf = Weights::kBlockBytes >= 64 ? 32 : kManyRows;
 #if defined(CPU_KERNELS_AVX2)
 
 // Unpacked weights lie in two planes, eight lanes of each vector in one, eight in the other: with a register for a sum
-// in place of two, twelve sums stay in registers for each of the planes in turn.
+// in place of two, twelve sums stay in registers for each of the planes, one by one.
 constexpr int kPlanes = 2, kPlaneLanes = kLanes / kPlanes;
 
 inline __m256 plane_of(Vec a, int plane) { return plane == 0 ? a.lo : a.hi; }

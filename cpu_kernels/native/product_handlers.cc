@@ -34,23 +34,24 @@ ExpertMatrix matrix(const Bytes4& codes, const Bytes3& scales, const Bf16Matrix&
 }
 
 ffi::Error expert_mlp(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::BufferR2<ffi::S32> ids,
-                      ffi::BufferR2<ffi::F32> shares, Bytes4 gate_up_blocks, Bytes3 gate_up_scales,
+                      ffi::BufferR2<ffi::F32> routing_weights, Bytes4 gate_up_blocks, Bytes3 gate_up_scales,
                       Bf16Matrix gate_up_bias, Bytes4 down_blocks, Bytes3 down_scales, Bf16Matrix down_bias, Result y,
                       float limit) {
   if (x.dimensions().size() != 2 || !is_float(x))
     return invalid("expert_mlp: expected x [T, D] of float32 or bfloat16");
-  const int64_t rows = x.dimensions()[0], hidden = x.dimensions()[1], choices = ids.dimensions()[1];
+  const int64_t rows = x.dimensions()[0], hidden = x.dimensions()[1], top_k = ids.dimensions()[1];
   const int64_t experts = gate_up_blocks.dimensions()[0], inner = down_blocks.dimensions()[2] * 32;
-  if (!has_shape(ids, {rows, choices}) || !has_shape(shares, {rows, choices}))
-    return invalid("expert_mlp: expected expert_ids [T, X] and expert_weights [T, X]");
+  if (!has_shape(ids, {rows, top_k}) || !has_shape(routing_weights, {rows, top_k}))
+    return invalid("expert_mlp: expected expert_ids [T, X] and routing_weights [T, X]");
   if (!has_shape(*y, {rows, hidden})) return invalid("expert_mlp: expected a result [T, D]");
   const ExpertMatrix gate_up = matrix(gate_up_blocks, gate_up_scales, gate_up_bias, 2 * inner, hidden);
   const ExpertMatrix down = matrix(down_blocks, down_scales, down_bias, hidden, inner);
   if (!gate_up.codes || !down.codes || down_bias.dimensions()[0] != experts)
     return invalid(
         "expert_mlp: expected blocks [E, O, I / 32, 16], scales [E, O, I / 32] and bias [E, O]: D to 2 F, F to D");
-  return finished(kernels().expert_mlp(pool_of(threads), {activations(x), ids.typed_data(), shares.typed_data(),
-                                                          choices, experts, gate_up, down, limit, y->typed_data()}));
+  return finished(kernels().expert_mlp(
+      pool_of(threads), {activations(x), ids.typed_data(), routing_weights.typed_data(), top_k, experts, gate_up, down,
+                         limit, y->typed_data()}));
 }
 
 }  // namespace

@@ -216,7 +216,7 @@ inline __m256 times_power_half(__m256 a, __m256 n) {
 }
 inline Vec times_power(Vec a, Vec n) { return {times_power_half(a.lo, n.lo), times_power_half(a.hi, n.hi)}; }
 
-// The sixteen codes under a scale as bfloat16s, whose bytes are looked up apart.
+// The sixteen codes under a scale as bfloat16s, whose bytes are looked up one by one.
 struct Codes {
   uint8_t low[16], high[16];
 };
@@ -236,7 +236,7 @@ alignas(64) constexpr AllCodes kAllCodes = all_codes();
 
 inline const Codes& codes(uint8_t scale) { return kAllCodes.under[scale]; }
 
-// A word of four gets two weights of one parity, as unpack_bf16 takes them apart: lane i and lane i + 8. (Neither a
+// A word of four gets two weights of one parity, as unpack_bf16 splits them: lane i and lane i + 8. (Neither a
 // permutation of eight floats, which takes twice as long on some processors, nor a conversion, nor a multiplication.)
 inline void unpack_fp4(const uint8_t* p, const Codes& codes, Vec& even, Vec& odd) {
   const auto twice = [](const uint8_t* bytes) {

@@ -1,7 +1,7 @@
 """The attention module: projections, rotation, the cache's update, and the op that attends.
 
-Even layers see a band of the last `sliding_window` keys, odd ones everything before them; a learned sink per query
-head takes its share of every softmax (openai/gpt-oss torch/model.py, AttentionBlock).
+Even layers see the last `sliding_window` keys, odd ones everything before them; a learned sink per query head takes its
+share of every softmax (openai/gpt-oss torch/model.py, AttentionBlock).
 """
 
 from typing import NamedTuple
@@ -15,12 +15,13 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
+from pallas_kernels.attention import PagedKV, RingKV
 
 
-class Step(NamedTuple):
-    """What every layer of one step shares: where its tokens stand."""
+class Positions(NamedTuple):
+    """Where the tokens of one step stand, and how far rotary embedding turns them there: the same in every layer."""
 
-    positions: Int32[Array, "B T"]  # from the row's start; -1 for padding
+    of_tokens: Int32[Array, "B T"]  # from the start of the token's sequence; -1 for padding
     cosine: Float[Array, "B T J"]
     sine: Float[Array, "B T J"]
 
@@ -42,14 +43,14 @@ class Attention(nnx.Module):
         self.out = layers.Linear(hidden, (None,), heads, by_head, *on)
 
     def __call__(
-        self, residual: Float[Array, "B T D"], step: Step, cache: KVCache
+        self, residual: Float[Array, "B T D"], positions: Positions, cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """What attention adds to the residual stream, and the cache with these tokens in it."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps).astype(self.dtype)
-        q = rope.rotate(self.q(x), step.cosine, step.sine).astype(self.dtype)
-        k = rope.rotate(self.k(x), step.cosine, step.sine).astype(self.dtype)
+        q = rope.rotate(self.q(x), positions.cosine, positions.sine).astype(self.dtype)
+        k = rope.rotate(self.k(x), positions.cosine, positions.sine).astype(self.dtype)
         v = self.v(x).astype(self.dtype)
-        attended, cache = self._attend(q, k, v, step.positions, cache)
+        attended, cache = self._attend(q, k, v, positions.of_tokens, cache)
         return self.out(attended.astype(self.dtype)), cache
 
     def _attend(
@@ -60,11 +61,11 @@ class Attention(nnx.Module):
         positions: Int32[Array, "B T"],
         cache: KVCache,
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
-        """Attends on every device to its own rows and heads, and gives the cache with k and v written."""
-        banded = self.config.has_sliding_window(self.layer)
-        tokens, stored = ("batch", None, "heads", None), ("batch" if banded else "pages", None, "heads")
+        """Attends on every device with its own sequences and heads, and gives the cache with k and v written."""
+        sliding = self.config.has_sliding_window(self.layer)
+        tokens, stored = ("batch", None, "heads", None), ("batch" if sliding else "pages", None, "heads")
         attend = self.sharding.map(
-            self._banded if banded else self._paged,
+            self._attend_ring if sliding else self._attend_pages,
             in_axes=(tokens, tokens, tokens, stored, stored, ("batch", None), ("batch", None), ("batch",), ("heads",)),
             out_axes=(tokens, stored, stored),
         )
@@ -74,15 +75,17 @@ class Attention(nnx.Module):
         )
         return attended, cache.with_layer(i, k_stored, v_stored)
 
-    def _paged(self, q, k, v, k_pages, v_pages, positions, page_table, lengths, sinks):
+    def _attend_pages(self, q, k, v, k_pages, v_pages, positions, page_table, lengths, sinks):
         del lengths  # written before they are read: a query finds every key up to its own in the pool
         k_pages = kv_cache.write_pages(k_pages, k, page_table, positions)
         v_pages = kv_cache.write_pages(v_pages, v, page_table, positions)
         keys, values = (kv_cache.by_heads(pool, k.shape[2]) for pool in (k_pages, v_pages))
-        return self.kernel.paged(q, keys, values, page_table, positions, sinks), k_pages, v_pages
+        attended = self.kernel(q, PagedKV(keys, values, page_table), positions, sinks)
+        return attended.out, k_pages, v_pages
 
-    def _banded(self, q, k, v, k_ring, v_ring, positions, page_table, lengths, sinks):
+    def _attend_ring(self, q, k, v, k_ring, v_ring, positions, page_table, lengths, sinks):
         del page_table
         keys, values = (kv_cache.by_heads(ring, k.shape[2]) for ring in (k_ring, v_ring))
-        attended = self.kernel.banded(q, keys, values, k, v, lengths, positions, sinks)
-        return attended, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)
+        k, v = k.astype(k_ring.dtype), v.astype(v_ring.dtype)  # as the ring will hold them
+        attended = self.kernel(q, RingKV(keys, values, k, v, lengths), positions, sinks)
+        return attended.out, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)

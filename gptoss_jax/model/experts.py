@@ -1,6 +1,6 @@
 """The mixture of experts: a router picks a few of many MLPs for each token.
 
-openai/gpt-oss torch/model.py, MLPBlock: softmax over the chosen logits alone, SwiGLU, biases before weighting.
+openai/gpt-oss torch/model.py, MLPBlock: softmax over the top_k logits alone, SwiGLU, biases before weighting.
 """
 
 import functools
@@ -19,9 +19,9 @@ from gptoss_jax.model.sharding import Sharding
 from pallas_kernels import expert_mlp as op
 
 
-def route(logits: Float[Array, "*rows E"], choices: int) -> tuple[Int32[Array, "*rows X"], Float[Array, "*rows X"]]:
+def route(logits: Float[Array, "*BT E"], top_k: int) -> tuple[Int32[Array, "*BT X"], Float[Array, "*BT X"]]:
     """The experts with the largest logits, and the softmax over those alone."""
-    top, ids = jax.lax.top_k(logits, choices)
+    top, ids = jax.lax.top_k(logits, top_k)
     shares = jnp.exp(top - top[..., :1])  # the first is the largest
     return ids, shares / invariant_sum(shares)[..., None]
 
@@ -39,7 +39,7 @@ class Mxfp4Linear(nnx.Module):
 
 
 PACKED = ("gate_up/blocks", "gate_up/scales", "gate_up/bias", "down/blocks", "down/scales", "down/bias")
-"""The leaves that are an `ExpertWeights`, in its order: as declared they are published, at run time in its layout."""
+"""The leaves that an `ExpertWeights` begins with, in its order: declared as published, at run time in its layout."""
 
 
 class MixtureOfExperts(nnx.Module):
@@ -54,16 +54,16 @@ class MixtureOfExperts(nnx.Module):
         self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
 
     def __call__(self, residual: Float[Array, "B T D"], is_token: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the chosen experts add to the residual stream; padding, which is no token, chooses none."""
+        """What the top_k experts add to the residual stream; padding, which is no token, is assigned to none."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         ids, weights = route(self.router(x), self.config.experts_per_token)
-        ids = jnp.where(is_token[..., None], ids, -1)  # padding chooses no expert
+        ids = jnp.where(is_token[..., None], ids, -1)
         leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
         packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
         axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
         packed_axes = op.packed_axes(self.kernel.layout, axes)
-        rows = ("batch", None, None)
-        run = self.sharding.map(self._run_local, in_axes=(rows, rows, rows, packed_axes), out_axes=rows)
+        tokens = ("batch", None, None)
+        run = self.sharding.map(self._run_local, in_axes=(tokens, tokens, tokens, packed_axes), out_axes=tokens)
         return run(x.astype(self.dtype), ids, weights, packed)
 
     def _run_local(self, x, ids, weights, packed):
@@ -71,6 +71,6 @@ class MixtureOfExperts(nnx.Module):
         ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
-        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-        y = self.kernel.run(flat(x), flat(ids), flat(weights), packed, limit=self.config.swiglu_limit)
+        flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+        y = self.kernel.run(flat_x, ids, weights, packed, limit=self.config.swiglu_limit)
         return self.sharding.sum_over(self.sharding.sum_over(y, "experts"), "expert_hidden").reshape(x.shape)

@@ -25,7 +25,7 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 class Kernels(NamedTuple):
     """The implementation of each op that a model runs with."""
 
-    attention: attention_op.Attention = attention_op.IMPLEMENTATIONS["reference"]
+    attention: attention_op.Attend = attention_op.IMPLEMENTATIONS["reference"]
     expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
     linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
 
@@ -134,7 +134,7 @@ class Linear(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """x W^T over several axes, on every device its own piece: W is [*out, *in], its axes named logically."""
+    """x W^T over several axes, on every device its own shard: W is [*out, *in], its axes named logically."""
 
     out_axes: Axes
     in_axes: Axes
@@ -143,7 +143,7 @@ class Product:
 
     def __call__(self, x: Float[Array, "B T ..."], w: Real[Array, "..."] | Dense8) -> Float[Array, "B T ..."]:
         """The product of x [B, T, *in], float32 [B, T, *out]."""
-        if isinstance(w, Dense8):  # scaled behind the sum: the products are of whole numbers
+        if isinstance(w, Dense8):  # scaled after the sum: the products are of whole numbers
             return self(x, w.values) * w.scales
         rows = ("batch", None)
         run = self.sharding.map(
@@ -155,6 +155,6 @@ class Product:
         rows, out = x.shape[:2], w.shape[: len(self.out_axes)]
         inputs = math.prod(w.shape[len(self.out_axes) :])
         y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*rows, *out)
-        for logical in filter(None, self.in_axes):  # each device summed over its piece of the inputs
+        for logical in filter(None, self.in_axes):  # each device summed over its shard of the inputs
             y = self.sharding.sum_over(y, logical)
         return y

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from gptoss_jax.model import experts, layers, rope
-from gptoss_jax.model.attention import Attention, Step
+from gptoss_jax.model.attention import Attention, Positions
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.experts import MixtureOfExperts
 from gptoss_jax.model.kv_cache import KVCache
@@ -48,13 +48,15 @@ class Layer(nnx.Module):
         self.attention = Attention(config, layer, sharding, kernels, policy.activations)
         self.moe = MixtureOfExperts(config, sharding, kernels, policy.activations)
 
-    def __call__(self, x: Float[Array, "B T D"], step: Step, cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The residual stream behind this layer, and the cache with this layer's keys and values."""
         with jax.named_scope("attention"):
-            added, cache = self.attention(x, step, cache)
+            added, cache = self.attention(x, positions, cache)
             x = x + added.astype(x.dtype)
         with jax.named_scope("experts"):
-            x = x + self.moe(x, step.positions >= 0).astype(x.dtype)
+            x = x + self.moe(x, positions.of_tokens >= 0).astype(x.dtype)
         return x, cache
 
 
@@ -74,12 +76,12 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs `counts` tokens of each row behind what `cache` holds; gives the final residual stream."""
         ordinal = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        positions = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
-        step = Step(positions, *rope.rotation(self.config, positions))
+        of_tokens = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
+        positions = Positions(of_tokens, *rope.rotation(self.config, of_tokens))
         x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(self.sharding.constrain(x, ("batch", None, None)), step, cache)
+                x, cache = layer(self.sharding.constrain(x, ("batch", None, None)), positions, cache)
         return x, cache._replace(lengths=cache.lengths + counts)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -114,7 +116,7 @@ class Model(NamedTuple):
         """The module with `params` in it, for use inside a jitted function."""
         return nnx.merge(self.graph, params)
 
-    def rearrangements(self, layout: expert_op.Layout) -> dict[str, expert_op.Rearrangement]:
+    def rearrangements(self, layout: expert_op.WeightLayout) -> dict[str, expert_op.Rearrangement]:
         """What `layout` does to each leaf."""
         ways: dict[str, expert_op.Rearrangement] = dict(zip(experts.PACKED, layout, strict=True))
         return {path: ways.get(path.rpartition("/moe/")[2], expert_op.AS_PUBLISHED) for path in self.leaves}

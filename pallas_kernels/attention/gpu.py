@@ -1,16 +1,16 @@
 """Attention for Hopper GPUs in Mosaic GPU: one flash kernel over keys in pages or in a ring, the sink included.
 
-A block of the grid takes one batch row, one key/value head and up to 128 of its queries: (token, query head of the
+A block of the grid takes one sequence, one key/value head and up to 128 of its queries: (token, query head of the
 group) pairs, so that a key read once serves the whole group. Keys and values come in tiles of 64 by TMA, from where the
 cache holds them, into a circle of shared buffers, each refilled as soon as its tile is used; logits and values are
 tensor core products; the softmax runs online in float32, in base 2. A block is one warpgroup, and nobody in it is only
 a producer: two blocks share an SM, and while one takes exponentials the other multiplies.
 
-Where few queries meet many keys (decoding), the tiles of a row are split among blocks, and what the splits found is
-merged behind the kernel by their log-sum-exp. The sink is the first logit that split 0 sees: it enters once.
+Where few queries meet many keys (decoding), the tiles of a sequence are split among blocks, and what the splits found
+is merged after the kernel by their log-sum-exp. The sink is the first logit that split 0 sees: it enters once.
 
 Operands are bfloat16, sums float32. Tensor cores round float32 to 10 bits, so float32 is refused, not rounded.
-`docs/kernels.md` has the costs. The names in annotations are those of the op, with R rows of queries and Y keys.
+`docs/kernels.md` has the costs. The names in annotations are those of the op, with R queries of a block and Y keys.
 """
 
 import functools
@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.attention.contract import Attended, PagedKV, RingKV, merge
+
 KEYS = 64  # of a tile: a page of the real cache
 STAGES = 4  # tiles under way per block: two blocks keep 128 KiB in flight per SM, and an H200's latency asks for 36
 SHARED_BYTES = 111 * 1024  # for tiles, queries and outputs of a block, so that an SM's 228 KiB hold two blocks
@@ -31,24 +33,22 @@ ROWS = 64  # queries of one wgmma; a block takes two lots where there are as man
 BLOCKS = 264  # that run at once: 2 on each of Hopper's 132 SMs
 TILES_PER_SPLIT = 4  # a split of fewer costs more in starting and merging than it saves
 LOWEST = -1e30  # below any logit; finite, so that nothing is ever inf - inf
-NOWHERE = 2**30  # the position of a slot that holds no key: behind every query
+NOWHERE = 2**30  # the position of a slot that holds no key: after every query
 LOG2_E = math.log2(math.e)
 
 Ref = Any  # a reference to memory inside a kernel
 Scalar = Int32[Array, ""]
 
 
-def paged_attention(
+def attend(
     q: Float[Array, "B T N H"],
-    k_pages: Float[Array, "P S K H"],
-    v_pages: Float[Array, "P S K H"],
-    page_table: Int32[Array, "B M"],
+    kv: PagedKV | RingKV,
     positions: Int32[Array, "B T"],
     sinks: Float[Array, "N"],
     *,
     interpret: Any = None,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.PagedAttention`. Reads each row's keys up to its last position, and no others.
+) -> Attended:
+    """See `pallas_kernels.attention.Attend`. Reads the keys that some query sees, where they lie, and no others.
 
     `interpret=None` compiles for the device; parameters of Pallas's GPU interpreter run the kernel on a CPU.
 
@@ -56,48 +56,35 @@ def paged_attention(
         TypeError: q, k and v are not all bfloat16 (the interpreter takes float32 too).
         ValueError: the head size is no multiple of 16, or a page neither 8, 16, 32 nor a multiple of 64 tokens.
     """
-    page_tokens, pages_per_row = k_pages.shape[1], page_table.shape[1]
-    if page_tokens not in (8, 16, 32) and page_tokens % KEYS:
-        raise ValueError(f"attention: pages of {page_tokens} tokens, expected 8, 16, 32 or a multiple of {KEYS}")
-    keys = _Pages(page_tokens, pages_per_row)
-    return _attend(keys, q, (k_pages, v_pages), page_table, positions, sinks, interpret)
-
-
-def banded_attention(
-    q: Float[Array, "B T N H"],
-    k_ring: Float[Array, "B W K H"],
-    v_ring: Float[Array, "B W K H"],
-    k_new: Float[Array, "B T K H"],
-    v_new: Float[Array, "B T K H"],
-    start: Int32[Array, "B"],
-    positions: Int32[Array, "B T"],
-    sinks: Float[Array, "N"],
-    *,
-    interpret: Any = None,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.BandedAttention`. Reads ring and new keys where they lie; work is O(T W).
-
-    `interpret`: see `paged_attention`.
-
-    Raises:
-        TypeError: see `paged_attention`.
-        ValueError: the head size is no multiple of 16.
-    """
-    ring_copied, new_copied = _copied(k_ring.shape[1]), _copied(k_new.shape[1])
-    ring = [_padded(x, 1, ring_copied) for x in (k_ring, v_ring)]
-    new = [_padded(x, 1, new_copied) for x in (k_new, v_new)]
-    keys = _Band(k_ring.shape[1], ring_copied, new_copied)
-    return _attend(keys, q, (*ring, *new), start, positions, sinks, interpret)
+    _check(q, kv, interpret)
+    keys, sources = _paged(kv) if isinstance(kv, PagedKV) else _sliding_window(kv)
+    return _run(keys, sources, q, positions, sinks, interpret)
 
 
 # ---- where keys are ----
 
 
+def _paged(kv: PagedKV) -> "tuple[_Pages, tuple[Array, ...]]":
+    """How the kernel finds keys in pages, and the arrays that it finds them in."""
+    page_tokens = kv.k.shape[1]
+    if page_tokens not in (8, 16, 32) and page_tokens % KEYS:
+        raise ValueError(f"attention: pages of {page_tokens} tokens, expected 8, 16, 32 or a multiple of {KEYS}")
+    return _Pages(page_tokens, kv.page_table.shape[1]), (kv.k, kv.v, kv.page_table)
+
+
+def _sliding_window(kv: RingKV) -> "tuple[_Window, tuple[Array, ...]]":
+    """The same for a ring and new keys."""
+    ring_copied, new_copied = _copied(kv.k.shape[1]), _copied(kv.k_new.shape[1])
+    ring = [_padded(x, 1, ring_copied) for x in (kv.k, kv.v)]
+    new = [_padded(x, 1, new_copied) for x in (kv.k_new, kv.v_new)]
+    return _Window(kv.k.shape[1], ring_copied, new_copied), (*ring, *new, kv.start)
+
+
 class _Pages(NamedTuple):
-    """Keys in pages: tile i holds the positions from 64 i of its row."""
+    """Keys in pages: tile i holds the positions from 64 i of its sequence."""
 
     page_tokens: int
-    pages_per_row: int
+    pages_per_sequence: int
 
     kernel_name = "paged_attention"
 
@@ -113,33 +100,35 @@ class _Pages(NamedTuple):
 
     @property
     def splits(self) -> int:
-        """Among how many blocks a row's keys may be divided."""
-        return max(1, self.page_tokens * self.pages_per_row // KEYS // TILES_PER_SPLIT)
+        """Among how many blocks a sequence's keys may be divided."""
+        return max(1, self.page_tokens * self.pages_per_sequence // KEYS // TILES_PER_SPLIT)
 
-    def tiles(self, refs: tuple[Ref, ...], row: Scalar, first: Scalar, last: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    def tiles(
+        self, refs: tuple[Ref, ...], sequence: Scalar, first: Scalar, last: Scalar
+    ) -> tuple[Scalar, Scalar, Scalar]:
         """For queries from position `first` to `last`: the first tile any sees, the first not seen whole, the end."""
-        del refs, row
+        del refs, sequence
         return jnp.int32(0), lax.div(first + 1, KEYS), lax.div(last + KEYS, KEYS)
 
-    def fetch(self, refs: tuple[Ref, ...], row: Scalar, head: Scalar, tile: Scalar, k: Ref, v: Ref, ready: Ref):
+    def fetch(self, refs: tuple[Ref, ...], sequence: Scalar, head: Scalar, tile: Scalar, k: Ref, v: Ref, ready: Ref):
         """Starts the copies of a tile."""
         k_pages, v_pages, table = refs
         per_page = self.page_tokens // self.copied
 
         @pl.loop(0, self.copies)
         def _(i: Scalar):
-            ordinal = tile * self.copies + i  # of the copy, among the row's
-            page = jnp.minimum(lax.div(ordinal, per_page), self.pages_per_row - 1)  # one too many is never visible
-            at = (table[row, page], pl.ds(lax.rem(ordinal, per_page) * self.copied, self.copied), head)
+            ordinal = tile * self.copies + i  # of the copy, among the sequence's
+            page = jnp.minimum(lax.div(ordinal, per_page), self.pages_per_sequence - 1)  # one too many is never visible
+            at = (table[sequence, page], pl.ds(lax.rem(ordinal, per_page) * self.copied, self.copied), head)
             to = pl.ds(i * self.copied, self.copied)
             plgpu.copy_gmem_to_smem(k_pages.at[at], k.at[to], ready)
             plgpu.copy_gmem_to_smem(v_pages.at[at], v.at[to], ready)
 
     def positions(
-        self, refs: tuple[Ref, ...], row: Scalar, tile: Scalar, slot: Int32[Array, "..."]
+        self, refs: tuple[Ref, ...], sequence: Scalar, tile: Scalar, slot: Int32[Array, "..."]
     ) -> Int32[Array, "..."]:
-        """Where the keys in a tile's slots stand in their row."""
-        del refs, row
+        """Where the keys in a tile's slots stand in their sequence."""
+        del refs, sequence
         return tile * KEYS + slot
 
     def sees(self, query: Int32[Array, "R Y"], key: Int32[Array, "R Y"]) -> Bool[Array, "R Y"]:
@@ -147,7 +136,7 @@ class _Pages(NamedTuple):
         return key <= query
 
 
-class _Band(NamedTuple):
+class _Window(NamedTuple):
     """Keys in a ring, as it was before the new ones, then these: a softmax does not mind that the ring is unordered.
 
     What an array has too few tokens for a whole copy is padded; in the real model nothing is but one new token.
@@ -157,7 +146,7 @@ class _Band(NamedTuple):
     ring_copied: int  # tokens per copy from the ring
     new_copied: int  # and from the new keys
 
-    kernel_name = "banded_attention"
+    kernel_name = "sliding_window_attention"
     copies = 1
     splits = 1
 
@@ -166,20 +155,22 @@ class _Band(NamedTuple):
         """Tiles that the ring fills; those of the new keys follow."""
         return pl.cdiv(self.window, KEYS)
 
-    def tiles(self, refs: tuple[Ref, ...], row: Scalar, first: Scalar, last: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    def tiles(
+        self, refs: tuple[Ref, ...], sequence: Scalar, first: Scalar, last: Scalar
+    ) -> tuple[Scalar, Scalar, Scalar]:
         """See `_Pages.tiles`; no tile is taken to be seen whole."""
-        start = refs[-1][row]
+        start = refs[-1][sequence]
         oldest = first - self.window + 1 - start  # among the new keys
         begin = jnp.where(oldest < 0, 0, self.ring_tiles + lax.div(oldest, KEYS))
         end = jnp.where(last < 0, 0, self.ring_tiles + lax.div(last - start + KEYS, KEYS))
         return begin, begin, end
 
-    def fetch(self, refs: tuple[Ref, ...], row: Scalar, head: Scalar, tile: Scalar, k: Ref, v: Ref, ready: Ref):
+    def fetch(self, refs: tuple[Ref, ...], sequence: Scalar, head: Scalar, tile: Scalar, k: Ref, v: Ref, ready: Ref):
         """See `_Pages.fetch`."""
         k_ring, v_ring, k_new, v_new, _ = refs
 
         def copy(source: Ref, tile: Scalar, copied: int, to: Ref):
-            at = (row, pl.ds(tile * KEYS, copied), head)
+            at = (sequence, pl.ds(tile * KEYS, copied), head)
             plgpu.copy_gmem_to_smem(source.at[at], to.at[pl.ds(0, copied)], ready)
 
         @pl.when(tile < self.ring_tiles)
@@ -193,13 +184,13 @@ class _Band(NamedTuple):
             copy(v_new, tile - self.ring_tiles, self.new_copied, v)
 
     def positions(
-        self, refs: tuple[Ref, ...], row: Scalar, tile: Scalar, slot: Int32[Array, "..."]
+        self, refs: tuple[Ref, ...], sequence: Scalar, tile: Scalar, slot: Int32[Array, "..."]
     ) -> Int32[Array, "..."]:
         """See `_Pages.positions`."""
-        start = refs[-1][row]
+        start = refs[-1][sequence]
         in_ring = tile < self.ring_tiles
         slot = tile * KEYS + slot
-        rewritten = lax.rem(start, self.window)  # slots before this one hold a turn more of the ring than the others
+        rewritten = lax.rem(start, self.window)  # slots before this one were written once more than the others
         base = jnp.where(in_ring, start - rewritten, start - self.ring_tiles * KEYS)
         rewritten, slots = jnp.where(in_ring, rewritten, NOWHERE), jnp.where(in_ring, self.window, NOWHERE)
         position = slot + jnp.where(slot < rewritten, base, base - self.window)
@@ -207,7 +198,7 @@ class _Band(NamedTuple):
 
     def sees(self, query: Int32[Array, "R Y"], key: Int32[Array, "R Y"]) -> Bool[Array, "R Y"]:
         """See `_Pages.sees`."""
-        return (query - key).astype(jnp.uint32) < jnp.uint32(self.window)  # unsigned, a key behind is far before
+        return (query - key).astype(jnp.uint32) < jnp.uint32(self.window)  # unsigned, a later key is far before
 
 
 def _copied(tokens: int) -> int:
@@ -221,47 +212,45 @@ def _copied(tokens: int) -> int:
 class _Plan(NamedTuple):
     """What is known when the kernel is compiled."""
 
-    keys: _Pages | _Band
-    tokens: int  # of a batch row
+    keys: _Pages | _Window
+    tokens: int  # of a sequence
     group: int  # query heads per key/value head
     head_size: int
-    rows: int  # of queries per block
+    rows: int  # queries per block
     stored: int  # of these, how many are read and written: one token's 8 heads are 8 rows of 64
-    row_tiles: int  # blocks for the queries of a batch row
+    query_tiles: int  # blocks for the queries of a sequence
     splits: int  # blocks for its keys
     stages: int  # tiles under way
     out_dtype: jnp.dtype
     interpret: Any
 
     @classmethod
-    def of(cls, keys: _Pages | _Band, q: Float[Array, "B T N H"], kv_heads: int, interpret: Any) -> "_Plan":
+    def of(cls, keys: _Pages | _Window, q: Float[Array, "B T N H"], kv_heads: int, interpret: Any) -> "_Plan":
         """Splits the keys as long as that fills SMs which would stay empty."""
         b, tokens, n, head_size = q.shape
         pairs = tokens * (n // kv_heads)
         rows = ROWS if pairs <= ROWS else 2 * ROWS
-        row_tiles = pl.cdiv(pairs, rows)
-        splits = max(1, min(keys.splits, BLOCKS // (b * kv_heads * row_tiles)))
+        query_tiles = pl.cdiv(pairs, rows)
+        splits = max(1, min(keys.splits, BLOCKS // (b * kv_heads * query_tiles)))
         stored = min(rows, pl.cdiv(pairs, 8) * 8)
         out_dtype = jnp.dtype(jnp.float32) if splits > 1 else q.dtype
         free_bytes = SHARED_BYTES - rows * head_size * (q.dtype.itemsize + out_dtype.itemsize)
         stages = max(2, min(STAGES, free_bytes // (2 * KEYS * head_size * q.dtype.itemsize)))
         return cls(
-            keys, tokens, n // kv_heads, head_size, rows, stored, row_tiles, splits, stages, out_dtype, interpret
+            keys, tokens, n // kv_heads, head_size, rows, stored, query_tiles, splits, stages, out_dtype, interpret
         )
 
 
-def _attend(
-    keys: _Pages | _Band,
+def _run(
+    keys: _Pages | _Window,
+    sources: tuple[Array, ...],
     q: Float[Array, "B T N H"],
-    stored_keys: tuple[Float[Array, "..."], ...],
-    where: Int32[Array, "..."],
     positions: Int32[Array, "B T"],
     sinks: Float[Array, "N"],
     interpret: Any,
-) -> Float[Array, "B T N H"]:
-    """Lays queries out as rows of their key/value head, runs the kernel, and merges the splits."""
-    _check(q, stored_keys, interpret)
-    (b, t, _, h), kv_heads = q.shape, stored_keys[0].shape[2]
+) -> Attended:
+    """Lays queries out by their key/value head, runs the kernel, and merges the splits."""
+    (b, t, _, h), kv_heads = q.shape, sources[0].shape[2]
     plan = _Plan.of(keys, q, kv_heads, interpret)
     by_head = q.reshape(b, t, kv_heads, plan.group, h).transpose(0, 2, 1, 3, 4)
     by_head = _padded(by_head.reshape(b, kv_heads, t * plan.group, h), 2, plan.stored)
@@ -278,14 +267,21 @@ def _attend(
             "q_ready": plgpu.Barrier(),
             "ready": plgpu.Barrier(num_arrivals=2 * keys.copies, num_barriers=plan.stages),
         },
-        grid=(b, kv_heads, plan.splits, plan.row_tiles),
-        grid_names=("row", "head", "split", "row_tile"),
+        grid=(b, kv_heads, plan.splits, plan.query_tiles),
+        grid_names=("sequence", "head", "split", "query_tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
         kernel_name=keys.kernel_name,
-    )(by_head, positions, sinks, *stored_keys, where)
-    out = _merged(out, lse)[:, :, : t * plan.group]
-    return out.reshape(b, kv_heads, t, plan.group, h).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    )(by_head, positions, sinks, *sources)
+    found = Attended(out[:, :, 0], lse[:, :, 0]) if plan.splits == 1 else merge(Attended(out, lse), axis=2)
+    out, lse = (_by_token(x[:, :, : t * plan.group], t) for x in found)
+    return Attended(out, jnp.where(positions[..., None] < 0, -jnp.inf, lse))
+
+
+def _by_token(x: Float[Array, "B K TG *H"], tokens: int) -> Float[Array, "B T N *H"]:
+    """What the kernel gives by key/value head, in the order of queries."""
+    b, kv_heads, _, *rest = x.shape
+    return jnp.moveaxis(x.reshape(b, kv_heads, tokens, -1, *rest), 2, 1).reshape(b, tokens, -1, *rest)
 
 
 def _block(
@@ -305,23 +301,23 @@ def _block(
     """What one block does: see the top of this file."""
     *sources, out_ref, lse_ref = refs
     keys, sources = plan.keys, tuple(sources)
-    row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
-    row_tile = plan.row_tiles - 1 - lax.axis_index("row_tile")  # the last queries see the most keys: they start first
-    at = pl.ds(row_tile * plan.rows, plan.stored)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, head, at], q.at[pl.ds(0, plan.stored)], q_ready)
-    queries = _Queries.of(plan, positions_ref.at[row], sinks_ref, head, row_tile)
-    begin, partial, end = _share(split, plan.splits, *keys.tiles(sources, row, queries.first, queries.last))
+    sequence, head, split = (lax.axis_index(name) for name in ("sequence", "head", "split"))
+    query_tile = plan.query_tiles - 1 - lax.axis_index("query_tile")  # the last queries see most keys: they start first
+    at = pl.ds(query_tile * plan.rows, plan.stored)
+    plgpu.copy_gmem_to_smem(q_ref.at[sequence, head, at], q.at[pl.ds(0, plan.stored)], q_ready)
+    queries = _Queries.of(plan, positions_ref.at[sequence], sinks_ref, head, query_tile)
+    begin, partial, end = _share(split, plan.splits, *keys.tiles(sources, sequence, queries.first, queries.last))
 
     def fetch(tile: Scalar):
         slot = lax.rem(tile - begin, plan.stages)
-        pl.when(tile < end)(lambda: keys.fetch(sources, row, head, tile, k.at[slot], v.at[slot], ready.at[slot]))
+        pl.when(tile < end)(lambda: keys.fetch(sources, sequence, head, tile, k.at[slot], v.at[slot], ready.at[slot]))
 
     def add_tile(tile: Scalar, softmax: _Softmax, *, whole: bool) -> _Softmax:
         slot = lax.rem(tile - begin, plan.stages)
         plgpu.barrier_wait(ready.at[slot])
         logits = _logits(q, k.at[slot], plan.interpret)
         if not whole:
-            position = functools.partial(keys.positions, sources, row, tile)
+            position = functools.partial(keys.positions, sources, sequence, tile)
             by_column, by_row = (
                 _iota(shape, axis, plan.interpret) for shape, axis in ((logits.shape, 1), (v.shape[1:], 0))
             )
@@ -340,7 +336,7 @@ def _block(
     out[...], lse[...] = softmax.output(out.dtype)
     plgpu.commit_smem()
     for found, to in ((out, out_ref), (lse, lse_ref)):
-        plgpu.copy_smem_to_gmem(found.at[pl.ds(0, plan.stored)], to.at[row, head, split, at])
+        plgpu.copy_smem_to_gmem(found.at[pl.ds(0, plan.stored)], to.at[sequence, head, split, at])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -361,9 +357,9 @@ class _Queries(NamedTuple):
     last: Scalar
 
     @classmethod
-    def of(cls, plan: _Plan, positions: Ref, sinks: Ref, head: Scalar, row_tile: Scalar) -> "_Queries":
+    def of(cls, plan: _Plan, positions: Ref, sinks: Ref, head: Scalar, query_tile: Scalar) -> "_Queries":
         """Reads a position per token and a sink per head: each thread picks those of its rows, there is no gather."""
-        begin = row_tile * plan.rows
+        begin = query_tile * plan.rows
         ordinal = begin + _iota((plan.rows,), 0, plan.interpret)
         met = min(plan.tokens, pl.cdiv(plan.rows - 1, plan.group) + 1)  # tokens, at most
         tokens = [lax.div(begin, plan.group) + i for i in range(met)]
@@ -412,10 +408,10 @@ class _Softmax(NamedTuple):
         return _Softmax(top, self.total * shrink + weights.sum(axis=1), value)
 
     def output(self, dtype: jnp.dtype) -> tuple[Float[Array, "R H"], Float[Array, "R"]]:
-        """The weighted mean of the values, and the logarithm of what the weights add up to."""
+        """The weighted mean of the values, and the natural logarithm of what the weights add up to."""
         total = jnp.maximum(self.total, 1e-30)  # a split may have met no key
         mean = self.value / lax.broadcast_in_dim(total, self.value.shape, [0])
-        return mean.astype(dtype), self.top + jnp.log(total) * LOG2_E
+        return mean.astype(dtype), self.top * math.log(2) + jnp.log(total)
 
 
 def _logits(q: Ref, k: Ref, interpret: Any) -> Float[Array, "R Y"]:
@@ -469,23 +465,15 @@ def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
 # ---- around the kernel ----
 
 
-def _merged(out: Float[Array, "B K splits R H"], lse: Float[Array, "B K splits R"]) -> Float[Array, "B K R H"]:
-    """The mean of the splits' outputs by their shares of the softmax."""
-    if out.shape[2] == 1:
-        return out[:, :, 0]
-    weights = jnp.exp2(lse - lse.max(axis=2, keepdims=True))[..., None]
-    return (out * weights).sum(axis=2) / weights.sum(axis=2)
-
-
 def _padded(x: Array, axis: int, multiple: int) -> Array:
-    """x with zeros behind it along `axis`, if it is no multiple."""
+    """x with zeros after it along `axis`, if it is no multiple."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def _check(q: Array, stored_keys: tuple[Array, ...], interpret: Any):
+def _check(q: Array, kv: PagedKV | RingKV, interpret: Any):
     """Refuses what the kernel cannot do."""
-    dtypes = {x.dtype for x in (q, *stored_keys)}
+    dtypes = {x.dtype for x in (q, *kv) if jnp.issubdtype(x.dtype, jnp.floating)}
     allowed = {jnp.dtype(jnp.bfloat16)} | ({jnp.dtype(jnp.float32)} if interpret is not None else set())
     if len(dtypes) > 1 or not dtypes <= allowed:
         found = ", ".join(sorted(map(str, dtypes)))

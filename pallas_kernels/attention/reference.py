@@ -9,7 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.attention.contract import Attended, PagedKV, RingKV
+
 KEYS_PER_BLOCK = 512
+LOWEST = -1e30  # what a sink of -inf counts as: far below any logit, and finite, so that nothing is ever inf - inf
+
+
+def attend(
+    q: Float[Array, "B T N H"], kv: PagedKV | RingKV, positions: Int32[Array, "B T"], sinks: Float[Array, "N"]
+) -> Attended:
+    """See `pallas_kernels.attention.Attend`. Operands of different dtypes meet in the wider one, which is exact."""
+    if isinstance(kv, PagedKV):
+        return Blocks.of(q, kv, positions).attend(sinks).attended(positions)
+    return _sliding_window(q, kv, positions, sinks)
+
+
+# ---- the softmax ----
 
 
 class Softmax(NamedTuple):
@@ -23,7 +38,8 @@ class Softmax(NamedTuple):
     def of_sinks(cls, sinks: Float[Array, "N"], q: Float[Array, "B T K G H"]) -> "Softmax":
         """Before any key: the sink is the only logit, and it has no value."""
         b, t, k, g, h = q.shape
-        top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, k, g, 1), (b, k, g, t))
+        top = jnp.maximum(sinks.astype(jnp.float32), LOWEST).reshape(1, k, g, 1)
+        top = jnp.broadcast_to(top, (b, k, g, t))
         return cls(top, jnp.ones((b, k, g, t), jnp.float32), jnp.zeros((b, k, g, t, h), jnp.float32))
 
     def add(
@@ -38,62 +54,67 @@ class Softmax(NamedTuple):
         top = jnp.maximum(self.top, logits.max(-1))
         weights = jnp.exp(logits - top[..., None])
         shrink = jnp.exp(self.top - top)
-        value = jnp.einsum("bkgts,bskh->bkgth", weights, seen(v, visible), precision="highest")
+        value = jnp.einsum("bkgts,bskh->bkgth", weights, v.astype(jnp.float32), precision="highest")
         return Softmax(top, self.total * shrink + weights.sum(-1), self.value * shrink[..., None] + value)
 
-    def output(self) -> Float[Array, "B T N H"]:
-        """The weighted mean of the values taken in, the sink's share going to none."""
+    def attended(self, positions: Int32[Array, "B T"]) -> Attended:
+        """The weighted means of the values taken in, the sink's share going to none."""
         b, k, g, t, h = self.value.shape
-        return (self.value / self.total[..., None]).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+        out = (self.value / self.total[..., None]).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+        lse = (self.top + jnp.log(self.total)).transpose(0, 3, 1, 2).reshape(b, t, k * g)
+        return Attended(out, jnp.where(positions[..., None] < 0, -jnp.inf, lse))
+
+
+def grouped(q: Float[Array, "B T N *H"], num_kv_heads: int) -> Float[Array, "B T K G *H"]:
+    """Query heads beside the others of their key/value head."""
+    return q.reshape(*q.shape[:2], num_kv_heads, -1, *q.shape[3:])
 
 
 def logits_of(
     q: Float[Array, "B T K G H"], k: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B K G T S"]:
     """Scaled products of queries and keys; -inf where a key is not visible."""
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest", preferred_element_type=jnp.float32)
+    wider = q.dtype if q.dtype == k.dtype else jnp.float32
+    logits = jnp.einsum(
+        "btkgh,bskh->bkgts", q.astype(wider), k.astype(wider), precision="highest", preferred_element_type=jnp.float32
+    )
     return jnp.where(visible[:, None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
 
 
-def seen(v: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]) -> Float[Array, "B S K H"]:
-    """v in float32, and 0 where no query sees it: what an earlier owner left in a page may be NaN."""
-    return jnp.where(jnp.any(visible, axis=1)[..., None, None], v.astype(jnp.float32), 0)
+def seen(x: Float[Array, "B S K H"], visible: Bool[Array, "B T S"]) -> Float[Array, "B S K H"]:
+    """Keys or values, 0 where no query sees them: what an earlier owner left in a page may be NaN."""
+    return jnp.where(jnp.any(visible, axis=1)[..., None, None], x, jnp.zeros_like(x))
 
 
-def _grouped(q: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
-    return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+# ---- pages ----
 
 
 class Blocks(NamedTuple):
-    """The keys behind some queries, as blocks of a few pages of each row."""
+    """The keys that some queries see, in blocks of a few pages of each sequence."""
 
     q: Float[Array, "B T K G H"]
-    k_pages: Float[Array, "P S K H"]
-    v_pages: Float[Array, "P S K H"]
-    page_table: Int32[Array, "B M"]
+    kv: PagedKV
     positions: Int32[Array, "B T"]
-    pages: int  # of each row in a block
-    number: Int32[Array, ""]  # blocks that the longest row has keys in
+    pages: int  # of each sequence in a block
+    number: Int32[Array, ""]  # blocks that the longest sequence has keys in
 
     @classmethod
-    def of(cls, q, k_pages, v_pages, page_table, positions) -> "Blocks":
+    def of(cls, q: Float[Array, "B T N H"], kv: PagedKV, positions: Int32[Array, "B T"]) -> "Blocks":
         """Cuts, into about KEYS_PER_BLOCK keys each."""
-        pages = max(1, KEYS_PER_BLOCK // k_pages.shape[1])
-        keys = pages * k_pages.shape[1]
-        number = (jnp.max(positions) + keys) // keys
-        return cls(_grouped(q, k_pages.shape[2]), k_pages, v_pages, page_table, positions, pages, number)
+        page_tokens, kv_heads = kv.k.shape[1:3]
+        pages = max(1, KEYS_PER_BLOCK // page_tokens)
+        keys = pages * page_tokens
+        return cls(grouped(q, kv_heads), kv, positions, pages, (jnp.max(positions) + keys) // keys)
 
     def take(self, i: Int32[Array, ""]) -> tuple[Array, Array, Array, Bool[Array, "B T S"]]:
         """Block i: its pages [B, pages], its keys and values [B, S, K, H], and which of them each query sees."""
         page = i * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
-        at = self.page_table[:, jnp.minimum(page, self.page_table.shape[1] - 1)]  # repeats lie beyond every position
-        (rows, _), (_, page_tokens, *heads) = at.shape, self.k_pages.shape
-        keys = self.pages * page_tokens
-        k = _take(self.k_pages, at).reshape(rows, keys, *heads)
-        v = _take(self.v_pages, at).reshape(rows, keys, *heads)
-        key_positions = i * keys + jnp.arange(keys, dtype=jnp.int32)
-        visible = key_positions <= self.positions[..., None]
-        return at, k, seen(v, visible), visible
+        table = self.kv.page_table
+        at = table[:, jnp.minimum(page, table.shape[1] - 1)]  # repeats lie beyond every position
+        keys = self.pages * self.kv.k.shape[1]
+        visible = i * keys + jnp.arange(keys, dtype=jnp.int32) <= self.positions[..., None]
+        k, v = (seen(_take(pool, at), visible) for pool in (self.kv.k, self.kv.v))
+        return at, k, v, visible
 
     def attend(self, sinks: Float[Array, "N"]) -> Softmax:
         """The softmax over all blocks."""
@@ -105,53 +126,41 @@ class Blocks(NamedTuple):
         return lax.fori_loop(0, self.number, add_block, Softmax.of_sinks(sinks, self.q))
 
 
-def paged_attention(
-    q: Float[Array, "B T N H"],
-    k_pages: Float[Array, "P S K H"],
-    v_pages: Float[Array, "P S K H"],
-    page_table: Int32[Array, "B M"],
-    positions: Int32[Array, "B T"],
-    sinks: Float[Array, "N"],
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.PagedAttention`. Reads as many blocks as the longest row has keys."""
-    return Blocks.of(q, k_pages, v_pages, page_table, positions).attend(sinks).output()
+def _take(pool: Float[Array, "P S K H"], at: Int32[Array, "B C"]) -> Float[Array, "B CS K H"]:
+    """The pages `at`, as a run of keys. The barrier ties the pool to what the loop changes.
+
+    XLA:CPU would lift a float32 copy of it out of the loop.
+    """
+    pool, at = lax.optimization_barrier((pool, at))
+    return pool[at].reshape(at.shape[0], -1, *pool.shape[2:])
 
 
-def _take(pages: Float[Array, "P S K H"], at: Int32[Array, "B C"]) -> Float[Array, "B C S K H"]:
-    """pages[at]. The barrier ties the pool to what the loop changes: XLA:CPU would lift a float32 copy out of it."""
-    pages, at = lax.optimization_barrier((pages, at))
-    return pages[at]
+# ---- the sliding window ----
 
 
-def banded_attention(
-    q: Float[Array, "B T N H"],
-    k_ring: Float[Array, "B W K H"],
-    v_ring: Float[Array, "B W K H"],
-    k_new: Float[Array, "B T K H"],
-    v_new: Float[Array, "B T K H"],
-    start: Int32[Array, "B"],
-    positions: Int32[Array, "B T"],
-    sinks: Float[Array, "N"],
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.BandedAttention`. Queries go in blocks of at most W, so that work is O(T W)."""
-    tokens, window = q.shape[1], k_ring.shape[1]
+def _sliding_window(
+    q: Float[Array, "B T N H"], kv: RingKV, positions: Int32[Array, "B T"], sinks: Float[Array, "N"]
+) -> Attended:
+    """Queries go in blocks of at most W, so that work is O(T W)."""
+    tokens, (window, kv_heads) = q.shape[1], kv.k.shape[1:3]
     block = min(tokens, window)
     padding = -tokens % block
-    k = _pad_tokens(jnp.concatenate([_in_order(k_ring, start), k_new], axis=1), padding)
-    v = _pad_tokens(jnp.concatenate([_in_order(v_ring, start), v_new], axis=1), padding)
+    k = _pad_tokens(jnp.concatenate([_in_order(kv.k, kv.start), kv.k_new], axis=1), padding)
+    v = _pad_tokens(jnp.concatenate([_in_order(kv.v, kv.start), kv.v_new], axis=1), padding)
     q = _pad_tokens(q, padding)
     positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
-    key_positions = start[:, None] - window + jnp.arange(window + tokens + padding, dtype=jnp.int32)
+    key_positions = kv.start[:, None] - window + jnp.arange(window + tokens + padding, dtype=jnp.int32)
 
-    outputs = []
+    parts = []
     for first in range(0, tokens, block):
         keys, queries = slice(first, first + block + window), slice(first, first + block)
         distance = positions[:, queries, None] - key_positions[:, None, keys]
         visible = (distance >= 0) & (distance < window) & (key_positions[:, None, keys] >= 0)
-        q_block = _grouped(q[:, queries], k_ring.shape[2])
-        softmax = Softmax.of_sinks(sinks, q_block).add(q_block, k[:, keys], v[:, keys], visible)
-        outputs.append(softmax.output())
-    return jnp.concatenate(outputs, axis=1)[:, :tokens]
+        k_block, v_block = seen(k[:, keys], visible), seen(v[:, keys], visible)
+        q_block = grouped(q[:, queries], kv_heads)
+        softmax = Softmax.of_sinks(sinks, q_block).add(q_block, k_block, v_block, visible)
+        parts.append(softmax.attended(positions[:, queries]))
+    return Attended(*(jnp.concatenate(part, axis=1)[:, :tokens] for part in zip(*parts, strict=True)))
 
 
 def _in_order(ring: Float[Array, "B W K H"], start: Int32[Array, "B"]) -> Float[Array, "B W K H"]:

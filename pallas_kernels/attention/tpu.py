@@ -1,9 +1,10 @@
 """attention for TPUs: a flash softmax (Pallas); keys and values stay in HBM and pass through VMEM once a query tile.
 
-Paged: a grid step is a tile of one row's queries. It copies the row's own pages, a block of several at a time and all
-heads of a page in one piece, into one half of a buffer while the other half is attended to; at its end it already
-starts the next step's first block, so that the copies never stop, whatever the lengths. Banded: a tile sees two blocks
-of keys, its own new ones and those before it, which for the first tile are the ring and for the others the tile before.
+Paged: a grid step is a tile of one sequence's queries. It copies the sequence's own pages, a block of several at a time
+and all heads of a page in one copy, into one half of a buffer while the other half is attended to; at its end it
+already starts the next step's first block, so that the copies never stop, whatever the lengths. Sliding window: a tile
+sees two blocks of keys, its own new ones and those before it, which for the first tile are the ring and for the others
+the tile before.
 
 Heads of fewer lanes than a register has lie side by side in it, and stay so: the queries of neighbouring key/value
 heads become rows of one product, each with zeros where another head's lanes are. The matrix unit multiplies as many
@@ -22,62 +23,70 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.attention.contract import Attended, PagedKV, RingKV
+
 LANES = 128
-UNROLLED_PAGES = 8  # copies started, or awaited, by one turn of a loop: a third of the time
+UNROLLED_PAGES = 8  # copies started, or awaited, by one iteration of a loop: a third of the time
 VMEM_BYTES = 48 * 2**20  # more than any tile takes, less than the smallest memory (64 MiB) among those compiled for
 
 
-def paged_attention(
+def attend(
     q: Float[Array, "B T N H"],
-    k_pages: Float[Array, "P S K H"],
-    v_pages: Float[Array, "P S K H"],
-    page_table: Int32[Array, "B M"],
+    kv: PagedKV | RingKV,
     positions: Int32[Array, "B T"],
     sinks: Float[Array, "N"],
     *,
     interpret: pltpu.InterpretParams | None = None,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.PagedAttention`.
+) -> Attended:
+    """See `pallas_kernels.attention.Attend`.
 
     Products of float32 have float32's precision. In bfloat16 logits and sums are float32, and the softmax's weights
     are rounded to bfloat16 before they meet the values.
 
     Args:
         q: queries, float32 or bfloat16.
-        k_pages: keys, of the same dtype. Reshaped to [P, S, K H], which is free where the pool is stored so.
-        v_pages: values, likewise.
-        page_table: page of each run of S tokens.
+        kv: keys and values, of the same dtype. Reshaped to [., ., K H], which is free where they are stored so.
         positions: of the queries; -1 is padding.
         sinks: one logit per query head.
         interpret: how to interpret the kernel on a CPU; None compiles it for a TPU.
 
     Raises:
-        ValueError: dtypes that differ, or pages too small for the device's copies.
+        TypeError: dtypes that differ, or that are neither float32 nor bfloat16.
+        ValueError: pages too small for the device's copies.
     """
-    _check_dtypes(q=q, k_pages=k_pages, v_pages=v_pages)
-    pages, page, kv_heads, _ = k_pages.shape
-    if interpret is None and page % _sublanes(k_pages.dtype):
-        raise ValueError(f"attention: k_pages has {page} tokens a page, expected a multiple of 16 (float32: of 8)")
+    _check_dtypes(q=q, **{name: x for name, x in kv._asdict().items() if jnp.issubdtype(x.dtype, jnp.floating)})
+    if isinstance(kv, PagedKV):
+        return _paged(q, kv, positions, sinks, interpret)
+    return _sliding_window(q, kv, positions, sinks, interpret)
+
+
+def _paged(q, kv: PagedKV, positions, sinks, interpret) -> Attended:
+    pages, page, kv_heads, _ = kv.k.shape
+    if interpret is None and page % _sublanes(kv.k.dtype):
+        raise ValueError(f"attention: k has {page} tokens a page, expected a multiple of 16 (float32: of 8)")
     heads = _Heads.of(q, kv_heads)
     tile, block = _paged_tile(q.shape[1])
     tiles = _pad_tokens(positions, tile, -1).reshape(-1, tile)
-    rows, steps = q.shape[0], len(tiles)
-    tiles_per_row = steps // rows
+    steps = len(tiles)
+    tiles_per_sequence = steps // q.shape[0]
     lowest, highest = jnp.where(tiles < 0, jnp.iinfo(jnp.int32).max, tiles).min(1), tiles.max(1)
-    lowest = jnp.where(highest < 0, -1, lowest)  # padding alone is not to be taken for the end of a long row
-    block_pages = min(-(-block // page), page_table.shape[1])
+    lowest = jnp.where(highest < 0, -1, lowest)  # padding alone is not to be taken for the end of a long sequence
+    block_pages = min(-(-block // page), kv.page_table.shape[1])
 
     def table_of(step_of: Callable) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (1, 1, page_table.shape[1]),
-            lambda s, *_: (lax.div(step_of(s), tiles_per_row), 0, 0),
+            (1, 1, kv.page_table.shape[1]),
+            lambda s, *_: (lax.div(step_of(s), tiles_per_sequence), 0, 0),
             memory_space=pltpu.SMEM,
         )
 
-    by_step = lambda *block: pl.BlockSpec((1, *block), lambda s, *_: (s, *(0 for _ in block)))  # noqa: E731
-    tables = page_table[:, None]
-    buffer = pltpu.VMEM((2, block_pages * page, heads.kv_lanes), k_pages.dtype)
-    out = pl.pallas_call(
+    def by_step(*block: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *block), lambda s, *_: (s, *(0 for _ in block)))
+
+    tables = kv.page_table[:, None]
+    buffer = pltpu.VMEM((2, block_pages * page, heads.kv_lanes), kv.k.dtype)
+    results = heads.results(tile)
+    out, lse = pl.pallas_call(
         functools.partial(_paged_kernel, heads=heads, block_pages=block_pages),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -91,7 +100,7 @@ def paged_attention(
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=by_step(heads.groups, heads.group * tile, heads.lanes),
+            out_specs=[by_step(*shape) for shape in results],
             scratch_shapes=[
                 _State.scratch(heads, tile, q.dtype),
                 buffer,
@@ -100,7 +109,7 @@ def paged_attention(
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((steps, heads.groups, heads.group * tile, heads.lanes), jnp.float32),
+        out_shape=[jax.ShapeDtypeStruct((steps, *shape), jnp.float32) for shape in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),  # each step starts the next one's first copies
             vmem_limit_bytes=VMEM_BYTES,
@@ -116,10 +125,10 @@ def paged_attention(
         heads.split(q, tile),
         tiles[..., None],
         heads.split_sinks(sinks),
-        k_pages.reshape(pages, page, heads.kv_lanes),
-        v_pages.reshape(pages, page, heads.kv_lanes),
+        kv.k.reshape(pages, page, heads.kv_lanes),
+        kv.v.reshape(pages, page, heads.kv_lanes),
     )
-    return heads.join(out, q.shape)
+    return heads.join(out, lse, q.shape)
 
 
 def _paged_kernel(
@@ -133,6 +142,7 @@ def _paged_kernel(
     k_pages,
     v_pages,
     out,
+    lse,
     state: "_State",
     k_buffer,
     v_buffer,
@@ -147,7 +157,7 @@ def _paged_kernel(
     step, last_step = pl.program_id(0), pl.num_programs(0) - 1
 
     def each_copy(act: Callable, of_step, its_table, i, half):
-        """Acts on the copies of block `i`'s pages, those that the row really has."""
+        """Acts on the copies of block `i`'s pages, those that the sequence really has."""
         count = jnp.clip(lax.div(highest[of_step] + page, page) - i * block_pages, 0, block_pages)
 
         def of_page(n, _):
@@ -174,7 +184,7 @@ def _paged_kernel(
 
     softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
-    # A row without tokens takes part, and copies nothing.
+    # A sequence without tokens takes part, and copies nothing.
     blocks = jnp.maximum(1, lax.div(highest[step] + block, block))
     seen_by_all = jnp.minimum(blocks, lax.div(lowest[step] + 1, block))
 
@@ -205,49 +215,31 @@ def _paged_kernel(
         return 1 - half
 
     half[0] = lax.fori_loop(0, blocks, add_block, half[0])
-    softmax.finish(out, positions)
+    softmax.finish(out, lse, positions)
 
 
-def banded_attention(
-    q: Float[Array, "B T N H"],
-    k_ring: Float[Array, "B W K H"],
-    v_ring: Float[Array, "B W K H"],
-    k_new: Float[Array, "B T K H"],
-    v_new: Float[Array, "B T K H"],
-    start: Int32[Array, "B"],
-    positions: Int32[Array, "B T"],
-    sinks: Float[Array, "N"],
-    *,
-    interpret: pltpu.InterpretParams | None = None,
-) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.BandedAttention`, and `paged_attention` above for dtypes, layout and `interpret`.
-
-    Raises:
-        ValueError: dtypes that differ.
-    """
-    _check_dtypes(q=q, k_ring=k_ring, v_ring=v_ring, k_new=k_new, v_new=v_new)
-    rows, window, kv_heads, _ = k_ring.shape
+def _sliding_window(q, kv: RingKV, positions, sinks, interpret) -> Attended:
+    sequences, window, kv_heads, _ = kv.k.shape
     heads = _Heads.of(q, kv_heads)
-    tile = _banded_tile(q.shape[1], window)
+    tile = _window_tile(q.shape[1], window)
     highest = positions.max(1)
     tiles = _pad_tokens(positions, tile, -1).reshape(-1, tile)
-    tiles_per_row = len(tiles) // rows
+    tiles_per_sequence = len(tiles) // sequences
 
-    by_tile = lambda *block: pl.BlockSpec(  # noqa: E731
-        (1, *block), lambda b, i, *_: (b * tiles_per_row + i, *(0 for _ in block))
-    )
+    def by_tile(*block: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *block), lambda b, i, *_: (b * tiles_per_sequence + i, *(0 for _ in block)))
+
     ring = pl.BlockSpec((1, window, heads.kv_lanes), lambda b, i, *_: (b, 0, 0))
     new_tokens = min(tile, q.shape[1])
     own = pl.BlockSpec((1, new_tokens, heads.kv_lanes), lambda b, i, *_: (b, i, 0))
     before = pl.BlockSpec((1, new_tokens, heads.kv_lanes), lambda b, i, *_: (b, jnp.maximum(i - 1, 0), 0))
-    k_flat, v_flat, k_ring_flat, v_ring_flat = (
-        a.reshape(*a.shape[:2], heads.kv_lanes) for a in (k_new, v_new, k_ring, v_ring)
-    )
-    out = pl.pallas_call(
-        functools.partial(_banded_kernel, heads=heads),
+    k_ring, v_ring, k_new, v_new = (a.reshape(*a.shape[:2], heads.kv_lanes) for a in kv[:4])
+    results = heads.results(tile)
+    out, lse = pl.pallas_call(
+        functools.partial(_window_kernel, heads=heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(rows, tiles_per_row),
+            grid=(sequences, tiles_per_sequence),
             in_specs=[
                 by_tile(heads.groups, heads.group * tile, heads.lanes),
                 by_tile(tile, 1),
@@ -259,32 +251,32 @@ def banded_attention(
                 own,
                 own,
             ],
-            out_specs=by_tile(heads.groups, heads.group * tile, heads.lanes),
+            out_specs=[by_tile(*shape) for shape in results],
             scratch_shapes=[_State.scratch(heads, tile, q.dtype)],
         ),
-        out_shape=jax.ShapeDtypeStruct((len(tiles), heads.groups, heads.group * tile, heads.lanes), jnp.float32),
+        out_shape=[jax.ShapeDtypeStruct((len(tiles), *shape), jnp.float32) for shape in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        name="banded_attention",
+        name="sliding_window_attention",
         interpret=interpret or False,
     )(
-        start,
+        kv.start,
         highest,
         heads.split(q, tile),
         tiles[..., None],
         heads.split_sinks(sinks),
-        k_ring_flat,
-        v_ring_flat,
-        k_flat,
-        v_flat,
-        k_flat,
-        v_flat,
+        k_ring,
+        v_ring,
+        k_new,
+        v_new,
+        k_new,
+        v_new,
     )
-    return heads.join(out, q.shape)
+    return heads.join(out, lse, q.shape)
 
 
-def _banded_kernel(
+def _window_kernel(
     start,
     highest,
     q,
@@ -297,12 +289,13 @@ def _banded_kernel(
     k_own,
     v_own,
     out,
+    lse,
     state: "_State",
     *,
     heads: "_Heads",
 ):
-    row, tile = pl.program_id(0), pl.program_id(1)
-    first, last = start[row], highest[row]
+    sequence, tile = pl.program_id(0), pl.program_id(1)
+    first, last = start[sequence], highest[sequence]
     window, tokens = k_ring.shape[1], k_own.shape[1]
     softmax = _Softmax(heads, state)
     softmax.begin(q, sinks)
@@ -320,9 +313,15 @@ def _banded_kernel(
 
         softmax.add(held_only, visible=(distance >= 0) & (distance < window) & (keys >= 0))
 
-    of_ring = lambda lanes: (k_ring[0, :, lanes], v_ring[0, :, lanes])  # noqa: E731
-    of_tile_before = lambda lanes: (k_before[0, :, lanes], v_before[0, :, lanes])  # noqa: E731
-    of_tile = lambda lanes: (k_own[0, :, lanes], v_own[0, :, lanes])  # noqa: E731
+    def of_ring(lanes):
+        return k_ring[0, :, lanes], v_ring[0, :, lanes]
+
+    def of_tile_before(lanes):
+        return k_before[0, :, lanes], v_before[0, :, lanes]
+
+    def of_tile(lanes):
+        return k_own[0, :, lanes], v_own[0, :, lanes]
+
     oldest = lax.rem(first, window)  # its slot, which token `first` will take
     if tokens == 1:  # as if it had been taken: one block of keys
 
@@ -342,14 +341,14 @@ def _banded_kernel(
             add(tokens, of_tile_before, lambda n: first + (tile - 1) * tokens + n)
 
         add(tokens, of_tile, lambda n: first + tile * tokens + n)
-    softmax.finish(out, positions)
+    softmax.finish(out, lse, positions)
 
 
 class _Heads(NamedTuple):
     """How query heads lie in the kernels: in `groups` of `packed` neighbouring key/value heads, a register wide.
 
     Example: of 64 query and 8 key/value heads of size 64, two key/value heads fill 128 lanes, so there are 4 groups; a
-    query tile of T tokens is [4, 8 T, 128] outside the kernel and, apart in rows, [4, 2 * 8 T, 128] within.
+    query tile of T tokens is [4, 8 T, 128] outside the kernel, and [4, 2 * 8 T, 128] within, each row of one head.
     """
 
     groups: int
@@ -378,14 +377,28 @@ class _Heads(NamedTuple):
         q = q.reshape(b * t // tile, tile, self.groups, self.packed, self.group, self.size)
         return q.transpose(0, 2, 4, 1, 3, 5).reshape(b * t // tile, self.groups, self.group * tile, self.lanes)
 
-    def join(self, out: Float[Array, "steps groups rows lanes"], shape: tuple[int, ...]) -> Float[Array, "B T N H"]:
+    def results(self, tile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of what the kernel gives of a query tile: weighted means; for each row within, a lane of lse."""
+        rows = self.group * tile
+        return (self.groups, rows, self.lanes), (self.groups, pl.cdiv(self.packed * rows, LANES), LANES)
+
+    def join(
+        self,
+        out: Float[Array, "steps groups rows lanes"],
+        lse: Float[Array, "steps groups registers 128"],
+        shape: tuple[int, ...],
+    ) -> Attended:
         """The inverse of `split`, without the padding."""
         steps, tile = out.shape[0], out.shape[2] // self.group
         out = out.reshape(steps, self.groups, self.group, tile, self.packed, self.size).transpose(0, 3, 1, 4, 2, 5)
-        return out.reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+        rows = lse.reshape(steps, self.groups, -1)[..., : self.packed * self.group * tile]
+        lse = rows.reshape(steps, self.groups, self.packed, self.group, tile).transpose(0, 4, 1, 2, 3)
+        return Attended(
+            out.reshape(shape[0], -1, *shape[2:])[:, : shape[1]], lse.reshape(shape[0], -1, shape[2])[:, : shape[1]]
+        )
 
     def split_sinks(self, sinks: Float[Array, "N"]) -> Float[Array, "groups heads 1"]:
-        """The sinks as logits in powers of two; one of minus infinity, which takes nothing, stays a number."""
+        """The sinks as logits in powers of two; one of -inf, which takes nothing, stays a number."""
         finite = jnp.maximum(sinks.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
         return finite.reshape(self.groups, self.packed * self.group, 1) * math.log2(math.e)
 
@@ -445,7 +458,7 @@ class _Softmax(NamedTuple):
         """Takes in a block of keys and values, those `visible` to each row.
 
         Args:
-            load: gives one group's keys and values, [keys, lanes], when told which lanes. No value may be NaN.
+            load: from lanes to the keys and values in them, [keys, lanes]. No value may be NaN.
             visible: None if every row sees every key.
         """
         heads, state = self
@@ -465,16 +478,18 @@ class _Softmax(NamedTuple):
 
         self._each_group(add_group)
 
-    def finish(self, out, positions):
-        """Writes the weighted means, the heads of a group side by side again, and zeros for padding."""
+    def finish(self, out, lse, positions):
+        """Writes the weighted means, heads of a group side by side again, and the lse; 0 and -inf for padding."""
         heads, state = self
         rows = out.shape[2]
-        real = heads.by_query(positions[0])[:rows] >= 0
+        real = heads.by_query(positions[0]) >= 0
 
         def finish_group(j, _):
             mean = state.value[j] / _widen(state.total[j], heads.lanes)
             parts = [self._own_lanes(n, mean[n * rows : (n + 1) * rows]) for n in range(heads.packed)]
-            out[0, j] = _only(real, sum(parts[1:], start=parts[0]))
+            out[0, j] = _only(real[:rows], sum(parts[1:], start=parts[0]))
+            top = _to_lanes(jnp.where(real, state.top[j], -jnp.inf))
+            lse[0, j] = top * math.log(2) + jnp.log(_to_lanes(state.total[j]))
 
         self._each_group(finish_group)
 
@@ -496,6 +511,16 @@ def _only(where: Bool[Array, "..."], x: Array) -> Array:
     return jnp.where(where, x, jnp.zeros_like(x))
 
 
+def _to_lanes(x: Float[Array, "rows 128"]) -> Float[Array, "registers 128"]:
+    """x, all of whose lanes are alike, as one lane for each row: of 128 rows, the diagonal. Zeros in lanes beyond."""
+
+    def diagonal(x):
+        row, lane = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+        return _only(row == lane, x).sum(0, keepdims=True)
+
+    return jnp.concatenate([diagonal(x[first : first + LANES]) for first in range(0, x.shape[0], LANES)])
+
+
 def _widen(x: Float[Array, "rows 128"], width: int) -> Float[Array, "rows width"]:
     """x, all of whose lanes are alike, over `width` lanes."""
     if width % LANES:
@@ -513,7 +538,7 @@ def _paged_tile(tokens: int) -> tuple[int, int]:
     return (1, 1024) if tokens == 1 else (min(_round_up(tokens, 16), 64), 512)
 
 
-def _banded_tile(tokens: int, window: int) -> int:
+def _window_tile(tokens: int, window: int) -> int:
     """Query tokens of a grid step: no fewer than the window if there are several, so that two blocks of keys do."""
     return 1 if tokens == 1 else _round_up(min(tokens, window), 16)
 
@@ -535,4 +560,4 @@ def _check_dtypes(**arrays: Array) -> None:
     dtypes = {name: array.dtype for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1 or dtypes["q"] not in (jnp.float32, jnp.bfloat16):
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(f"attention: expected float32 or bfloat16, the same for all, got {found}")
+        raise TypeError(f"attention: expected float32 or bfloat16, the same for all, got {found}")

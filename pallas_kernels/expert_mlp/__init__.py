@@ -1,4 +1,4 @@
-"""The chosen experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
+"""The top_k experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
 
 A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
 `IMPLEMENTATIONS`.
@@ -15,17 +15,18 @@ from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, best, by_name
 from pallas_kernels.expert_mlp import gpu, reference, tpu
 from pallas_kernels.expert_mlp.gradient import differentiable
-from pallas_kernels.expert_mlp.layout import (
+from pallas_kernels.expert_mlp.tpu_forms import FORMS, Form, form_for
+from pallas_kernels.expert_mlp.weights import (
     AS_PUBLISHED,
     PUBLISHED,
+    Adapter,
     ExpertWeights,
-    Layout,
     Rearrangement,
+    WeightLayout,
     packed,
     packed_axes,
     published,
 )
-from pallas_kernels.expert_mlp.tpu_forms import FORMS, Form, form_for
 from pallas_kernels.interpreter import InterpretGPUParams
 
 
@@ -33,10 +34,13 @@ from pallas_kernels.interpreter import InterpretGPUParams
 class RunExperts(Protocol):
     """What an implementation does.
 
-    Takes x [T, D], the experts that each token chose and their weights, [T, X], and the layer's `ExpertWeights`, in the
-    implementation's layout; gives sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias), float32 [T, D]. Matrix
-    products take operands of x's dtype and accumulate in float32. A choice outside [0, E) is skipped: that is how
-    padding, and experts that live on another device, are said.
+    Takes x [T, D], the experts that each token is assigned to and their routing weights, [T, X], and the layer's
+    `ExpertWeights`, in the implementation's layout; gives sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias),
+    float32 [T, D]. Matrix products take operands of x's dtype and accumulate in float32. An assignment outside [0, E)
+    is skipped: padding has such, and so have experts that live on another device.
+
+    Raises:
+        NotImplementedError: the weights have adapters, and the implementation does not know them.
     """
 
     def __call__(  # noqa: D102
@@ -54,10 +58,10 @@ class ExpertMlp(NamedTuple):
     """One implementation, and how it wants the weights to lie."""
 
     run: RunExperts
-    layout: Layout = PUBLISHED
+    layout: WeightLayout = PUBLISHED
 
 
-def _with_gradient(run: RunExperts, layout: Layout = PUBLISHED) -> ExpertMlp:
+def _with_gradient(run: RunExperts, layout: WeightLayout = PUBLISHED) -> ExpertMlp:
     return ExpertMlp(differentiable(run, layout), layout)
 
 
@@ -67,7 +71,7 @@ GPU_INTERPRETER = InterpretGPUParams(
 )
 
 
-def _for_device(run: RunExperts, layout: Layout) -> ExpertMlp:
+def _for_device(run: RunExperts, layout: WeightLayout) -> ExpertMlp:
     """A kernel that all layers of a program share: lowering it takes Python half a second."""
     return _with_gradient(jax.jit(run, static_argnames="limit"), layout)
 
@@ -76,7 +80,7 @@ def _on_tpu(form: Form) -> ExpertMlp:
     return _for_device(functools.partial(tpu.expert_mlp, form=form), form.layout)
 
 
-def _interpreted(run: Any, layout: Layout, interpreter: Any) -> ExpertMlp:
+def _interpreted(run: Any, layout: WeightLayout, interpreter: Any) -> ExpertMlp:
     return _with_gradient(functools.partial(run, interpret=interpreter), layout)
 
 
@@ -113,11 +117,12 @@ def choose(name: str, hardware: Hardware) -> Choice:
 __all__ = [
     "AS_PUBLISHED",
     "IMPLEMENTATIONS",
+    "Adapter",
     "ExpertMlp",
     "ExpertWeights",
-    "Layout",
     "Rearrangement",
     "RunExperts",
+    "WeightLayout",
     "choose",
     "packed",
     "packed_axes",

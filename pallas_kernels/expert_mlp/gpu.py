@@ -1,6 +1,6 @@
 """The experts' MLPs on Hopper GPUs: two grouped products of packed weights, dequantised in registers (Mosaic GPU).
 
-How the data moves. The choices are sorted by expert and cut into tiles of M rows (tiles.py); XLA gathers their
+How the data moves. The assignments are sorted by expert and cut into tiles of M rows (tiles.py); XLA gathers their
 activations. A block of threads (one warpgroup for every 64 outputs) multiplies one tile by its expert's weights, which
 TMA brings to shared memory as they lie in HBM, 4 blocks of 32 weights of each output at a time and several such steps
 ahead. They go to registers, become bfloat16 there, and are the A operand of wgmma (64 outputs x 128 inputs); B is the
@@ -38,9 +38,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp.layout import AS_PUBLISHED, ExpertWeights, Layout, Rearrangement, unchanged
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
+from pallas_kernels.expert_mlp.weights import (
+    AS_PUBLISHED,
+    ExpertWeights,
+    Rearrangement,
+    WeightLayout,
+    unchanged,
+    without_adapters,
+)
 from pallas_kernels.mxfp4 import BLOCK
 
 BLOCKS = 4  # blocks of 32 inputs in a group: one for each thread that shares a row
@@ -57,7 +64,7 @@ _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # as 
 # ---- how the weights lie ----
 
 _IN_BFLOAT16 = (6, 7, 8, 15)  # where the bits of an E2M1 code go: mantissa, two of exponent, sign
-_TURNS = (0, 13, 10)  # rotations to the left that bring the first three pairs of a word there
+_ROTATIONS = (0, 13, 10)  # rotations to the left that bring the first three pairs of a word there
 _GATHER = (4, 0, 1, 3)  # where the last pair's bits lie: those that are left; one product brings them there
 _GATHERING = (1 << 2) + (1 << 7) + (1 << 12)
 _LARGEST = 128  # scale byte whose factor, 2^(128 - 127 + 126), is a bfloat16
@@ -67,9 +74,9 @@ _MASK = sum(1 << bit << half for bit in _IN_BFLOAT16 for half in (0, 16))
 def _bit_of(code: int, bit: int) -> int:
     """Where a bit of one of a word's 8 codes lies at rest; even codes are the low halves of their pairs."""
     pair, half = code // 2, 16 * (code % 2)
-    if pair == len(_TURNS):
+    if pair == len(_ROTATIONS):
         return half + _GATHER[bit]
-    return (half + _IN_BFLOAT16[bit] - _TURNS[pair]) % 32
+    return (half + _IN_BFLOAT16[bit] - _ROTATIONS[pair]) % 32
 
 
 _BIT_OF = tuple(_bit_of(code, bit) for code in range(8) for bit in range(4))
@@ -121,7 +128,7 @@ def _columns(before: Any, after: Any, described: str) -> Rearrangement:
 
 
 _BITS = "words of 8 codes whose bits are permuted"
-LAYOUT = Layout(
+LAYOUT = WeightLayout(
     _words(_split, _interleave, f"{_BITS}, 8 gates before 8 linear rows"),
     _columns(_split, _interleave, "[E, DB, F2], 8 gates before 8 linear rows"),
     AS_PUBLISHED,
@@ -155,7 +162,9 @@ def expert_mlp(
 
     Raises:
         TypeError: x has another type.
+        NotImplementedError: there are adapters.
     """
+    arrays = without_adapters(weights)
     num_experts = weights.gate_up_blocks.shape[0]
     terms = _terms(x)
     most = MOST_ROWS if len(terms) == 1 else MOST_ROWS // 4  # three terms take three times the shared memory
@@ -163,8 +172,8 @@ def expert_mlp(
     tiles = TiledRows.of(expert_ids, num_experts, rows)
     gathered = jnp.stack([_in_fragment_order(tiles.gather(term)) for term in terms])
     run = functools.partial(_product, tiles, rows, interpret=interpret)
-    hidden = run(gathered, *weights[:3], limit=limit)
-    return tiles.combine(run(hidden, *weights[3:])[:, : x.shape[1]], routing_weights)
+    hidden = run(gathered, *arrays[:3], limit=limit)
+    return tiles.combine(run(hidden, *arrays[3:])[:, : x.shape[1]], routing_weights)
 
 
 def _terms(x: Float[Array, "T D"]) -> list[Array]:
@@ -234,14 +243,14 @@ def _product(
     tiling = _Tiling.of(rows, terms)
     if interpret is not None:
         tiling = tiling._replace(warpgroups=min(tiling.warpgroups, INTERPRETED_WARPGROUPS))
-    # A warpgroup's four warps take 16 outputs each. In the first product they lie 64 apart, so that the SwiGLU of a
-    # warpgroup is 32 neighbours in fragment order; in the second one behind the other.
-    apart = 4 if limit is not None else 1
+    # A warpgroup's four warps take 16 outputs each. In the first product they are 64 outputs from one another, so that
+    # the SwiGLU of a warpgroup is 32 neighbours in fragment order; in the second they are neighbours.
+    spacing = 4 if limit is not None else 1
     words, scales, bias = (
-        a.reshape(*a.shape[:at], a.shape[at] // (16 * apart), apart, 16, *a.shape[at + 1 :])
+        a.reshape(*a.shape[:at], a.shape[at] // (16 * spacing), spacing, 16, *a.shape[at + 1 :])
         for a, at in ((words, 1), (scales, 2), (bias, 1))
     )
-    units = pl.cdiv(words.shape[1], 4) * apart
+    units = pl.cdiv(words.shape[1], 4) * spacing
     blocks = pl.cdiv(units, tiling.warpgroups)
     width = OUTPUTS // 2 if limit is not None else OUTPUTS
     columns = blocks * tiling.warpgroups * width
@@ -289,7 +298,7 @@ def _kernel(
     """One tile, and for each warpgroup 64 outputs."""
     tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
     unit = lax.axis_index("block") * tiling.warpgroups + warpgroup
-    pieces, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
+    columns, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
     rows, steps = pl.ds(tile * tiling.rows, tiling.rows), pl.cdiv(groups, GROUPS)
     operands_s = [ref.at[warpgroup] for ref in operands_s]
 
@@ -301,10 +310,10 @@ def _kernel(
             slot = lax.rem(step, tiling.stages)
             for group in range(GROUPS):
                 of_group = words.at[
-                    own, pieces, phase, :, pl.ds((step * GROUPS + group) * BLOCKS * WORDS, BLOCKS * WORDS)
+                    own, columns, phase, :, pl.ds((step * GROUPS + group) * BLOCKS * WORDS, BLOCKS * WORDS)
                 ]
                 plgpu.copy_gmem_to_smem(of_group, words_s.at[slot, warpgroup, group], loaded.at[slot])
-            of_step = scales.at[own, pl.ds(step * GROUPS * BLOCKS, GROUPS * BLOCKS), pieces, phase]
+            of_step = scales.at[own, pl.ds(step * GROUPS * BLOCKS, GROUPS * BLOCKS), columns, phase]
             plgpu.copy_gmem_to_smem(of_step, scales_s.at[slot, warpgroup], loaded.at[slot])
 
             @pl.when(warpgroup == 0)
@@ -344,7 +353,7 @@ def _kernel(
                 multiply(acc, jnp.int32(steps - 1), groups % GROUPS)
             return acc[...]
 
-        plgpu.copy_gmem_to_smem(bias.at[own, pieces, phase], bias_s.at[warpgroup], bias_loaded)
+        plgpu.copy_gmem_to_smem(bias.at[own, columns, phase], bias_s.at[warpgroup], bias_loaded)
         for step in range(min(tiling.stages, steps)):
             load(jnp.int32(step))
         total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((OUTPUTS, tiling.rows), jnp.float32))
@@ -395,10 +404,10 @@ def _weights(words_ref: Any, scales_ref: Any, part: int, parts: int, interpret: 
 
 def _pairs(words: UInt32[Array, "*shape"]) -> list[Array]:
     """Each word's 4 pairs of codes, as bits of pairs of bfloat16 that are 2^-126 times the codes' values."""
-    turned = [words] + [(words << jnp.uint32(n)) | (words >> jnp.uint32(32 - n)) for n in _TURNS[1:]]
+    rotated = [words] + [(words << jnp.uint32(n)) | (words >> jnp.uint32(32 - n)) for n in _ROTATIONS[1:]]
     left = sum(1 << bit << half for bit in _GATHER for half in (0, 16))
-    turned.append((words & jnp.uint32(left)) * jnp.uint32(_GATHERING))
-    return [word & jnp.uint32(_MASK) for word in turned]
+    rotated.append((words & jnp.uint32(left)) * jnp.uint32(_GATHERING))
+    return [word & jnp.uint32(_MASK) for word in rotated]
 
 
 def _scaled_interpreted(pairs: list[Array], scales: UInt8[Array, "4 4 16"]) -> Float[Array, "64 K"]:

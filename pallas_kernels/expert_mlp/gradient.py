@@ -1,6 +1,6 @@
 """The gradient of expert_mlp, in jnp, for any implementation of it: what fine-tuning through a kernel needs.
 
-Packed weights are whole numbers and have no gradient; x, the experts' weights per token and the biases do. Each tile of
+Packed weights are whole numbers and have no gradient; x, the routing weights, the biases and adapters do. Each tile of
 rows is run again, one expert unpacked at a time, so memory stays that of one expert.
 """
 
@@ -13,11 +13,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.expert_mlp import reference
-from pallas_kernels.expert_mlp.layout import ExpertWeights, Layout, published
 from pallas_kernels.expert_mlp.tiles import Tiles, tile_rows
+from pallas_kernels.expert_mlp.weights import ExpertWeights, WeightLayout, packed, published
 
 
-def differentiable(run: Any, layout: Layout) -> Any:
+def differentiable(run: Any, layout: WeightLayout) -> Any:
     """`run`, an implementation whose weights lie in `layout`, with a gradient."""
 
     def expert_mlp(
@@ -50,35 +50,41 @@ def _backward(run, layout, limit, saved, gradient):
     flat_weights = routing_weights.reshape(-1)
 
     def add_tile(number, sums):
-        dx, d_weights, d_gate_up_bias, d_down_bias = sums
-        expert, choice, taken = tiles.tile(number)
-        of_expert, token = _unpacked(weights, layout, expert), choice // per_token
+        dx, d_routing, d_floats = sums
+        expert, assignment, taken = tiles.tile(number)
+        of_expert, token = _unpacked(weights, layout, expert), assignment // per_token
         dy = jnp.where(taken[:, None], gradient[token], 0)
 
-        def one_expert(x, gate_up_bias, down_bias):
-            biased = of_expert._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
-            return reference.one_expert(x, biased, limit)
+        def one_expert(x, floats):
+            return reference.one_expert(x, _with_floats(of_expert, floats), limit)
 
-        y, pull = jax.vjp(one_expert, x[token], of_expert.gate_up_bias, of_expert.down_bias)
-        dx_tile, *d_biases = pull(dy * flat_weights[choice][:, None])
+        y, pull = jax.vjp(one_expert, x[token], _floats(of_expert))
+        dx_tile, d_tile = pull(dy * flat_weights[assignment][:, None])
         return (
             dx.at[token].add(dx_tile.astype(jnp.float32)),
-            d_weights.at[choice].add(jnp.sum(dy * y, axis=-1)),
-            d_gate_up_bias.at[expert].add(d_biases[0].astype(jnp.float32)),
-            d_down_bias.at[expert].add(d_biases[1].astype(jnp.float32)),
+            d_routing.at[assignment].add(jnp.sum(dy * y, axis=-1)),
+            jax.tree.map(lambda total, d: total.at[expert].add(d.astype(jnp.float32)), d_floats, d_tile),
         )
 
-    ways = {"gate_up_bias": layout.gate_up_bias, "down_bias": layout.down_bias}
-    biases = [jax.eval_shape(way.unpack, getattr(weights, name)) for name, way in ways.items()]  # as published
-    sums = tuple(jnp.zeros(array.shape, jnp.float32) for array in (x, flat_weights, *biases))
-    dx, d_weights, *d_biases = lax.fori_loop(0, tiles.end_tile[-1], add_tile, sums)
-    found = zip(ways.items(), d_biases, strict=True)
-    learnt: Any = {name: way.pack(d.astype(getattr(weights, name).dtype)) for (name, way), d in found}
-    d_packed = ExpertWeights(*[learnt.get(name) for name in ExpertWeights._fields])  # pyright: ignore[reportArgumentType]
-    return dx.astype(x.dtype), None, d_weights.reshape(expert_ids.shape).astype(routing_weights.dtype), d_packed
+    floats = _floats(weights)
+    as_published = jax.eval_shape(functools.partial(published, layout), floats)
+    sums = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (x, flat_weights, as_published))
+    dx, d_routing, d_floats = lax.fori_loop(0, tiles.end_tile[-1], add_tile, sums)
+    d_weights = jax.tree.map(lambda d, array: d.astype(array.dtype), packed(layout, d_floats), floats)
+    return dx.astype(x.dtype), None, d_routing.reshape(expert_ids.shape).astype(routing_weights.dtype), d_weights
 
 
-def _unpacked(weights: ExpertWeights, layout: Layout, expert: Int32[Array, ""]) -> ExpertWeights:
+def _floats(weights: ExpertWeights) -> ExpertWeights:
+    """What has a gradient: biases and adapters, None for the rest."""
+    return jax.tree.map(lambda array: array if jnp.issubdtype(array.dtype, jnp.floating) else None, weights)
+
+
+def _with_floats(weights: ExpertWeights, floats: ExpertWeights) -> ExpertWeights:
+    """`weights` with its biases and adapters replaced."""
+    return weights._replace(**{name: new for name, new in floats._asdict().items() if new is not None})
+
+
+def _unpacked(weights: ExpertWeights, layout: WeightLayout, expert: Int32[Array, ""]) -> ExpertWeights:
     """One expert's weights as published, without the leading E."""
     one = jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, expert, 1), weights)
     return jax.tree.map(lambda w: w[0], published(layout, one))

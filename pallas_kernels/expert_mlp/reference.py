@@ -1,17 +1,17 @@
 """What expert_mlp means, in jnp: tiles of rows that share an expert, each dequantising just that expert.
 
-Portable and right rather than fast; the kernels are tested against it. Work and memory follow the experts that were
-chosen: a token costs X experts, whatever E is, and one expert's weights are unpacked at a time.
+Portable and right rather than fast; the kernels are tested against it. Work and memory follow the experts that
+tokens are assigned to: a token costs X experts, whatever E is, and one expert's weights are unpacked at a time.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_mlp.layout import ExpertWeights
 from pallas_kernels.expert_mlp.tiles import Tiles, tile_rows
+from pallas_kernels.expert_mlp.weights import Adapter, ExpertWeights
 
 ALPHA = 1.702  # sigmoid's slope in the SwiGLU (openai/gpt-oss torch/model.py, swiglu)
 
@@ -38,21 +38,32 @@ def expert_mlp(
     flat_weights = routing_weights.reshape(-1)
 
     def add_tile(number: Int32[Array, ""], out: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        expert, choice, taken = tiles.tile(number)
+        expert, assignment, taken = tiles.tile(number)
         of_expert = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)
-        y = one_expert(x[choice // per_token], of_expert, limit)
-        y = jnp.where(taken[:, None], y * flat_weights[choice][:, None], 0)
-        return out.at[choice // per_token].add(y)
+        y = one_expert(x[assignment // per_token], of_expert, limit)
+        y = jnp.where(taken[:, None], y * flat_weights[assignment][:, None], 0)
+        return out.at[assignment // per_token].add(y)
 
     return lax.fori_loop(0, tiles.end_tile[-1], add_tile, jnp.zeros(x.shape, jnp.float32))
 
 
 def one_expert(x: Float[Array, "M D"], weights: ExpertWeights, limit: float) -> Float[Array, "M D"]:
     """down(swiglu(gate_up(x))) of one expert, whose `weights` have no leading E; float32."""
-    gate_up = mxfp4.dequantize(weights.gate_up_blocks, weights.gate_up_scales, x.dtype)
-    h = _matmul(x, gate_up) + weights.gate_up_bias.astype(jnp.float32)
-    down = mxfp4.dequantize(weights.down_blocks, weights.down_scales, x.dtype)
-    return _matmul(swiglu(h, limit).astype(x.dtype), down) + weights.down_bias.astype(jnp.float32)
+    w = weights
+    h = _product(x, w.gate_up_blocks, w.gate_up_scales, w.gate_up_adapter) + w.gate_up_bias.astype(jnp.float32)
+    hidden = swiglu(h, limit).astype(x.dtype)
+    return _product(hidden, w.down_blocks, w.down_scales, w.down_adapter) + w.down_bias.astype(jnp.float32)
+
+
+def _product(
+    x: Float[Array, "M I"], blocks: UInt8[Array, "O B 16"], scales: UInt8[Array, "O B"], adapter: Adapter | None
+) -> Float[Array, "M O"]:
+    """x times one expert's matrix, its adapter's product added."""
+    y = _matmul(x, mxfp4.dequantize(blocks, scales, x.dtype))
+    if adapter is None:
+        return y
+    low = _matmul(x, adapter.a.astype(x.dtype))
+    return y + _matmul(low.astype(x.dtype), adapter.b.astype(x.dtype))
 
 
 def _matmul(x: Float[Array, "M I"], w: Float[Array, "O I"]) -> Float[Array, "M O"]:

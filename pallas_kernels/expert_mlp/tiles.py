@@ -1,7 +1,8 @@
-"""Choices sorted by expert and cut into tiles of rows of one expert each: what an expert kernel walks over.
+"""Assignments sorted by expert and cut into tiles of rows of one expert each: what an expert kernel walks over.
 
-A token's choice of an expert becomes one row; an expert's rows begin at a tile of their own, and what its last tile has
-to spare stays empty. So a tile is one dense block of activations beside one expert's weights, whatever the imbalance.
+A token's assignment to an expert becomes one row of activations; an expert's rows begin at a tile of their own, and
+what its last tile has to spare stays empty. So a tile is one dense block of activations beside one expert's weights,
+whatever the imbalance.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ class Tile(NamedTuple):
     """M rows of one expert."""
 
     expert: Int32[Array, ""]
-    choice: Int32[Array, "M"]  # the flat (token, x) choice in each row; in an empty row, any
+    assignment: Int32[Array, "M"]  # the flat (token, x) assignment in each row; in an empty row, any
     taken: Bool[Array, "M"]  # whether the row is not empty
 
 
@@ -24,9 +25,9 @@ class Tiles(NamedTuple):
     """Tiles of at most M rows of one expert each, in order of their experts."""
 
     rows: int  # M
-    choices: Int32[Array, "A"]  # the flat (token, x) choices, in order of their expert; skipped ones last
-    first_choice: Int32[Array, "E"]  # where each expert's run begins in `choices`
-    end_choice: Int32[Array, "E"]
+    assignments: Int32[Array, "A"]  # the flat (token, x) assignments, in order of their expert; skipped ones last
+    first_assignment: Int32[Array, "E"]  # where each expert's run begins in `assignments`
+    end_assignment: Int32[Array, "E"]
     first_tile: Int32[Array, "E"]
     end_tile: Int32[Array, "E"]
 
@@ -44,23 +45,23 @@ class Tiles(NamedTuple):
     def tile(self, number: Int32[Array, ""]) -> Tile:
         """One of them, by its number."""
         expert = jnp.sum(self.end_tile <= number, dtype=jnp.int32)
-        first = self.first_choice[expert] + (number - self.first_tile[expert]) * self.rows
+        first = self.first_assignment[expert] + (number - self.first_tile[expert]) * self.rows
         place = first + jnp.arange(self.rows, dtype=jnp.int32)
-        return Tile(expert, self.choices.at[place].get(mode="clip"), place < self.end_choice[expert])
+        return Tile(expert, self.assignments.at[place].get(mode="clip"), place < self.end_assignment[expert])
 
 
 class TiledRows(NamedTuple):
     """All tiles' rows side by side, for kernels that take every tile at once: I tiles of M rows.
 
-    Example: two tokens that chose experts (0, 2) and (2, 2), tiles of two rows, three experts. Tile 0 is of expert 0
-    with choice 0 and an empty row, tile 1 of expert 2 with choices 1 and 2, tile 2 of expert 2 with choice 3 and an
-    empty row: expert = [0, 2, 2], choice = [0, -1, 1, 2, 3, -1], row = [[0, 2], [3, 4]], used = 3.
+    Example: two tokens assigned to experts (0, 2) and (2, 2), tiles of two rows, three experts. Tile 0 is of expert 0
+    with assignment 0 and an empty row, tile 1 of expert 2 with assignments 1 and 2, tile 2 of expert 2 with assignment
+    3 and an empty row: expert = [0, 2, 2], assignment = [0, -1, 1, 2, 3, -1], row = [[0, 2], [3, 4]], used = 3.
     """
 
     expert: Int32[Array, "I"]  # of each tile; beyond the last tile in use, that tile's again: nothing new is fetched
     used: Int32[Array, ""]  # tiles in use
-    choice: Int32[Array, "IM"]  # the flat choice in each row; -1: an empty row
-    row: Int32[Array, "T X"]  # where each choice went; I M for a skipped one
+    assignment: Int32[Array, "IM"]  # the flat assignment in each row; -1: an empty row
+    row: Int32[Array, "T X"]  # where each assignment went; I M for a skipped one
 
     @classmethod
     def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "TiledRows":
@@ -70,31 +71,31 @@ class TiledRows(NamedTuple):
         at = jnp.minimum(jnp.arange(num_tiles, dtype=jnp.int32), jnp.maximum(used - 1, 0))
         expert = jnp.minimum(jnp.sum(tiles.end_tile <= at[:, None], axis=1, dtype=jnp.int32), num_experts - 1)
         nth = (jnp.arange(num_tiles, dtype=jnp.int32) - tiles.first_tile[expert])[:, None] * rows
-        place = (tiles.first_choice[expert][:, None] + nth + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
-        taken = place < jnp.repeat(tiles.end_choice[expert], rows)
-        choice = jnp.where(taken, tiles.choices.at[place].get(mode="clip"), -1)
+        place = (tiles.first_assignment[expert][:, None] + nth + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
+        taken = place < jnp.repeat(tiles.end_assignment[expert], rows)
+        assignment = jnp.where(taken, tiles.assignments.at[place].get(mode="clip"), -1)
         row = jnp.full(expert_ids.size, num_tiles * rows, jnp.int32)
-        to = jnp.where(taken, choice, expert_ids.size)  # beyond the array: dropped
+        to = jnp.where(taken, assignment, expert_ids.size)  # beyond the array: dropped
         row = row.at[to].set(jnp.arange(num_tiles * rows, dtype=jnp.int32), mode="drop")
-        return cls(expert, used, choice, row.reshape(expert_ids.shape))
+        return cls(expert, used, assignment, row.reshape(expert_ids.shape))
 
     def gather(self, x: Float[Array, "T D"]) -> Float[Array, "IM D"]:
         """Each row's token; 0 in an empty row."""
-        token = jnp.where(self.choice < 0, x.shape[0], self.choice // self.row.shape[1])
+        token = jnp.where(self.assignment < 0, x.shape[0], self.assignment // self.row.shape[1])
         return x.at[token].get(mode="fill", fill_value=0)
 
     def combine(self, y: Float[Array, "IM D"], routing_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
-        """Each token's choices, weighted and summed in float32; what empty rows hold is not read."""
-        chosen = y.at[self.row].get(mode="fill", fill_value=0).astype(jnp.float32)
-        return jnp.sum(chosen * routing_weights.astype(jnp.float32)[..., None], axis=1)
+        """Each token's assignments, weighted and summed in float32; what empty rows hold is not read."""
+        assigned = y.at[self.row].get(mode="fill", fill_value=0).astype(jnp.float32)
+        return jnp.sum(assigned * routing_weights.astype(jnp.float32)[..., None], axis=1)
 
 
-def max_tiles(num_choices: int, num_experts: int, rows: int) -> int:
-    """The most tiles that `num_choices` can need: each expert that is chosen leaves at most rows - 1 rows empty."""
-    return (num_choices + min(num_choices, num_experts) * (rows - 1)) // rows
+def max_tiles(num_assignments: int, num_experts: int, rows: int) -> int:
+    """The most tiles that `num_assignments` can need: each expert in use leaves at most rows - 1 rows empty."""
+    return (num_assignments + min(num_assignments, num_experts) * (rows - 1)) // rows
 
 
-def tile_rows(num_choices: int, num_experts: int, fewest: int = 1, most: int = MAX_TILE_ROWS) -> int:
+def tile_rows(num_assignments: int, num_experts: int, fewest: int = 1, most: int = MAX_TILE_ROWS) -> int:
     """Rows per tile: a power of two near the mean run of an expert, so that few rows are padding."""
-    mean = max(1, num_choices // num_experts)
+    mean = max(1, num_assignments // num_experts)
     return min(most, max(fewest, 1 << (mean - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""expert_mlp for TPUs: one Mosaic kernel that streams each chosen expert's packed weights through VMEM once.
+"""expert_mlp for TPUs: one Mosaic kernel that streams the packed weights of each expert in use through VMEM once.
 
 Movement. Rows are sorted into tiles of one expert (`tiles.py`). The grid walks over the tiles in use, and within a tile
 over steps: first blocks of gate_up's outputs, whose SwiGLU goes to a scratch in VMEM, then blocks of down's outputs,
@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.expert_mlp.layout import ExpertWeights
 from pallas_kernels.expert_mlp.reference import ALPHA
 from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
 from pallas_kernels.expert_mlp.tpu_forms import LANES, WORDS, Form
+from pallas_kernels.expert_mlp.weights import ExpertWeights, without_adapters
 from pallas_kernels.mxfp4 import BLOCK
 
 FEWEST_ROWS = 16  # of bfloat16 in one register
@@ -46,12 +46,15 @@ def expert_mlp(
 
     Args:
         x: activations, bfloat16 or float32.
-        expert_ids: the experts that each token chose.
+        expert_ids: the experts that each token is assigned to.
         routing_weights: and how much of each it takes.
         weights: the layer's experts in `form.layout`.
         limit: the SwiGLU's.
         form: one of `FORMS`.
         interpret: None to compile for a TPU; else `pltpu.InterpretParams`, to run on a CPU.
+
+    Raises:
+        NotImplementedError: there are adapters.
     """
     num_experts = weights.down_blocks.shape[0]
     rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, form.most_rows)
@@ -143,15 +146,19 @@ def _run_tiles(
         return tile, jnp.maximum(step - steps.first_down, 0)
 
     scratch_rows = WORDS * max(weights.gate_up_scales.shape[-2], weights.down_scales.shape[-2])
-    whole = lambda array: array.shape[-2]  # noqa: E731
-    gate_up_block = lambda array: pl.BlockSpec((None, None, 2, whole(array), steps.inner_block), gate_up)  # noqa: E731
-    down_block = lambda array: pl.BlockSpec((None, whole(array), steps.hidden_block), down)  # noqa: E731
+
+    def gate_up_block(array):
+        return pl.BlockSpec((None, None, 2, array.shape[-2], steps.inner_block), gate_up)
+
+    def down_block(array):
+        return pl.BlockSpec((None, array.shape[-2], steps.hidden_block), down)
+
     call = pl.pallas_call(
         functools.partial(_step, steps=steps, unpack=form.unpack, limit=limit),
         out_shape=jax.ShapeDtypeStruct((x.shape[1], hidden), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(jnp.maximum(tiles.used, 1), steps.number),  # where no expert was chosen, one tile runs unread
+            grid=(jnp.maximum(tiles.used, 1), steps.number),  # where no expert is in use, one tile runs unread
             in_specs=[
                 pl.BlockSpec((parts, rows, x.shape[2]), rows_of),
                 gate_up_block(weights.gate_up_blocks),
@@ -173,9 +180,10 @@ def _run_tiles(
         interpret=interpret or False,
         name="expert_mlp",
     )
-    if interpret is None:  # else XLA would copy what it can of all experts, chosen or not, to VMEM beforehand
-        weights = ExpertWeights(*(pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in weights))
-    return call(tiles.expert, x, *weights)
+    arrays = without_adapters(weights)
+    if interpret is None:  # else XLA would copy what it can of all experts, in use or not, to VMEM beforehand
+        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+    return call(tiles.expert, x, *arrays)
 
 
 def _step(experts: Any, x: Any, *refs: Any, steps: Steps, unpack: Any, limit: float) -> None:
@@ -188,18 +196,18 @@ def _step(experts: Any, x: Any, *refs: Any, steps: Steps, unpack: Any, limit: fl
     @pl.when(step < steps.first_down)
     def _():
         part, block = steps.gate_up_at(step)
-        for at in _pieces(steps.inner_block):
+        for at in _slices(steps.inner_block):
             gate, linear = (linear_map(x, codes.at[i], scales.at[i], bias[i : i + 1], at) for i in range(2))
             to = pl.ds(block * steps.inner_block + at.start, at.stop - at.start)
             h[part, :, to] = _swiglu(gate, linear, limit).astype(h.dtype)
 
     @pl.when(step >= steps.first_down)
     def _():
-        for at in _pieces(steps.hidden_block):
+        for at in _slices(steps.hidden_block):
             y[:, at] = linear_map(h[:, :, : steps.inner], down_codes, down_scales, down_bias, at)
 
 
-def _pieces(outputs: int) -> list[slice]:
+def _slices(outputs: int) -> list[slice]:
     return [slice(at, min(at + UNPACKED_OUTPUTS, outputs)) for at in range(0, outputs, UNPACKED_OUTPUTS)]
 
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels.expert_mlp.layout import Layout, Rearrangement
+from pallas_kernels.expert_mlp.weights import Rearrangement, WeightLayout
 from pallas_kernels.mxfp4 import BLOCK
 
 LANES = 128  # of a vector register, whose other axis are 8 sublanes of 32 bits
@@ -103,7 +103,7 @@ class Form(NamedTuple):
     """
 
     parts: int
-    layout: Layout
+    layout: WeightLayout
     most_rows: int  # of a tile: with so many, the matrix unit takes longer than unpacking its weights
     unpack: Callable[..., list[Array]]  # refs of codes [R, N], scales [B, N], a scratch -> P times [I / P, N]
 
@@ -122,12 +122,14 @@ def _out_of_parts(packed: Array) -> Array:
     return jnp.moveaxis(split, (1, 2, -2, -1), (2, 4, 1, 3)).reshape(experts, 2 * parts * size, *rest)
 
 
-def _layout(parts: int, to_codes: Callable[[Array], Array], from_codes: Callable[[Array], Array], codes: str) -> Layout:
+def _layout(
+    parts: int, to_codes: Callable[[Array], Array], from_codes: Callable[[Array], Array], codes: str
+) -> WeightLayout:
     """Contraction before outputs, which lie along the lanes: 2,880 of them are stored as 2,944 where P is 1, in four
     parts as 3,072; the rest wastes nothing.
     """
     in_parts = functools.partial(_in_parts, parts=parts)
-    turned = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+    transposed = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
 
     def outputs_last(names: tuple[Any, ...]) -> tuple[Any, ...]:
         return names[0], names[2], names[1]
@@ -136,19 +138,19 @@ def _layout(parts: int, to_codes: Callable[[Array], Array], from_codes: Callable
         return names[0], None, None, *names[2:3], names[1]
 
     where = f"[expert, part of {parts}, gate or linear, input, output]"
-    return Layout(
+    return WeightLayout(
         Rearrangement(
             lambda a: in_parts(to_codes(a)), lambda a: from_codes(_out_of_parts(a)), parts_first, f"{codes} {where}"
         ),
         Rearrangement(in_parts, _out_of_parts, parts_first, f"bytes {where}", SCALES[1]),
         Rearrangement(in_parts, _out_of_parts, parts_first, f"values {where}"),
         Rearrangement(
-            lambda a: turned(to_codes(a)),
-            lambda a: from_codes(turned(a)),
+            lambda a: transposed(to_codes(a)),
+            lambda a: from_codes(transposed(a)),
             outputs_last,
             f"{codes} [expert, input, output]",
         ),
-        Rearrangement(turned, turned, outputs_last, "bytes [expert, input, output]", SCALES[1]),
+        Rearrangement(transposed, transposed, outputs_last, "bytes [expert, input, output]", SCALES[1]),
         Rearrangement(
             lambda a: a[:, None], lambda a: a[:, 0], lambda n: (n[0], None, n[1]), "values [expert, 1, output]"
         ),

@@ -9,43 +9,51 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpreter
-from pallas_kernels.attention import gpu, reference
+from pallas_kernels.attention import Attended, PagedKV, RingKV, gpu, merge, reference
 
 HEAD = 16
 
 
-def _run(attend, *arguments, detect_races: bool = False) -> np.ndarray:
-    """`attend` in the interpreter, whose many TMA threads tell apart which copy a barrier was waited on for."""
+def _run(*arguments, detect_races: bool = False) -> Attended:
+    """The kernel in the interpreter, whose many TMA threads show which copy a barrier was waited on for."""
     interpret = interpreter.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=16)
-    return np.asarray(jax.jit(functools.partial(attend, interpret=interpret))(*arguments)).astype(np.float32)
+    found = jax.jit(functools.partial(gpu.attend, interpret=interpret))(*arguments)
+    return Attended(*(np.asarray(x).astype(np.float32) for x in found))
 
 
-def _pages(rng: np.random.Generator, lengths: list[int], tokens: int, page: int, pages_per_row: int, dtype=np.float32):
-    """Arguments of a paged call. Whatever no row owns is NaN; rows may be of length 0, and then all padding."""
-    rows, heads, kv_heads = len(lengths), 6, 2
-    table = rng.permutation(rows * pages_per_row).reshape(rows, pages_per_row).astype(np.int32)
-    k, v = np.full((2, rows * pages_per_row, page, kv_heads, HEAD), np.nan, np.float32)
-    for row, length in enumerate(lengths):
+def _assert_reference(found: Attended, arguments, rtol: float = 1e-5, atol: float = 1e-5):
+    expected = jax.jit(reference.attend)(*arguments)
+    np.testing.assert_allclose(found.out, expected.out, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+
+
+def _paged(rng: np.random.Generator, lengths: list[int], tokens: int, page: int, pages: int, dtype=np.float32):
+    """A paged call. Whatever no sequence owns is NaN; sequences may be of length 0, and then all padding."""
+    sequences, heads, kv_heads = len(lengths), 6, 2
+    table = rng.permutation(sequences * pages).reshape(sequences, pages).astype(np.int32)
+    k, v = np.full((2, sequences * pages, page, kv_heads, HEAD), np.nan, np.float32)
+    for i, length in enumerate(lengths):
         for position in range(length):
-            at = table[row, position // page], position % page
+            at = table[i, position // page], position % page
             k[at], v[at] = rng.standard_normal((2, kv_heads, HEAD))
     positions = np.array(lengths)[:, None] - tokens + np.arange(tokens)
-    q = rng.standard_normal((rows, tokens, heads, HEAD)) * 2
+    q = rng.standard_normal((sequences, tokens, heads, HEAD)) * 2
     sinks = rng.standard_normal(heads).astype(np.float32)
-    return (*(x.astype(dtype) for x in (q, k, v)), table, np.maximum(positions, -1).astype(np.int32), sinks)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    return q, PagedKV(k, v, table), np.maximum(positions, -1).astype(np.int32), sinks
 
 
-def _band(rng: np.random.Generator, start: list[int], tokens: int, window: int):
-    """Arguments of a banded call of 2 query heads and 1 key/value head. Slots that hold no key are NaN."""
-    rows = len(start)
-    rings = np.full((2, rows, window, 1, HEAD), np.nan, np.float32)
-    for row, first in enumerate(start):
+def _windowed(rng: np.random.Generator, start: list[int], tokens: int, window: int):
+    """A call over a sliding window, of 2 query heads and 1 key/value head. Slots that hold no key are NaN."""
+    sequences = len(start)
+    rings = np.full((2, sequences, window, 1, HEAD), np.nan, np.float32)
+    for i, first in enumerate(start):
         for position in range(max(0, first - window), first):
-            rings[:, row, position % window] = rng.standard_normal((2, 1, HEAD))
-    new = rng.standard_normal((2, rows, tokens, 1, HEAD)).astype(np.float32)
+            rings[:, i, position % window] = rng.standard_normal((2, 1, HEAD))
+    new = rng.standard_normal((2, sequences, tokens, 1, HEAD)).astype(np.float32)
     positions = np.array(start, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
-    q, sinks = rng.standard_normal((rows, tokens, 2, HEAD)).astype(np.float32), np.zeros(2, np.float32)
-    return q, *rings, *new, np.array(start, np.int32), positions, sinks
+    q, sinks = rng.standard_normal((sequences, tokens, 2, HEAD)).astype(np.float32), np.zeros(2, np.float32)
+    return q, RingKV(*rings, *new, np.array(start, np.int32)), positions, sinks
 
 
 @pytest.mark.parametrize(("start", "tokens"), [(200, 1), (0, 140)])
@@ -59,75 +67,75 @@ def test_the_window_ends_between_distances_127_and_128(start, tokens):
         ring[0, position % window] = values[position]
     q, new = np.zeros((1, tokens, 4, HEAD), np.float32), values[None, start:]
     positions = np.arange(start, start + tokens, dtype=np.int32)[None]
-    arguments = (q, np.zeros_like(ring), ring, np.zeros_like(new), new, positions[:, 0], positions)
-    found = _run(gpu.banded_attention, *arguments, np.full(4, -1e9, np.float32))
-    np.testing.assert_allclose(found[0, -1, :, :2], np.tile([1 / window, 0], (4, 1)), rtol=1e-6)
+    kv = RingKV(np.zeros_like(ring), ring, np.zeros_like(new), new, positions[:, 0])
+    found = _run(q, kv, positions, np.full(4, -np.inf, np.float32))
+    np.testing.assert_allclose(found.lse[0, -1], np.log(window), rtol=1e-6)
+    np.testing.assert_allclose(found.out[0, -1, :, :2], np.tile([1 / window, 0], (4, 1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (gpu.BLOCKS, 3)])
 def test_the_sink_is_counted_once(blocks, splits, monkeypatch):
     """Guards the merge: n equal logits, values of 1 and a sink give n / (n + e^sink), however many splits there are."""
-    merged, merge = [], gpu._merged
-    monkeypatch.setattr(gpu, "_merged", lambda out, lse: merged.append(out.shape[2]) or merge(out, lse))
+    merged = []
+    monkeypatch.setattr(gpu, "merge", lambda parts, axis: merged.append(parts.lse.shape[axis]) or merge(parts, axis))
     monkeypatch.setattr(gpu, "BLOCKS", blocks)
-    lengths, page, pages_per_row = np.array([700, 5, 1], np.int32), 64, 12
-    keys = np.ones((3 * pages_per_row, page, 1, HEAD), np.float32)
-    table = np.arange(3 * pages_per_row, dtype=np.int32).reshape(3, pages_per_row)
+    lengths, page, pages = np.array([700, 5, 1], np.int32), 64, 12
+    keys = np.ones((3 * pages, page, 1, HEAD), np.float32)
+    table = np.arange(3 * pages, dtype=np.int32).reshape(3, pages)
     sinks, q = np.array([-2, 0, 3], np.float32), np.zeros((3, 1, 3, HEAD), np.float32)
-    found = _run(gpu.paged_attention, q, keys, keys, table, lengths[:, None] - 1, sinks)
-    assert merged == [splits]
-    np.testing.assert_allclose(found[:, 0, :, 0], lengths[:, None] / (lengths[:, None] + np.exp(sinks)), rtol=1e-5)
+    found = _run(q, PagedKV(keys, keys, table), lengths[:, None] - 1, sinks)
+    assert merged == ([splits] if splits > 1 else [])
+    total = lengths[:, None] + np.exp(sinks)
+    np.testing.assert_allclose(found.out[:, 0, :, 0], lengths[:, None] / total, rtol=1e-5)
+    np.testing.assert_allclose(found.lse[:, 0], np.log(total), rtol=1e-5)
 
 
 @pytest.mark.parametrize("page", [8, 64, 128])
 def test_what_no_row_owns_may_be_nan(page):
-    """Guards masking of values, where 0 x NaN is NaN; rows of length 0 and padding, whose output is 0."""
-    arguments = _pages(np.random.default_rng(page), [0, 2, 67, 130], tokens=3, page=page, pages_per_row=260 // page)
-    found = _run(gpu.paged_attention, *arguments)
-    expected = np.asarray(jax.jit(reference.paged_attention)(*arguments))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert (found[0] == 0).all()
-    assert (found[1, 0] == 0).all()
+    """Guards masking of values, where 0 x NaN is NaN; sequences of length 0 and padding, whose output is 0."""
+    arguments = _paged(np.random.default_rng(page), [0, 2, 67, 130], tokens=3, page=page, pages=260 // page)
+    found = _run(*arguments)
+    _assert_reference(found, arguments)
+    assert (found.out[0] == 0).all() and (found.out[1, 0] == 0).all()
+    assert np.isneginf(found.lse[0]).all() and np.isneginf(found.lse[1, 0]).all()
 
 
 @pytest.mark.parametrize(("start", "tokens"), [([0, 3, 90], 2), ([5], 200)])
 def test_slots_not_yet_written_may_be_nan(start, tokens):
     """Guards the same in the ring, and which tiles a block reads where a chunk is longer than the window."""
-    arguments = _band(np.random.default_rng(0), start, tokens, window=72)
-    found = _run(gpu.banded_attention, *arguments)
-    np.testing.assert_allclose(found, np.asarray(jax.jit(reference.banded_attention)(*arguments)), rtol=1e-5, atol=1e-5)
+    arguments = _windowed(np.random.default_rng(0), start, tokens, window=72)
+    _assert_reference(_run(*arguments), arguments)
 
 
 def test_bfloat16_is_summed_in_float32():
     """Guards the numbers of the real model: the error is that of rounding weights and outputs to bfloat16."""
-    arguments = _pages(np.random.default_rng(1), [130, 70], tokens=2, page=64, pages_per_row=4, dtype=jnp.bfloat16)
-    found = _run(gpu.paged_attention, *arguments)
-    widened = [x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for x in arguments]
-    np.testing.assert_allclose(found, np.asarray(jax.jit(reference.paged_attention)(*widened)), rtol=0.02, atol=0.01)
+    q, kv, *others = _paged(np.random.default_rng(1), [130, 70], tokens=2, page=64, pages=4, dtype=jnp.bfloat16)
+    wide = kv._replace(k=kv.k.astype(np.float32), v=kv.v.astype(np.float32))
+    _assert_reference(_run(q, kv, *others), (q.astype(np.float32), wide, *others), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize("form", ["paged", "banded"])
+@pytest.mark.parametrize("form", ["paged", "sliding window"])
 @pytest.mark.parametrize("planted", [False, True])
 def test_races(form, planted, monkeypatch):
     """Guards the circle of buffers: no read races with a copy; without the wait for copies, the interpreter sees it."""
     if planted:
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     rng = np.random.default_rng(0)
-    calls = {
-        "paged": (gpu.paged_attention, *_pages(rng, [70], tokens=2, page=8, pages_per_row=50)),
-        "banded": (gpu.banded_attention, *_band(rng, [90], tokens=2, window=72)),
-    }
-    _run(*calls[form], detect_races=True)
+    if form == "paged":
+        _run(*_paged(rng, [70], tokens=2, page=8, pages=50), detect_races=True)
+    else:
+        _run(*_windowed(rng, [90], tokens=2, window=72), detect_races=True)
     assert interpreter.races_found() == planted
 
 
 def test_refusals():
     """Guards against a silent loss: tensor cores would round float32, and sizes that no tile fits are named."""
-    q, k, v, *rest = map(jnp.asarray, _pages(np.random.default_rng(0), [5], tokens=1, page=8, pages_per_row=2))
+    call = _paged(np.random.default_rng(0), [5], tokens=1, page=8, pages=2)
+    q, kv, *rest = jax.tree.map(jnp.asarray, call)
     with pytest.raises(TypeError, match="q, k and v are float32, expected bfloat16 for the GPU kernel"):
-        gpu.paged_attention(q, k, v, *rest)
+        gpu.attend(q, kv, *rest)
     interpret = interpreter.InterpretGPUParams()
     with pytest.raises(ValueError, match="pages of 4 tokens, expected 8, 16, 32 or a multiple of 64"):
-        gpu.paged_attention(q, k[:, :4], v[:, :4], *rest, interpret=interpret)
+        gpu.attend(q, kv._replace(k=kv.k[:, :4], v=kv.v[:, :4]), *rest, interpret=interpret)
     with pytest.raises(ValueError, match="head_dim 8, expected a multiple of 16"):
-        gpu.paged_attention(q[..., :8], k[..., :8], v[..., :8], *rest, interpret=interpret)
+        gpu.attend(q[..., :8], kv._replace(k=kv.k[..., :8], v=kv.v[..., :8]), *rest, interpret=interpret)

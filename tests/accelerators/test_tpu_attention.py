@@ -1,6 +1,7 @@
 """The TPU's attention, interpreted: what the bodies shared by all implementations do not reach, and races of copies."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import reference, tpu
+from pallas_kernels.attention import Attended, PagedKV, RingKV, reference, tpu
 
 REAL = (16, 4, 64)  # query heads, key/value heads, head size: two groups of two, as the real models' four of two
 SHAPES = [  # heads, their dtype, a window
@@ -29,20 +30,21 @@ def _fresh_interpreter(monkeypatch):
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def _interpreted(form, arguments) -> np.ndarray:
-    return np.asarray(jax.jit(functools.partial(form, interpret=CAREFUL))(*map(jnp.asarray, arguments)))
+def _interpreted(arguments) -> Attended:
+    found = jax.jit(functools.partial(tpu.attend, interpret=CAREFUL))(*jax.tree.map(jnp.asarray, arguments))
+    return Attended(*map(np.asarray, found))
 
 
 def _races_found() -> bool:
-    """Whether the last kernel that was interpreted raced; where this is told differs between JAX 0.10 and 0.11."""
-    module = interpret_pallas_call
+    """Whether the last kernel that was interpreted raced; JAX 0.10 and 0.11 say so in different places."""
+    module: Any = interpret_pallas_call
     return (module.get_races() if hasattr(module, "get_races") else module.races).races_found
 
 
 def _positions(start: list[int], counts: list[int], tokens: int) -> np.ndarray:
     ordinal = np.arange(tokens)
-    rows = zip(start, counts, strict=True)
-    return np.array([np.where(ordinal < count, first + ordinal, -1) for first, count in rows], np.int32)
+    sequences = zip(start, counts, strict=True)
+    return np.array([np.where(ordinal < count, first + ordinal, -1) for first, count in sequences], np.int32)
 
 
 def _draw(rng: np.random.Generator, dtype: jnp.dtype, *shape: int) -> np.ndarray:
@@ -50,85 +52,84 @@ def _draw(rng: np.random.Generator, dtype: jnp.dtype, *shape: int) -> np.ndarray
 
 
 def _paged(heads: tuple[int, int, int], dtype: jnp.dtype, positions: np.ndarray, page: int = 48) -> tuple:
-    """Arguments on shuffled pages; slots that no query sees are NaN, and what no row needs of its table is nonsense."""
-    (num_heads, kv_heads, size), rows = heads, len(positions)
+    """A call on shuffled pages; slots that no query sees are NaN, table entries beyond a sequence are nonsense."""
+    (num_heads, kv_heads, size), sequences = heads, len(positions)
     rng = np.random.default_rng(positions.size)
-    per_row = int(positions.max()) // page + 2
-    table = rng.permutation(rows * per_row).reshape(rows, per_row).astype(np.int32)
-    pools = _draw(rng, dtype, 2, rows * per_row, page, kv_heads, size)
-    for row, last in enumerate(positions.max(1)):
+    pages = int(positions.max()) // page + 2
+    table = rng.permutation(sequences * pages).reshape(sequences, pages).astype(np.int32)
+    pools = _draw(rng, dtype, 2, sequences * pages, page, kv_heads, size)
+    for i, last in enumerate(positions.max(1)):
         owned, in_page = divmod(last + 1, page)
-        pools[:, table[row, owned], in_page:] = np.nan
-        pools[:, table[row, owned + 1 :]] = np.nan
-        table[row, owned + 1 :] = 2**31 - 1
-    q = 2 * _draw(rng, dtype, rows, positions.shape[1], num_heads, size)
-    return q, *pools, table, positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+        pools[:, table[i, owned], in_page:] = np.nan
+        pools[:, table[i, owned + 1 :]] = np.nan
+        table[i, owned + 1 :] = 2**31 - 1
+    q = 2 * _draw(rng, dtype, sequences, positions.shape[1], num_heads, size)
+    return q, PagedKV(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
-def _banded(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
-    """Arguments with NaN in slots that were never written and in new tokens that are padding."""
-    (num_heads, kv_heads, size), (rows, tokens) = heads, positions.shape
+def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
+    """A call with NaN in slots that were never written and in new tokens that are padding."""
+    (num_heads, kv_heads, size), (sequences, tokens) = heads, positions.shape
     rng = np.random.default_rng(positions.size)
-    rings = _draw(rng, dtype, 2, rows, window, kv_heads, size)
+    rings = _draw(rng, dtype, 2, sequences, window, kv_heads, size)
     rings[:, np.arange(window) >= np.array(start)[:, None]] = np.nan
-    new = _draw(rng, dtype, 2, rows, tokens, kv_heads, size)
+    new = _draw(rng, dtype, 2, sequences, tokens, kv_heads, size)
     new[:, positions < 0] = np.nan
-    q = 2 * _draw(rng, dtype, rows, tokens, num_heads, size)
-    return q, *rings, *new, np.array(start, np.int32), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    q = 2 * _draw(rng, dtype, sequences, tokens, num_heads, size)
+    return q, RingKV(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
-def _check(form, meaning, arguments):
-    """`form` of the arguments is `meaning` of them, zero where padding is, and free of races."""
-    positions, dtype = arguments[-2], arguments[0].dtype
-    found, expected = _interpreted(form, arguments), np.asarray(jax.jit(meaning)(*map(jnp.asarray, arguments)))
-    tolerance = 2e-6 if dtype == np.float32 else 2e-2  # a weight has 8 bits in bfloat16
+def _check(arguments):
+    """The kernel gives what the reference gives, 0 and -inf where padding is, and is free of races."""
+    q, _, positions, _ = arguments
+    found, expected = _interpreted(arguments), jax.jit(reference.attend)(*jax.tree.map(jnp.asarray, arguments))
+    tolerance = 2e-6 if q.dtype == np.float32 else 2e-2  # a weight has 8 bits in bfloat16
     real = positions >= 0
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found[real], expected[real], rtol=tolerance, atol=tolerance)
-    assert (found[~real] == 0).all()
+    assert found.out.dtype == found.lse.dtype == np.float32
+    np.testing.assert_allclose(found.out[real], expected.out[real], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=2e-6, atol=2e-6)
+    assert (found.out[~real] == 0).all() and np.isneginf(found.lse[~real]).all()
     assert not _races_found()
 
 
 @pytest.mark.parametrize(("heads", "dtype"), [shape[:2] for shape in SHAPES])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_paged_is_the_reference(heads, dtype, tokens):
-    """Guards heads packed into registers, rows of no tokens between others, blocks partly there, NaN in free slots."""
+    """Guards heads packed into registers, sequences of no tokens, blocks partly there, NaN in free slots."""
     start, counts = [0, 3, 64, 0, 1100], [tokens, max(1, tokens - 2), 0, 0, tokens]
-    _check(tpu.paged_attention, reference.paged_attention, _paged(heads, dtype, _positions(start, counts, tokens)))
+    _check(_paged(heads, dtype, _positions(start, counts, tokens)))
 
 
 def test_a_prompt_of_several_tiles():
-    """Guards tiles of one row: keys that all of a tile see are taken unmasked, and padding in a tile is not."""
+    """Guards tiles of one sequence: keys that all of a tile see are taken unmasked, and padding in a tile is not."""
     positions = _positions([700, 0], [150, 100], 150)
-    _check(tpu.paged_attention, reference.paged_attention, _paged((6, 2, 16), jnp.float32, positions))
+    _check(_paged((6, 2, 16), jnp.float32, positions))
 
 
 @pytest.mark.parametrize(("heads", "dtype", "window"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 150])
-def test_banded_is_the_reference(heads, dtype, window, tokens):
+def test_the_sliding_window_is_the_reference(heads, dtype, window, tokens):
     """Guards the ring: unwritten slots, wrap-around, tiles that see the ring and tiles that do not, padding."""
     start = [0, 5, 128, 1020]
     positions = _positions(start, [tokens, max(1, tokens - 3), 0, tokens], tokens)
-    _check(tpu.banded_attention, reference.banded_attention, _banded(heads, dtype, start, positions, window))
+    _check(_windowed(heads, dtype, start, positions, window))
 
 
 @pytest.mark.parametrize("distance", [127, 128])
 @pytest.mark.parametrize("tokens", [1, 20, 200])
-def test_the_band_ends_where_it_should(tokens, distance):
+def test_the_window_ends_where_it_should(tokens, distance):
     """Guards the window's far edge, an error of one key in 128 that no tolerance sees: only that key has a value."""
     last, window = 300, 128
     start = [last + 1 - tokens]
-    q, k_ring, v_ring, k, v, first, positions, sinks = _banded(
-        (2, 1, 16), jnp.float32, start, _positions(start, [tokens], tokens), window
-    )
-    v_ring[:], v[:] = 0, 0
+    q, kv, positions, sinks = _windowed((2, 1, 16), jnp.float32, start, _positions(start, [tokens], tokens), window)
+    kv.v[:], kv.v_new[:] = 0, 0
     at = last - distance
     if at >= start[0]:
-        v[0, at - start[0]] = 1e6
+        kv.v_new[0, at - start[0]] = 1e6
     else:
-        v_ring[0, at % window] = 1e6 if at >= start[0] - window else 0
-    found = _interpreted(tpu.banded_attention, (q, k_ring, v_ring, k, v, first, positions, sinks))
-    assert (found[0, -1] > 0).all() == (distance < window)
+        kv.v[0, at % window] = 1e6 if at >= start[0] - window else 0
+    found = _interpreted((q, kv, positions, sinks))
+    assert (found.out[0, -1] > 0).all() == (distance < window)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -136,18 +137,19 @@ def test_a_sink_counts_once(tokens):
     """Guards a sink taken in with each block of keys: beside n equal keys a sink of ln(n) takes one half, not more."""
     keys = 2500
     positions = _positions([keys - tokens], [tokens], tokens)
-    q, k, v, table, _, sinks = _paged((2, 1, 16), jnp.float32, positions)
+    q, kv, _, _ = _paged((2, 1, 16), jnp.float32, positions)
     sinks = np.full(2, np.log(keys), np.float32)
-    found = _interpreted(tpu.paged_attention, (0 * q, k, np.ones_like(v), table, positions, sinks))
-    np.testing.assert_allclose(found[0, -1], 0.5, rtol=1e-4)
+    found = _interpreted((0 * q, kv._replace(v=np.ones_like(kv.v)), positions, sinks))
+    np.testing.assert_allclose(found.out[0, -1], 0.5, rtol=1e-4)
+    np.testing.assert_allclose(found.lse[0, -1], np.log(2 * keys), rtol=1e-5)
 
 
 def test_extreme_sinks():
     """Guards the sink's place in the maximum: one of minus infinity takes nothing, a huge one everything."""
-    q, k, v, table, positions, _ = _paged((4, 2, 16), jnp.float32, _positions([90], [10], 10))
-    arguments = (q, k, v, table, positions, np.array([-np.inf, 0, 1e4, -1e4], np.float32))
-    _check(tpu.paged_attention, reference.paged_attention, arguments)
-    assert (_interpreted(tpu.paged_attention, arguments)[:, :, 2] == 0).all()
+    *call, _ = _paged((4, 2, 16), jnp.float32, _positions([90], [10], 10))
+    arguments = (*call, np.array([-np.inf, 0, 1e4, -1e4], np.float32))
+    _check(arguments)
+    assert (_interpreted(arguments).out[:, :, 2] == 0).all()
 
 
 def test_a_missing_wait_is_seen(monkeypatch):
@@ -166,16 +168,17 @@ def test_a_missing_wait_is_seen(monkeypatch):
     make = pltpu.make_async_copy
     monkeypatch.setattr(pltpu, "make_async_copy", Impatient)
     arguments = _paged((6, 2, 16), jnp.float32, _positions([100], [1], 1))
-    found = _interpreted(tpu.paged_attention, arguments)
-    assert _races_found() or not np.isfinite(found).all()
+    found = _interpreted(arguments)
+    assert _races_found() or not np.isfinite(found.out).all()
 
 
 def test_what_the_kernels_cannot_take_is_refused():
     """Guards against silent rounding, and against pages whose copies a TPU would tear."""
-    arguments = list(_paged((6, 2, 16), jnp.float32, _positions([9], [1], 1), page=24))
-    half = [arguments[0].astype(jnp.bfloat16), *arguments[1:]]
-    with pytest.raises(ValueError, match=r"float32 or bfloat16, the same for all, got q bfloat16, k_pages float32"):
-        tpu.paged_attention(*map(jnp.asarray, half), interpret=CAREFUL)
-    small = [*(a.astype(jnp.bfloat16) for a in arguments[:3]), *arguments[3:]]
-    with pytest.raises(ValueError, match=r"k_pages has 24 tokens a page, expected a multiple of 16"):
-        tpu.paged_attention(*map(jnp.asarray, small))
+    call = _paged((6, 2, 16), jnp.float32, _positions([9], [1], 1), page=24)
+    q, kv, *others = jax.tree.map(jnp.asarray, call)
+    half = q.astype(jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"float32 or bfloat16, the same for all, got q bfloat16, k float32"):
+        tpu.attend(half, kv, *others, interpret=CAREFUL)
+    small = kv._replace(k=kv.k.astype(jnp.bfloat16), v=kv.v.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"k has 24 tokens a page, expected a multiple of 16"):
+        tpu.attend(half, small, *others)

@@ -1,6 +1,7 @@
 """The expert kernel for TPUs, in the interpreter: what the body that all implementations share does not ask."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,11 @@ from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import tpu, tpu_forms
 from pallas_kernels.mxfp4 import BLOCK
 from tests.goldens.make import tiny_config
-from tests.unit.test_kernels import choices_of, expected_of, random_experts
+from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES = expert_op.ExpertWeights(  # as in gptoss_jax/moe.py
+AXES: Any = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
     ("experts", "expert_hidden", None, None),
     ("experts", "expert_hidden", None),
     ("experts", "expert_hidden"),
@@ -38,9 +39,15 @@ def _bits(tree):
     return jax.tree.map(lambda a: np.asarray(a).view(np.uint8), tree)
 
 
-def _piece(array, names, axis: str, piece: int):
+def _shard(array, names, axis: str, shard: int):
     """What one of two devices holds of an array whose axes are called `names`, if they share `axis`."""
-    return jnp.split(array, 2, axis=names.index(axis))[piece] if axis in names else array
+    return jnp.split(array, 2, axis=names.index(axis))[shard] if axis in names else array
+
+
+def _cut(weights, axes, axis: str, shard: int) -> expert_op.ExpertWeights:
+    """What one of two devices holds of a layer's experts."""
+    shards = (_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True))
+    return expert_op.ExpertWeights(*shards)
 
 
 # ---- the forms ----
@@ -49,7 +56,7 @@ def _piece(array, names, axis: str, piece: int):
 def _unpacked(form: tpu_forms.Form, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The weights [32 B, O] that a kernel makes of published blocks [O, B, 16], inputs in their natural order."""
     codes = form.layout.down_blocks.pack(jnp.asarray(blocks[None]))[0]
-    turned = form.layout.down_scales.pack(jnp.asarray(scales[None]))[0]
+    scales_packed = form.layout.down_scales.pack(jnp.asarray(scales[None]))[0]
     outputs, num_blocks = scales.shape
 
     def kernel(codes, scales, out, scratch):
@@ -64,7 +71,7 @@ def _unpacked(form: tpu_forms.Form, blocks: np.ndarray, scales: np.ndarray) -> n
             pltpu.VMEM((pl.cdiv(outputs, tpu_forms.LANES), tpu_forms.WORDS * num_blocks, tpu_forms.LANES), jnp.int32)
         ],
         interpret=pltpu.InterpretParams(),
-    )(codes, turned)
+    )(codes, scales_packed)
     return np.moveaxis(np.asarray(parts).reshape(form.parts, num_blocks, rows, outputs), 0, 1).reshape(-1, outputs)
 
 
@@ -94,24 +101,23 @@ def test_layouts_are_undone_to_the_published_bytes(form):
 
 @FORMS
 @pytest.mark.parametrize("axis", ["experts", "expert_hidden"])
-def test_a_piece_of_a_layout_is_the_layout_of_a_piece(form, axis):
+def test_a_shard_of_a_layout_is_the_layout_of_a_shard(form, axis):
     """Guards sharding: cut along the axes that the layout names, each device has what its own experts would give."""
     weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
     axes = expert_op.packed_axes(form.layout, AXES)
     packed = expert_op.packed(form.layout, weights)
-    for piece in range(2):
-        cut = lambda array, names, piece=piece: _piece(array, names, axis, piece)  # noqa: E731
-        cut_weights = expert_op.ExpertWeights(*map(cut, weights, AXES))  # 96 of 192: an odd number of blocks
-        found = expert_op.ExpertWeights(*map(cut, packed, axes))
+    for shard in range(2):
+        cut_weights = _cut(weights, AXES, axis, shard)  # 96 of 192: an odd number of blocks
+        found = _cut(packed, axes, axis, shard)
         jax.tree.map(np.testing.assert_array_equal, _bits(found), _bits(expert_op.packed(form.layout, cut_weights)))
 
 
 @pytest.mark.parametrize("mesh", [None, "expert=2,tensor=2"])
 def test_devices_pack_their_own_experts(mesh):
-    """Guards loading: packed expert by expert and piece by piece, weights are what packing them whole gives."""
+    """Guards loading: packed expert by expert and shard by shard, weights are what packing them whole gives."""
     weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
     layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
-    for array, axes, way in zip(weights, AXES, layout, strict=True):
+    for array, axes, way in zip(weights[:6], AXES[:6], layout, strict=True):
         found = weight_transforms.rearrange_experts(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
         assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
         np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))
@@ -134,7 +140,7 @@ def _run(form: tpu_forms.Form, *arguments) -> np.ndarray:
     interpret = pltpu.InterpretParams(detect_races=True)
     found = jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))(*arguments)
     found.block_until_ready()
-    module = interpret_pallas_call  # JAX 0.11 asks by a function
+    module: Any = interpret_pallas_call  # JAX 0.11 asks by a function
     assert not (module.get_races() if hasattr(module, "get_races") else module.races).races_found
     return np.asarray(found)
 
@@ -144,34 +150,33 @@ def _run(form: tpu_forms.Form, *arguments) -> np.ndarray:
 def test_forms(form, dtype, monkeypatch):
     """Guards each form through the whole kernel, several blocks of outputs a matrix, and activations in bfloat16."""
     monkeypatch.setattr(tpu, "MOST_OUTPUTS", 128)
-    tokens, hidden, inner, experts, choices = 5, 160, 544, 4, 3
+    tokens, hidden, inner, experts, top_k = 5, 160, 544, 4, 3
     rng = np.random.default_rng(0)
     weights = random_experts(rng, hidden, inner, experts)
-    ids, shares = choices_of(rng, "random", tokens, experts, choices), rng.random((tokens, choices)).astype(np.float32)
+    ids = assignments_of(rng, "random", tokens, experts, top_k)
+    routing_weights = rng.random((tokens, top_k)).astype(np.float32)
     x = rng.standard_normal((tokens, hidden)).astype(dtype)
     packed = expert_op.packed(tpu_forms.FORMS[form].layout, jax.tree.map(jnp.asarray, weights))
-    found = _run(tpu_forms.FORMS[form], x, ids, shares, packed)
-    expected = expected_of(x, ids, shares, weights, LIMIT)
+    found = _run(tpu_forms.FORMS[form], x, ids, routing_weights, packed)
+    expected = expected_of(x, ids, routing_weights, weights, LIMIT)
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-2  # between the products activations are of x's dtype
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
-def test_pieces_of_experts_add_up():
+def test_shards_of_experts_add_up():
     """Guards tensor parallelism: two devices, each with an odd number of blocks of every expert's width."""
     rng = np.random.default_rng(0)
     weights = random_experts(rng, 96, 192, 3)
-    ids, shares = choices_of(rng, "random", 2, 3, 2), rng.random((2, 2)).astype(np.float32)
+    ids, routing_weights = assignments_of(rng, "random", 2, 3, 2), rng.random((2, 2)).astype(np.float32)
     x = rng.standard_normal((2, 96)).astype(np.float32)
     form, found = tpu_forms.FORMS["words, by selection"], 0
     packed = expert_op.packed(form.layout, jax.tree.map(jnp.asarray, weights))
     axes = expert_op.packed_axes(form.layout, AXES)
-    for piece in range(2):
-        part = expert_op.ExpertWeights(
-            *(_piece(*pair, "expert_hidden", piece) for pair in zip(packed, axes, strict=True))
-        )
-        part = part._replace(down_bias=part.down_bias * (1 - piece))  # a sum that is split has its bias once
-        found += _run(form, x, ids, shares, part)
-    expected = expected_of(x, ids, shares, weights, LIMIT)
+    for shard in range(2):
+        part = _cut(packed, axes, "expert_hidden", shard)
+        part = part._replace(down_bias=part.down_bias * (1 - shard))  # a sum that is split has its bias once
+        found += _run(form, x, ids, routing_weights, part)
+    expected = expected_of(x, ids, routing_weights, weights, LIMIT)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 

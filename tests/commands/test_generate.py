@@ -356,7 +356,6 @@ def _interrupted(folder, arguments) -> tuple[int, str, str]:
         return process.returncode, out, said + rest
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_had_come(folder):
     """Guards answers against impatience: what was drawn is printed, in --json too, and the exit code says 130."""
     code, out, said = _interrupted(folder, ["--raw", "Tell a long story."])
@@ -371,7 +370,6 @@ def test_ctrl_c_keeps_what_had_come(folder):
     assert len(answer["token_ids"]) > 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("during", ["loading", "compiling"])
 def test_ctrl_c_before_the_first_token_ends_the_command(folder, during):
     """Guards the wait: an interruption may fall into JAX's callbacks, which swallow exceptions; it is not lost."""
@@ -579,7 +577,6 @@ def _defined_flags(module: str) -> set[str]:
 # ---- the cache, and Python ----
 
 
-@pytest.mark.slow
 def test_second_process_compiles_no_large_program(folder):
     """Guards the persistent cache: the second start takes its programs from the user's cache folder."""
     asked = ("checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "3", "--json")

@@ -5,6 +5,7 @@ import importlib.metadata
 import socket
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +69,14 @@ def test_session_has_eight_cpu_devices_and_strict_promotion():
     """Guards against sharding tests on one device and silent dtype promotion: both pass everything."""
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
     with pytest.raises(ValueError, match="dtype promotion"):
-        jnp.ones(1, jnp.bfloat16) + jnp.ones(1, jnp.float32)
+        jnp.add(jnp.ones(1, jnp.bfloat16), jnp.ones(1, jnp.float32))
 
 
 def test_session_checks_annotations():
     """Guards against a pytest option that is lost, so that no shape or type annotation is checked in any test."""
+    number: Any = 5
     with pytest.raises(jaxtyping.TypeCheckError):
-        tokenizer.load_tokenizer(vocab_path=5)
+        tokenizer.load_tokenizer(vocab_path=number)
 
 
 def test_session_blocks_network_but_not_event_loops():

@@ -106,7 +106,6 @@ def _score(folder, *arguments, text="") -> processes.Done:
     return processes.run("gptoss_jax.score", "--checkpoint", folder, *arguments, stdin=text, environment=environment)
 
 
-@pytest.mark.slow
 def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
     """Guards the command: a text from stdin and lines of a file, as text and as JSON."""
     text = "The sky is blue.\n\nGrüße, 世界!\u2028More.\n"  # U+2028 ends no line

@@ -77,21 +77,21 @@ bool linear_int8(int64_t rows, int64_t outputs, int64_t inputs) {
   });
 }
 
-bool experts(bool is_bf16, int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t choices) {
+bool experts(bool is_bf16, int64_t rows, int64_t hidden, int64_t inner, int64_t experts, int64_t top_k) {
   const std::vector<float> wide_x(static_cast<size_t>(rows * hidden), 0.25f);
   const auto narrow_x = bfloat16s(rows * hidden);
   const void* x = is_bf16 ? static_cast<const void*>(narrow_x.data()) : wide_x.data();
-  const std::vector<float> shares(static_cast<size_t>(rows * choices), 0.5f);
+  const std::vector<float> routing_weights(static_cast<size_t>(rows * top_k), 0.5f);
   std::vector<int32_t> ids;
-  for (int64_t i = 0; i < rows * choices; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (experts + 2)) - 1);
+  for (int64_t i = 0; i < rows * top_k; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (experts + 2)) - 1);
   const auto up = bytes(experts * inner * hidden), down = bytes(experts * hidden * inner / 2);
   const auto up_scales = scales(experts * 2 * inner * hidden / 32), down_scales = scales(experts * hidden * inner / 32);
   const auto up_bias = bfloat16s(experts * 2 * inner), down_bias = bfloat16s(experts * hidden);
   return agree(rows * hidden, [&](const Pool& pool, float* y) {
     return kernels.expert_mlp(pool, {{x, is_bf16, rows, hidden},
                                      ids.data(),
-                                     shares.data(),
-                                     choices,
+                                     routing_weights.data(),
+                                     top_k,
                                      experts,
                                      {up.data(), up_scales.data(), up_bias.data(), 2 * inner, hidden / 32},
                                      {down.data(), down_scales.data(), down_bias.data(), hidden, inner / 32},
@@ -104,24 +104,26 @@ struct Heads {
   int64_t heads, kv_heads, size;
 };
 
-// Attention of two rows, the second of which ends in padding; over pages in order, or over a ring of `window` slots.
+// Attention of two sequences, the second of which ends in padding; over pages in order, or over a ring of `window`
+// slots. Results lie one after the other, the log-sum-exp last.
 bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t window) {
-  const int64_t rows = 2, pages = (start + tokens + page - 1) / page, token = heads.kv_heads * heads.size;
-  std::vector<int32_t> positions, table, starts(rows, start);
-  for (int64_t i = 0; i < rows * tokens; ++i)
-    positions.push_back(i > tokens && i + 1 == rows * tokens ? -1 : start + static_cast<int32_t>(i % tokens));
-  for (int64_t i = 0; i < rows * pages; ++i) table.push_back(static_cast<int32_t>(i));
-  const auto q = bfloat16s(rows * tokens * heads.heads * heads.size), sinks = bfloat16s(heads.heads);
-  const int64_t stored = (window ? rows * window : rows * pages * page) * token;
+  const int64_t sequences = 2, pages = (start + tokens + page - 1) / page, token = heads.kv_heads * heads.size;
+  const int64_t queries = sequences * tokens * heads.heads;
+  std::vector<int32_t> positions, table, starts(sequences, start);
+  for (int64_t i = 0; i < sequences * tokens; ++i)
+    positions.push_back(i > tokens && i + 1 == sequences * tokens ? -1 : start + static_cast<int32_t>(i % tokens));
+  for (int64_t i = 0; i < sequences * pages; ++i) table.push_back(static_cast<int32_t>(i));
+  const auto q = bfloat16s(queries * heads.size), sinks = bfloat16s(heads.heads);
+  const int64_t stored = (window ? sequences * window : sequences * pages * page) * token;
   const auto keys = bfloat16s(stored), values = bfloat16s(stored);
-  const auto new_keys = bfloat16s(rows * tokens * token), new_values = bfloat16s(rows * tokens * token);
-  return agree(rows * tokens * heads.heads * heads.size, [&](const Pool& pool, float* y) {
+  const auto new_keys = bfloat16s(sequences * tokens * token), new_values = bfloat16s(sequences * tokens * token);
+  return agree(queries * (heads.size + 1), [&](const Pool& pool, float* y) {
     cpu_kernels::AttentionCall call = {};
     call.q = {q.data(), true};
     call.sinks = {sinks.data(), true};
     call.positions = positions.data();
-    call.output = y;
-    call.rows = rows, call.tokens = tokens;
+    call.out = y, call.lse = y + queries * heads.size;
+    call.sequences = sequences, call.tokens = tokens;
     call.heads = heads.heads, call.kv_heads = heads.kv_heads, call.head_size = heads.size;
     call.bfloat16_keys = true;
     call.stored = {keys.data(), values.data()};
@@ -131,7 +133,7 @@ bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t
       call.start = starts.data();
     } else {
       call.page_table = table.data();
-      call.pages = rows * pages, call.pages_per_row = pages;
+      call.pages = sequences * pages, call.pages_per_sequence = pages;
     }
     return kernels.attention(pool, call);
   });

@@ -70,7 +70,7 @@ def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
     assert same > 32
 
 
-SMALL_POOL = {"max_context_tokens": 384, "prefill_widths": (16, 64), "pool_tokens": 384}
+SMALL_POOL = EngineConfig(slots=4, max_context_tokens=384, prefill_widths=(16, 64), pool_tokens=384)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
@@ -85,8 +85,8 @@ def test_a_preempted_request_goes_on_where_it_was(folder, deterministic, kernels
     requests = [Request(_prompt(20 + i), (), 150, p) for i, p in enumerate(sampling_params)]
     if not deterministic:
         requests = [dataclasses.replace(request, sampling=GREEDY) for request in requests]
-    roomy = model.engine(EngineConfig(slots=4, deterministic=deterministic, **SMALL_POOL | {"pool_tokens": None}))
-    expected = _streams(roomy, requests)
+    config = dataclasses.replace(SMALL_POOL, deterministic=deterministic)
+    expected = _streams(model.engine(dataclasses.replace(config, pool_tokens=None)), requests)
     preempted = []
 
     class Watched(Scheduler):
@@ -94,7 +94,7 @@ def test_a_preempted_request_goes_on_where_it_was(folder, deterministic, kernels
             preempted.append(super().preempt(running).request_id)
             return super().preempt(running)
 
-    engine = model.engine(EngineConfig(slots=4, deterministic=deterministic, **SMALL_POOL), scheduler=Watched())
+    engine = model.engine(config, scheduler=Watched())
     seen = collections.defaultdict(list)
     streams = _streams(engine, [dataclasses.replace(r, ends_at=seen[i].append) for i, r in enumerate(requests)])
     assert preempted and 0 not in preempted  # the oldest always goes on

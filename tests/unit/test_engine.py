@@ -86,7 +86,7 @@ def test_more_requests_than_slots_of_mixed_lengths(make_engine, deterministic):
     engine = make_engine(deterministic)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+        lambda event, duration_secs, **_: compiled.append(event) if "backend_compile" in event else None
     )
     requests = [Request(_prompt(n), (), 9 + i, GREEDY) for i, n in enumerate(LENGTHS)]
     answers = _answers(engine, requests)
@@ -104,7 +104,7 @@ def test_compilations_are_counted():
     """Guards the test above: its listener does hear a compilation."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+        lambda event, duration_secs, **_: compiled.append(event) if "backend_compile" in event else None
     )
     jax.jit(lambda x: x * 3).lower(jnp.zeros(3)).compile()
     assert compiled

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -49,12 +50,13 @@ def all_pages_are_free(engine: Engine) -> bool:
 def test_pages_are_taken_on_demand(one_batch):
     """Guards memory: eight requests that may grow to the context run at once in a pool that holds two such."""
     config = EngineConfig(slots=8, max_context_tokens=4096, pool_tokens=8192)
-    engine = make_engine(config, one_batch=one_batch)
+    runner = FakeRunner(config, one_batch=one_batch)
+    engine = Engine(runner, CONFIG, config)
     for i in range(8):
         engine.submit(Request(prompt(4, i), ()))
     for _ in range(20):
         engine.tick()
-    assert engine.runner.dispatches[-1] == ("decode", list(range(8)))
+    assert runner.dispatches[-1] == ("decode", list(range(8)))
 
 
 @BOTH
@@ -73,7 +75,7 @@ def test_the_youngest_gives_way_when_pages_run_out(one_batch):
     engine = make_engine(config, scheduler=Watched(), one_batch=one_batch)
     seen = collections.defaultdict(list)
     for i in range(4):
-        engine.submit(Request(prompt(20 + i), (), 300, ends_at=seen[i].append))
+        engine.submit(Request(prompt(20 + i), (), 300, ends_at=lambda token, i=i: seen[i].append(token) is not None))
     tokens = run(engine)
     assert preempted and 0 not in preempted
     assert [tokens[i] for i in range(4)] == [answer(prompt(20 + i), 300) for i in range(4)]
@@ -197,6 +199,7 @@ def test_context_beyond_the_models_is_refused():
     """Guards YaRN's range: an engine longer than the model's promise would answer nonsense without a word."""
     with pytest.raises(RequestError, match="max_context_tokens is 131073, the model has 131072 at most"):
         Request((1,), (), 4).check(CONFIG, EngineConfig(max_context_tokens=131_073))
-    for name in ("slots", "max_context_tokens", "pool_tokens"):
-        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
-            EngineConfig(**{name: 0})
+    zeros: list[dict[str, Any]] = [{"slots": 0}, {"max_context_tokens": 0}, {"pool_tokens": 0}]
+    for zero in zeros:
+        with pytest.raises(ValueError, match=f"{next(iter(zero))} is 0, expected at least 1"):
+            EngineConfig(**zero)

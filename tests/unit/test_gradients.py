@@ -1,53 +1,34 @@
 """Gradients through every implementation, against JAX's own derivative of the same formulas written densely."""
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cpu_kernels
-import gptoss_jax
-from gptoss_jax.model import kv_cache
-from gptoss_jax.model.transformer import all_logits
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
-from pallas_kernels import mxfp4
-from tests.unit.test_kernels import SHAPES, all_of, choices_of, random_experts
+from tests.unit.test_kernels import SHAPES, adapted_call, all_of, assignments_of, dense_experts, random_experts
 
 LIMIT = 7.0
 
 
-def _close(found, expected):
+def assert_close(found, expected) -> None:
+    """Each gradient within 0.2 % of the largest element expected of it, none of them all zeros."""
     for name, a, b in zip(("first", "second", "third", "fourth"), found, expected, strict=False):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(b).max() > 0, f"the {name} gradient is nothing to compare with"
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max(), err_msg=name)
 
 
-def _dense_experts(x, shares, gate_up_bias, down_bias, ids, weights):
-    """Every expert on every token, then those that were chosen."""
-    gate_up = mxfp4.dequantize(weights.gate_up_blocks, weights.gate_up_scales, jnp.float32)
-    down = mxfp4.dequantize(weights.down_blocks, weights.down_scales, jnp.float32)
-    h = jnp.einsum("td,efd->tef", x, gate_up, precision="highest") + gate_up_bias.astype(jnp.float32)
-    gate, linear = jnp.minimum(h[..., 0::2], LIMIT), jnp.clip(h[..., 1::2], -LIMIT, LIMIT)
-    y = jnp.einsum("tef,edf->ted", gate * jax.nn.sigmoid(1.702 * gate) * (linear + 1), down, precision="highest")
-    y = y + down_bias.astype(jnp.float32)
-    chosen = jax.nn.one_hot(ids, y.shape[1], dtype=jnp.float32) * shares[..., None]
-    return jnp.einsum("txe,ted->td", chosen, y, precision="highest")
-
-
 @pytest.mark.parametrize("name", all_of(expert_op.IMPLEMENTATIONS))
-@pytest.mark.parametrize("routing", ["random", "with skipped choices"])
+@pytest.mark.parametrize("routing", ["random", "with skipped assignments"])
 def test_experts(name, routing):
-    """Guards fine-tuning: x, the router's weights and both biases learn; rows that are padding or skipped do not."""
-    tokens, hidden, inner, experts, choices = SHAPES["fewer tokens than experts"]
+    """Guards fine-tuning: x, routing weights and both biases learn; rows that are padding or skipped do not."""
+    tokens, hidden, inner, experts, top_k = SHAPES["fewer tokens than experts"]
     rng = np.random.default_rng(1)
     weights = jax.tree.map(jnp.asarray, random_experts(rng, hidden, inner, experts))
-    ids = jnp.asarray(choices_of(rng, routing, tokens, experts, choices))
+    ids = jnp.asarray(assignments_of(rng, routing, tokens, experts, top_k))
     x, shares = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, hidden), ids.shape))
     towards = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
     implementation = expert_op.IMPLEMENTATIONS[name]
@@ -57,15 +38,34 @@ def test_experts(name, routing):
         biased = packed._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
         return jnp.sum(implementation.run(x, ids, shares, biased, limit=LIMIT) * towards)
 
-    def dense(*floats):
-        return jnp.sum(_dense_experts(*floats, ids, weights) * towards)
+    def dense(x, shares, gate_up_bias, down_bias):
+        biased = weights._replace(gate_up_bias=gate_up_bias, down_bias=down_bias)
+        return jnp.sum(dense_experts(x, ids, shares, biased, (None, None), LIMIT) * towards)
 
     floats = x, shares, packed.gate_up_bias, packed.down_bias
     *found, d_gate_up, d_down = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*floats)
     layout = implementation.layout
     found += [layout.gate_up_bias.unpack(d_gate_up), layout.down_bias.unpack(d_down)]
     bias = weights.gate_up_bias.astype(jnp.float32), weights.down_bias.astype(jnp.float32)
-    _close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
+    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
+
+
+def test_adapters():
+    """Guards fine-tuning of adapters: both factors of both learn, and x learns through them."""
+    (x, ids, shares), weights, adapters = adapted_call()
+    towards = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
+
+    def loss(x, gate_up, down):
+        adapted = weights._replace(gate_up_adapter=gate_up, down_adapter=down)
+        return jnp.sum(expert_op.IMPLEMENTATIONS["reference"].run(x, ids, shares, adapted, limit=LIMIT) * towards)
+
+    def dense(x, *adapters):
+        return jnp.sum(dense_experts(x, ids, shares, weights, adapters, LIMIT) * towards)
+
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, *adapters)
+    expected = jax.grad(dense, argnums=(0, 1, 2))(x, *adapters)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close([a], [b])
 
 
 @pytest.mark.parametrize("name", all_of(linear_op.IMPLEMENTATIONS))
@@ -76,129 +76,152 @@ def test_linear(name):
     w = w.astype(jnp.bfloat16)
     run = linear_op.IMPLEMENTATIONS[name]
     found = jax.jit(jax.grad(lambda x, w: jnp.sum(run(x, w) * towards), argnums=(0, 1)))(x, w)
-    _close(found, (towards @ w.astype(jnp.float32), towards.T @ x))
+    assert_close(found, (towards @ w.astype(jnp.float32), towards.T @ x))
     assert found[1].dtype == jnp.bfloat16
     whole = jnp.asarray(rng.integers(-127, 128, (40, 96)), jnp.int8)
-    _close([jax.grad(lambda x: jnp.sum(run(x, whole) * towards))(x)], [towards @ whole.astype(jnp.float32)])
+    assert_close([jax.grad(lambda x: jnp.sum(run(x, whole) * towards))(x)], [towards @ whole.astype(jnp.float32)])
 
 
-def _dense_attention(q, k, v, sinks, visible):
-    """One row: q [T, N, H], k and v [S, K, H], visible [T, S]."""
+def _dense_attention(q, k, v, sinks, visible) -> attention_op.Attended:
+    """One sequence: q [T, N, H], k and v [S, K, H], visible [T, S]."""
     k, v = (jnp.repeat(a, q.shape[1] // k.shape[1], axis=1) for a in (k, v))
     logits = jnp.einsum("tnh,snh->nts", q, k, precision="highest") * q.shape[-1] ** -0.5
     logits = jnp.where(visible, logits, -jnp.inf)
     logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[:, None, None], (*logits.shape[:2], 1))], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)[..., :-1]
-    return jnp.einsum("nts,snh->tnh", weights, v, precision="highest")
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return attention_op.Attended(jnp.einsum("nts,snh->tnh", weights, v, precision="highest"), lse.T)
+
+
+def _towards(found: attention_op.Attended, targets: attention_op.Attended, positions) -> jax.Array:
+    """A loss of the output and of the lse, without padding's lse, which is -inf."""
+    lse = jnp.where(positions[..., None] < 0, 0, found.lse)
+    return jnp.sum(found.out * targets.out) + jnp.sum(lse * targets.lse)
+
+
+def _targets(rng: np.random.Generator, *shape: int) -> attention_op.Attended:
+    return attention_op.Attended(*(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, shape[:-1])))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
 def test_paged_attention(name):
     """Guards fine-tuning through pages: queries, every page's keys and values, and the sinks; NaN in free slots."""
     rng = np.random.default_rng(3)
-    rows, tokens, heads, kv_heads, size, page, pages = 2, 3, 6, 2, 16, 8, 5
-    q = jnp.asarray(rng.standard_normal((rows, tokens, heads, size)), jnp.float32)
+    sequences, tokens, heads, kv_heads, size, page, pages = 2, 3, 6, 2, 16, 8, 5
+    q = jnp.asarray(rng.standard_normal((sequences, tokens, heads, size)), jnp.float32)
     pool = [jnp.asarray(rng.standard_normal((7, page, kv_heads, size)), jnp.float32) for _ in range(2)]
     table = jnp.asarray([[6, 1, 3, 0, 0], [2, 5, 0, 0, 0]], jnp.int32)
     positions = jnp.asarray([[18, 19, 20], [9, 10, -1]], jnp.int32)
     sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
-    towards = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    targets = _targets(rng, *q.shape)
     spoilt = [p.at[3, 5:].set(jnp.nan).at[4].set(jnp.nan) for p in pool]
 
     def loss(q, k, v, sinks):
-        return jnp.sum(attention_op.IMPLEMENTATIONS[name].paged(q, k, v, table, positions, sinks) * towards)
+        found = attention_op.IMPLEMENTATIONS[name](q, attention_op.PagedKV(k, v, table), positions, sinks)
+        return _towards(found, targets, positions)
 
     def dense(q, k, v, sinks):
-        total = 0.0
-        for row in range(rows):
-            keys, values = (p[table[row]].reshape(pages * page, kv_heads, size) for p in (k, v))
-            visible = jnp.arange(pages * page) <= positions[row][:, None]
-            total += jnp.sum(_dense_attention(q[row], keys, values, sinks, visible) * towards[row])
-        return total
+        def one_sequence(q, table, positions):
+            keys, values = (p[table].reshape(pages * page, kv_heads, size) for p in (k, v))
+            return _dense_attention(q, keys, values, sinks, jnp.arange(pages * page) <= positions[:, None])
+
+        return _towards(jax.vmap(one_sequence)(q, table, positions), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, *spoilt, sinks)
-    _close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
+    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
-def test_banded_attention(name):
-    """Guards fine-tuning through the ring: what it held and what is new both learn."""
+def test_sliding_window_attention(name):
+    """Guards fine-tuning through the ring: what it held and what is new both learn; NaN in slots never written."""
     rng = np.random.default_rng(4)
-    tokens, heads, kv_heads, size, window, behind = 5, 6, 2, 16, 4, 7
+    tokens, heads, kv_heads, size, window, start = 5, 6, 2, 16, 4, 3
     q = jnp.asarray(rng.standard_normal((1, tokens, heads, size)), jnp.float32)
     ring = [jnp.asarray(rng.standard_normal((1, window, kv_heads, size)), jnp.float32) for _ in range(2)]
     new = [jnp.asarray(rng.standard_normal((1, tokens, kv_heads, size)), jnp.float32) for _ in range(2)]
-    start, positions = jnp.asarray([behind], jnp.int32), behind + jnp.arange(tokens, dtype=jnp.int32)[None]
+    positions = (start + jnp.arange(tokens, dtype=jnp.int32)[None]).at[0, -1].set(-1)
     sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
-    towards = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    targets = _targets(rng, *q.shape)
+    spoilt = [r.at[0, start].set(jnp.nan) for r in ring], [n.at[0, -1].set(jnp.nan) for n in new]
 
-    def loss(q, k_ring, v_ring, k_new, v_new, sinks):
-        run = attention_op.IMPLEMENTATIONS[name].banded
-        return jnp.sum(run(q, k_ring, v_ring, k_new, v_new, start, positions, sinks) * towards)
+    def loss(q, k, v, k_new, v_new, sinks):
+        kv = attention_op.RingKV(k, v, k_new, v_new, jnp.asarray([start], jnp.int32))
+        return _towards(attention_op.IMPLEMENTATIONS[name](q, kv, positions, sinks), targets, positions)
 
-    def dense(q, k_ring, v_ring, k_new, v_new, sinks):
-        order = (behind + jnp.arange(window)) % window
-        k, v = (jnp.concatenate([r[0, order], n[0]]) for r, n in ((k_ring, k_new), (v_ring, v_new)))
-        distance = positions[0][:, None] - (behind - window + jnp.arange(window + tokens))
-        return jnp.sum(_dense_attention(q[0], k, v, sinks, (distance >= 0) & (distance < window)) * towards[0])
+    def dense(q, k, v, k_new, v_new, sinks):
+        order = (start + jnp.arange(window)) % window
+        k, v = (jnp.concatenate([r[0, order], n[0]]) for r, n in ((k, k_new), (v, v_new)))
+        keys = start - window + jnp.arange(window + tokens)
+        distance = positions[0][:, None] - keys
+        visible = (distance >= 0) & (distance < window) & (keys >= 0) & (positions[0] >= 0)[:, None]
+        found = _dense_attention(q[0], k, v, sinks, visible)
+        return _towards(attention_op.Attended(found.out[None], found.lse[None]), targets, positions)
 
-    arguments = q, *ring, *new, sinks
-    found = jax.jit(jax.grad(loss, argnums=tuple(range(6))))(*arguments)
-    for a, b in zip(found, jax.grad(dense, argnums=tuple(range(6)))(*arguments), strict=True):
-        _close([a], [b])
-
-
-# ---- the whole model ----
-
-LEARN = ("layers/0/attention/k/weight", "layers/1/attention/q/weight", "layers/1/attention/sinks", "embedding")
-LEARN += ("layers/0/moe/router/weight", "layers/0/moe/gate_up/bias", "layers/1/moe/down/bias", "unembedding")
+    found = jax.jit(jax.grad(loss, argnums=tuple(range(6))))(q, *spoilt[0], *spoilt[1], sinks)
+    for a, b in zip(found, jax.grad(dense, argnums=tuple(range(6)))(q, *ring, *new, sinks), strict=True):
+        assert_close([a], [b])
 
 
-@pytest.fixture(scope="module")
-def tokens():
-    """A short text of the golden model's vocabulary."""
-    return jnp.asarray(np.random.default_rng(5).integers(0, 500, (1, 9)), jnp.int32)
+@pytest.mark.parametrize("name", all_of(["reference", "cpu"]))
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_without_a_cache(name, window):
+    """Guards training: sequences as pages of their own, or as new tokens after an empty ring, are plain attention."""
+    rng = np.random.default_rng(5)
+    sequences, tokens, heads, kv_heads, size, page = 2, 24, 6, 2, 16, 8
+    q = jnp.asarray(rng.standard_normal((sequences, tokens, heads, size)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, sequences, tokens, kv_heads, size)), jnp.float32)
+    sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (sequences, tokens))
+    targets = _targets(rng, *q.shape)
+
+    def attend(q, k, v, sinks):
+        if window is None:
+            pages = jnp.arange(sequences * tokens // page, dtype=jnp.int32).reshape(sequences, -1)
+            kv = attention_op.PagedKV(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
+        else:
+            empty = jnp.zeros((sequences, window, kv_heads, size), jnp.float32)
+            kv = attention_op.RingKV(empty, empty, k, v, jnp.zeros(sequences, jnp.int32))
+        return attention_op.IMPLEMENTATIONS[name](q, kv, positions, sinks)
+
+    def dense(q, k, v, sinks):
+        distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+        visible = (distance >= 0) & (distance < (window or tokens))
+        return jax.vmap(lambda q, k, v: _dense_attention(q, k, v, sinks, visible))(q, k, v)
+
+    def slopes(attention):
+        return jax.jit(jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3)))
+
+    arguments = q, k, v, sinks
+    for a, b in zip(jax.jit(attend)(*arguments), dense(*arguments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(slopes(attend)(*arguments), slopes(dense)(*arguments))
 
 
-def _loss(model, tokens, leaves, params):
-    """Negative log likelihood of each token behind those before it, the named leaves of `params` replaced."""
-    tree = jax.tree.map(lambda x: x, params)
-    for path, leaf in leaves.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-        functools.reduce(operator.getitem, parents, tree)[last] = leaf
-    cache = kv_cache.empty(model.config, rows=1, pages=1, max_context_tokens=64, dtype=jnp.dtype(jnp.float32))
-    counts = jnp.full(1, tokens.shape[1], jnp.int32)
-    logits, _ = all_logits(model.model, tree, tokens, counts, cache)
-    likely = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1))
+def test_merged_attentions():
+    """Guards sequence-parallel training: gradients reach both parts through `merge`, and padding sends none back."""
+    rng = np.random.default_rng(6)
+    tokens, heads, kv_heads, size, page = 12, 6, 2, 16, 4
+    q = jnp.asarray(rng.standard_normal((1, tokens, heads, size)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, 1, tokens, kv_heads, size)), jnp.float32)
+    sinks, targets = jnp.asarray(rng.standard_normal(heads), jnp.float32), _targets(rng, *q.shape)
+    positions, first = jnp.arange(tokens, dtype=jnp.int32)[None], 8  # keys of the first part
 
+    def attend(q, k, v, sinks):
+        def part(keys: slice, sinks):
+            pools = (x[:, keys].reshape(-1, page, kv_heads, size) for x in (k, v))
+            pages = jnp.arange(-(-(keys.stop - keys.start) // page), dtype=jnp.int32)[None]
+            where = jnp.minimum(jnp.maximum(positions - keys.start, -1), keys.stop - keys.start - 1)
+            run = attention_op.IMPLEMENTATIONS["reference"]
+            return run(q, attention_op.PagedKV(*pools, pages), where, sinks)
 
-def _leaves(params, dtype):
-    take = lambda path: functools.reduce(lambda t, k: t[int(k) if k.isdigit() else k], path.split("/"), params)  # noqa: E731
-    return {path: take(path).astype(dtype) for path in LEARN}
+        parts = part(slice(0, first), sinks), part(slice(first, tokens), jnp.full_like(sinks, -jnp.inf))
+        return attention_op.merge(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), axis=0)
 
+    def dense(q, k, v, sinks):
+        found = _dense_attention(q[0], k[0], v[0], sinks, jnp.tril(jnp.ones((tokens, tokens), bool)))
+        return jax.tree.map(lambda x: x[None], found)
 
-def test_the_whole_model_learns_in_the_direction_of_its_gradient(tiny_folder, tokens):
-    """Guards what stands between the ops (the cache's writes, routing, norms): the slope is what small steps show."""
-    model = gptoss_jax.load(tiny_folder, dtype="float32", kernels="reference")
-    leaves = _leaves(model.params, jnp.float32)
-    loss = jax.jit(lambda leaves: _loss(model, tokens, leaves, model.params))
-    gradient = jax.jit(jax.grad(lambda leaves: _loss(model, tokens, leaves, model.params)))(leaves)
-    for path, slope in gradient.items():
-        size = float(jnp.linalg.norm(slope))
-        assert size > 0, f"{path} learns nothing"
-        step = 1e-3 / size**2  # moves the loss by a thousandth: far above rounding, far below a change of expert
-        moved = [loss({**leaves, path: leaves[path] + sign * step * slope}) for sign in (1, -1)]
-        np.testing.assert_allclose(float(moved[0] - moved[1]) / (2 * step), size**2, rtol=0.05, err_msg=path)
+    def slopes(attention):
+        return jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3))
 
-
-@pytest.mark.skipif(bool(cpu_kernels.why_not()), reason=str(cpu_kernels.why_not()))
-def test_the_whole_model_learns_alike_through_kernels(tiny_folder, tokens):
-    """Guards fine-tuning on every back end: the C++ kernels' gradients are the reference's."""
-    slopes = []
-    for kernels in ("reference", "cpu"):
-        model = gptoss_jax.load(tiny_folder, dtype="float32", kernels=kernels)
-        run = jax.jit(jax.grad(lambda leaves, model=model: _loss(model, tokens, leaves, model.params)))
-        slopes.append(run(_leaves(model.params, jnp.bfloat16)))
-    for path in LEARN:
-        _close([slopes[1][path]], [slopes[0][path]])
+    assert_close(slopes(attend)(q, k, v, sinks), slopes(dense)(q, k, v, sinks))

@@ -17,6 +17,7 @@ from openai_harmony import (
     Conversation,
     DeveloperContent,
     Message,
+    ReasoningEffort,
     Role,
     SystemContent,
     TextContent,
@@ -432,7 +433,7 @@ def test_names_in_settings():
 
 def test_settings_do_not_contradict_the_messages():
     """Guards against a setting that is silently dropped because the conversation brings its own opening."""
-    system = Message.from_role_and_content(Role.SYSTEM, SystemContent(reasoning_effort="High"))
+    system = Message.from_role_and_content(Role.SYSTEM, SystemContent(reasoning_effort=ReasoningEffort.HIGH))
     developer = Message.from_role_and_content(Role.DEVELOPER, DeveloperContent(instructions="Hi."))
     messages = [system, developer, user("a")]
     assert render.render(messages, Settings()) == render.render(messages, None)

@@ -1,7 +1,8 @@
 """Every implementation of every op against NumPy in float64, on shapes and routings made to break it."""
 
 import functools
-import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpu_kernels
+from benchmarks.program_memory import program_memory
+from gptoss_jax.model.config import read_config
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import KERNELS_OF, Hardware, why_not
 from pallas_kernels.expert_mlp import tiles as tiles_of
-from pallas_kernels.shapes import MODELS
 from tests import reference
-from tests.goldens import make as golden
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def all_of(implementations) -> list:
-    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
+def all_of(implementations, *, interpreted: bool = False) -> list:
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built.
+
+    Kernels that are `interpreted`, which takes long, run through these tests in tests/accelerators/test_shared.py.
+    """
     here = Hardware.of(jax.devices()[0])
     missing = {name: why_not(name, here) for name in KERNELS_OF}
     marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
+    names = [name for name in implementations if name.endswith("-interpreted") == interpreted]
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 # ---- the number format ----
@@ -79,12 +86,12 @@ def test_quantisation_takes_the_nearest_code(seed, magnitude):
 
 # ---- experts ----
 
-SHAPES = {  # tokens, hidden, expert hidden, experts, choices: no two sizes alike
+SHAPES = {  # tokens, hidden, expert hidden, experts, top_k: no two sizes alike
     "one token": (1, 96, 160, 7, 4),
     "fewer tokens than experts": (3, 64, 96, 8, 2),
     "many tokens": (150, 96, 64, 5, 3),
 }
-ROUTINGS = ("random", "all to one expert", "with skipped choices", "everything skipped")
+ROUTINGS = ("random", "all to one expert", "with skipped assignments", "everything skipped")
 
 
 def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: int) -> expert_op.ExpertWeights:
@@ -94,18 +101,21 @@ def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: i
         blocks = rng.integers(0, 256, (experts, out, inputs // 32, 16), dtype=np.uint8)
         return blocks, rng.integers(121, 125, (experts, out, inputs // 32), dtype=np.uint8)
 
-    bias = lambda out: rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)  # noqa: E731
+    def bias(out):
+        return rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)
+
     gate_up, down = packed(2 * inner, hidden), packed(hidden, inner)
-    return expert_op.ExpertWeights(*gate_up, bias(2 * inner), *down, bias(hidden))
+    arrays: list[Any] = [*gate_up, bias(2 * inner), *down, bias(hidden)]
+    return expert_op.ExpertWeights(*arrays)
 
 
-def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, choices: int) -> np.ndarray:
-    """The experts that each token chose, under one of ROUTINGS."""
-    ids = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
+def assignments_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, top_k: int) -> np.ndarray:
+    """The experts that each token is assigned to, under one of ROUTINGS."""
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
     if routing == "all to one expert":
         ids[:, 0] = 2
         ids[:, 1:] = -1
-    if routing == "with skipped choices":
+    if routing == "with skipped assignments":
         ids[rng.random(ids.shape) < 0.4] = -1
         ids[0, 0] = experts  # lives on the next device
     if routing == "everything skipped":
@@ -114,7 +124,7 @@ def choices_of(rng: np.random.Generator, routing: str, tokens: int, experts: int
 
 
 def expected_of(x, ids, routing_weights, weights: expert_op.ExpertWeights, limit: float) -> np.ndarray:
-    """In float64, choice by choice, with the parts of the float64 reference."""
+    """In float64, assignment by assignment, with the parts of the float64 reference."""
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(ids.shape):
         expert = ids[token, slot]
@@ -131,60 +141,119 @@ def expected_of(x, ids, routing_weights, weights: expert_op.ExpertWeights, limit
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_expert_mlp(name, shape, routing):
-    """Guards drops and duplicates: every choice counts once whatever the imbalance, skipped ones not at all."""
-    tokens, hidden, inner, experts, choices = SHAPES[shape]
+    """Guards drops and duplicates: every assignment counts once whatever the imbalance, skipped ones not at all."""
+    tokens, hidden, inner, experts, top_k = SHAPES[shape]
     rng = np.random.default_rng(0)
     weights = random_experts(rng, hidden, inner, experts)
-    ids = choices_of(rng, routing, tokens, experts, choices)
+    ids = assignments_of(rng, routing, tokens, experts, top_k)
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
-    shares = rng.random((tokens, choices)).astype(np.float32)
+    routing_weights = rng.random((tokens, top_k)).astype(np.float32)
     implementation = expert_op.IMPLEMENTATIONS[name]
     run = jax.jit(implementation.run, static_argnames="limit")
     packed = expert_op.packed(implementation.layout, jax.tree.map(jnp.asarray, weights))
-    found = np.asarray(run(x, ids, shares, packed, limit=7.0))
-    expected = expected_of(x, ids, shares, weights, 7.0)
+    found = np.asarray(run(x, ids, routing_weights, packed, limit=7.0))
+    expected = expected_of(x, ids, routing_weights, weights, 7.0)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 @settings(max_examples=60)
 @given(st.data())
-def test_every_choice_has_a_row_of_its_own(data):
-    """Guards the tiles that kernels walk over: each choice in one row of its expert, none lost, the bound on tiles."""
-    tokens, choices = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+def test_every_assignment_has_a_row_of_its_own(data):
+    """Guards the tiles of kernels: each assignment in one row of its expert, none lost, the bound on tiles."""
+    tokens, top_k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
     experts, rows = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 2, 8]))
-    ids = np.array(data.draw(st.lists(st.integers(-1, experts), min_size=tokens * choices, max_size=tokens * choices)))
-    ids = ids.astype(np.int32).reshape(tokens, choices)
+    ids = np.array(data.draw(st.lists(st.integers(-1, experts), min_size=tokens * top_k, max_size=tokens * top_k)))
+    ids = ids.astype(np.int32).reshape(tokens, top_k)
     tiled = jax.tree.map(np.asarray, tiles_of.TiledRows.of(jnp.asarray(ids), experts, rows))
     taken = (ids >= 0) & (ids < experts)
     assert len(tiled.expert) == tiles_of.max_tiles(ids.size, experts, rows) >= tiled.used
-    assert sorted(tiled.choice[tiled.choice >= 0]) == list(np.flatnonzero(taken))
+    assert sorted(tiled.assignment[tiled.assignment >= 0]) == list(np.flatnonzero(taken))
     for at in np.argwhere(taken):
         row = tiled.row[tuple(at)]
         assert row // rows < tiled.used
-        assert tiled.choice[row] == at[0] * choices + at[1]
+        assert tiled.assignment[row] == at[0] * top_k + at[1]
         assert tiled.expert[row // rows] == ids[tuple(at)]
-    assert (tiled.row[~taken] == len(tiled.choice)).all()
+    assert (tiled.row[~taken] == len(tiled.assignment)).all()
     x = np.arange(1.0, 2 * tokens + 1, dtype=np.float32).reshape(tokens, 2)
     gathered = np.asarray(jax.tree.map(jnp.asarray, tiles_of.TiledRows(*tiled)).gather(jnp.asarray(x)))
-    spoilt = jnp.where(jnp.asarray(tiled.choice)[:, None] < 0, jnp.nan, gathered)  # empty rows may hold anything
-    shares = np.arange(1.0, ids.size + 1, dtype=np.float32).reshape(ids.shape)
-    combined = tiles_of.TiledRows(*tiled).combine(spoilt, jnp.asarray(shares))
-    np.testing.assert_allclose(combined, x * (shares * taken).sum(axis=1, keepdims=True))
+    spoilt = jnp.where(jnp.asarray(tiled.assignment)[:, None] < 0, jnp.nan, gathered)  # empty rows may hold anything
+    routing_weights = np.arange(1.0, ids.size + 1, dtype=np.float32).reshape(ids.shape)
+    combined = tiles_of.TiledRows(*tiled).combine(spoilt, jnp.asarray(routing_weights))
+    np.testing.assert_allclose(combined, x * (routing_weights * taken).sum(axis=1, keepdims=True))
 
 
-def test_reference_visits_the_chosen_experts_only():
+def test_reference_visits_the_top_k_experts_only():
     """Guards decoding cost: one token makes X tiles whatever E is, and the dearest routing never more than its rows."""
-    for model in MODELS.values():
-        ids = jnp.asarray(
-            np.random.default_rng(0).permutation(model.experts)[None, : model.experts_per_token], jnp.int32
-        )
-        rows = tiles_of.tile_rows(ids.size, model.experts)
-        tiles = tiles_of.Tiles.of(ids, model.experts, rows)
+    for name in ("gpt-oss-20b", "gpt-oss-120b"):
+        model = read_config(CONFIGS / f"{name}.json")
+        chosen = np.random.default_rng(0).permutation(model.num_experts)[: model.experts_per_token]
+        ids = jnp.asarray(chosen[None], jnp.int32)
+        tiles = tiles_of.Tiles.of(ids, model.num_experts, tiles_of.tile_rows(ids.size, model.num_experts))
         assert int(tiles.end_tile[-1]) == model.experts_per_token
     ids = jnp.full((512, 4), 3, jnp.int32)
     rows = tiles_of.tile_rows(ids.size, 32)
     assert int(tiles_of.Tiles.of(ids, 32, rows).end_tile[-1]) == ids.size // rows
+
+
+def random_adapters(rng: np.random.Generator, weights: expert_op.ExpertWeights, rank: int = 5) -> tuple:
+    """An adapter for gate_up and one for down, as large as the weights."""
+    adapters = []
+    for blocks in (weights.gate_up_blocks, weights.down_blocks):
+        experts, out, num_blocks, _ = blocks.shape
+        a, b = rng.standard_normal((experts, rank, 32 * num_blocks)), rng.standard_normal((experts, out, rank)) / rank
+        adapters.append(expert_op.Adapter(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
+    return tuple(adapters)
+
+
+def adapted_call(tokens: int = 5):
+    """Arguments of a call with random weights, not yet packed."""
+    _, hidden, inner, experts, top_k = SHAPES["fewer tokens than experts"]
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(jnp.asarray, random_experts(rng, hidden, inner, experts))
+    ids = assignments_of(rng, "with skipped assignments", tokens, experts, top_k)
+    x, routing_weights = rng.standard_normal((tokens, hidden)), rng.random((tokens, top_k))
+    call = jnp.asarray(x, jnp.float32), jnp.asarray(ids), jnp.asarray(routing_weights, jnp.float32)
+    return call, weights, random_adapters(rng, weights)
+
+
+def dense_experts(x, ids, routing_weights, weights, adapters, limit=7.0):
+    """Every expert on every token, then those of its assignments; adapters folded into float32 weights."""
+    matrices = []
+    for name, adapter in zip(("gate_up", "down"), adapters, strict=True):
+        w = mxfp4.dequantize(getattr(weights, f"{name}_blocks"), getattr(weights, f"{name}_scales"), jnp.float32)
+        low = jnp.einsum("eor,eri->eoi", adapter.b, adapter.a, precision="highest") if adapter else 0
+        matrices.append(w + low)
+    h = jnp.einsum("td,efd->tef", x, matrices[0], precision="highest") + weights.gate_up_bias.astype(jnp.float32)
+    gate, linear = jnp.minimum(h[..., 0::2], limit), jnp.clip(h[..., 1::2], -limit, limit)
+    hidden = gate * jax.nn.sigmoid(1.702 * gate) * (linear + 1)
+    y = jnp.einsum("tef,edf->ted", hidden, matrices[1], precision="highest") + weights.down_bias.astype(jnp.float32)
+    assigned = jax.nn.one_hot(ids, y.shape[1], dtype=jnp.float32) * routing_weights[..., None]
+    return jnp.einsum("txe,ted->td", assigned, y, precision="highest")
+
+
+@pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)])
+def test_adapters_are_part_of_the_weights(which):
+    """Guards fine-tuned experts: the reference gives what dense weights with b a added to them give, either or both."""
+    call, weights, adapters = adapted_call()
+    adapters = [adapter if wanted else None for adapter, wanted in zip(adapters, which, strict=True)]
+    adapted = weights._replace(gate_up_adapter=adapters[0], down_adapter=adapters[1])
+    found = jax.jit(functools.partial(expert_op.IMPLEMENTATIONS["reference"].run, limit=7.0))(*call, adapted)
+    expected = dense_experts(*call, weights, adapters)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    plain = dense_experts(*call, weights, (None, None))
+    assert np.abs(plain - expected).max() > 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", all_of([name for name in expert_op.IMPLEMENTATIONS if name != "reference"]))
+@pytest.mark.parametrize("which", ["gate_up_adapter", "down_adapter"])
+def test_kernels_without_adapters_refuse_them(name, which):
+    """Guards against a fine-tuned model that answers as the plain one: an adapter is never left out silently."""
+    call, weights, (adapter, _) = adapted_call()
+    implementation = expert_op.IMPLEMENTATIONS[name]
+    packed = expert_op.packed(implementation.layout, weights._replace(**{which: adapter}))
+    with pytest.raises(NotImplementedError, match="expert_mlp: this kernel has no adapters; the reference has"):
+        implementation.run(*call, packed, limit=7.0)
 
 
 # ---- dense products ----
@@ -217,7 +286,7 @@ def test_streamed_weights_are_never_float32_in_memory():
 
     x, w = jax.ShapeDtypeStruct((1, 2880), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 2880), jnp.bfloat16)
     temporaries = {
-        name: jax.jit(functools.partial(loop, linear)).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+        name: program_memory(jax.jit(functools.partial(loop, linear)).lower(x, w).compile()).temporary_bytes
         for name, linear in linear_op.IMPLEMENTATIONS.items()
         if name != "cpu" or not cpu_kernels.why_not()
     }
@@ -229,67 +298,138 @@ def test_streamed_weights_are_never_float32_in_memory():
 # ---- attention ----
 
 
-def _attend(q, k, v, sinks, visible):
-    """In float64: q [T, N, H] over k, v [S, K, H] where `visible` [T, S]."""
+def _attend(q, k, v, sinks, visible) -> attention_op.Attended:
+    """In float64: q [T, N, H] over k, v [S, K, H] where `visible` [T, S]; a query that sees nothing is padding."""
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
     group = q.shape[1] // k.shape[1]
     logits = np.einsum("tnh,snh->tns", q, np.repeat(k, group, axis=1)) / np.sqrt(q.shape[-1])
     logits = np.where(visible[:, None], logits, -np.inf)
     sink = np.broadcast_to(sinks.astype(np.float64)[None, :, None], (*logits.shape[:2], 1))
     weights = np.exp(np.concatenate([logits, sink], axis=-1))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("tns,snh->tnh", weights[..., :-1], np.repeat(v, group, axis=1))
+    total = weights.sum(-1)
+    total[total == 0] = 1  # padding without a sink
+    out = np.einsum("tns,snh->tnh", weights[..., :-1] / total[..., None], np.repeat(v, group, axis=1))
+    return attention_op.Attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
+
+
+def _assert_close(found: attention_op.Attended, expected: attention_op.Attended, tolerance: float = 1e-4):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance / 10)
+
+
+class Pages(NamedTuple):
+    """A paged call of sequences of 0, 3, 70 and 700 earlier tokens on shuffled pages, and what comes out."""
+
+    q: np.ndarray
+    kv: attention_op.PagedKV
+    positions: np.ndarray
+    sinks: np.ndarray
+    expected: attention_op.Attended
+
+
+def paged_call(tokens: int, page: int = 8) -> Pages:
+    """One with ragged numbers of new tokens; some sinks take nothing."""
+    rng = np.random.default_rng(tokens)
+    pages_per_sequence, heads, kv_heads, size = 800 // page, 6, 2, 16
+    lengths = np.array([0, 3, 70, 700])
+    sequences = len(lengths)
+    k, v = rng.standard_normal((2, sequences * pages_per_sequence, page, kv_heads, size)).astype(np.float32)
+    table = rng.permutation(sequences * pages_per_sequence).reshape(sequences, -1).astype(np.int32)
+    q = rng.standard_normal((sequences, tokens, heads, size)).astype(np.float32) * 2
+    sinks = rng.standard_normal(heads).astype(np.float32) * 2
+    sinks[4] = -np.inf
+    counts = np.array([tokens, max(1, tokens - 2), tokens, tokens // 2])
+    ordinal = np.arange(tokens)
+    positions = np.where(ordinal < counts[:, None], lengths[:, None] + ordinal, -1).astype(np.int32)
+    expected = []
+    for i in range(sequences):
+        keys, values = (a[table[i]].reshape(-1, kv_heads, size) for a in (k, v))
+        expected.append(_attend(q[i], keys, values, sinks, np.arange(len(keys)) <= positions[i][:, None]))
+    kv = attention_op.PagedKV(k, v, table)
+    return Pages(q, kv, positions, sinks, attention_op.Attended(*map(np.stack, zip(*expected, strict=True))))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_paged_attention(name, tokens):
-    """Guards page tables, ragged rows and sinks: rows of 0, 3, 70 and 700 earlier tokens on shuffled pages."""
-    rng = np.random.default_rng(tokens)
-    page, pages_per_row, heads, kv_heads, size = 8, 100, 6, 2, 16
-    lengths = np.array([0, 3, 70, 700])
-    rows = len(lengths)
-    k, v = rng.standard_normal((2, rows * pages_per_row, page, kv_heads, size)).astype(np.float32)
-    table = rng.permutation(rows * pages_per_row).reshape(rows, pages_per_row).astype(np.int32)
-    q = rng.standard_normal((rows, tokens, heads, size)).astype(np.float32) * 2
-    sinks = rng.standard_normal(heads).astype(np.float32) * 2
-    counts = np.array([tokens, max(1, tokens - 2), tokens, max(1, tokens // 2)])
-    ordinal = np.arange(tokens)
-    positions = np.where(ordinal < counts[:, None], lengths[:, None] + ordinal, -1).astype(np.int32)
-    found = np.asarray(jax.jit(attention_op.IMPLEMENTATIONS[name].paged)(q, k, v, table, positions, sinks))
-    for row in range(rows):
-        keys, values = (a[table[row]].reshape(-1, kv_heads, size) for a in (k, v))
-        visible = np.arange(len(keys)) <= positions[row][:, None]
-        expected = _attend(q[row], keys, values, sinks, visible)
-        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-5)
+    """Guards page tables, ragged sequences, sinks, and the lse, which is -inf for padding."""
+    *arguments, expected = paged_call(tokens)
+    found = jax.jit(attention_op.IMPLEMENTATIONS[name])(*arguments)
+    assert isinstance(found, attention_op.Attended) and found.lse.dtype == jnp.float32
+    _assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("tokens", [1, 5, 12, 40])
-def test_banded_attention(name, tokens):
+def test_sliding_window_attention(name, tokens):
     """Guards the ring: slots not yet written, wrap-around, and chunks shorter and longer than the window of 12."""
     rng = np.random.default_rng(tokens)
     window, heads, kv_heads, size = 12, 6, 2, 16
     start = np.array([0, 5, 12, 31], np.int32)
-    rows = len(start)
-    k, v = rng.standard_normal((2, rows, 80, kv_heads, size)).astype(np.float32)  # by position
-    rings = np.full((2, rows, window, kv_heads, size), 1e3, np.float32)  # what was never written must not be seen
-    for row, first in enumerate(start):
+    sequences = len(start)
+    k, v = rng.standard_normal((2, sequences, 80, kv_heads, size)).astype(np.float32)  # by position
+    rings = np.full((2, sequences, window, kv_heads, size), 1e3, np.float32)  # what was never written must not be seen
+    for i, first in enumerate(start):
         for position in range(max(0, first - window), first):
-            rings[:, row, position % window] = k[row, position], v[row, position]
-    q = rng.standard_normal((rows, tokens, heads, size)).astype(np.float32) * 2
+            rings[:, i, position % window] = k[i, position], v[i, position]
+    q = rng.standard_normal((sequences, tokens, heads, size)).astype(np.float32) * 2
     sinks = rng.standard_normal(heads).astype(np.float32) * 2
-    counts = np.array([tokens, max(1, tokens - 3), tokens, tokens])
+    sinks[4] = -np.inf
+    counts = np.array([tokens, tokens - 1, tokens, max(1, tokens - 3)])
     ordinal = np.arange(tokens)
     positions = np.where(ordinal < counts[:, None], start[:, None] + ordinal, -1).astype(np.int32)
     new = start[:, None] + ordinal
     k_new, v_new = (np.take_along_axis(a, new[:, :, None, None], axis=1) for a in (k, v))
-    run = jax.jit(attention_op.IMPLEMENTATIONS[name].banded)
-    found = np.asarray(run(q, rings[0], rings[1], k_new, v_new, start, positions, sinks))
-    for row in range(rows):
-        distance = positions[row][:, None] - np.arange(80)
-        visible = (distance >= 0) & (distance < window) & (positions[row] >= 0)[:, None]
-        np.testing.assert_allclose(found[row], _attend(q[row], k[row], v[row], sinks, visible), rtol=1e-4, atol=1e-5)
+    kv = attention_op.RingKV(*rings, k_new, v_new, start)
+    found = jax.jit(attention_op.IMPLEMENTATIONS[name])(q, kv, positions, sinks)
+    for i in range(sequences):
+        distance = positions[i][:, None] - np.arange(80)
+        visible = (distance >= 0) & (distance < window) & (positions[i] >= 0)[:, None]
+        expected = _attend(q[i], k[i], v[i], sinks, visible)
+        _assert_close(attention_op.Attended(found.out[i], found.lse[i]), expected)
+
+
+@pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
+def test_attentions_to_disjoint_keys_merge(name):
+    """Guards split decoding and a sequence axis: parts merged by their lse are the whole, the sink entering once."""
+    q, kv, positions, sinks, expected = paged_call(5)
+    run, keys = jax.jit(attention_op.IMPLEMENTATIONS[name]), 320  # of the first part: 40 pages of 8
+    tables = np.split(kv.page_table, [keys // 8], axis=1)
+    parts = (
+        run(q, kv._replace(page_table=tables[0]), np.minimum(positions, keys - 1), sinks),
+        run(q, kv._replace(page_table=tables[1]), np.maximum(positions - keys, -1), np.full_like(sinks, -np.inf)),
+    )
+    assert np.isneginf(parts[1].lse[:3]).all() and np.isfinite(parts[1].lse[3, :2]).all()
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *parts)
+    _assert_close(attention_op.merge(stacked, axis=1), expected)
+
+
+MIXED = [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)]  # queries, keys and values
+
+
+@pytest.mark.parametrize("name", all_of(["reference", "cpu"]))
+@pytest.mark.parametrize(("of_queries", "of_keys"), MIXED)
+def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
+    """Guards caches narrower or wider than activations: operands meet in float32, where bfloat16 is exact."""
+    run = jax.jit(attention_op.IMPLEMENTATIONS[name])
+    q, kv, positions, sinks, _ = paged_call(5)
+    ring = attention_op.RingKV(*(kv.k[:4], kv.v[:4]), *(kv.k[4:8, :5], kv.v[4:8, :5]), np.zeros(4, np.int32))
+    for keys, where in ((kv, positions), (ring, np.tile(np.arange(5, dtype=np.int32), (4, 1)))):
+        narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == np.float32 else x, keys)
+        wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == of_keys else x, narrow)
+        found = run(jnp.asarray(q, of_queries), jax.tree.map(jnp.asarray, narrow), where, sinks)
+        expected = run(jnp.asarray(q, of_queries).astype(jnp.float32), jax.tree.map(jnp.asarray, wide), where, sinks)
+        _assert_close(found, jax.tree.map(lambda x: np.asarray(x, np.float64), expected), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpu-interpreted", "tpu-interpreted"])
+@pytest.mark.parametrize(("of_queries", "of_keys"), MIXED)
+def test_kernels_that_multiply_one_dtype_say_so(name, of_queries, of_keys):
+    """Guards against a silent cast: tensor cores and matrix units take operands of one dtype."""
+    q, kv, positions, sinks, _ = paged_call(1)
+    kv = attention_op.PagedKV(jnp.asarray(kv.k, of_keys), jnp.asarray(kv.v, of_keys), jnp.asarray(kv.page_table))
+    with pytest.raises(TypeError, match=r"attention: .*(bfloat16.* float32|float32.* bfloat16)"):
+        attention_op.IMPLEMENTATIONS[name](jnp.asarray(q, of_queries), kv, jnp.asarray(positions), jnp.asarray(sinks))
 
 
 def test_unknown_implementations_are_refused():
@@ -300,17 +440,6 @@ def test_unknown_implementations_are_refused():
         attention_op.choose("fast", Hardware("cpu"))
     with pytest.raises(ValueError, match="linear kernel 'fast', expected auto or one of reference, streamed"):
         linear_op.choose("fast", Hardware("cpu"))
-
-
-def test_shapes_are_the_configs():
-    """Guards the benchmark's shapes against drifting from the models'."""
-    for name, shape in MODELS.items():
-        raw = json.loads((golden.ROOT / "configs" / f"{name}.json").read_text())
-        assert (shape.layers, shape.hidden) == (raw["num_hidden_layers"], raw["hidden_size"])
-        assert (shape.heads, shape.kv_heads) == (raw["num_attention_heads"], raw["num_key_value_heads"])
-        assert (shape.experts, shape.experts_per_token) == (raw["num_local_experts"], raw["num_experts_per_tok"])
-        assert (shape.expert_hidden, shape.vocabulary) == (raw["intermediate_size"], raw["vocab_size"])
-        assert (shape.head_size, shape.window) == (raw["head_dim"], raw["sliding_window"])
 
 
 def test_each_device_gets_the_kernels_written_for_it():

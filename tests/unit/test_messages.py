@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import Conversation as LibraryConversation
-from openai_harmony import Message, Role, SystemContent
+from openai_harmony import Message, Role, SystemContent, TextContent
 
 from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
 from gptoss_jax.harmony.messages import (
@@ -722,7 +722,8 @@ def test_what_clients_write_around_an_answer_is_taken():
     for rows in (legacy, ollama):
         conversation = messages.from_json([told, *rows])
         assert [m.recipient for m in conversation.messages[1:]] == ["functions.f", "assistant"]
-        assert conversation.messages[1].content[0].text == "{}"
+        (content,) = conversation.messages[1].content
+        assert isinstance(content, TextContent) and content.text == "{}"
         assert conversation.messages[2].author.name == "functions.f"
     with pytest.raises(ValueError, match="several keys for reasoning that differ"):
         messages.from_json([told, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])

@@ -1,14 +1,15 @@
 """Sampling: every option against NumPy, the right distributions, the same draw whatever the neighbours."""
 
 import dataclasses
-import functools
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from scipy import stats  # jax brings scipy
 
 from gptoss_jax.engine import sampling
@@ -30,12 +31,10 @@ def _slots(params, num_token_ids=V, vocab_size=V) -> tuple[sampling.Sampling, ja
     return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *slots), jnp.asarray(np.stack([counts] * len(params)))
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _jitted(logits, slots, drawn, positions, num_token_ids):
-    return sampling.sample(logits, slots, drawn, positions, num_token_ids)
+_jitted: Any = jax.jit(sampling.sample, static_argnums=4)
 
 
-def _sample(logits, params, positions=0, num_token_ids=None) -> Draw:
+def _sample(logits, params, positions: ArrayLike = 0, num_token_ids=None) -> Draw:
     """One draw of each slot; `params` is for all slots, or one for each."""
     logits = np.asarray(logits, np.float32)
     params = params if isinstance(params, list) else [params] * len(logits)

@@ -110,9 +110,13 @@ def test_rendered_conversation_reads_as_published(ours, theirs):
     """Guards against openai-harmony on another vocabulary than ours: its ids would read as other text here."""
     conversation = openai_harmony.Conversation.from_messages(
         [
-            openai_harmony.Message.from_role_and_content("system", openai_harmony.SystemContent.new()),
-            openai_harmony.Message.from_role_and_content("user", "What is 2 + 2?"),
-            openai_harmony.Message.from_role_and_content("assistant", "2 + 2 = 4.").with_channel("final"),
+            openai_harmony.Message.from_role_and_content(
+                openai_harmony.Role.SYSTEM, openai_harmony.SystemContent.new()
+            ),
+            openai_harmony.Message.from_role_and_content(openai_harmony.Role.USER, "What is 2 + 2?"),
+            openai_harmony.Message.from_role_and_content(openai_harmony.Role.ASSISTANT, "2 + 2 = 4.").with_channel(
+                "final"
+            ),
         ]
     )
     ids = theirs.render_conversation_for_training(conversation)

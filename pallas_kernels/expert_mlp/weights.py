@@ -1,0 +1,102 @@
+"""A layer's expert weights: what is published, adapters beside it, and the weight layouts that kernels want.
+
+A `WeightLayout` is one `Rearrangement` an array, so that a loader can go array by array and never hold two copies of a
+model. Every rearrangement is undone exactly, to the published bytes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, UInt8
+
+
+class Adapter(NamedTuple):
+    """A product of low rank R beside each expert's matrix W: where W x stood, W x + b (a x) stands (LoRA).
+
+    b has a row for each published row of W (of gate_up, interleaved), whatever layout W is in. A scale, as alpha / R in
+    Hu et al., arXiv:2106.09685, is part of b.
+    """
+
+    a: Float[Array, "E R I"]
+    b: Float[Array, "E O R"]
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of one layer, as published: E experts, D hidden, F expert hidden, blocks of 32 along the input.
+
+    Rows of gate_up are interleaved: even rows are the gate, odd rows the linear part. Adapters are optional.
+    """
+
+    gate_up_blocks: UInt8[Array, "E F2 DB 16"]
+    gate_up_scales: UInt8[Array, "E F2 DB"]
+    gate_up_bias: Float[Array, "E F2"]
+    down_blocks: UInt8[Array, "E D FB 16"]
+    down_scales: UInt8[Array, "E D FB"]
+    down_bias: Float[Array, "E D"]
+    gate_up_adapter: Adapter | None = None
+    down_adapter: Adapter | None = None
+
+
+def without_adapters(weights: ExpertWeights) -> tuple[Array, ...]:
+    """The six arrays of `weights`, for a kernel that can take no more.
+
+    Raises:
+        NotImplementedError: there are adapters, which may not be left out silently.
+    """
+    *arrays, gate_up_adapter, down_adapter = weights
+    if gate_up_adapter is not None or down_adapter is not None:
+        raise NotImplementedError("expert_mlp: this kernel has no adapters; the reference has (expert_mlp=reference)")
+    return tuple(arrays)
+
+
+class Rearrangement(NamedTuple):
+    """One array's way from how it is published to how a kernel reads it, and back; jitted by who calls it."""
+
+    pack: Callable[[Array], Array]
+    unpack: Callable[[Array], Array]
+    axes: Callable[[tuple[Any, ...]], tuple[Any, ...]]  # names of the published axes -> names of the packed ones
+    described: str
+    greatest: int | None = None  # value of the published array that the kernel can read; None: any
+
+
+def unchanged(x: Any) -> Any:
+    """x."""
+    return x
+
+
+AS_PUBLISHED = Rearrangement(unchanged, unchanged, unchanged, "as published")
+
+
+class WeightLayout(NamedTuple):
+    """A rearrangement for each of the six arrays that `ExpertWeights` begins with, by its name; adapters stay."""
+
+    gate_up_blocks: Rearrangement = AS_PUBLISHED
+    gate_up_scales: Rearrangement = AS_PUBLISHED
+    gate_up_bias: Rearrangement = AS_PUBLISHED
+    down_blocks: Rearrangement = AS_PUBLISHED
+    down_scales: Rearrangement = AS_PUBLISHED
+    down_bias: Rearrangement = AS_PUBLISHED
+
+
+PUBLISHED = WeightLayout()
+
+
+def packed(layout: WeightLayout, weights: ExpertWeights) -> ExpertWeights:
+    """Published weights, rearranged."""
+    return _each(layout, weights, lambda way, array: way.pack(array))
+
+
+def published(layout: WeightLayout, weights: ExpertWeights) -> ExpertWeights:
+    """Rearranged weights, as they were published."""
+    return _each(layout, weights, lambda way, array: way.unpack(array))
+
+
+def packed_axes(layout: WeightLayout, axes: ExpertWeights) -> ExpertWeights:
+    """The logical axes of rearranged weights, from those of the published ones."""
+    return _each(layout, axes, lambda way, names: way.axes(names))
+
+
+def _each(layout: WeightLayout, weights: ExpertWeights, act: Callable[[Rearrangement, Any], Any]) -> ExpertWeights:
+    """`weights` with what `act` makes of each array that is there; None, as in a gradient, stays."""
+    found = {name: (way, getattr(weights, name)) for name, way in layout._asdict().items()}
+    return weights._replace(**{name: act(way, array) for name, (way, array) in found.items() if array is not None})
