@@ -24,7 +24,7 @@ from benchmarks import true_width
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.model import kv_cache, layers, rope, sharding
-from gptoss_jax.model.attention import Step
+from gptoss_jax.model.attention import Positions
 from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
 from pallas_kernels.choice import Hardware
@@ -89,29 +89,29 @@ def _layers(config: ModelConfig, count: int) -> tuple[Any, Any]:
     return graph, nnx.to_pure_dict(state)
 
 
-def _start(config: ModelConfig) -> tuple[jax.Array, Step, kv_cache.KVCache]:
+def _start(config: ModelConfig) -> tuple[jax.Array, Positions, kv_cache.KVCache]:
     """One token at the end of the context."""
     pages = kv_cache.num_pages(CONTEXT_TOKENS)
     make = functools.partial(
         kv_cache.empty, config, slots=1, pages=pages, max_context_tokens=CONTEXT_TOKENS, dtype=jnp.dtype(jnp.bfloat16)
     )
-    positions = jnp.array([[CONTEXT_TOKENS - 1]], jnp.int32)
+    of_tokens = jnp.array([[CONTEXT_TOKENS - 1]], jnp.int32)
     x = jnp.ones((1, 1, config.hidden_size), jnp.float32)
-    return x, Step(positions, *rope.rotation(config, positions)), make()
+    return x, Positions(of_tokens, *rope.rotation(config, of_tokens)), make()
 
 
 def unrolled(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
     """A step through all layers, one after the other, and its arguments."""
     config = _config(layers, experts)
     graph, abstract = _layers(config, layers)
-    x, step, cache = _start(config)
+    x, positions, cache = _start(config)
 
-    def run(params, x, step, cache):
+    def run(params, x, positions, cache):
         for layer in nnx.merge(graph, params):
-            x, cache = layer(x, step, cache)
+            x, cache = layer(x, positions, cache)
         return x, cache
 
-    return run, (_zeros(abstract), x, step, cache)
+    return run, (_zeros(abstract), x, positions, cache)
 
 
 def scanned(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
@@ -120,19 +120,19 @@ def scanned(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
     graph, abstract = _layers(config, 2)
     pairs = layers // 2
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((pairs, *leaf.shape), leaf.dtype), abstract)
-    x, step, cache = _start(_config(2, experts))
+    x, positions, cache = _start(_config(2, experts))
     caches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (pairs, *leaf.shape)), cache)
 
-    def run(params, x, step, caches):
+    def run(params, x, positions, caches):
         def pair(x, inputs):
             params, cache = inputs
             for layer in nnx.merge(graph, params):
-                x, cache = layer(x, step, cache)
+                x, cache = layer(x, positions, cache)
             return x, cache
 
         return jax.lax.scan(pair, x, (params, caches))
 
-    return run, (_zeros(stacked), x, step, caches)
+    return run, (_zeros(stacked), x, positions, caches)
 
 
 def _zeros(tree: Any) -> Any:

@@ -10,7 +10,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import Attended, PagedKV, RingKV, reference, tpu
+from pallas_kernels.attention import Attended, reference, tpu
+from tests.structures import attended, paged_kv, ring_kv
 
 REAL = (16, 4, 64)  # query heads, key/value heads, head size: two groups of two, as the real models' four of two
 SHAPES = [  # heads, their dtype, a window
@@ -32,7 +33,7 @@ def _fresh_interpreter(monkeypatch):
 
 def _interpreted(arguments) -> Attended:
     found = jax.jit(functools.partial(tpu.attend, interpret=CAREFUL))(*jax.tree.map(jnp.asarray, arguments))
-    return Attended(*map(np.asarray, found))
+    return attended(*map(np.asarray, found))
 
 
 def _races_found() -> bool:
@@ -64,7 +65,7 @@ def _paged(heads: tuple[int, int, int], dtype: jnp.dtype, positions: np.ndarray,
         pools[:, table[i, owned + 1 :]] = np.nan
         table[i, owned + 1 :] = 2**31 - 1
     q = 2 * _draw(rng, dtype, sequences, positions.shape[1], num_heads, size)
-    return q, PagedKV(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    return q, paged_kv(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
@@ -76,7 +77,7 @@ def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], p
     new = _draw(rng, dtype, 2, sequences, tokens, kv_heads, size)
     new[:, positions < 0] = np.nan
     q = 2 * _draw(rng, dtype, sequences, tokens, num_heads, size)
-    return q, RingKV(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    return q, ring_kv(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _check(arguments):

@@ -21,11 +21,12 @@ from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import tpu, tpu_forms
 from pallas_kernels.mxfp4 import BLOCK
 from tests.goldens.make import tiny_config
+from tests.structures import expert_weights
 from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES: Any = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
+AXES: Any = (  # of each of ExpertWeights, as in gptoss_jax/model/experts.py
     ("experts", "expert_hidden", None, None),
     ("experts", "expert_hidden", None),
     ("experts", "expert_hidden"),
@@ -47,7 +48,7 @@ def _shard(array, names, axis: str, shard: int):
 def _cut(weights, axes, axis: str, shard: int) -> expert_op.ExpertWeights:
     """What one of two devices holds of a layer's experts."""
     shards = (_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True))
-    return expert_op.ExpertWeights(*shards)
+    return expert_weights(*shards)
 
 
 # ---- the forms ----

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
+from tests.structures import paged_kv
 from tests.unit.test_kernels import SHAPES, adapted_call, all_of, assignments_of, dense_experts, random_experts
 
 LIMIT = 7.0
@@ -177,7 +178,7 @@ def test_attention_without_a_cache(name, window):
     def attend(q, k, v, sinks):
         if window is None:
             pages = jnp.arange(sequences * tokens // page, dtype=jnp.int32).reshape(sequences, -1)
-            kv = attention_op.PagedKV(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
+            kv = paged_kv(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
         else:
             empty = jnp.zeros((sequences, window, kv_heads, size), jnp.float32)
             kv = attention_op.RingKV(empty, empty, k, v, jnp.zeros(sequences, jnp.int32))
@@ -212,7 +213,7 @@ def test_merged_attentions():
             pages = jnp.arange(-(-(keys.stop - keys.start) // page), dtype=jnp.int32)[None]
             where = jnp.minimum(jnp.maximum(positions - keys.start, -1), keys.stop - keys.start - 1)
             run = attention_op.IMPLEMENTATIONS["reference"]
-            return run(q, attention_op.PagedKV(*pools, pages), where, sinks)
+            return run(q, paged_kv(*pools, pages), where, sinks)
 
         parts = part(slice(0, first), sinks), part(slice(first, tokens), jnp.full_like(sinks, -jnp.inf))
         return attention_op.merge(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), axis=0)

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,17 @@ from pallas_kernels import mxfp4
 from pallas_kernels.choice import KERNELS_OF, Hardware, why_not
 from pallas_kernels.expert_mlp import tiles as tiles_of
 from tests import reference
+from tests.structures import attended, expert_weights, paged_kv, ring_kv
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def all_of(implementations, *, interpreted: bool = False) -> list:
-    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built.
-
-    Kernels that are `interpreted`, which takes long, run through these tests in tests/accelerators/test_shared.py.
-    """
+def all_of(implementations) -> list:
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
     here = Hardware.of(jax.devices()[0])
     missing = {name: why_not(name, here) for name in KERNELS_OF}
     marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
-    names = [name for name in implementations if name.endswith("-interpreted") == interpreted]
-    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+    return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
 
 
 # ---- the number format ----
@@ -104,9 +101,7 @@ def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: i
     def bias(out):
         return rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)
 
-    gate_up, down = packed(2 * inner, hidden), packed(hidden, inner)
-    arrays: list[Any] = [*gate_up, bias(2 * inner), *down, bias(hidden)]
-    return expert_op.ExpertWeights(*arrays)
+    return expert_weights(*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden))
 
 
 def assignments_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, top_k: int) -> np.ndarray:
@@ -309,7 +304,7 @@ def _attend(q, k, v, sinks, visible) -> attention_op.Attended:
     total = weights.sum(-1)
     total[total == 0] = 1  # padding without a sink
     out = np.einsum("tns,snh->tnh", weights[..., :-1] / total[..., None], np.repeat(v, group, axis=1))
-    return attention_op.Attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
+    return attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
 
 
 def _assert_close(found: attention_op.Attended, expected: attention_op.Attended, tolerance: float = 1e-4):
@@ -345,8 +340,8 @@ def paged_call(tokens: int, page: int = 8) -> Pages:
     for i in range(sequences):
         keys, values = (a[table[i]].reshape(-1, kv_heads, size) for a in (k, v))
         expected.append(_attend(q[i], keys, values, sinks, np.arange(len(keys)) <= positions[i][:, None]))
-    kv = attention_op.PagedKV(k, v, table)
-    return Pages(q, kv, positions, sinks, attention_op.Attended(*map(np.stack, zip(*expected, strict=True))))
+    kv = paged_kv(k, v, table)
+    return Pages(q, kv, positions, sinks, attended(*map(np.stack, zip(*expected, strict=True))))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -380,7 +375,7 @@ def test_sliding_window_attention(name, tokens):
     positions = np.where(ordinal < counts[:, None], start[:, None] + ordinal, -1).astype(np.int32)
     new = start[:, None] + ordinal
     k_new, v_new = (np.take_along_axis(a, new[:, :, None, None], axis=1) for a in (k, v))
-    kv = attention_op.RingKV(*rings, k_new, v_new, start)
+    kv = ring_kv(*rings, k_new, v_new, start)
     found = jax.jit(attention_op.IMPLEMENTATIONS[name])(q, kv, positions, sinks)
     for i in range(sequences):
         distance = positions[i][:, None] - np.arange(80)
@@ -413,7 +408,7 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
     """Guards caches narrower or wider than activations: operands meet in float32, where bfloat16 is exact."""
     run = jax.jit(attention_op.IMPLEMENTATIONS[name])
     q, kv, positions, sinks, _ = paged_call(5)
-    ring = attention_op.RingKV(*(kv.k[:4], kv.v[:4]), *(kv.k[4:8, :5], kv.v[4:8, :5]), np.zeros(4, np.int32))
+    ring = ring_kv(kv.k[:4], kv.v[:4], kv.k[4:8, :5], kv.v[4:8, :5], np.zeros(4, np.int32))
     for keys, where in ((kv, positions), (ring, np.tile(np.arange(5, dtype=np.int32), (4, 1)))):
         narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == np.float32 else x, keys)
         wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == of_keys else x, narrow)
