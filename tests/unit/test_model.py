@@ -1,4 +1,4 @@
-"""The model's invariants: however a prompt is cut, batched or cached, the answer is the same."""
+"""What the model declares, and what a step of it takes of memory."""
 
 import functools
 import json
@@ -10,35 +10,22 @@ import numpy as np
 import pytest
 
 import gptoss_jax
+from benchmarks import true_width
 from benchmarks.program_memory import program_memory
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
 from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.model.kv_cache import KVCache
+from tests import gate
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FLOAT32 = transformer.DTYPE_POLICIES["float32"]
 
 
-def _leaf(tensors: dict, path: str) -> np.ndarray:
-    """The published tensor of a leaf, by a mapping of the tests' own."""
-    parts = path.split("/")
-    if parts[0] != "layers":
-        return tensors[
-            {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm": "model.norm"}[path] + ".weight"
-        ]
-    prefix, block, rest = f"model.layers.{parts[1]}.", parts[2], parts[3:]
-    if rest == ["norm"]:
-        norm = "input_layernorm" if block == "attention" else "post_attention_layernorm"
-        return tensors[f"{prefix}{norm}.weight"]
-    if rest[0] in ("gate_up", "down"):
-        return tensors[f"{prefix}mlp.experts.{rest[0]}_proj_{rest[1]}"]
-    if block == "moe":
-        return tensors[f"{prefix}mlp.router.{rest[1]}"]
-    if rest == ["sinks"]:
-        return tensors[f"{prefix}self_attn.sinks"]
-    return tensors[f"{prefix}self_attn.{'o' if rest[0] == 'out' else rest[0]}_proj.{rest[1]}"]
+@pytest.fixture(scope="module")
+def small():
+    """Two layers, one of each kind."""
+    return TinyModel(golden.two_layers_config())
 
 
 @pytest.mark.parametrize(("name", "gib"), [("gpt-oss-120b", 4.504), ("gpt-oss-20b", 3.003)])
@@ -77,15 +64,14 @@ def test_declaration_covers_the_published_tensors():
     leaves = transformer.declare(parse_config(config), sharding.make()).leaves
     assert len(leaves) == len(tensors)
     for path, leaf in leaves.items():
-        published = _leaf(tensors, path)
+        published = gate.published_tensor(tensors, path)
         assert (published.size, published.dtype) == (np.prod(leaf.shape), leaf.dtype), path
 
 
 def test_whole_model_is_never_dequantised():
     """Guards memory at true width: a decoding step's temporaries are a few experts' weights, not the layer's 32."""
-    raw = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
-    raw |= {"num_hidden_layers": 2, "layer_types": raw["layer_types"][:2], "vocab_size": 512, "eos_token_id": 1}
-    config = parse_config(raw | {"pad_token_id": 0})
+    raw = true_width.raw_config(2) | {"vocab_size": 512, "eos_token_id": 1, "pad_token_id": 0}
+    config = parse_config(raw)
     compiled = _abstract_step(config, tokens=1, context=1024).compile()
     one_expert = 3 * config.hidden_size * config.intermediate_size * np.dtype(np.float32).itemsize
     assert program_memory(compiled).temporary_bytes < 4 * one_expert
@@ -152,7 +138,7 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
 
 def test_int8_weights_are_the_nearest_and_half_as_large(tmp_path):
     """Guards --dense int8: what is rounded, how far, and what is left exact; its cost is bounded and printed."""
-    folder = TinyModel(golden.tiny_config()).write(tmp_path)
+    folder = TinyModel(golden.two_layers_config()).write(tmp_path)
     exact, rounded = (gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8"))
     stored, kept = (jax.tree_util.tree_leaves_with_path(m.params) for m in (exact, rounded))
     eight_bits = {jax.tree_util.keystr(path[:-1]) for path, x in kept if x.dtype == jnp.int8}
