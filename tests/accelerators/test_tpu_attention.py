@@ -32,7 +32,7 @@ def _fresh_interpreter(monkeypatch):
 
 def _interpreted(arguments) -> Attended:
     found = jax.jit(functools.partial(tpu.attend, interpret=CAREFUL))(*jax.tree.map(jnp.asarray, arguments))
-    return Attended(*map(np.asarray, found))
+    return Attended._make(map(np.asarray, found))
 
 
 def _races_found() -> bool:
@@ -64,7 +64,7 @@ def _paged(heads: tuple[int, int, int], dtype: jnp.dtype, positions: np.ndarray,
         pools[:, table[i, owned + 1 :]] = np.nan
         table[i, owned + 1 :] = 2**31 - 1
     q = 2 * _draw(rng, dtype, sequences, positions.shape[1], num_heads, size)
-    return q, PagedKV(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    return q, PagedKV._make([*pools, table]), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
@@ -76,7 +76,8 @@ def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], p
     new = _draw(rng, dtype, 2, sequences, tokens, kv_heads, size)
     new[:, positions < 0] = np.nan
     q = 2 * _draw(rng, dtype, sequences, tokens, num_heads, size)
-    return q, RingKV(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    kv = RingKV._make([*rings, *new, np.array(start, np.int32)])
+    return q, kv, positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _check(arguments):

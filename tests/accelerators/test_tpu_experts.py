@@ -25,13 +25,9 @@ from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES: Any = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
-    ("experts", "expert_hidden", None, None),
-    ("experts", "expert_hidden", None),
-    ("experts", "expert_hidden"),
-    ("experts", None, "expert_hidden", None),
-    ("experts", None, "expert_hidden"),
-    ("experts", None),
+GATE_UP, DOWN = ("experts", "expert_hidden", None, None), ("experts", None, "expert_hidden", None)
+AXES: Any = expert_op.ExpertWeights._make(  # names in place of arrays, as in gptoss_jax/model/experts.py
+    [GATE_UP, GATE_UP[:3], GATE_UP[:2], DOWN, DOWN[:3], DOWN[:2], None, None]
 )
 
 
@@ -44,10 +40,10 @@ def _shard(array, names, axis: str, shard: int):
     return jnp.split(array, 2, axis=names.index(axis))[shard] if axis in names else array
 
 
-def _cut(weights, axes, axis: str, shard: int) -> expert_op.ExpertWeights:
-    """What one of two devices holds of a layer's experts."""
+def _cut(weights: expert_op.ExpertWeights, axes: Any, axis: str, shard: int) -> expert_op.ExpertWeights:
+    """What one of two devices holds of a layer's experts, without adapters."""
     shards = (_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True))
-    return expert_op.ExpertWeights(*shards)
+    return expert_op.ExpertWeights._make([*shards, None, None])
 
 
 # ---- the forms ----

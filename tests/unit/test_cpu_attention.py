@@ -79,7 +79,7 @@ class Sequences:
                 seen = np.arange(positions[i].max() + 1)
                 pool[table[i, seen // page], seen % page] = by_position[i, seen]
             stored.append(pool)
-        return self.queries(positions), PagedKV(*stored, table), positions, self.sinks
+        return self.queries(positions), PagedKV._make([*stored, table]), positions, self.sinks
 
     def windowed(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple:
         """A call over a sliding window: NaN in slots never written and in the new tokens that are padding."""
@@ -92,7 +92,7 @@ class Sequences:
             fresh = np.take_along_axis(by_position, np.maximum(positions, 0)[:, :, None, None], axis=1)
             stored.append(ring)
             new.append(np.where((positions >= 0)[:, :, None, None], fresh, np.nan).astype(by_position.dtype))
-        return self.queries(positions), RingKV(*stored, *new, start), positions, self.sinks
+        return self.queries(positions), RingKV._make([*stored, *new, start]), positions, self.sinks
 
 
 _jitted = functools.cache(jax.jit)
@@ -276,7 +276,7 @@ def test_loops_branches_and_devices(instructions):
 
     mesh = jax.make_mesh((2,), ("tensor",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     by_head, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
-    specs = (by_head, PagedKV(by_head, by_head, whole), whole, PartitionSpec("tensor"))
+    specs = (by_head, PagedKV._make([by_head, by_head, whole]), whole, PartitionSpec("tensor"))
     sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(by_head, by_head), check_vma=False))
     _same_bits(np.asarray(sharded(*arguments)[0]), expected)
 
@@ -300,5 +300,6 @@ def test_no_logits_in_memory():
     pages = shape((2048, 64, *REAL[1:]))
     table, positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     q = shape((1, 128, REAL[0], REAL[2]))
-    lowered = jax.jit(attend).lower(q, PagedKV(pages, pages, table), positions, shape((REAL[0],)))
+    kv = PagedKV._make([pages, pages, table])
+    lowered = jax.jit(attend).lower(q, kv, positions, shape((REAL[0],)))
     assert program_memory(lowered.compile()).temporary_bytes < 1e6

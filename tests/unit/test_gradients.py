@@ -177,7 +177,8 @@ def test_attention_without_a_cache(name, window):
     def attend(q, k, v, sinks):
         if window is None:
             pages = jnp.arange(sequences * tokens // page, dtype=jnp.int32).reshape(sequences, -1)
-            kv = attention_op.PagedKV(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
+            pools = (x.reshape(-1, page, kv_heads, size) for x in (k, v))
+            kv = attention_op.PagedKV(*pools, page_table=pages)
         else:
             empty = jnp.zeros((sequences, window, kv_heads, size), jnp.float32)
             kv = attention_op.RingKV(empty, empty, k, v, jnp.zeros(sequences, jnp.int32))
@@ -212,7 +213,7 @@ def test_merged_attentions():
             pages = jnp.arange(-(-(keys.stop - keys.start) // page), dtype=jnp.int32)[None]
             where = jnp.minimum(jnp.maximum(positions - keys.start, -1), keys.stop - keys.start - 1)
             run = attention_op.IMPLEMENTATIONS["reference"]
-            return run(q, attention_op.PagedKV(*pools, pages), where, sinks)
+            return run(q, attention_op.PagedKV(*pools, page_table=pages), where, sinks)
 
         parts = part(slice(0, first), sinks), part(slice(first, tokens), jnp.full_like(sinks, -jnp.inf))
         return attention_op.merge(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), axis=0)

@@ -309,7 +309,7 @@ def _attend(q, k, v, sinks, visible) -> attention_op.Attended:
     total = weights.sum(-1)
     total[total == 0] = 1  # padding without a sink
     out = np.einsum("tns,snh->tnh", weights[..., :-1] / total[..., None], np.repeat(v, group, axis=1))
-    return attention_op.Attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
+    return attention_op.Attended._make([out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf)])
 
 
 def _assert_close(found: attention_op.Attended, expected: attention_op.Attended, tolerance: float = 1e-4):
@@ -345,8 +345,8 @@ def paged_call(tokens: int, page: int = 8) -> Pages:
     for i in range(sequences):
         keys, values = (a[table[i]].reshape(-1, kv_heads, size) for a in (k, v))
         expected.append(_attend(q[i], keys, values, sinks, np.arange(len(keys)) <= positions[i][:, None]))
-    kv = attention_op.PagedKV(k, v, table)
-    return Pages(q, kv, positions, sinks, attention_op.Attended(*map(np.stack, zip(*expected, strict=True))))
+    kv = attention_op.PagedKV._make([k, v, table])
+    return Pages(q, kv, positions, sinks, attention_op.Attended._make(map(np.stack, zip(*expected, strict=True))))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -380,7 +380,7 @@ def test_sliding_window_attention(name, tokens):
     positions = np.where(ordinal < counts[:, None], start[:, None] + ordinal, -1).astype(np.int32)
     new = start[:, None] + ordinal
     k_new, v_new = (np.take_along_axis(a, new[:, :, None, None], axis=1) for a in (k, v))
-    kv = attention_op.RingKV(*rings, k_new, v_new, start)
+    kv = attention_op.RingKV._make([*rings, k_new, v_new, start])
     found = jax.jit(attention_op.IMPLEMENTATIONS[name])(q, kv, positions, sinks)
     for i in range(sequences):
         distance = positions[i][:, None] - np.arange(80)
@@ -413,7 +413,7 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
     """Guards caches narrower or wider than activations: operands meet in float32, where bfloat16 is exact."""
     run = jax.jit(attention_op.IMPLEMENTATIONS[name])
     q, kv, positions, sinks, _ = paged_call(5)
-    ring = attention_op.RingKV(*(kv.k[:4], kv.v[:4]), *(kv.k[4:8, :5], kv.v[4:8, :5]), np.zeros(4, np.int32))
+    ring = attention_op.RingKV(kv.k[:4], kv.v[:4], kv.k[4:8, :5], kv.v[4:8, :5], jnp.zeros(4, jnp.int32))
     for keys, where in ((kv, positions), (ring, np.tile(np.arange(5, dtype=np.int32), (4, 1)))):
         narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == np.float32 else x, keys)
         wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == of_keys else x, narrow)
