@@ -1,4 +1,4 @@
-"""`forward`, which needs no cache: its logits, on any mesh, and what its taps give, are those of the float64 reference."""
+"""`forward`, which needs no cache: its logits, on any mesh, and its taps are those of the float64 reference."""
 
 import functools
 
