@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 BUILT := pyproject.toml setup.py $(wildcard cpu_kernels/native/*)  # what an installation is made of, beside Python
 
-.PHONY: demo test mutations gates lint types clean
+.PHONY: demo test proofs test-all mutations gates lint types clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.runs
@@ -18,8 +18,15 @@ demo: $(VENV)/.runs
 	@echo
 	@echo "The demo's weights are RANDOM: the text above is noise, and that is what it should be."
 
+# What a contributor needs, in at most 6 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES)
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/unit tests/commands
+
+# Interpreted kernels for GPUs and TPUs, the parity gate and its mutations, meshes, batch invariance, sanitizers.
+proofs: $(VENV)/.develops
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/accelerators tests/proofs
+
+test-all: test proofs
 
 # 100,000 broken harmony streams through the parser, and as many well-formed ones beside openai-harmony; about 11 minutes.
 mutations: $(VENV)/.develops
@@ -28,8 +35,8 @@ mutations: $(VENV)/.develops
 # What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, and
 # the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.
 gates: $(VENV)/.gates $(VENV)/.compilers
-	$(BIN)/python -m pytest -m live
-	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m ahead_of_time
+	$(BIN)/python -m pytest tests/live
+	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/compilers
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .
@@ -40,7 +47,7 @@ types: $(VENV)/.develops
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cpu_kernels/*.so
-	find gptoss_jax pallas_kernels converters tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find gptoss_jax pallas_kernels cpu_kernels converters benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each is written last, so what was interrupted is done again, and a changed pyproject.toml is installed again.
 $(VENV)/.created:

@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import true_width
+from benchmarks import true_width, under_load
+from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
-from gptoss_jax.engine import sampling
-from gptoss_jax.engine.programs import STATE_AXES, Programs, RowState
-from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.engine import programs
+from gptoss_jax.engine.programs import OPTIONS_AXES, STATE_AXES, Chunks, ModelStep
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
@@ -86,7 +86,10 @@ TARGETS = {
     "H200": Target("gpu", "1x1x1", _H200, 141.0),
     "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
     "B200": Target(
-        *("gpu", "1x1x1", Hardware("gpu", "NVIDIA B200", "10.0"), 178.4),
+        platform="gpu",
+        topology="1x1x1",
+        hardware=Hardware("gpu", "NVIDIA B200", "10.0"),
+        memory_gib=178.4,
         differs=B200_DIFFERS,
         options={"xla_gpu_enable_cub_radix_sort": False},  # CUB asks the device, here for 201,088 logits
     ),
@@ -121,10 +124,10 @@ def devices(target: Target) -> list[Any]:
     """Devices of `target` that can be compiled for, and nothing else.
 
     Raises:
-        ValueError: the compiler's wheels are not installed.
+        GptossError: the compiler's wheels are not installed.
     """
     if absent := missing(target.platform):
-        raise ValueError(absent)
+        raise GptossError(absent)
     if target.platform == "gpu":
         topology = topologies.get_topology_desc("", "cuda", topology=target.topology, target_config=_gpu_spec(target))
         return topology.devices[: target.devices]
@@ -162,18 +165,6 @@ class Step(NamedTuple):
     layers: int | None = None  # fewer than the model has; None: all
 
 
-class Memory(NamedTuple):
-    """What a compiled program takes of one device."""
-
-    arguments: int
-    temporaries: int
-
-    @property
-    def gib(self) -> float:
-        """Both, in GiB: what is given back takes the place of what was donated."""
-        return (self.arguments + self.temporaries) / GIB
-
-
 def compile_step(step: Step, kernels: str = "auto") -> Any:
     """The compiled program of `step`, sampling included."""
     target = TARGETS[step.target]
@@ -193,34 +184,30 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
             for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
         }
     )
-    cache, state = _cache(config, step), _state(config, step.rows)
-    cache = jax.tree.map(placed, cache, kv_cache.axes(config), is_leaf=_is_array)
-    state = jax.tree.map(placed, state, STATE_AXES, is_leaf=_is_array)
-    programs = Programs(declared, config, laid_out, False, False)
+    slots = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.rows))
+    load = (_cache(config, step), *slots)
+    load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
+    forms = under_load.forms(ModelStep(declared, config, laid_out))
 
     def ints(*axes: str | None, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)
 
     if step.width == 1:
-        decode = lower(programs.decode, laid_out, params, cache, state, ints(shape=()), donate=(1, 2))
-        return decode.compile(compiler_options=dict(target.options))
-    chunk, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
-    at = ints("batch", shape=(laid_out.size("batch"),))
-    prefill = lower(programs.prefill, laid_out, params, cache, state, chunk, counts, counts, at, donate=(1, 2))
-    return prefill.compile(compiler_options=dict(target.options))
+        decode = functools.partial(programs.decode, forms.decode)
+        lowered = lower(decode, laid_out, params, *load, ints(shape=()), donate=(1, 3))
+    else:
+        tokens, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
+        at = ints("batch", shape=(laid_out.size("batch"),))
+        chunks = Chunks._make([tokens, counts, counts])
+        lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
+    return lowered.compile(compiler_options=dict(target.options))
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
-    """What `runtime.with_layout` makes of a leaf."""
+    """What `weight_transforms.to_weight_layout` makes of a leaf."""
     placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
     packed = jax.eval_shape(way.pack, array)
     return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
-
-
-def memory(compiled: Any) -> Memory:
-    """What the compiler says that a program takes."""
-    found = compiled.memory_analysis()
-    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes)
 
 
 def launches(compiled: Any) -> int:
@@ -249,14 +236,8 @@ def _config(step: Step) -> ModelConfig:
 
 def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
     pages = step.rows * kv_cache.num_pages(step.context_tokens)
-    shape = {"rows": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
+    shape = {"slots": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
     return jax.eval_shape(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))
-
-
-def _state(config: ModelConfig, rows: int) -> RowState:
-    drawn = sampling.row(SamplingParams(temperature=0.0), (), config.vocab_size, config.num_token_ids)
-    row = RowState(np.int32(0), np.int32(0), np.zeros(8, np.int32), drawn)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), np.asarray(x).dtype), row)
 
 
 MODEL_STEPS = (
@@ -281,14 +262,15 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        found = memory(compile_step(step, kernels))
+        found = program_memory(compile_step(step, kernels))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
-    sizes = {"arguments_gib": found.arguments / GIB, "temporaries_gib": found.temporaries / GIB}
+    sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
-    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": found.gib <= limit}
+    fits = sum(found) <= limit * GIB  # results take the place of what was donated
+    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": fits}
 
 
 # ---- kernels by themselves ----
@@ -385,7 +367,7 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
     compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
     kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
-    temporaries_mib = round(memory(compiled).temporaries / 2**20, 2)
+    temporaries_mib = round(program_memory(compiled).temporary_bytes / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
 
@@ -467,10 +449,10 @@ def main(arguments: list[str]) -> None:
     """Prints one table, then one JSON line."""
     found = {"models": _models, "kernels": _kernels, "launches": _launches}
     if len(arguments) != 1 or arguments[0] not in found:
-        raise ValueError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
+        raise GptossError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
     names = flags.FLAGS.target or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
-        raise ValueError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
+        raise GptossError(f"unknown target {', '.join(unknown)}, expected some of {', '.join(TARGETS)}")
     reports = []
     for report, line in found[arguments[0]](names):
         reports.append(report)

@@ -33,11 +33,13 @@ from benchmarks import true_width, under_load
 from benchmarks.peers import Llama, Transformers
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.cli import command
-from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Chunks, Forms, ModelStep
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.transformer import Params, declare, nest
-from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime import loading, weight_transforms
+from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from pallas_kernels.choice import Hardware
 
 READ_BYTES = 1 << 29  # far above any cache
@@ -48,8 +50,8 @@ LISTS = ("contexts", "prefill", "batch", "prefill_batch", "peer_contexts")  # fl
 class Peer(Protocol):
     """Somebody else's implementation."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...  # noqa: D102
     def can_run(self, rows: int) -> bool: ...  # noqa: D102
     def decode(self, rows: int, context_tokens: int, steps: int) -> float: ...  # noqa: D102
     def prefill(self, rows: int, tokens: int) -> float: ...  # noqa: D102
@@ -60,7 +62,7 @@ class Subject(NamedTuple):
 
     config: ModelConfig
     params: Params
-    programs: Programs
+    forms: Forms
     kernels: str
     described: str
 
@@ -116,9 +118,6 @@ def multiplying() -> Callable[[], float]:
     return peak
 
 
-# ---- the cost model ----
-
-
 # ---- ours ----
 
 
@@ -126,35 +125,38 @@ def load(options: flags.FlagValues) -> Subject:
     """The model that the flags name."""
     laid_out = sharding.make()
     if options.checkpoint:
-        loaded = runtime.load(options.checkpoint, kernels=options.kernels, dense=options.dense)
-        programs = Programs(loaded.model, loaded.config, laid_out, options.one_by_one, options.one_by_one)
-        return Subject(loaded.config, loaded.params, programs, loaded.kernels, options.checkpoint)
+        loaded = loading.load(options.checkpoint, kernels=options.kernels, dense=options.dense)
+        step = ModelStep(loaded.model, loaded.config, laid_out)
+        forms = under_load.forms(step, slot_by_slot=options.one_by_one)
+        return Subject(loaded.config, loaded.params, forms, loaded.kernels, options.checkpoint)
     config, leaves = true_width.leaves(true_width.raw_config(options.layers, Path(options.config)))
     kernels, reason = layers.choose_kernels(options.kernels, Hardware.of(jax.devices()[0]))
     declared = declare(config, laid_out, kernels)
-    placed = {path: jax.device_put(leaf) for path, leaf in leaves}
-    params = nest(runtime.with_dense(placed, declared, options.dense))
-    programs = Programs(declared, config, laid_out, options.one_by_one, options.one_by_one)
+    transforms = [
+        weight_transforms.to_devices(declared, laid_out),
+        weight_transforms.to_dense_format(declared, options.dense),
+    ]
+    params = nest(dict(weight_transforms.apply(transforms, leaves)))
+    forms = under_load.forms(ModelStep(declared, config, laid_out), slot_by_slot=options.one_by_one)
     name = f"{Path(options.config).stem} cut to {options.layers} layers, random weights, seed {true_width.SEED}"
-    return Subject(config, params, programs, reason, name)
+    return Subject(config, params, forms, reason, name)
 
 
 def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Callable[[], float]:
-    """Decodes `steps` tokens of each row in one dispatch, behind the context: tokens per second of all rows."""
-    cache, state = under_load.start(subject.config, rows, context_tokens, steps)
-    decode = jax.jit(subject.programs.decode, donate_argnums=(1, 2))
-    compiled = decode.lower(subject.params, cache, state, np.int32(steps)).compile()
+    """Decodes `steps` tokens of each slot in one dispatch, after the context: tokens per second of all slots."""
+    load = under_load.start(subject.config, [under_load.GREEDY] * rows, context_tokens, steps)
+    compiled = under_load.decode_program(subject.forms).lower(subject.params, *load, np.int32(steps)).compile()
 
     def run(count: int) -> float:
-        nonlocal cache, state
-        lengths = jnp.full(rows, context_tokens, jnp.int32)
-        cache = jax.block_until_ready(cache._replace(lengths=lengths))
+        nonlocal load
+        load = jax.block_until_ready(load.with_length(context_tokens))
         began = time.perf_counter()
-        draws, cache, state = compiled(subject.params, cache, state, np.int32(count))
+        draws, cache, state = compiled(subject.params, *load, np.int32(count))
+        load = load._replace(cache=cache, state=state)
         token = np.asarray(draws.token)[:, :count]
         seconds = time.perf_counter() - began
         if token.min() < 0:
-            raise ValueError(f"{rows} rows at {context_tokens} tokens: logits are not finite; are the kernels right?")
+            raise GptossError(f"{rows} slots at {context_tokens} tokens: logits are not finite; are the kernels right?")
         return rows * count / seconds
 
     run(1)  # pages are touched
@@ -162,38 +164,45 @@ def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Ca
 
 
 def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable[[], float]:
-    """Runs a prompt of each row, chunk by chunk, up to its first drawn token: tokens per second of all rows."""
-    width = min(chunk, tokens)
-    cache, state = under_load.start(subject.config, rows, 0, tokens)
-    ids = np.random.default_rng(tokens).integers(0, subject.config.num_token_ids, (rows, tokens)).astype(np.int32)
-    chunks = [ids[:, at : at + width] for at in range(0, tokens, width)]
-    counts = [np.full(rows, piece.shape[1], np.int32) for piece in chunks]
-    chunks[-1] = np.pad(chunks[-1], ((0, 0), (0, width - chunks[-1].shape[1])))
-    budgets = [np.zeros(rows, np.int32) for _ in chunks[1:]] + [np.ones(rows, np.int32)]
+    """Runs a prompt of each slot, chunk by chunk, up to its first drawn token: tokens per second of all slots."""
+    load = under_load.start(subject.config, [under_load.GREEDY] * rows, 0, tokens)
+    chunks = _chunks(subject.config, rows, tokens, min(chunk, tokens))
     at = np.zeros(1, np.int32)
-    prefill = jax.jit(subject.programs.prefill, donate_argnums=(1, 2))
-    compiled = prefill.lower(subject.params, cache, state, chunks[0], counts[0], budgets[0], at).compile()
+    compiled = under_load.prefill_program(subject.forms).lower(subject.params, *load, chunks[0], at).compile()
 
     def run(last: int) -> tuple[float, np.ndarray]:
-        """Seconds of the first chunks, and the tokens drawn behind them."""
-        nonlocal cache, state
-        cache = jax.block_until_ready(cache._replace(lengths=jnp.zeros(rows, jnp.int32)))
+        """Seconds of the first chunks, and the tokens drawn after them."""
+        nonlocal load
+        load = jax.block_until_ready(load.with_length(0))
         began = time.perf_counter()
         token = np.zeros(rows, np.int32)
-        for i in range(last):
-            draw, cache, state = compiled(subject.params, cache, state, chunks[i], counts[i], budgets[i], at)
-            token = draw.token
+        for each in chunks[:last]:
+            draw, cache, state = compiled(subject.params, *load, each, at)
+            load, token = load._replace(cache=cache, state=state), draw.token
         token = np.asarray(token)
         return time.perf_counter() - began, token
 
     def run_all() -> float:
         seconds, token = run(len(chunks))
         if token.min() < 0:
-            raise ValueError(f"{rows} rows of {tokens} tokens: logits are not finite; are the kernels right?")
+            raise GptossError(f"{rows} slots of {tokens} tokens: logits are not finite; are the kernels right?")
         return rows * tokens / seconds
 
     run(1)  # pages are touched
     return run_all
+
+
+def _chunks(config: ModelConfig, rows: int, tokens: int, width: int) -> list[Any]:
+    """Random prompts of `tokens` tokens in chunks of `width`, the last one padded; one token is drawn after it."""
+    ids = np.random.default_rng(tokens).integers(0, config.num_token_ids, (rows, tokens)).astype(np.int32)
+    chunks = []
+    for first in range(0, tokens, width):
+        chunk = np.zeros((rows, width), np.int32)
+        count = min(width, tokens - first)
+        chunk[:, :count] = ids[:, first : first + count]
+        budget = int(first + width >= tokens)
+        chunks.append(Chunks._make([chunk, np.full(rows, count, np.int32), np.full(rows, budget, np.int32)]))
+    return chunks
 
 
 # ---- in turns ----
@@ -232,7 +241,7 @@ def decode_case(
         if peer.can_run(rows):
             runners[peer.name] = functools.partial(peer.decode, rows, context, steps)
     figures = in_turns(runners, options.rounds)
-    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=runtime.DENSE_ITEMSIZE[options.dense])
+    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=DENSE_ITEMSIZE[options.dense])
     return {
         "rows": rows,
         "context_tokens": context,
@@ -275,7 +284,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "In place of a checkpoint: layers of true width with random weights, even.")
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
-    flags.DEFINE_enum("dense", "bfloat16", list(runtime.DENSE_ITEMSIZE), "Weights of attention and unembedding.")
+    flags.DEFINE_enum("dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding.")
     flags.DEFINE_list("contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens behind a decoding step.")
     flags.DEFINE_list("prefill", ["128", "512", "2048"], "N,N,...: Lengths of prompts.")
     flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Rows of a decoding step.")
@@ -294,21 +303,21 @@ def define_flags() -> None:
     flags.DEFINE_list("peer_contexts", ["16", "1024"], "N,N,...: Contexts at which others decode; they prefill them.")
 
 
-def _whole_numbers(words: list[str]) -> list[int]:
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"{','.join(words)}: expected whole numbers above 0, with commas between them")
-    return [int(word) for word in words]
+def _whole_numbers(texts: list[str]) -> list[int]:
+    if not all(text.isdecimal() and int(text) for text in texts):
+        raise GptossError(f"{','.join(texts)}: expected whole numbers above 0, with commas between them")
+    return [int(text) for text in texts]
 
 
 def _peers(options: flags.FlagValues, config: ModelConfig) -> tuple[list[Peer], dict[str, str]]:
     """Who runs beside us, and why others do not."""
     threads = os.cpu_count() or 1
     peers: list[Peer] = []
-    absent = {}
+    absent: dict[str, str] = {}
     if options.llama_bench:
         batched = Path(options.llama_batched_bench) if options.llama_batched_bench else None
         programs = Path(options.llama_bench), batched, Path(options.gguf)
-        peers += [Llama(*programs, threads, huge_pages) for huge_pages in (False, True)]
+        peers.extend(Llama(*programs, threads, huge_pages) for huge_pages in (False, True))
     else:
         absent["llama.cpp"] = "no --llama-bench"
     reason = Transformers.why_not() if options.transformers else "--notransformers"
@@ -362,12 +371,12 @@ def main(arguments: list[str]) -> None:
     del arguments
     options = flags.FLAGS
     if (options.checkpoint is None) == (options.layers is None):
-        raise ValueError("expected either --checkpoint or --layers")
+        raise GptossError("expected either --checkpoint or --layers")
     if (options.llama_bench is None) != (options.gguf is None):
-        raise ValueError("--llama-bench and --gguf belong together: expected both or neither")
-    numbers = {name: _whole_numbers(options[name].value) for name in LISTS}
+        raise GptossError("--llama-bench and --gguf belong together: expected both or neither")
+    numbers = {name: _whole_numbers(getattr(options, name)) for name in LISTS}
     if options.one_by_one and max(numbers["prefill_batch"]) > 1:
-        raise ValueError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
+        raise GptossError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
     load_average = os.getloadavg()[0]
     subject = load(options)
     print(f"{subject.described}\n{subject.kernels}\nload average before: {load_average:.1f}", flush=True)
@@ -394,11 +403,6 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(about | {"not_run": absent, "read_bytes_per_second": bandwidth, **results}))
 
 
-def cli() -> None:
-    """The command."""
+if __name__ == "__main__":
     define_flags()
     command.run(main, "cpu")
-
-
-if __name__ == "__main__":
-    cli()

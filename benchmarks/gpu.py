@@ -12,7 +12,6 @@ A table, then one JSON line.
 
 import concurrent.futures
 import functools
-import importlib.util
 import json
 import statistics
 import time
@@ -28,13 +27,16 @@ from absl import flags
 from jax import lax
 
 from benchmarks import under_load
+from benchmarks.peers import Transformers
+from benchmarks.under_load import Load
 from gptoss_jax.cli import command
-from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Programs
+from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Chunks, Forms, ModelStep
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, read_config
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
 from gptoss_jax.model.sharding import Sharding
-from gptoss_jax.model.transformer import Model, declare, nest
+from gptoss_jax.model.transformer import Leaf, Model, declare, nest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels.choice import Hardware
@@ -111,18 +113,23 @@ def random_params(config: ModelConfig, declared: Model, laid_out: Sharding, layo
     """Weights of the declared shapes in `layout`: codes uniform, scales near 2^-6, dense weights normal / 50."""
     ways = declared.rearrangements(layout)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def make(path: str, way: expert_op.Rearrangement, seed: jax.Array) -> jax.Array:
-        leaf, key = declared.leaves[path], jax.random.key(seed)
-        if path.endswith("scales"):
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one program for all layers
+    def make(name: str, leaf: Leaf, way: expert_op.Rearrangement, seed: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)
+        if name == "scales":
             return way.pack(jax.random.randint(key, leaf.shape, 119, 123, jnp.int32).astype(jnp.uint8))
         if leaf.dtype == jnp.uint8:
             return way.pack(jax.random.bits(key, leaf.shape, jnp.uint8))
-        if path.endswith("norm"):
+        if name == "norm":
             return jnp.ones(leaf.shape, leaf.dtype)
         return way.pack(jax.random.normal(key, leaf.shape, leaf.dtype) * leaf.dtype.type(0.02))
 
-    return nest({path: make(path, ways[path], jnp.uint32(n)) for n, path in enumerate(declared.leaves)})
+    return nest(
+        {
+            path: make(path.rpartition("/")[2], leaf, ways[path], jnp.uint32(seed))
+            for seed, (path, leaf) in enumerate(declared.leaves.items())
+        }
+    )
 
 
 # ---- ops ----
@@ -251,52 +258,53 @@ class Whole(NamedTuple):
     params: Any
     pool_tokens: int  # of the pool that every decoding case shares, so that one program serves all contexts
 
-    def programs(self) -> Programs:
-        """All rows at once, in one batch."""
-        return Programs(self.declared, self.config, self.laid_out, False, False)
+    def forms(self) -> Forms:
+        """All slots in one batch."""
+        return under_load.forms(ModelStep(self.declared, self.config, self.laid_out))
 
     def compile_decode(self, rows: int) -> Any:
         """The program, for any context that the pool holds."""
-        shapes = jax.eval_shape(functools.partial(self._cache, rows)), under_load.greedy(self.config, rows)
-        program = jax.jit(self.programs().decode, donate_argnums=(1, 2))
-        return program.lower(self.params, *shapes, jnp.int32(1)).compile()
+        cache = jax.eval_shape(functools.partial(self._cache, rows))
+        load = (cache, *under_load.drawing(self.config, [under_load.GREEDY] * rows))
+        return under_load.decode_program(self.forms()).lower(self.params, *load, jnp.int32(1)).compile()
 
     def _cache(self, rows: int) -> kv_cache.KVCache:
         most = min(self.config.max_context_tokens, self.pool_tokens // rows)
         return under_load.filled(self.config, rows, self.pool_tokens // PAGE_TOKENS, most)
 
     def decode(self, compiled: Any, rows: int, contexts: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
-        """Tokens per second of all rows behind each context that fits; the best of two dispatches."""
-        cache, state = jax.jit(self._cache, static_argnums=0)(rows), under_load.greedy(self.config, rows)
+        """Tokens per second of all slots after each context; the best of two dispatches."""
+        cache = jax.jit(self._cache, static_argnums=0)(rows)
+        load = Load(cache, *under_load.drawing(self.config, [under_load.GREEDY] * rows))
         for context in contexts:
             rates = []
             for _ in range(3):  # the first one warms up
-                cache = jax.block_until_ready(under_load.behind(cache, context))
+                load = jax.block_until_ready(load.with_length(context))
                 began = time.perf_counter()
-                draws, cache, state = compiled(self.params, cache, state, jnp.int32(steps))
+                draws, cache, state = compiled(self.params, *load, jnp.int32(steps))
                 token = np.asarray(draws.token)[:, :steps]
                 rates.append(rows * steps / (time.perf_counter() - began))
+                load = load._replace(cache=cache, state=state)
                 if token.min() < 0:
-                    raise ValueError(f"{self.name}: logits are not finite behind {context} tokens")
+                    raise GptossError(f"{self.name}: logits are not finite after {context} tokens")
             yield context, max(rates[1:])
 
     def prefill(self, tokens: int, width: int) -> float:
         """Tokens per second of one prompt, in chunks of `width`; the best of two runs."""
         width = min(width, tokens)
-        shape = (self.config, 1, kv_cache.num_pages(tokens), tokens)
-        cache = under_load.behind(jax.jit(under_load.filled, static_argnums=(0, 1, 2, 3))(*shape), 0)
-        state = under_load.greedy(self.config, 1)
+        load = under_load.start(self.config, [under_load.GREEDY], 0, tokens)
         ids = jax.random.randint(jax.random.key(1), (1, width), 0, self.config.num_token_ids, jnp.int32)
         counts, at = jnp.full(1, width, jnp.int32), jnp.zeros(1, jnp.int32)
-        program = jax.jit(self.programs().prefill, donate_argnums=(1, 2))
-        compiled = program.lower(self.params, cache, state, ids, counts, counts, at).compile()
+        chunks = Chunks(ids, counts, counts)
+        compiled = under_load.prefill_program(self.forms()).lower(self.params, *load, chunks, at).compile()
         rates = []
         for _ in range(3):
-            cache = jax.block_until_ready(under_load.behind(cache, 0))
+            load = jax.block_until_ready(load.with_length(0))
             began = time.perf_counter()
             for _ in range(tokens // width):
-                draw, cache, state = compiled(self.params, cache, state, ids, counts, counts, at)
-            jax.block_until_ready(draw)
+                _, cache, state = compiled(self.params, *load, chunks, at)
+                load = load._replace(cache=cache, state=state)
+            jax.block_until_ready(load)
             rates.append(tokens / (time.perf_counter() - began))
         return max(rates[1:])
 
@@ -305,14 +313,14 @@ def build(path: Path, kernels: layers.Kernels, memory_bytes: int) -> Whole:
     """The model of a config.json, with as large a pool of pages as memory leaves room for.
 
     Raises:
-        ValueError: its weights do not fit.
+        GptossError: its weights do not fit.
     """
     config, laid_out = read_config(path), sharding.make()
     free = memory_bytes - config.weight_bytes
     per_token = config.cache_bytes(2 * config.sliding_window) - config.cache_bytes(2 * config.sliding_window - 1)
     tokens = min(free // per_token, 64 * config.max_context_tokens) // PAGE_TOKENS * PAGE_TOKENS
     if tokens < config.max_context_tokens // 16:
-        raise ValueError(f"{path.stem} needs {config.weight_bytes / GIB:.1f} GiB of {memory_bytes / GIB:.1f}")
+        raise GptossError(f"{path.stem} needs {config.weight_bytes / GIB:.1f} GiB of {memory_bytes / GIB:.1f}")
     declared = declare(config, laid_out, kernels)
     params = random_params(config, declared, laid_out, kernels.expert_mlp.layout)
     return Whole(path.stem, config, declared, laid_out, params, tokens)
@@ -349,7 +357,7 @@ class Run:
 def main(arguments: list[str]) -> None:
     """Everything, in order of importance."""
     if arguments:
-        raise ValueError(f"{' '.join(arguments)}: expected flags only (--help lists them)")
+        raise GptossError(f"{' '.join(arguments)}: expected flags only (--help lists them)")
     options, run = flags.FLAGS, Run(flags.FLAGS.minutes)
     hardware = Hardware.of(jax.devices()[0])
     kernels, line = layers.choose_kernels(options.kernels, hardware)
@@ -374,7 +382,7 @@ def main(arguments: list[str]) -> None:
 def _memory_bytes() -> int:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        raise ValueError("the device does not say how much memory it has, expected --memory-gib")
+        raise GptossError("the device does not say how much memory it has, expected --memory-gib")
     return stats["bytes_limit"] - RESERVE_GIB * GIB
 
 
@@ -385,7 +393,7 @@ def measure_model(run: Run, path: Path, kernels: layers.Kernels, limits: Limits,
         return
     try:
         whole = build(path, kernels, memory)
-    except ValueError as error:
+    except GptossError as error:
         return run.leave_out(path.stem, str(error))
     compiling = concurrent.futures.ThreadPoolExecutor(len(options.batch))
     programs = {rows: compiling.submit(whole.compile_decode, rows) for rows in map(int, options.batch)}
@@ -410,7 +418,7 @@ def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Atte
     """Every kernel against float32 on the device.
 
     Raises:
-        ValueError: one is wrong; timing it would say nothing.
+        GptossError: one is wrong; timing it would say nothing.
     """
     tokens_of_experts = map(int, flags.FLAGS.check_tokens)
     errors = {f"expert_mlp, {tokens} tokens": experts.error(tokens) for tokens in tokens_of_experts}
@@ -419,7 +427,7 @@ def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Atte
     for what, error in errors.items():
         run.add("errors", {"model": whole.name, "op": what, "error": error}, f"{whole.name:13} {what:48} {error:.1e}")
         if error > BF16_ERROR:
-            raise ValueError(f"{whole.name}: {what} is off by {error:.1e}, at most {BF16_ERROR:.0e} expected")
+            raise GptossError(f"{whole.name}: {what} is off by {error:.1e}, at most {BF16_ERROR:.0e} expected")
 
 
 def decode(run: Run, whole: Whole, compiled: Any, rows: int, limits: Limits) -> None:
@@ -466,16 +474,10 @@ def time_ops(run: Run, whole: Whole, experts: Experts, attention: attention_op.A
 def beside_transformers(run: Run, config: ModelConfig) -> None:
     """Hugging Face's model on the same GPU, experts in bfloat16 as it runs them without further kernels."""
     what = "transformers"
-    if absent := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
-        return run.leave_out(what, f"{' and '.join(absent)} not installed")
-    import torch
-
-    if not torch.cuda.is_available():
-        return run.leave_out(what, "torch sees no GPU")
+    if absent := Transformers.why_not("cuda"):
+        return run.leave_out(what, absent)
     if not run.has_time_for(what, 60):
         return None
-    from benchmarks.peers import Transformers
-
     jax.clear_caches()
     peer = Transformers(config, threads=8, device="cuda")
     figures = {"decode": peer.decode(1, 1024, 32), "prefill": peer.prefill(1, 2048)}
@@ -506,11 +508,6 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "FILE: also write the result there.")
 
 
-def cli() -> None:
-    """The command line."""
+if __name__ == "__main__":
     define_flags()
     command.run(main, "gpu")
-
-
-if __name__ == "__main__":
-    cli()

@@ -4,6 +4,9 @@ Each call is one measurement, so that a benchmark can take them in turns with it
 prefill, which is why nobody wants them at 131,072 tokens.
 """
 
+# pyright: reportMissingImports=false
+# (torch and transformers are installed by `make gates` alone, and looked for where they are asked for)
+
 import importlib.util
 import json
 import os
@@ -12,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig, to_huggingface
 
 
@@ -72,7 +76,7 @@ class Llama(NamedTuple):
         words = [str(word) for word in command]
         done = subprocess.run(words, env=os.environ | tunables, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+            raise GptossError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
         return done.stdout
 
 
@@ -101,10 +105,14 @@ class Transformers:
         self._vocab_size = config.vocab_size
 
     @staticmethod
-    def why_not() -> str | None:
-        """Why it cannot run here, or None."""
+    def why_not(device: str = "cpu") -> str | None:
+        """Why it cannot run on `device` here, or None."""
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(missing)} not installed" if missing else None
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        import torch
+
+        return "torch sees no GPU" if device == "cuda" and not torch.cuda.is_available() else None
 
     def can_run(self, rows: int) -> bool:
         """Whether it runs so many rows here."""

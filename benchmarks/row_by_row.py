@@ -1,11 +1,10 @@
-"""Measures what deterministic engines pay: a decoding step row by row against all rows in a batch, time and memory.
+"""Measures what deterministic engines pay: a decoding step slot by slot against all slots in a batch, time and memory.
 
     python -m benchmarks.row_by_row --layers 2
 
-At the 20b's width, on random routers and embeddings (each row chooses experts of its own) and other weights of zero.
+At the 20b's width, on random routers and embeddings (each slot has experts of its own) and other weights of zero.
 """
 
-import functools
 import json
 import platform
 import statistics
@@ -18,22 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import true_width, under_load
+from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
-from gptoss_jax.engine import sampling
-from gptoss_jax.engine.programs import Programs, RowState
+from gptoss_jax.engine.programs import Forms, ModelStep
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.model import kv_cache, layers, sharding
+from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config
-from gptoss_jax.model.kv_cache import KVCache
-from gptoss_jax.model.transformer import DTYPE_POLICIES, Params, declare, nest
+from gptoss_jax.model.transformer import Params, declare, nest
 from pallas_kernels.choice import Hardware
 
-CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"
 CONTEXT_TOKENS = 4096
 
 
 def define_flags() -> None:
     """This command's flags."""
+    flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: The config.json that is cut down.")
     flags.DEFINE_integer("layers", 2, "Layers, an even number.", lower_bound=2)
     flags.DEFINE_list("rows", ["1", "4", "8"], "N,N,...: Batches.")
     flags.DEFINE_integer("steps", 3, "Steps timed, of which the median counts.", lower_bound=1)
@@ -43,17 +42,15 @@ def main(arguments: list[str]) -> None:
     """Prints a line for each batch, then one JSON line."""
     del arguments
     options = flags.FLAGS
-    raw = json.loads(CONFIG.read_text())
-    types = (raw["layer_types"][:2] * options.layers)[: options.layers]
-    config = parse_config(raw | {"num_hidden_layers": options.layers, "layer_types": types})
+    config = parse_config(true_width.raw_config(options.layers, Path(options.config)))
     kernels, _ = layers.choose_kernels("auto", Hardware.of(jax.devices()[0]))
     model = declare(config, sharding.make(), kernels)
     params = _params({path: (leaf.shape, leaf.dtype) for path, leaf in model.leaves.items()})
     results: dict[str, Any] = {}
     for rows in map(int, options.rows):
         for name, one_by_one in (("row by row", True), ("batched", False)):
-            programs = Programs(model, config, sharding.make(), one_by_one, one_by_one)
-            result = measure(programs, params, rows, options.steps)
+            forms = under_load.forms(ModelStep(model, config, sharding.make()), slot_by_slot=one_by_one)
+            result = measure(forms, config, params, rows, options.steps)
             results[f"{rows} rows, {name}"] = result
             milliseconds, mebibytes = 1e3 * result["step_seconds"], result["temporary_bytes"] / 2**20
             print(
@@ -63,20 +60,20 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({"machine": machine, "layers": options.layers, **results}))
 
 
-def measure(programs: Programs, params: Params, rows: int, steps: int) -> dict[str, float]:
+def measure(forms: Forms, config: ModelConfig, params: Params, slots: int, steps: int) -> dict[str, float]:
     """Seconds of the median step, and bytes that it needs beside its arguments."""
-    cache, state = _start(programs.config, rows)
-    decode = jax.jit(programs.decode, donate_argnums=(1, 2))
-    compiled = decode.lower(params, cache, state, np.int32(1)).compile()
+    load = under_load.start(config, [SamplingParams(seed=seed) for seed in range(slots)], 0, CONTEXT_TOKENS)
+    compiled = under_load.decode_program(forms).lower(params, *load, np.int32(1)).compile()
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        draws, cache, state = jax.block_until_ready(compiled(params, cache, state, np.int32(1)))
+        draws, cache, state = jax.block_until_ready(compiled(params, *load, np.int32(1)))
         seconds.append(time.perf_counter() - began)
-    assert (np.asarray(draws.token)[:, 0] >= 0).all()
+        assert (np.asarray(draws.token)[:, 0] >= 0).all()
+        load = load._replace(cache=cache, state=state)
     return {
         "step_seconds": round(statistics.median(seconds[1:]), 4),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary_bytes": program_memory(compiled).temporary_bytes,
     }
 
 
@@ -87,20 +84,6 @@ def _params(leaves: dict[str, tuple[tuple[int, ...], jnp.dtype]]) -> Params:
         return jnp.full(shape, "norm" in path, dtype)
 
     return nest({path: make(path, shape, dtype) for path, (shape, dtype) in leaves.items()})
-
-
-def _start(config: ModelConfig, rows: int) -> tuple[KVCache, RowState]:
-    """Rows that draw tokens of their own, each with pages of its own."""
-    pages = kv_cache.num_pages(CONTEXT_TOKENS)
-    shape = {"rows": rows, "pages": rows * pages, "max_context_tokens": CONTEXT_TOKENS}
-    cache = jax.jit(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))()
-    table = jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
-    params = [SamplingParams(seed=seed) for seed in range(rows)]
-    drawn = [sampling.row(p, (), config.vocab_size, config.num_token_ids) for p in params]
-    one = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *drawn)
-    token = jnp.arange(rows, dtype=jnp.int32) * 1000
-    remaining, stop_ids = jnp.full(rows, 1000, jnp.int32), jnp.full((rows, 8), -2, jnp.int32)
-    return cache._replace(page_table=table), RowState(token, remaining, stop_ids, one)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import true_width, under_load
 from gptoss_jax.cli import command
 from gptoss_jax.engine import sampling
-from gptoss_jax.engine.sampling import Draw, Sampling
+from gptoss_jax.engine.programs import SlotOptions, SlotState
+from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.harmony import tokenizer
-
-NAMED = tokenizer.ENDOFPROMPT + 1  # ids that name a token
+from gptoss_jax.model.config import read_config
 
 OPTIONS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -36,43 +37,42 @@ OPTIONS = {
 
 def define_flags() -> None:
     """This command's flags."""
-    flags.DEFINE_integer("rows", 1, "Rows of the batch.", lower_bound=1)
+    flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: The config.json whose vocabulary is drawn from.")
+    flags.DEFINE_integer("rows", 1, "Slots of the batch.", lower_bound=1)
     flags.DEFINE_integer("repeats", 15, "Draws timed, of which the median counts.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> None:
     """Prints a line for each option, then one JSON line."""
     del arguments
-    rows, repeats = flags.FLAGS.rows, flags.FLAGS.repeats
-    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (rows, tokenizer.VOCAB_SIZE)), jnp.float32)
-    result = {name: _milliseconds(_sample, logits, _batch(params, rows), repeats) for name, params in OPTIONS.items()}
-    result["a sort, for comparison"] = _milliseconds(_sort, logits, (), repeats)
+    rows, repeats, config = flags.FLAGS.rows, flags.FLAGS.repeats, read_config(Path(flags.FLAGS.config))
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (rows, config.vocab_size)), jnp.float32)
+
+    def sample(logits: jax.Array, slots: tuple[SlotOptions, SlotState], positions: jax.Array) -> Draw:
+        options, state = slots
+        return sampling.sample(logits, options.sampling, state.drawn, positions, config.num_token_ids)
+
+    def sort(logits: jax.Array, slots: tuple[()], positions: jax.Array) -> jax.Array:
+        return jnp.sort(logits, axis=-1)
+
+    result = {
+        name: _milliseconds(sample, logits, under_load.drawing(config, [params] * rows), repeats)
+        for name, params in OPTIONS.items()
+    }
+    result["a sort, for comparison"] = _milliseconds(sort, logits, (), repeats)
     for name, milliseconds in result.items():
         print(f"{name:26s} {milliseconds:8.2f} ms")
     machine = f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(json.dumps({"machine": machine, "rows": rows, "milliseconds": result}))
 
 
-def _batch(params: SamplingParams, rows: int) -> Sampling:
-    row = sampling.row(params, (1, 2, 3), tokenizer.VOCAB_SIZE, NAMED)
-    return jax.tree.map(lambda x: jnp.asarray(np.stack([x] * rows)), row)
-
-
-def _sample(logits: jax.Array, batch: Sampling, positions: jax.Array) -> Draw:
-    return sampling.sample(logits, batch, positions, NAMED)
-
-
-def _sort(logits: jax.Array, batch: tuple[()], positions: jax.Array) -> jax.Array:
-    return jnp.sort(logits, axis=-1)
-
-
-def _milliseconds(function: Callable[..., Any], logits: jax.Array, batch: Any, repeats: int) -> float:
+def _milliseconds(function: Callable[..., Any], logits: jax.Array, slots: Any, repeats: int) -> float:
     positions = np.zeros(logits.shape[0], np.int32)
-    compiled = jax.jit(function).lower(logits, batch, positions).compile()
+    compiled = jax.jit(function).lower(logits, slots, positions).compile()
     seconds = []
     for i in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(compiled(logits, batch, positions + np.int32(i)))
+        jax.block_until_ready(compiled(logits, slots, positions + np.int32(i)))
         seconds.append(time.perf_counter() - began)
     return 1e3 * statistics.median(seconds[1:])
 

@@ -1,20 +1,36 @@
-"""What TPU compilers make of the expert kernel, with no TPU: python -m benchmarks.tpu_experts [--only v6e].
+"""What TPU compilers make of the expert kernel, with no TPU.
 
-Needs libtpu, the compiler (`pip install 'jax[tpu]'`). For each generation and form, at the real shapes: whether it
+    python -m benchmarks.tpu_experts --only v6e
+
+Needs libtpu, the compiler, which `make gates` installs. For each generation and form, at the real shapes: whether it
 compiles, the weights in HBM beside the published bytes, temporaries, and the static cost, as the instruction bundles
 that 2^19 weights take (one block of 1,024 x 512). A bundle is a clock; waiting for memory is not in it, and what the
 memory takes for as many weights stands beside it.
 """
 
-import argparse
 import functools
+import itertools
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental.layout import Format, Layout
+
+from benchmarks import ahead_of_time
+from benchmarks.program_memory import program_memory
+from gptoss_jax.cli import command
+from gptoss_jax.errors import GptossError
+from pallas_kernels.expert_mlp import packed, tpu, tpu_forms
+from pallas_kernels.expert_mlp.tiles import tile_rows
+from pallas_kernels.expert_mlp.weights import ExpertWeights
 
 BLOCK_WEIGHTS = 1 << 19
 HIDDEN = EXPERT_HIDDEN = 2880
@@ -23,69 +39,55 @@ HIDDEN = EXPERT_HIDDEN = 2880
 class Generation(NamedTuple):
     """A TPU's core, from cloud.google.com/tpu/docs/system-architecture-tpu-vm; clocks are what peak rates suggest."""
 
-    topology: str
     form: str
     bytes_per_clock: float  # of HBM, for each core of a chip
 
 
 GENERATIONS = {
-    "v5e": Generation("v5e:2x2", "words, by integers", 819 / 1.5),
-    "v5p": Generation("v5p:2x2x1", "words, by integers", 2765 / 1.75 / 2),
-    "v6e": Generation("v6e:2x2", "words, by selection", 1640 / 1.75),
-    "tpu7x": Generation("tpu7x:2x2x1", "float4", 7370 / 2.2 / 2),
-}
-ENVIRONMENT = {  # for a compiler that has no device
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
+    "v5e": Generation("words, by integers", 819 / 1.5),
+    "v5p": Generation("words, by integers", 2765 / 1.75 / 2),
+    "v6e": Generation("words, by selection", 1640 / 1.75),
+    "tpu7x": Generation("float4", 7370 / 2.2 / 2),
 }
 
 
-def main() -> None:
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_list("only", list(GENERATIONS), "NAMES: Generations.")
+    flags.DEFINE_list("tokens", ["1", "8", "64", "512", "4096"], "N,N,...: Tokens of a call.")
+    flags.DEFINE_list("experts", ["32", "128"], "N,N,...: Experts of the layer.")
+    flags.DEFINE_enum("form", None, list(tpu_forms.FORMS), "In place of the one that the generation takes.")
+    flags.DEFINE_integer("expert_hidden", EXPERT_HIDDEN, "Width inside one expert.", lower_bound=32)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Number format of the activations.")
+
+
+def main(arguments: list[str]) -> None:
     """Compiles each case in a process of its own, since libtpu reads its options once."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--only", default="", help="generations, comma-separated")
-    arguments.add_argument("--tokens", default="1,8,64,512,4096")
-    arguments.add_argument("--experts", default="32,128")
-    arguments.add_argument("--form", default="", help="instead of the one that the generation takes")
-    arguments.add_argument("--expert-hidden", type=int, default=EXPERT_HIDDEN)
-    arguments.add_argument("--dtype", default="bfloat16")
-    options = arguments.parse_args()
+    del arguments
+    options = flags.FLAGS
+    if unknown := [name for name in options.only if name not in GENERATIONS]:
+        raise GptossError(f"unknown generation {', '.join(unknown)}, expected some of {', '.join(GENERATIONS)}")
+    if absent := ahead_of_time.missing("tpu"):
+        raise GptossError(absent)
     print(f"{'TPU':6} {'form':20} E    T     tile  bundles  memory's  spills  weights MiB (published)  temporaries MiB")
-    for name in options.only.split(",") if options.only else GENERATIONS:
-        for experts in options.experts.split(","):
-            for tokens in options.tokens.split(","):
-                case = [
-                    name,
-                    options.form or GENERATIONS[name].form,
-                    experts,
-                    tokens,
-                    options.expert_hidden,
-                    options.dtype,
-                ]
-                print(measured(*map(str, case)), flush=True)
+    for name, experts, tokens in itertools.product(options.only, options.experts, options.tokens):
+        form = options.form or GENERATIONS[name].form
+        print(measured(name, form, experts, tokens, str(options.expert_hidden), options.dtype), flush=True)
 
 
 def measured(*case: str) -> str:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
-        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": dump}
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            f"from benchmarks.tpu_experts import compiled; compiled(*{case})",
-        ]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        environment = {**os.environ, **ahead_of_time.ENVIRONMENT, "LIBTPU_INIT_ARGS": dump}
+        code = f"from benchmarks.tpu_experts import compiled; compiled(*{case})"
+        call = [sys.executable, "-W", "ignore", "-c", code]
+        run = subprocess.run(call, env=environment, capture_output=True, text=True)
         if run.returncode:
             reason = [line for line in run.stderr.splitlines() if "Error" in line]
             return f"{case[0]:6} {case[1]:20} fails: {(reason or run.stderr.splitlines())[-1][:300]}"
         found = json.loads(run.stdout.splitlines()[-1])
-        used = bundles(pathlib.Path(folder))
+        used = bundles(Path(folder))
     per_block = used["bundles"] * BLOCK_WEIGHTS / found["step_weights"]
     memory = BLOCK_WEIGHTS * found["packed"] / found["weights"] / GENERATIONS[case[0]].bytes_per_clock
     mib = {key: f"{found[key] / 2**20:.1f}" for key in ("packed", "published", "temporaries")}
@@ -95,7 +97,7 @@ def measured(*case: str) -> str:
     )
 
 
-def bundles(folder: pathlib.Path) -> dict[str, int]:
+def bundles(folder: Path) -> dict[str, int]:
     """The kernel's instructions, by the slot they take, and its bundles; from libtpu's dump of its final code."""
     kernel = [
         p for p in folder.glob("*expert_mlp*final_hlo-static-per-bundle-utilization.txt") if "late-" not in p.name
@@ -111,23 +113,12 @@ def bundles(folder: pathlib.Path) -> dict[str, int]:
 
 
 def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, dtype: str) -> None:
-    """Compiles one case and prints its sizes as JSON; for a process that begins with `ENVIRONMENT`."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.experimental.layout import Format, Layout
-
-    from pallas_kernels.expert_mlp import packed, tpu, tpu_forms
-    from pallas_kernels.expert_mlp.tiles import tile_rows
-    from pallas_kernels.expert_mlp.weights import ExpertWeights
-
+    """Compiles one case and prints its sizes as JSON; for a process that begins with `ahead_of_time.ENVIRONMENT`."""
     num_experts, num_tokens, per_token, width = int(experts), int(tokens), 4, int(inner)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=GENERATIONS[name].topology).devices[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("all",))
+    mesh = jax.sharding.Mesh(np.array(ahead_of_time.devices(ahead_of_time.TARGETS[name])[:1]), ("all",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def like(shape, dtype) -> Any:
+    def like(shape: tuple[int, ...], dtype: Any) -> Any:  # in the place of an array
         row_major = Format(Layout(major_to_minor=tuple(range(len(shape)))), whole)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major)
 
@@ -151,7 +142,7 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = run.trace(x, like(assignments, jnp.int32), like(assignments, jnp.float32), weights)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
-    memory = program.memory_analysis()
+    memory = program_memory(program)
     others = x.size * x.dtype.itemsize + 8 * num_tokens * per_token
     rows = tile_rows(num_tokens * per_token, num_experts, tpu.FEWEST_ROWS, form.most_rows)
     steps = tpu.Steps(form.parts, width // form.parts, HIDDEN)
@@ -159,12 +150,13 @@ def compiled(name: str, form_name: str, experts: str, tokens: str, inner: str, d
         "rows": rows,
         "weights": 3 * num_experts * HIDDEN * width,
         "step_weights": HIDDEN * 2 * steps.inner_block + width * steps.hidden_block,
-        "packed": memory.argument_size_in_bytes - others,
+        "packed": memory.argument_bytes - others,
         "published": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(published)),
-        "temporaries": memory.temp_size_in_bytes,
+        "temporaries": memory.temporary_bytes,
     }
     print(json.dumps(sizes))
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command.run(main, "tpu_experts")

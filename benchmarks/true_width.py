@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from converters import random_weights
+from converters.random_model import random_tensors
 from gptoss_jax.checkpoints import host_memory, huggingface
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import ModelConfig, parse_config
 
@@ -20,23 +21,27 @@ SEED = 0
 
 
 def raw_config(layers: int, path: Path = CONFIG) -> dict[str, Any]:
-    """The config.json at `path` with another number of layers, which must be even."""
+    """The config.json at `path` with another number of layers, which must be even.
+
+    Raises:
+        GptossError: it is odd.
+    """
     if layers < 2 or layers % 2:
-        raise ValueError(f"{layers} layers, expected an even number of them: banded and full attention alternate")
+        raise GptossError(f"{layers} layers, expected an even number of them: sliding and full attention alternate")
     raw = json.loads(path.read_text())
     types = (raw["layer_types"][:2] * layers)[:layers]
     return raw | {"num_hidden_layers": layers, "layer_types": types}
 
 
 def leaves(raw: dict[str, Any]) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]]:
-    """The model of a raw config.json, and its leaves one by one, as declared: those of `converters.random_weights`.
+    """The model of a raw config.json, and its leaves one by one, as declared: those of `converters.random_model`.
 
     Each lies in memory that a device on this host takes without a copy.
     """
     config = parse_config(raw)
     recipes = huggingface.mxfp4_recipes(config)
     shapes = {path: leaf.shape for path, leaf in transformer.declare(config, sharding.make()).leaves.items()}
-    tensors = random_weights.random_tensors(raw, SEED)
+    tensors = random_tensors(raw, SEED)
     return config, ((path, _moved(tensors.pop(recipes[path].tensor), shapes[path])) for path in shapes)
 
 

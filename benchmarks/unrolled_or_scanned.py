@@ -2,8 +2,8 @@
 
     python -m benchmarks.unrolled_or_scanned --layers 8 --experts 8
 
-Both run the very modules of the model, at gpt-oss' width, one row, on weights of zeros. The scan goes over pairs of
-layers (one banded, one full), whose weights and caches are stacked, as a scan needs them.
+Both run the very modules of the model, at gpt-oss' width, one slot, on weights of zeros. The scan goes over pairs of
+layers (one sliding, one full), whose weights and caches are stacked, as a scan needs them.
 """
 
 import functools
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
+from benchmarks import true_width
+from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.model import kv_cache, layers, rope, sharding
 from gptoss_jax.model.attention import Step
@@ -27,12 +29,12 @@ from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
 from pallas_kernels.choice import Hardware
 
-CONFIG = Path(__file__).parents[1] / "configs" / "gpt-oss-20b.json"
 CONTEXT_TOKENS = 1024
 
 
 def define_flags() -> None:
     """This command's flags."""
+    flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: The config.json that is cut down.")
     flags.DEFINE_integer("layers", 8, "Layers, an even number.", lower_bound=2)
     flags.DEFINE_integer("experts", 8, "Experts of a layer (their number does not change a step's work).")
     flags.DEFINE_integer("steps", 5, "Steps timed, of which the median counts.")
@@ -61,7 +63,6 @@ def measure(case: tuple[Callable[..., Any], Any], steps: int) -> dict[str, float
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     compile_seconds = time.perf_counter() - began
-    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -70,14 +71,13 @@ def measure(case: tuple[Callable[..., Any], Any], steps: int) -> dict[str, float
     return {
         "compile_seconds": round(compile_seconds, 2),
         "step_seconds": round(statistics.median(seconds[1:]), 4),
-        "temporary_bytes": temporary_bytes,
+        "temporary_bytes": program_memory(compiled).temporary_bytes,
     }
 
 
 def _config(layers: int, experts: int) -> ModelConfig:
-    raw = json.loads(CONFIG.read_text())
-    types = (raw["layer_types"][:2] * layers)[:layers]
-    return parse_config(raw | {"num_hidden_layers": layers, "layer_types": types, "num_local_experts": experts})
+    raw = true_width.raw_config(layers, Path(flags.FLAGS.config))
+    return parse_config(raw | {"num_local_experts": experts})
 
 
 def _layers(config: ModelConfig, count: int) -> tuple[Any, Any]:
@@ -93,7 +93,7 @@ def _start(config: ModelConfig) -> tuple[jax.Array, Step, kv_cache.KVCache]:
     """One token at the end of the context."""
     pages = kv_cache.num_pages(CONTEXT_TOKENS)
     make = functools.partial(
-        kv_cache.empty, config, rows=1, pages=pages, max_context_tokens=CONTEXT_TOKENS, dtype=jnp.dtype(jnp.bfloat16)
+        kv_cache.empty, config, slots=1, pages=pages, max_context_tokens=CONTEXT_TOKENS, dtype=jnp.dtype(jnp.bfloat16)
     )
     positions = jnp.array([[CONTEXT_TOKENS - 1]], jnp.int32)
     x = jnp.ones((1, 1, config.hidden_size), jnp.float32)
@@ -139,11 +139,6 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
-def cli() -> None:
-    """The command."""
+if __name__ == "__main__":
     define_flags()
     command.run(main, "unrolled_or_scanned")
-
-
-if __name__ == "__main__":
-    cli()

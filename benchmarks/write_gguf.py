@@ -10,6 +10,10 @@ to Q8_0; vectors and the router are float32, as llama.cpp's own converter has th
 vocabulary is as large as ours, and its ids are ours. Needs the gguf package.
 """
 
+# pyright: reportMissingImports=false
+# (gguf is installed by `make gates` alone, and imported where a file is written)
+
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +27,7 @@ from benchmarks import true_width
 from gptoss_jax.checkpoints import huggingface
 from gptoss_jax.checkpoints.published import open_source
 from gptoss_jax.cli import command
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import ModelConfig
 
@@ -75,7 +80,7 @@ def published(folder: Path) -> Leaves:
     source = open_source(folder)
     declared = transformer.declare(source.config, sharding.make()).leaves
     if faults := source.problems(declared):
-        raise ValueError("\n".join(faults))
+        raise GptossError("\n".join(faults))
     return Leaves(source.config, _shapes(source.config), lambda path: source.read(path, declared[path]))
 
 
@@ -220,9 +225,11 @@ def main(arguments: list[str]) -> None:
     """Writes what the flags say."""
     options = flags.FLAGS
     if len(arguments) != 1:
-        raise ValueError(f"expected one file to write, got {arguments or 'none'}")
+        raise GptossError(f"expected one file to write, got {arguments or 'none'}")
+    if importlib.util.find_spec("gguf") is None:
+        raise GptossError("the gguf package is not installed: make gates installs it")
     if (options.checkpoint is None) == (options.layers is None):
-        raise ValueError("expected either --checkpoint or --layers")
+        raise GptossError("expected either --checkpoint or --layers")
     began = time.monotonic()
     if options.checkpoint:
         leaves = published(Path(options.checkpoint))
@@ -232,11 +239,6 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({"file": arguments[0], "bytes": num_bytes, "seconds": round(time.monotonic() - began, 1)}))
 
 
-def cli() -> None:
-    """The command."""
+if __name__ == "__main__":
     define_flags()
     command.run(main, "write_gguf")
-
-
-if __name__ == "__main__":
-    cli()

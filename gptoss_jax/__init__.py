@@ -1,21 +1,40 @@
 """gpt-oss in JAX: published weights in, sharded and streamed tokens out.
 
-Axis letters, here and in every docstring: B rows, T query tokens, S cache positions, D hidden, N query heads, K key
+    model = gptoss_jax.load("path/to/checkpoint")
+    for event in model.generate(token_ids, temperature=0.0):
+        print(event.token_ids)
+
+Axis letters, here and in every docstring: B batch, T query tokens, S cache positions, D hidden, N query heads, K key
 and value heads, G = N / K, H head size, F expert hidden, E experts, X experts per token, V vocabulary, L layers.
 """
 
+import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptoss_jax.runtime.language_model import LanguageModel, load
+    from gptoss_jax.engine.request import EngineConfig, Request
+    from gptoss_jax.engine.sampling_params import SamplingParams
+    from gptoss_jax.errors import GptossError
+    from gptoss_jax.runtime.language_model import LanguageModel
+    from gptoss_jax.runtime.loading import load
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["EngineConfig", "GptossError", "LanguageModel", "Request", "SamplingParams", "load"]
+
+_HOMES = {
+    "EngineConfig": "gptoss_jax.engine.request",
+    "GptossError": "gptoss_jax.errors",
+    "LanguageModel": "gptoss_jax.runtime.language_model",
+    "Request": "gptoss_jax.engine.request",
+    "SamplingParams": "gptoss_jax.engine.sampling_params",
+    "load": "gptoss_jax.runtime.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the runtime when it is first asked for: the parts below it stay usable, and quick to import, alone."""
-    if name in __all__:
-        from gptoss_jax.runtime import language_model
-
-        return getattr(language_model, name)
+    """Imports a public name's module when it is first asked for: `load` needs JAX, which takes seconds to import."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return importlib.metadata.version("gptoss-jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,14 @@
-"""The test session is stricter than production: eight CPU devices, strict dtype promotion, no network."""
+"""The test session is stricter than production: eight CPU devices, strict dtype promotion, no network.
+
+A test's folder is its mark (docs/testing.md says what each holds), and a case in tests/unit has a budget of CPU time.
+"""
 
 import os
 import socket
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,6 +20,8 @@ if "jax" in sys.modules:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# BLAS threads of several processes wait for one another in loops; workers of pytest-xdist and commands have one each.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compiled extensions (openai-harmony is one) and child processes do not pass through Python's sockets; a
 # proxy at which nobody listens stops those that speak HTTP.
 for _name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -33,6 +40,8 @@ from gptoss_jax.checkpoints import host_memory  # noqa: E402  (jax reads the env
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
+UNIT_CPU_SECONDS = 3.0  # of one case, without its fixtures; what `make test` promises rests on it
+
 
 def _local_only(connect):
     """Wrap a connecting method of `socket.socket`: Unix sockets pass (asyncio needs them), others raise."""
@@ -49,6 +58,35 @@ def pytest_configure():
     """Before anything is collected, so that code run by imports is held to it too."""
     socket.socket.connect = _local_only(socket.socket.connect)
     socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with the folder that holds it: unit, commands, accelerators, proofs or live."""
+    for item in items:
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fails a case in tests/unit that takes more than UNIT_CPU_SECONDS, of all its threads and child processes.
+
+    CPU time rather than the clock's, which says how busy the machine is.
+    """
+    began = _cpu_seconds()
+    result = yield
+    seconds = _cpu_seconds() - began
+    if item.get_closest_marker("unit") and seconds > UNIT_CPU_SECONDS:
+        pytest.fail(
+            f"{seconds:.1f} s of CPU time, and a case in tests/unit may take {UNIT_CPU_SECONDS:g} s: make it faster, "
+            "or move it to tests/proofs (tests/accelerators if it interprets a kernel)",
+            pytrace=False,
+        )
+    return result
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    return sum(os.times()[:4])
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The parity gate: small models, and what their logits may differ from the reference, by ranges of positions.
 
 One function decides, so that the product's test and the mutation suite, which must fail it, ask the same question.
+Another, far stricter, holds the reference itself against transformers.
 """
 
 from itertools import pairwise
@@ -9,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from converters.random_weights import random_tensors, write_checkpoint
+from converters.random_checkpoint import write_checkpoint
+from converters.random_model import random_tensors
 from tests.goldens.make import divergence
 
 MAX_KL = 1e-6  # nats, mean over a range; float32 against the reference
@@ -28,7 +30,7 @@ class TinyModel(NamedTuple):
         return random_tensors(self.config, self.seed)
 
     def write(self, folder: Path, layout: str = "huggingface") -> Path:
-        write_checkpoint(folder / "published", self.config, layout=layout, seed=self.seed)
+        write_checkpoint(folder / "published", self.config, format=layout, seed=self.seed)
         return folder / "published"
 
 
@@ -50,3 +52,10 @@ def failures(logits: np.ndarray, reference: np.ndarray, positions: np.ndarray) -
         if not (kl <= MAX_KL and top1 == 1 and off <= MAX_DIFFERENCE):
             faults.append(f"positions {low} to {high}: KL {kl:.2e}, top-1 {top1:.4f}, largest difference {off:.2e}")
     return faults
+
+
+def assert_agrees(logits: np.ndarray, golden: np.ndarray, max_abs: float, max_kl: float) -> None:
+    """Of the float64 reference `logits` [P, V] and transformers' in float32: at every position, KL in nats."""
+    assert (logits.argmax(axis=-1) == golden.argmax(axis=-1)).all()
+    assert np.abs(logits - golden).max() <= max_abs
+    assert divergence(logits, golden).max() <= max_kl

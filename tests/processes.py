@@ -1,8 +1,8 @@
 """Commands as people run them, in processes of their own: forks of one that has imported them, which takes seconds."""
 
-import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gptoss_jax.generate", "gptoss_jax.score"])
+# What the commands import when they come to it: they begin without JAX.
+_CONTEXT.set_forkserver_preload(
+    [f"gptoss_jax.{name}" for name in ("cli.answering", "cli.chat", "cli.scoring", "runtime.loading")]
+)
 
 
 class Done(NamedTuple):
@@ -70,6 +73,6 @@ def _child(
     sys.stdin, sys.stdout, sys.stderr = (open(i, mode, closefd=False) for i, mode in enumerate(("r", "w", "w")))
     for name, value in environment.items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    sys.argv = [f"{module}.py", *arguments]
-    sys.modules["__main__"] = importlib.import_module(module)
-    sys.modules["__main__"].cli()
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # what was imported already would only be named in a warning
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

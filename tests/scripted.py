@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from converters.random_weights import random_tensors
+from converters.random_model import random_tensors
 from gptoss_jax.harmony import tokenizer
 from tests.goldens.make import tiny_config
 

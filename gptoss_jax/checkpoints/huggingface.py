@@ -1,4 +1,4 @@
-"""The Hugging Face layouts as tables: leaf <- tensor. Experts packed as MXFP4, or bfloat16 and transposed.
+"""The Hugging Face formats as tables: leaf <- tensor. Experts packed as MXFP4, or bfloat16 and transposed.
 
 Source: transformers' modeling_gpt_oss.py and the published model.safetensors.index.json.
 """
@@ -48,8 +48,8 @@ def mxfp4_recipes(config: ModelConfig) -> dict[str, Recipe]:
 
 def bf16_recipes(config: ModelConfig) -> dict[str, Recipe]:
     """Leaf -> recipe where experts are stored as bfloat16: each such tensor becomes two leaves."""
-    rows = recipes(config, _MODEL, _LAYER, "model.layers")
+    found = recipes(config, _MODEL, _LAYER, "model.layers")
     for leaf, recipe in recipes(config, (), _BF16, "model.layers").items():
-        rows[f"{leaf}/blocks"] = recipe._replace(pack="blocks")
-        rows[f"{leaf}/scales"] = recipe._replace(pack="scales")
-    return rows
+        found[f"{leaf}/blocks"] = recipe._replace(pack="blocks")
+        found[f"{leaf}/scales"] = recipe._replace(pack="scales")
+    return found

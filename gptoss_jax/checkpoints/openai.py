@@ -1,4 +1,4 @@
-"""The layout of OpenAI's `original/` folder as a table: leaf <- tensor. Queries, keys and values are stored as one.
+"""The format of OpenAI's `original/` folder as a table: leaf <- tensor. Queries, keys and values are stored as one.
 
 Source: openai/gpt-oss, gpt_oss/torch/model.py and weights.py.
 """

@@ -7,9 +7,14 @@ import functools
 import math
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from pallas_kernels.mxfp4 import BLOCK, CODES, SCALE_BIAS
+from gptoss_jax.model.config import MXFP4_BLOCK as BLOCK
+
+SCALE_BIAS = 127  # of E8M0 exponents (OCP Microscaling Formats v1.0)
+CODES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+"""The value of each FP4 code, as `pallas_kernels.mxfp4.CODES`, without importing JAX."""
 
 _MANTISSA_BITS = 7  # of bfloat16, whose bits order its magnitudes
 _LOWEST, _HIGHEST = -3 << _MANTISSA_BITS, 3 << _MANTISSA_BITS  # magnitudes in [1/8, 8), as bits less those of 1
@@ -75,7 +80,7 @@ def _nearest_codes() -> np.ndarray:
     """By the bits of a magnitude less those of 1/8: the nearest code (ties to even), marked where it is not exact."""
     bits = np.arange(_LOWEST, _HIGHEST) + (SCALE_BIAS << _MANTISSA_BITS)
     values = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    codes = np.array(CODES[:8])
+    codes = CODES[:8].astype(np.float64)
     distances = np.abs(values[:, None] - codes) + 1e-9 * (np.arange(8) % 2)
     nearest = np.argmin(distances, axis=1)
     return np.where(codes[nearest] == values, nearest, nearest | _OFF_GRID).astype(np.uint8)
@@ -84,7 +89,7 @@ def _nearest_codes() -> np.ndarray:
 def _powers(bits: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[float, float]:
     """Sums of squares of what rounding changed, and of the weights."""
     weights = (bits.astype(np.uint32) << 16).view(np.float32)
-    error = np.ldexp(np.array(CODES, np.float32)[codes], scales.astype(np.int32) - SCALE_BIAS) - weights
+    error = np.ldexp(CODES[codes], scales.astype(np.int32) - SCALE_BIAS) - weights
     return float(np.vdot(error, error)), float(np.vdot(weights, weights))
 
 

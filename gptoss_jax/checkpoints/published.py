@@ -1,6 +1,6 @@
-"""A published checkpoint as declared leaves: which layout it has, what is wrong with it, and each leaf's array.
+"""A published checkpoint as declared leaves: which format it has, what is wrong with it, and each leaf's array.
 
-Nothing is held but headers; a leaf is read when asked for. The runtime loads safetensors folders through this as well.
+Nothing is held but headers; a leaf is read when asked for. Conversion and loading both read through this.
 """
 
 import dataclasses
@@ -12,46 +12,31 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax.checkpoints import host_memory, huggingface, openai, orbax, packing
-from gptoss_jax.checkpoints.orbax import Leaf, leaf_bytes
+from gptoss_jax.checkpoints import host_memory, huggingface, openai, packing
+from gptoss_jax.checkpoints.contents import ContentCheck, FileReport
+from gptoss_jax.checkpoints.leaf import Leaf
+from gptoss_jax.checkpoints.orbax import manifest
 from gptoss_jax.checkpoints.recipe import Recipe
-from gptoss_jax.checkpoints.safetensors_reader import PIECE_BYTES, Entry, SafetensorsFile, SourceError, open_file
+from gptoss_jax.checkpoints.safetensors_reader import CHUNK_BYTES, Entry, SafetensorsFile, SourceError, open_file
 from gptoss_jax.model.config import ModelConfig, read_config
-from gptoss_jax.model.sharding import Sharding
 
 INDEX = "model.safetensors.index.json"
-# Layout -> its table. The names are what people read, and what provenance.json keeps.
-LAYOUTS: Mapping[str, Callable[[ModelConfig], dict[str, Recipe]]] = {
+# Format -> its table. The names are what people read, and what provenance.json keeps.
+FORMATS: Mapping[str, Callable[[ModelConfig], dict[str, Recipe]]] = {
     "Hugging Face, MXFP4 experts": huggingface.mxfp4_recipes,
     "OpenAI original": openai.original_recipes,
     "Hugging Face, BF16 experts": huggingface.bf16_recipes,
 }
-HUGGINGFACE, OPENAI, HUGGINGFACE_BF16 = LAYOUTS
+HUGGINGFACE, OPENAI, HUGGINGFACE_BF16 = FORMATS
 
-_BF16_INFINITY = 0x7F80
+_NUMPY = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 
 
 def _silent(_: int) -> None:
     pass
-
-
-@dataclasses.dataclass(frozen=True)
-class FileReport:
-    """What one pass over a file's contents found.
-
-    Attributes:
-        sha256: of the whole file; "" where its header is at fault.
-        rounding: tensor -> relative RMS error of those of its experts that packing rounds; exact tensors are left out.
-        faults: one line each.
-    """
-
-    sha256: str
-    rounding: dict[str, float]
-    faults: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -60,8 +45,8 @@ class Source:
 
     Attributes:
         folder: where its files lie (`original/` inside the folder asked for, perhaps).
-        layout: a key of LAYOUTS.
-        remark: what else should be known about the choice of layout, or "".
+        format: a key of FORMATS.
+        remark: what else should be known about the choice of folder, or "".
         config: the model.
         files: safetensors files by name.
         recipes: leaf -> the tensor that it is made from.
@@ -69,7 +54,7 @@ class Source:
     """
 
     folder: Path
-    layout: str
+    format: str
     remark: str
     config: ModelConfig
     files: dict[str, SafetensorsFile]
@@ -92,7 +77,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What tells this source from another without reading its contents."""
         files = {name: {"size": file.size_bytes, "mtime_ns": file.mtime_ns} for name, file in self.files.items()}
-        return {"layout": self.layout, "files": files, "quantize_experts": self.quantize_experts}
+        return {"layout": self.format, "files": files, "quantize_experts": self.quantize_experts}
 
     # ---- headers ----
 
@@ -107,7 +92,7 @@ class Source:
             elif name not in self._absent and not self._unreadable_files():
                 faults.append(f"{self.folder}: {name}: missing from all files")
         faults += [
-            f"{entry.file}: {name}: unknown, the layout ({self.layout}) has no such tensor"
+            f"{entry.file}: {name}: unknown, the format ({self.format}) has no such tensor"
             for name, entry in sorted(tensors.items())
             if name not in wanted
         ]
@@ -133,15 +118,15 @@ class Source:
         for entry in sorted(file.tensors.values(), key=lambda entry: entry.offset):
             recipe = wanted.get(entry.name)
             sound = recipe is not None and not _entry_faults(entry, recipe)
-            check = _Check(entry, recipe if sound else None)
+            check = ContentCheck(entry, recipe if sound else None)
             between = _read_file(file.path, end, entry.offset)
             digest.update(between)
             report(len(between))
             end = entry.offset + entry.size_bytes
-            for piece in check.pieces():
-                digest.update(piece.data)
-                check.see(piece)
-                report(piece.nbytes)
+            for chunk in check.chunks():
+                digest.update(chunk.data)
+                check.see(chunk)
+                report(chunk.nbytes)
             faults += check.faults(self.quantize_experts)
             if check.off_grid:
                 rounding[entry.name] = check.rounding
@@ -161,11 +146,32 @@ class Source:
         row_bytes = entry.size_bytes // entry.shape[0]
         first, last = recipe.rows or (0, entry.shape[0])
         content = entry.read(first * row_bytes, (last - first) * row_bytes)
-        check = _Check(entry, recipe)
-        for start in range(0, content.nbytes, PIECE_BYTES):  # in pieces, as looking takes room
-            check.see(content[start : start + PIECE_BYTES])
+        check = ContentCheck(entry, recipe)
+        for start in range(0, content.nbytes, CHUNK_BYTES):  # in chunks, as looking takes room
+            check.see(content[start : start + CHUNK_BYTES])
         _raise(check.faults(self.quantize_experts))
         return content.view(_NUMPY[entry.dtype]).reshape(leaf.shape)
+
+    def read_all(self, leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+        """Every leaf by name, read through the same tables and under the same checks as a conversion.
+
+        Nothing is written. Once a fault is found, what is left is looked through for others, and given no more.
+
+        Raises:
+            SourceError: headers or contents are at fault: all listed.
+        """
+        _raise(self.problems(leaves))
+        faults = []
+        for path, leaf in leaves.items():
+            try:
+                array = self.read(path, leaf)
+            except SourceError as error:
+                faults.append(str(error))
+                continue
+            if not faults:
+                yield path, array
+            del array  # while the next one is read
+        _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
 
     def _read_packed(self, path: str, entry: Entry, recipe: Recipe) -> np.ndarray:
         """Blocks or scales of a bfloat16 tensor; the scales that fall off while packing blocks are kept for later."""
@@ -174,9 +180,9 @@ class Source:
         experts, inputs, out = entry.shape
         scales = _empty((experts, out, inputs // 32))
         blocks = _empty((experts if recipe.pack == "blocks" else 0, out, inputs // 32, 16))
-        check = _Check(entry, recipe)
-        for i, piece in enumerate(check.pieces()):
-            packed = check.see(piece)
+        check = ContentCheck(entry, recipe)
+        for i, chunk in enumerate(check.chunks()):
+            packed = check.see(chunk)
             if packed is None:  # NaN or Inf
                 continue
             scales[i] = packed.scales
@@ -190,8 +196,8 @@ class Source:
 
     def pack_one_expert(self, entry: Entry) -> None:
         """Packs the first expert of a bfloat16 tensor, for its time."""
-        piece = entry.read(0, entry.size_bytes // entry.shape[0])
-        packing.pack(piece.view(_NUMPY["BF16"]).reshape(entry.shape[1:]))
+        expert = entry.read(0, entry.size_bytes // entry.shape[0])
+        packing.pack(expert.view(_NUMPY["BF16"]).reshape(entry.shape[1:]))
 
     def provenance(self, reports: Mapping[str, FileReport]) -> dict[str, Any]:
         """Where a checkpoint made from this comes from: no paths or times, so that the same source gives the same."""
@@ -205,10 +211,10 @@ class Source:
         }
         rounding = {tensor: rms for report in reports.values() for tensor, rms in report.rounding.items()}
         experts = "published MXFP4 bytes"
-        if self.layout == HUGGINGFACE_BF16:
+        if self.format == HUGGINGFACE_BF16:
             experts = "bfloat16 rounded to MXFP4" if rounding else "bfloat16 packed to MXFP4, exactly"
         return {
-            "source": {"layout": self.layout, "config": config, "files": files},
+            "source": {"layout": self.format, "config": config, "files": files},
             "experts": experts,
             "rounding_relative_rms": dict(sorted(rounding.items())),
         }
@@ -218,16 +224,13 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return host_memory.empty(math.prod(shape)).reshape(shape)
 
 
-_NUMPY = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
-
-
 def _entry_faults(entry: Entry, recipe: Recipe) -> list[str]:
     faults = []
     if entry.dtype != recipe.dtype:
         faults.append(f"{entry.file}: {entry.name}: dtype {entry.dtype}, expected {recipe.dtype}")
     if entry.shape != recipe.shape:
         turned = recipe.pack and entry.shape == (recipe.shape[0], recipe.shape[2], recipe.shape[1])
-        hint = ": transposed, this layout has [E, in, out]" if turned else ""
+        hint = ": transposed, this format has [E, in, out]" if turned else ""
         faults.append(f"{entry.file}: {entry.name}: shape {list(entry.shape)}, expected {list(recipe.shape)}{hint}")
     return faults
 
@@ -246,70 +249,6 @@ def _raise(faults: list[str]) -> None:
         raise SourceError("\n".join(faults))
 
 
-class _Check:
-    """Looks at one tensor's contents piece by piece."""
-
-    def __init__(self, entry: Entry, recipe: Recipe | None):
-        self._entry, self._recipe = entry, recipe
-        self._counts = {"NaN": 0, "Inf": 0, "scale bytes 255 (NaN)": 0}
-        self.off_grid, self._turned = 0, False  # experts that packing rounds; whether they are turned
-        self._error_power = self._power = 0.0
-
-    @property
-    def rounding(self) -> float:
-        """Relative RMS error of the experts that packing rounds; 0 where all are exact."""
-        return packing.relative_rms(self._error_power, self._power)
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The tensor's bytes: expert by expert where they are to be packed."""
-        if self._recipe and self._recipe.pack:
-            return self._entry.pieces(self._entry.size_bytes // self._entry.shape[0])
-        return self._entry.pieces()
-
-    def see(self, piece: np.ndarray) -> packing.Packed | None:
-        """Takes note of the next bytes; gives them packed where that becomes of them and they are numbers."""
-        if self._recipe is None:
-            return None
-        if self._entry.dtype == "U8":
-            if self._recipe.tensor.endswith("scales") and piece.max(initial=0) == 255:
-                self._counts["scale bytes 255 (NaN)"] += int(np.count_nonzero(piece == 255))
-            return None
-        magnitudes = piece.view(np.uint16) & 0x7FFF
-        if magnitudes.max(initial=0) >= _BF16_INFINITY:
-            self._counts["NaN"] += int(np.count_nonzero(magnitudes > _BF16_INFINITY))
-            self._counts["Inf"] += int(np.count_nonzero(magnitudes == _BF16_INFINITY))
-            return None
-        return self._pack(piece) if self._recipe.pack else None
-
-    def _pack(self, piece: np.ndarray) -> packing.Packed:
-        weights = piece.view(_NUMPY["BF16"]).reshape(self._entry.shape[1:])
-        packed = packing.pack(weights)
-        if not packed.exact and not self.off_grid:
-            self._turned = packing.is_on_grid_untransposed(weights)
-        self.off_grid += not packed.exact
-        self._error_power += packed.error_power
-        self._power += packed.power
-        return packed
-
-    def faults(self, quantize_experts: bool) -> list[str]:
-        """What was seen that may not be, once all pieces were."""
-        where = f"{self._entry.file}: {self._entry.name}"
-        found = [f"{where}: {count:,} {what}" for what, count in self._counts.items() if count]
-        if found or not self.off_grid:
-            return found
-        if self._turned:
-            return [
-                f"{where}: on the MXFP4 grid when read untransposed, off it as [E, in, out]: "
-                "a wrongly transposed export, make it again"
-            ]
-        if quantize_experts:
-            return []
-        return [
-            f"{where}: {self.off_grid} of {self._entry.shape[0]} experts are not on the MXFP4 grid; "
-            f"converters.convert --quantize-experts rounds them (relative RMS error {self.rounding:.3g})"
-        ]
-
-
 # ---- opening ----
 
 
@@ -317,7 +256,7 @@ def open_source(path: str | Path, *, quantize_experts: bool = False) -> Source:
     """Opens a published checkpoint, reading headers only.
 
     Args:
-        path: a folder in any layout of LAYOUTS, or one whose `original/` is.
+        path: a folder in any format of FORMATS, or one whose `original/` is.
         quantize_experts: as in Source.
 
     Raises:
@@ -328,9 +267,9 @@ def open_source(path: str | Path, *, quantize_experts: bool = False) -> Source:
     config = read_config(folder / "config.json")
     files, faults, absent = _open_files(folder)
     names = {name for file in files.values() for name in file.names} | absent
-    layout = _layout(names)
-    recipes = LAYOUTS[layout](config)
-    return Source(folder, layout, remark, config, files, recipes, quantize_experts, faults, absent)
+    name = _format(names)
+    recipes = FORMATS[name](config)
+    return Source(folder, name, remark, config, files, recipes, quantize_experts, faults, absent)
 
 
 def _locate(path: Path) -> tuple[Path, str]:
@@ -342,8 +281,8 @@ def _locate(path: Path) -> tuple[Path, str]:
         return path, "its original/ is not read" if _holds_safetensors(inner) else ""
     if _holds_safetensors(inner):
         return inner, "found in original/"
-    if orbax.is_checkpoint(path):
-        raise SourceError(f"{path}: converted already (it holds {orbax.MANIFEST}), expected published safetensors")
+    if manifest.is_checkpoint(path):
+        raise SourceError(f"{path}: converted already (it holds {manifest.MANIFEST}), expected published safetensors")
     raise SourceError(
         f"{path}: no *.safetensors and no {INDEX}, neither here nor in original/: expected a checkpoint as published"
     )
@@ -353,7 +292,7 @@ def _holds_safetensors(folder: Path) -> bool:
     return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
-def _layout(names: set[str]) -> str:
+def _format(names: set[str]) -> str:
     if any(name.startswith("block.") for name in names):
         return OPENAI
     whole = any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in names)
@@ -386,13 +325,13 @@ def _open_files(folder: Path) -> tuple[dict[str, SafetensorsFile], list[str], se
 
 def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     if not path.is_file():
-        return {}, []  # one file needs none, and OpenAI's layout has none
+        return {}, []  # one file needs none, and OpenAI's format has none
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         if not all(Path(file).name == file for file in weight_map.values()):
             raise TypeError("a file outside the folder")
         return weight_map, []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{path}: no index of safetensors ({error!r}); fetch it again"]
 
 
@@ -419,32 +358,3 @@ def _duplicates(files: dict[str, SafetensorsFile]) -> list[str]:
                 faults.append(f"{file.path}: {tensor}: duplicate, also in {seen[tensor]}")
             seen[tensor] = name
     return faults
-
-
-# ---- straight onto devices ----
-
-
-def load(
-    source: Source, leaves: Mapping[str, Leaf], sharding: Sharding, report: Callable[[int], object] = _silent
-) -> dict[str, jax.Array]:
-    """Every leaf on its devices, read through the same tables and under the same checks as a conversion.
-
-    One leaf at a time lies on the host, beside those that devices on a CPU took as they are, without a copy. Nothing
-    is written. `report` is called with the bytes read since its last call.
-
-    Raises:
-        SourceError: headers or contents are at fault: all listed.
-    """
-    _raise(source.problems(leaves))
-    arrays, faults = {}, []
-    for path, leaf in leaves.items():
-        try:
-            array = source.read(path, leaf)
-        except SourceError as error:
-            faults.append(str(error))
-            continue
-        if not faults:
-            arrays[path] = jax.block_until_ready(jax.device_put(array, sharding.named(leaf.axes)))
-            report(leaf_bytes(leaf))
-    _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
-    return arrays

@@ -1,4 +1,4 @@
-"""How one declared leaf is made from one stored tensor: the rows that the tables of all layouts consist of.
+"""How one declared leaf is made from one stored tensor: what the tables of all formats consist of.
 
 Shapes are written in letters, so that a table can be held against the published model's description.
 """
@@ -51,14 +51,14 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def recipes(config: ModelConfig, model: Iterable[Row], layer: Iterable[Row], prefix: str) -> dict[str, Recipe]:
-    """Leaf -> recipe, from the rows that a model has once and those that each layer has (tensors under `prefix`)."""
+    """Leaf -> recipe, from the tables of what a model has once and of what each layer has (tensors under `prefix`)."""
     letters = sizes(config)
-    rows = list(model)
+    table = list(model)
     for i in range(config.num_layers):
-        rows += [(f"layers/{i}/{leaf}", f"{prefix}.{i}.{tensor}", shape) for leaf, tensor, shape in layer]
+        table += [(f"layers/{i}/{leaf}", f"{prefix}.{i}.{tensor}", shape) for leaf, tensor, shape in layer]
     return {
         leaf: Recipe(tensor, tuple(letters[letter] for letter in shape.split()), _dtype(tensor))
-        for leaf, tensor, shape in rows
+        for leaf, tensor, shape in table
     }
 
 

@@ -17,7 +17,7 @@ from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.errors import GptossError
 
 HEADER_BYTES_LIMIT = 100_000_000  # the format's own limit
-PIECE_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 
 
 class SourceError(GptossError):
@@ -54,10 +54,10 @@ class Entry:
             raise SourceError(f"{self.file}: ends at byte {end:,}: it has been truncated since its header was read")
         return buffer
 
-    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
-        """The tensor's bytes, piece by piece."""
-        for start in range(0, self.size_bytes, piece_bytes):
-            yield self.read(start, min(piece_bytes, self.size_bytes - start))
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+        """The tensor's bytes, chunk by chunk."""
+        for start in range(0, self.size_bytes, chunk_bytes):
+            yield self.read(start, min(chunk_bytes, self.size_bytes - start))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_file(path: Path) -> SafetensorsFile:
     stat = path.stat()
     try:
         raw, data_start = _header(path, stat.st_size)
-    except ValueError as error:
+    except GptossError as error:
         return SafetensorsFile(path, stat.st_size, stat.st_mtime_ns, {}, {}, frozenset(), (f"{path}: {error}",))
     faults = []
     metadata, tensors = {}, {}
@@ -151,7 +151,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> list[str]:
-    """Tensors that overlap, leave holes or reach beyond the file, and bytes behind the last of them."""
+    """Tensors that overlap, leave holes or reach beyond the file, and bytes after the last of them."""
     faults, end, before = [], data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
         if entry.offset < end:
@@ -166,5 +166,5 @@ def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes
             f"{path}: {size_bytes:,} bytes, expected {end:,}: truncated, {cut} tensors are cut off; fetch it again"
         )
     elif end < size_bytes:
-        faults.append(f"{path}: {size_bytes - end:,} bytes behind {before} belong to no tensor")
+        faults.append(f"{path}: {size_bytes - end:,} bytes after {before} belong to no tensor")
     return faults

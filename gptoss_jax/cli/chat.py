@@ -1,121 +1,63 @@
-"""An interactive session: a conversation with history, commands that begin with a slash, answers as they come."""
+"""A chat in a terminal or a pipe: lines of input, commands that begin with a slash, answers as they come."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from absl import flags
 from openai_harmony import Message
-from prompt_toolkit import PromptSession
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
 
-from gptoss_jax.cli.command import spell_flags
-from gptoss_jax.cli.terminal import AnswerView, Screen, interruptible, remarks
-from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import Request
+from gptoss_jax.cli import command, model_flags, prompts, sampling_flags
+from gptoss_jax.cli.answer_view import AnswerView, remarks
+from gptoss_jax.cli.chat_session import ChatSession
+from gptoss_jax.cli.terminal import Screen, interruptible
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import messages, render
+from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import AnswerStream, call_document
-from gptoss_jax.harmony.messages import Conversation
-from gptoss_jax.harmony.parser import Delta
-from gptoss_jax.harmony.render import Settings
-from gptoss_jax.harmony.tokenizer import Tokenizer
-from gptoss_jax.runtime.answers import Sample, collect
+from gptoss_jax.harmony.settings import REASONING_EFFORTS
+from gptoss_jax.harmony.tokenizer import START, load_tokenizer
+
+_NOT_IN_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
 
 
-@dataclass
-class ChatSession:
-    """A conversation and the engine that goes on with it. Knows no terminal.
+def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """A session of prompts and answers, with the settings that the flags give, until the input ends or /quit.
 
-    Attributes:
-        runner: one row at least.
-        words: the vocabulary.
-        request: how answers are drawn and end; its tokens are those of each turn.
-        stop_strings: texts before which an answer ends.
-        settings: what the model is told.
-        said: the conversation so far, without what the settings put in front.
-        vocab_path: as for `harmony.render`.
-        samples: the answers of this session.
-        results: of the calls that wait, in order, those that are there.
+    Raises:
+        GptossError: flags, files or weights that are not what they should be.
+        BrokenPipeError: nobody reads stdout any more.
     """
-
-    runner: Engine
-    words: Tokenizer
-    request: Request
-    stop_strings: tuple[str, ...]
-    settings: Settings
-    said: list[Message]
-    vocab_path: str | None = None
-    samples: list[Sample] = field(default_factory=list)
-    results: list[str] = field(default_factory=list)
-
-    def answer(
-        self, new: Sequence[Message], show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]
-    ) -> Sample:
-        """The answer to `new` messages, both of which the conversation then holds.
-
-        Raises:
-            GptossError: the conversation no longer fits the context; it stays as it was.
-        """
-        said = [*self.said, *new]
-        stream = AnswerStream(self.words, stop_strings=self.stop_strings)
-        prompt = tuple(self.render(said))
-        request = replace(self.request, token_ids=prompt, ends_at=stream.ends_at)
-        (sample,) = collect(self.runner, [request], [stream], show, interrupted)
-        self.said = [*said, *messages.from_parsed(sample.answer.history())]
-        self.samples.append(sample)
-        self.results = []
-        return sample
-
-    def waiting(self) -> list[str]:
-        """The names of the calls that wait for a result, in order."""
-        names = [str(self.said[call].recipient) for call in render.waiting_calls(self.said)]
-        return names[len(self.results) :]
-
-    def take_result(self, text: str) -> list[Message]:
-        """Notes the result of the first call that waits; gives all of them once none waits any more.
-
-        Raises:
-            GptossError: no call waits.
-        """
-        calls = render.waiting_calls(self.said)
-        if not calls:
-            raise GptossError("no call waits for a result")
-        results = [*self.results, text]
-        if len(results) < len(calls):
-            self.results = results
-            return []
-        names = [self.said[call].recipient for call in calls]
-        rows = [{"name": name, "content": result} for name, result in zip(names, results, strict=True)]
-        return messages.tool_results(rows, Conversation(tuple(self.said)))
-
-    def forget(self) -> None:
-        """Empties the conversation."""
-        self.said, self.results = [], []
-
-    def render(self, said: Sequence[Message]) -> list[int]:
-        """The ids behind which the assistant speaks next."""
-        return render.render(said, self.settings, vocab_path=self.vocab_path)
-
-    def change(self, **fields: str) -> None:
-        """Other settings from the next turn on.
-
-        Raises:
-            GptossError: a value that cannot be, or the conversation brings system messages of its own.
-        """
-        settings = replace(self.settings, **fields)
-        render.check_can_be_set(self.said, list(fields))
-        self.settings = settings
-
-    def conversation(self) -> list[Message]:
-        """All messages, with what the settings put in front."""
-        return render.with_opening(self.said, self.settings)
+    screen = Screen()
+    session = _session(options, arguments, screen)
+    converse(session, screen, show_reasoning=options.show_reasoning)
 
 
-def run(talk: ChatSession, screen: Screen, *, show_reasoning: bool) -> None:
+def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen) -> ChatSession:
+    """The conversation that --messages holds, and the model that goes on with it."""
+    _refuse_what_chat_asks_for(options, arguments)
+    sampling, config = sampling_flags.sampling(options), model_flags.config(options)
+    before = prompts.read_conversation(options)
+    settings = prompts.merge(prompts.settings(options), before, options)
+    request = sampling_flags.request(options, config, [START], sampling)
+    tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)
+    AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for
+    _, engine = model_flags.load_for_answers(options, screen, slots=1)
+    return ChatSession(engine, tokenizer, request, stop_strings, settings, list(before.messages), options.vocab)
+
+
+def _refuse_what_chat_asks_for(options: flags.FlagValues, arguments: Sequence[str]) -> None:
+    wrong = [command.spelled(flag) for flag in _NOT_IN_CHAT if options[flag].present]
+    if wrong == ["--save"] and not arguments:
+        raise GptossError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
+    if wrong or arguments:
+        raise GptossError(
+            f"--chat and {[*wrong, 'a prompt'][0]}: leave one of them out; a chat asks for prompts itself"
+        )
+
+
+def converse(session: ChatSession, screen: Screen, *, show_reasoning: bool) -> None:
     """Reads and answers until the input ends or /quit."""
-    console = _Console(talk, screen, show_reasoning)
+    console = _Console(session, screen, show_reasoning)
     screen.say("/help lists the commands; Alt-Enter begins a new line; Ctrl-C stops an answer, Ctrl-D ends the session")
     console.say_what_waits()
     for text in _inputs(screen):
@@ -138,10 +80,10 @@ class _Console:
         ended: the session is over.
     """
 
-    def __init__(self, talk: ChatSession, screen: Screen, show_reasoning: bool):
-        self._talk, self._screen, self._show_reasoning = talk, screen, show_reasoning
+    def __init__(self, session: ChatSession, screen: Screen, show_reasoning: bool):
+        self._session, self._screen, self._show_reasoning = session, screen, show_reasoning
         self.ended = False
-        efforts = "|".join(render.REASONING_EFFORTS)
+        efforts = "|".join(REASONING_EFFORTS)
         self._commands = {
             "/effort": _Command(efforts, "how long the model thinks", self._effort),
             "/system": _Command("TEXT", "instructions; without TEXT: none", self._system),
@@ -155,7 +97,7 @@ class _Console:
         }
 
     def take(self, line: str) -> None:
-        """Runs a command, or answers what is said."""
+        """Runs a command, or answers the line."""
         name, _, text = line.partition(" ")
         try:
             messages.check_text(line, "what was entered")
@@ -164,28 +106,28 @@ class _Console:
             elif line.startswith("/"):
                 raise GptossError(f"unknown command {name}: /help lists them (a space in front makes it text)")
             elif line.strip():
-                self._say(line.strip())
+                self._answer_text(line.strip())
         except (GptossError, OSError) as error:
             self._screen.say(str(error))
 
     def say_what_waits(self) -> None:
         """Tells the user which call /result answers next."""
-        for call in self._talk.waiting()[:1]:
+        for call in self._session.waiting()[:1]:
             self._screen.say(f"{call} waits: /result answers it")
 
-    def _say(self, text: str) -> None:
-        for call in self._talk.waiting():
+    def _answer_text(self, text: str) -> None:
+        for call in self._session.waiting():
             self._screen.say(f"{call} is left without a result")
-        self._turn([messages.user(text)])
+        self._answer([messages.user(text)])
 
-    def _turn(self, new: Sequence[Message]) -> None:
+    def _answer(self, new: Sequence[Message]) -> None:
         """An answer to `new` messages."""
         view = AnswerView(self._screen, show_reasoning=self._show_reasoning)
         try:
             with interruptible(insisting=False) as pressed:
-                sample = self._talk.answer(new, view.show, lambda: pressed() or self._screen.reader_left)
+                sample = self._session.answer(new, view.show, lambda: pressed() or self._screen.reader_left)
         except GptossError as error:
-            raise GptossError(f"{spell_flags(str(error))} (/reset forgets the conversation)") from None
+            raise GptossError(f"{command.spell_flags(str(error))} (/reset forgets the conversation)") from None
         view.finish(sample.answer)
         for call in map(call_document, sample.answer.parsed.calls):
             self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
@@ -196,43 +138,45 @@ class _Console:
         self.ended = True
 
     def _effort(self, text: str) -> None:
-        self._talk.change(reasoning_effort=text)
+        self._session.change(reasoning_effort=text)
 
     def _system(self, text: str) -> None:
-        self._talk.change(instructions=text)
+        self._session.change(instructions=text)
 
     def _reasoning(self, text: str) -> None:
         self._show_reasoning = not self._show_reasoning
         self._screen.say(f"reasoning is {'shown' if self._show_reasoning else 'hidden'}")
 
     def _result(self, text: str) -> None:
-        results = self._talk.take_result(text)
+        results = self._session.take_result(text)
         if results:
-            self._turn(results)
+            self._answer(results)
         else:
             self.say_what_waits()
 
     def _reset(self, text: str) -> None:
-        self._talk.forget()
+        self._session.forget()
 
     def _save(self, text: str) -> None:
         if not text:
             raise GptossError("/save: expected a file name")
-        messages.write_messages(text, self._talk.conversation())
-        self._screen.say(f"{len(self._talk.said)} messages written to {text}")
+        messages.write_messages(text, self._session.conversation())
+        self._screen.say(f"{len(self._session.messages)} messages written to {text}")
 
     def _stats(self, text: str) -> None:
-        tokens = sum(len(sample.answer.parsed.token_ids) for sample in self._talk.samples)
-        seconds = sum(sample.last_token_seconds - sample.first_token_seconds for sample in self._talk.samples)
-        context = len(self._talk.render(self._talk.said))
-        limit = self._talk.runner.engine_config.max_context_tokens
-        speed = f" at {(tokens - len(self._talk.samples)) / seconds:.2f} tokens/s" if seconds else ""
-        self._screen.say(f"answers: {len(self._talk.samples)}, of {tokens} tokens{speed}")
-        self._screen.say(f"conversation: {context} of {limit} tokens; effort: {self._talk.settings.reasoning_effort}")
+        tokens = sum(len(sample.answer.parsed.token_ids) for sample in self._session.samples)
+        seconds = sum(sample.last_token_seconds - sample.first_token_seconds for sample in self._session.samples)
+        context = len(self._session.render(self._session.messages))
+        limit = self._session.engine.engine_config.max_context_tokens
+        speed = f" at {(tokens - len(self._session.samples)) / seconds:.2f} tokens/s" if seconds else ""
+        self._screen.say(f"answers: {len(self._session.samples)}, of {tokens} tokens{speed}")
+        self._screen.say(
+            f"conversation: {context} of {limit} tokens; effort: {self._session.settings.reasoning_effort}"
+        )
 
     def _help(self, text: str) -> None:
-        for name, command in self._commands.items():
-            self._screen.say(f"  {f'{name} {command.usage}':<26}{command.meaning}")
+        for name, (usage, meaning, _) in self._commands.items():
+            self._screen.say(f"  {f'{name} {usage}':<26}{meaning}")
 
 
 def _inputs(screen: Screen) -> Iterator[str]:
@@ -263,6 +207,10 @@ def _lines() -> Callable[[], str]:
 
 def _editor(screen: Screen) -> Callable[[], str]:
     """Asks for a line with editing and history; on stderr, so that stdout holds answers only."""
+    from prompt_toolkit import PromptSession  # here, since it is needed in a terminal only
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+
     keys = KeyBindings()
 
     @keys.add("escape", "enter")

@@ -1,5 +1,6 @@
 """What every command line does alike: help, dashes in flag names, one line for what the user can mend, exit code 2."""
 
+import functools
 import gc
 import json
 import os
@@ -8,7 +9,8 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -28,17 +30,27 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
     """Runs `main` on the command line's positional arguments.
 
     `--two-words` and `--two_words` are the same flag, and flags may follow positional arguments. A GptossError
-    or OSError that `main` raises becomes a line on stderr per problem, behind `name`, and exit code 2; Ctrl-C exit code
-    130. Anything else is a fault of ours and keeps its traceback.
+    or OSError that `main` raises becomes a line on stderr per problem, after `name`, and exit code 2; Ctrl-C exit code
+    130. Anything else is a bug and keeps its traceback.
 
     Args:
-        main: the command.
+        main: the command; its module's docstring is its help.
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            _guard(main, argv[1:], name)
+        finally:  # the exit code is decided, however long a hand insists
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            except KeyboardInterrupt:  # it did while the memory of a model was given back
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     open_streams(name)
-    parse = lambda argv: _parse(argv, name, sections)  # noqa: E731
-    app.run(lambda argv: _guard(main, argv[1:], name), flags_parser=parse)
+    parse = functools.partial(_parse, name=name, sections=sections, module=main.__module__)
+    app.run(guarded, flags_parser=parse)
 
 
 def refuse(message: str, name: str) -> NoReturn:
@@ -49,6 +61,18 @@ def refuse(message: str, name: str) -> NoReturn:
     except BrokenPipeError:
         write_nowhere(sys.stderr)
     sys.exit(EXIT_CODE)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """While the block runs, Ctrl-C ends the process at once: JAX's imports would swallow an exception."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_streams(name: str) -> None:
@@ -110,24 +134,32 @@ def _value_and_meaning(flag: flags.Flag) -> tuple[str, str]:
     return (found[1], found[2]) if found else (flag.flag_type().upper(), flag.help or "")
 
 
-def _parse(argv: Sequence[str], name: str, sections: Sections | None = None) -> list[str]:
+def _parse(argv: Sequence[str], name: str, sections: Sections | None = None, module: str = "__main__") -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
     if {"--help", "-h"} & set(argv[1:]):
-        key = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-        main_flags = sections or {"Flags": key}
-        print(f"{sys.modules['__main__'].__doc__}\nDashes and underscores in flags are the same.\n")
-        print(help_text(flags.FLAGS, main_flags))
+        print(f"{sys.modules[module].__doc__}\nDashes and underscores in flags are the same.\n")
+        print(help_text(flags.FLAGS, sections or {"Flags": _flags_of(module)}))
         sys.exit(0)
-    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     try:
-        arguments = flags.FLAGS(words)
+        arguments = flags.FLAGS([_as_defined(argument) for argument in argv])
     except flags.Error as error:
         refuse(f"{' '.join(str(error).split())} (--help lists the flags)", name)
     for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
         if flag.value == "" and _value_and_meaning(flag)[0] == "FILE":
             refuse(f"{spelled(flag.name)} is empty, expected the name of a file", name)
     return arguments
+
+
+def _flags_of(module: str) -> list[str]:
+    """Names of the flags that a command's module defines."""
+    key = sys.argv[0] if module == "__main__" else module  # as absl keeps them
+    return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(key)]
+
+
+def _as_defined(argument: str) -> str:
+    """A flag with the underscores that its definition has; any other argument as it is."""
+    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

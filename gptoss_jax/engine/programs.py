@@ -1,6 +1,10 @@
-"""What an engine runs on the devices, as pure functions of its cache and its rows: admit, prefill, decode."""
+"""What an engine runs on devices, as pure functions of cache and slots' state; the home of batch invariance.
 
-from typing import NamedTuple
+Two forms behind one interface: all slots in one batch, or one slot at a time. `choose` says which of them an engine
+needs so that a request's bits depend on no other request.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ from jaxtyping import Array, Int32
 
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.sampling import Draw, Sampling
+from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
@@ -15,147 +20,223 @@ from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params, step
 
 MAX_STEPS_PER_DISPATCH = 64
-NO_TOKEN = -2  # in place of a token: the row took no step
+NO_TOKEN = -2  # in place of a token: the slot took no step
 
 
-class RowState(NamedTuple):
-    """What decoding carries for B rows beside the cache. A row is active while it has tokens left to draw."""
+class SlotOptions(NamedTuple):
+    """What B slots were admitted with: constant until the next request takes the slot."""
 
-    token: Int32[Array, "B"]  # drawn, not yet in the cache
-    remaining: Int32[Array, "B"]
     stop_ids: Int32[Array, "B Z"]
     sampling: Sampling
 
 
-STATE_AXES = RowState._make([("batch",), ("batch",), ("batch", None), sampling.AXES])
-DRAWS_AXES = Draw._make([("batch", None), ("batch", None), ("batch", None, None), ("batch", None, None)])
+class SlotState(NamedTuple):
+    """What a step changes for B slots, beside the cache; a step gives all of it anew.
+
+    A slot is active while it has tokens left to draw.
+    """
+
+    token: Int32[Array, "B"]  # drawn, not yet in the cache
+    remaining: Int32[Array, "B"]
+    drawn: Int32[Array, "B V"]  # how often the answer holds each id
+
+
+OPTIONS_AXES: Any = SlotOptions(stop_ids=("batch", None), sampling=sampling.AXES)  # pyright: ignore[reportArgumentType]
+STATE_AXES: Any = SlotState._make([("batch",), ("batch",), ("batch", "vocab")])
+DRAW_AXES: Any = Draw._make([("batch",), ("batch",), ("batch", None), ("batch", None)])
+DRAWS_AXES: Any = Draw._make([("batch", None), ("batch", None), ("batch", None, None), ("batch", None, None)])
 """Of the draws of several steps: [B, steps, ...]."""
 
 
+class Chunks(NamedTuple):
+    """What goes into the cache in one step, for C slots."""
+
+    tokens: Int32[Array, "C T"]
+    counts: Int32[Array, "C"]  # tokens of each chunk; 0: the slot takes no part
+    budget: Int32[Array, "C"]  # tokens that may be drawn after the chunk; 0: the prompt goes on
+
+
 def admit(
-    cache: KVCache, state: RowState, i: Int32[Array, ""], pages: Int32[Array, "M"], row: RowState
-) -> tuple[KVCache, RowState]:
-    """Row i, as new: its pages, nothing in them, and how it samples and stops."""
-    put = lambda all_rows, new: all_rows.at[i].set(new)  # noqa: E731
-    cache = cache._replace(page_table=put(cache.page_table, pages), lengths=put(cache.lengths, 0))
-    return cache, jax.tree.map(put, state, row)
+    lengths: Int32[Array, "B"], options: SlotOptions, state: SlotState, slot: Int32[Array, ""], new: Any
+) -> tuple[Array, SlotOptions, SlotState]:
+    """The slot with `new` options and state, without their leading axis, and nothing in its cache."""
+
+    def put(every: Array, one: Array) -> Array:
+        return every.at[slot].set(one)
+
+    return lengths.at[slot].set(0), *jax.tree.map(put, (options, state), new)
 
 
-class Programs(NamedTuple):
-    """What the programs are specialised to, beside shapes.
+# ---- one step ----
 
-    Rows run alone, one at a time (one of each data shard), where a row's arithmetic is to have the same shapes whatever
-    the batch: sums may be in an order that follows from the shapes.
-    """
+
+class ModelStep(NamedTuple):
+    """One step of the model and its draw, specialised to what is known when it is compiled."""
 
     model: Model
     config: ModelConfig
     sharding: Sharding
-    prefills_alone: bool
-    decodes_alone: bool
+
+    def __call__(
+        self, params: Params, cache: KVCache, options: SlotOptions, state: SlotState, chunks: Chunks
+    ) -> tuple[Draw, KVCache, SlotState]:
+        """The chunks go into the cache, and slots with a budget draw the token that follows."""
+        logits, cache = step(self.model, params, chunks.tokens, chunks.counts, cache)
+        draw = sampling.sample(logits, options.sampling, state.drawn, cache.lengths, self.config.num_token_ids)
+        draws = chunks.budget > 0
+        ended = sampling.is_stop(draw.token, options.stop_ids) | (draw.token == sampling.FAULTY)
+        state = SlotState(
+            token=jnp.where(draws, jnp.maximum(draw.token, 0), state.token),
+            remaining=jnp.where(draws, jnp.where(ended, 0, chunks.budget - 1), state.remaining),
+            drawn=sampling.record(state.drawn, draw.token, draws),
+        )
+        return draw._replace(token=jnp.where(draws, draw.token, NO_TOKEN)), cache, state
+
+
+def _next_chunks(state: SlotState) -> Chunks:
+    """Of decoding: the token drawn last, for every active slot."""
+    return Chunks(state.token[:, None], (state.remaining > 0).astype(jnp.int32), state.remaining)
+
+
+# ---- two forms of a step ----
+
+
+@runtime_checkable
+class Programs(Protocol):
+    """How slots share the arithmetic of a step."""
+
+    @property
+    def num_chunks(self) -> int | None:
+        """C, the chunks that one prefill takes: one for each data shard; None: one for each slot."""
+        ...
 
     def prefill(
         self,
         params: Params,
         cache: KVCache,
-        state: RowState,
-        tokens: Int32[Array, "C T"],
-        counts: Int32[Array, "C"],
-        budget: Int32[Array, "C"],
+        options: SlotOptions,
+        state: SlotState,
+        chunks: Chunks,
         at: Int32[Array, "shards"],
-    ) -> tuple[Draw, KVCache, RowState]:
-        """A chunk of each prompt, and what is drawn behind it: C is all rows, or those of one turn.
+    ) -> tuple[Draw, KVCache, SlotState]:
+        """A chunk of each prompt; `at` is the slot of each shard's chunk, counted within the shard, where C asks it."""
+        ...
 
-        Args:
-            params: the model's weights.
-            cache: of all rows; so is `state`.
-            state: how they draw.
-            tokens: the chunks.
-            counts: tokens of each chunk; 0: the row takes no part.
-            budget: tokens that may be drawn behind the chunk; 0: the prompt goes on.
-            at: where they run alone, which of its rows each shard runs.
-        """
-        if not self.prefills_alone:
-            return self._advance(params, cache, state, tokens, counts, budget)
-        return self._advance_row(params, cache, state, tokens, counts, budget, at)
+    def decode_step(
+        self, params: Params, cache: KVCache, options: SlotOptions, state: SlotState
+    ) -> tuple[Draw, KVCache, SlotState]:
+        """The next token of each active slot."""
+        ...
 
-    def decode(
-        self, params: Params, cache: KVCache, state: RowState, steps: Int32[Array, ""]
-    ) -> tuple[Draw, KVCache, RowState]:
-        """Up to `steps` tokens of each active row: draws [B, MAX_STEPS_PER_DISPATCH, ...]."""
 
-        def goes_on(carry):
-            i, _, _, state = carry
-            return (i < steps) & jnp.any(state.remaining > 0)
+class BatchedPrograms(NamedTuple):
+    """All slots in one batch: weights are read once for all of them."""
 
-        def one_step(carry):
-            i, draws, cache, state = carry
-            draw, cache, state = self._decode_step(params, cache, state)
-            return i + 1, jax.tree.map(lambda all_steps, new: all_steps.at[:, i].set(new), draws, draw), cache, state
+    step: ModelStep
 
-        empty = _no_draw(state.token.shape[0])
-        draws = jax.tree.map(lambda x: jnp.repeat(x[:, None], MAX_STEPS_PER_DISPATCH, axis=1), empty)
-        return jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))[1:]
+    num_chunks = None
 
-    def _decode_step(self, params: Params, cache: KVCache, state: RowState) -> tuple[Draw, KVCache, RowState]:
-        if not self.decodes_alone:
-            active = (state.remaining > 0).astype(jnp.int32)
-            return self._advance(params, cache, state, state.token[:, None], active, state.remaining)
-        shards = self.sharding.size("batch")
-        active = (state.remaining > 0).reshape(shards, -1)
-        order = jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32)  # the active rows of each shard first
+    def prefill(self, params, cache, options, state, chunks, at):
+        """See `Programs`."""
+        del at  # every slot has a chunk
+        return self.step(params, cache, options, state, chunks)
 
-        def one_row(i, carry):
+    def decode_step(self, params, cache, options, state):
+        """See `Programs`."""
+        return self.step(params, cache, options, state, _next_chunks(state))
+
+
+class SlotBySlotPrograms(NamedTuple):
+    """One slot of each data shard at a time, in a loop whose length is data: only active slots cost anything.
+
+    The arithmetic is compiled for one sequence whatever the batch, so that its sums are always in the same order.
+    """
+
+    step: ModelStep
+
+    @property
+    def num_chunks(self) -> int:
+        """See `Programs`."""
+        return self.step.sharding.size("batch")
+
+    def prefill(self, params, cache, options, state, chunks, at):
+        """See `Programs`."""
+        sharding, cache_axes = self.step.sharding, kv_cache.axes(self.step.config)
+        its_cache = sharding.take_slot(cache, at, cache_axes)
+        its_options = sharding.take_slot(options, at, OPTIONS_AXES)
+        its_state = sharding.take_slot(state, at, STATE_AXES)
+        draw, its_cache, its_state = self.step(params, its_cache, its_options, its_state, chunks)
+        cache = sharding.put_slot(cache, its_cache, at, cache_axes)
+        return draw, cache, sharding.put_slot(state, its_state, at, STATE_AXES)
+
+    def decode_step(self, params, cache, options, state):
+        """See `Programs`."""
+        sharding = self.step.sharding
+        active = (state.remaining > 0).reshape(self.num_chunks, -1)
+        order = jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32)  # the active slots of each shard first
+
+        def one_slot(i, carry):
             draws, cache, state = carry
             at = order[:, i]
-            mine = self.sharding.take_slot(state, at, STATE_AXES)
-            count = (mine.remaining > 0).astype(jnp.int32)
-            draw, cache, state = self._advance_row(params, cache, state, mine.token[:, None], count, mine.remaining, at)
-            return self.sharding.put_slot(draws, draw, at, _DRAW_AXES), cache, state
+            chunks = _next_chunks(sharding.take_slot(state, at, STATE_AXES))
+            draw, cache, state = self.prefill(params, cache, options, state, chunks, at)
+            return sharding.put_slot(draws, draw, at, DRAW_AXES), cache, state
 
         most = jnp.max(jnp.sum(active, axis=1, dtype=jnp.int32))
-        return jax.lax.fori_loop(0, most, one_row, (_no_draw(state.token.shape[0]), cache, state))
-
-    def _advance_row(
-        self, params: Params, cache: KVCache, state: RowState, tokens, counts, budget, at
-    ) -> tuple[Draw, KVCache, RowState]:
-        """`_advance` of one row of each shard."""
-        cache_axes = kv_cache.axes(self.config)
-        cache_row = self.sharding.take_slot(cache, at, cache_axes)
-        state_row = self.sharding.take_slot(state, at, STATE_AXES)
-        draw, cache_row, state_row = self._advance(params, cache_row, state_row, tokens, counts, budget)
-        cache = self.sharding.put_slot(cache, cache_row, at, cache_axes)
-        # Only what a step changes: XLA copies a row's bias, as wide as the vocabulary, if it is put back.
-        changed = lambda s: (s.token, s.remaining, s.sampling.drawn)  # noqa: E731
-        token, remaining, drawn = self.sharding.put_slot(changed(state), changed(state_row), at, changed(STATE_AXES))
-        state = state._replace(token=token, remaining=remaining, sampling=state.sampling._replace(drawn=drawn))
-        return draw, cache, state
-
-    def _advance(
-        self, params: Params, cache: KVCache, state: RowState, tokens, counts, budget
-    ) -> tuple[Draw, KVCache, RowState]:
-        """One step: `counts` of `tokens` go in, and rows with a `budget` draw the token behind them."""
-        logits, cache = step(self.model, params, tokens, counts, cache)
-        draw = sampling.sample(logits, state.sampling, cache.lengths, self.config.num_token_ids)
-        draws = budget > 0
-        ended = sampling.is_stop(draw.token, state.stop_ids) | (draw.token == sampling.FAULTY)
-        state = RowState(
-            token=jnp.where(draws, jnp.maximum(draw.token, 0), state.token),
-            remaining=jnp.where(draws, jnp.where(ended, 0, budget - 1), state.remaining),
-            stop_ids=state.stop_ids,
-            sampling=sampling.record(state.sampling, draw.token, draws),
-        )
-        return draw._replace(token=jnp.where(draws, draw.token, NO_TOKEN)), cache, state
+        return jax.lax.fori_loop(0, most, one_slot, (_no_draw(state.token.shape[0]), cache, state))
 
 
-_DRAW_AXES = jax.tree.map(lambda a: (a[0], *a[2:]), DRAWS_AXES, is_leaf=lambda a: isinstance(a[0], str))
+class Forms(NamedTuple):
+    """The form in which prompts are read, and the one in which answers are drawn."""
+
+    prefill: Programs
+    decode: Programs
 
 
-def _no_draw(rows: int) -> Draw:
-    shape = (rows, sampling.MAX_TOP_LOGPROBS)
+def choose(model: Model, config: ModelConfig, sharding: Sharding, *, deterministic: bool) -> Forms:
+    """The forms that keep every bit of a request the same in any company, if that is asked; else the fast ones.
+
+    Kernels that are batch invariant add in one order whatever the batch, so that decoding may share a batch; sums over
+    several devices are XLA's, whose order follows from the shapes. A prompt's chunks follow from its own length only
+    where it is read alone.
+    """
+    one_step = ModelStep(model, config, sharding)
+    batched, slot_by_slot = BatchedPrograms(one_step), SlotBySlotPrograms(one_step)
+    if not deterministic:
+        return Forms(batched, batched)
+    invariant = model.batch_invariant and sharding.mesh.size == 1
+    return Forms(slot_by_slot, batched if invariant else slot_by_slot)
+
+
+def decode(
+    programs: Programs,
+    params: Params,
+    cache: KVCache,
+    options: SlotOptions,
+    state: SlotState,
+    steps: Int32[Array, ""],
+) -> tuple[Draw, KVCache, SlotState]:
+    """Up to `steps` tokens of each active slot: draws [B, MAX_STEPS_PER_DISPATCH, ...]; ends when no slot is active."""
+
+    def goes_on(carry):
+        i, _, _, state = carry
+        return (i < steps) & jnp.any(state.remaining > 0)
+
+    def one_step(carry):
+        i, draws, cache, state = carry
+        draw, cache, state = programs.decode_step(params, cache, options, state)
+        return i + 1, jax.tree.map(lambda every, new: every.at[:, i].set(new), draws, draw), cache, state
+
+    empty = _no_draw(state.token.shape[0])
+    draws = jax.tree.map(lambda x: jnp.repeat(x[:, None], MAX_STEPS_PER_DISPATCH, axis=1), empty)
+    return jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))[1:]
+
+
+def _no_draw(slots: int) -> Draw:
+    shape = (slots, MAX_TOP_LOGPROBS)
     return Draw(
-        token=jnp.full(rows, NO_TOKEN, jnp.int32),
-        logprob=jnp.zeros(rows, jnp.float32),
+        token=jnp.full(slots, NO_TOKEN, jnp.int32),
+        logprob=jnp.zeros(slots, jnp.float32),
         top_ids=jnp.zeros(shape, jnp.int32),
         top_logprobs=jnp.zeros(shape, jnp.float32),
     )

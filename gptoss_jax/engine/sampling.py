@@ -1,59 +1,69 @@
-"""From logits to a token per row: penalties, bias, temperature, truncation, seed; the same whatever the neighbours do.
+"""From logits to a token per slot: penalties, bias, temperature, truncation, seed; the same whatever the neighbours do.
 
-Keys are folded from (request seed, position), so a row's draw depends on its own request alone. Every option is data:
-rows of any mixture share one program. To add a sampler, add its field to `SamplingParams`, to `Sampling` and `AXES`,
-and its line to `filter_logits`; then its flag in `generate.py`.
+Keys are folded from (request seed, position), so a slot's draw depends on its own request alone. Every option is data:
+slots of any mixture share one program. To add an option, add its field to `SamplingParams`, which gives its array, its
+flag and its checks, and its line to `adjust_logits` or `filter_logits`.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
 from gptoss_jax.model.invariant_sum import invariant_sum
 
-KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a row's neighbours
-FAULTY = -1  # in place of a token: the row's logits were not finite
+KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a slot's neighbours
+FAULTY = -1  # in place of a token: the slot's logits were not finite
+MASK_BITS = 32
 
 
 class Sampling(NamedTuple):
-    """The same for B rows, as arrays, and what each row has said: a change of value compiles nothing."""
+    """`SamplingParams` of B slots as arrays, constant while a request runs: a change of value compiles nothing."""
 
-    repetition_penalty: Float[Array, "B"]
-    frequency_penalty: Float[Array, "B"]
-    presence_penalty: Float[Array, "B"]
-    bias: Float[Array, "B V"]  # -inf: never drawn
-    temperature: Float[Array, "B"]
-    top_k: Int32[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
-    top_logprobs: Int32[Array, "B"]
-    seed: UInt32[Array, "B"]
+    options: Mapping[str, Real[Array, "B"]]  # those that are numbers, by name
+    bias: Float[Array, "B V"]
+    allowed: UInt32[Array, "B V32"]  # a bit per id, as `pack_mask` lays them out: whether it may be drawn
     prompted: Bool[Array, "B V"]  # ids of the prompt
-    drawn: Int32[Array, "B V"]  # how often the answer holds each id
 
 
-AXES = Sampling._make(
-    ("batch", "vocab") if name in ("bias", "prompted", "drawn") else ("batch",) for name in Sampling._fields
+AXES: Any = Sampling(
+    options=dict.fromkeys(OPTIONS, ("batch",)),  # pyright: ignore[reportArgumentType]
+    bias=("batch", "vocab"),  # pyright: ignore[reportArgumentType]  (names of axes in place of arrays)
+    allowed=("batch", None),  # pyright: ignore[reportArgumentType]  (a whole mask is small)
+    prompted=("batch", "vocab"),  # pyright: ignore[reportArgumentType]
 )
 """The logical axes of each array."""
 
 
 class Draw(NamedTuple):
-    """What one step drew for B rows; Z is MAX_TOP_LOGPROBS."""
+    """What one step drew for B slots; Z is MAX_TOP_LOGPROBS."""
 
     token: Int32[Array, "B"]  # FAULTY where the logits were not finite
     logprob: Float[Array, "B"]  # natural logarithm, of the model's own distribution
-    top_ids: Int32[Array, "B Z"]  # the likeliest first; meaningless unless a row asks for any
+    top_ids: Int32[Array, "B Z"]  # the likeliest first; meaningless unless a slot asks for any
     top_logprobs: Float[Array, "B Z"]
 
 
-def row(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_token_ids: int) -> Sampling:
-    """One row's arrays on the host, without the leading axis: nothing drawn yet.
+def pack_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask over the vocabulary, bool [V], as bits, uint32 [ceil(V / 32)]: id 32 i + j is bit j of word i."""
+    padded = np.zeros(-(-mask.size // MASK_BITS) * MASK_BITS, np.bool_)
+    padded[: mask.size] = mask
+    return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def unpack_mask(bits: UInt32[Array, "B V32"], vocab_size: int) -> Bool[Array, "B V"]:
+    """The mask that `pack_mask` packed."""
+    by_word = bits[..., None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32) & 1
+    return by_word.reshape(bits.shape[0], -1)[:, :vocab_size] == 1
+
+
+def constants(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_token_ids: int) -> Sampling:
+    """One slot's arrays on the host, without the leading axis.
 
     Args:
         params: what the request asks for.
@@ -63,34 +73,44 @@ def row(params: SamplingParams, prompt: Sequence[int], vocab_size: int, num_toke
     """
     bias, prompted = np.zeros(vocab_size, np.float32), np.zeros(vocab_size, np.bool_)
     for token, value in params.logit_bias.items():
-        bias[token] = value
-    bias[list(params.banned_ids)] = -np.inf
-    bias[num_token_ids:] = -np.inf
+        bias[token] = 0 if value == -math.inf else value
+    allowed = np.arange(vocab_size) < num_token_ids
+    allowed[list(params.never_drawn)] = False
     prompted[list(prompt)] = True
-    scalars: dict[str, Any] = {
-        name: np.dtype(option.dtype).type(getattr(params, name)) for name, option in OPTIONS.items()
-    }
-    arrays: dict[str, Any] = {"bias": bias, "prompted": prompted, "drawn": np.zeros(vocab_size, np.int32)}
-    return Sampling(**scalars, **arrays)
+    options: Any = {name: np.dtype(option.dtype).type(getattr(params, name)) for name, option in OPTIONS.items()}
+    arrays: Any = {"bias": bias, "allowed": pack_mask(allowed), "prompted": prompted}
+    return Sampling(options, **arrays)
 
 
-def sample(logits: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"], num_token_ids: int) -> Draw:
-    """Each row's token, with log probabilities.
+def count_ids(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    """How often each id stands among `tokens`, int32 [V]."""
+    return np.bincount(np.asarray(tokens, np.int64), minlength=vocab_size).astype(np.int32)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    drawn: Int32[Array, "B V"],
+    positions: Int32[Array, "B"],
+    num_token_ids: int,
+) -> Draw:
+    """Each slot's token, with log probabilities.
 
     Args:
         logits: float32.
-        sampling: each row's parameters.
-        positions: where the token will stand in its row.
+        sampling: each slot's parameters.
+        drawn: how often each slot's answer holds each id.
+        positions: where the token will stand in its sequence.
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     logits = _named(logits, num_token_ids)
-    scores = adjust_logits(logits, sampling)
+    scores = adjust_logits(logits, sampling, drawn)
     greedy = _largest(scores)
-    draws = sampling.temperature > 0
-    drawn = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
-    token = jnp.where(draws, drawn, greedy)
-    reported = report_logprobs(logits, token, jnp.any(sampling.top_logprobs > 0), num_token_ids)
+    draws = sampling.options["temperature"] > 0
+    random = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
+    token = jnp.where(draws, random, greedy)
+    reported = report_logprobs(logits, token, jnp.any(sampling.options["top_logprobs"] > 0), num_token_ids)
     return Draw(jnp.where(finite, token, FAULTY), *reported)
 
 
@@ -110,33 +130,32 @@ def _named(logits: Float[Array, "*rows V"], num_token_ids: int) -> Float[Array, 
     return jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32) < num_token_ids, logits, -jnp.inf)
 
 
-def record(sampling: Sampling, token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Sampling:
-    """`sampling` after the active rows said `token`."""
+def record(drawn: Int32[Array, "B V"], token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Int32[Array, "B V"]:
+    """`drawn` after the active slots drew `token`."""
     at = jnp.arange(token.shape[0], dtype=jnp.int32), jnp.maximum(token, 0)
-    return sampling._replace(drawn=sampling.drawn.at[at].add(active.astype(jnp.int32)))
+    return drawn.at[at].add(active.astype(jnp.int32))
 
 
-def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """`logits` under penalties and bias: what a greedy row takes the largest of."""
-    column = lambda x: x[:, None]  # noqa: E731
-    said = sampling.drawn > 0
-    penalty = jnp.where(said | sampling.prompted, column(sampling.repetition_penalty), 1.0)
+def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling, drawn: Int32[Array, "B V"]) -> Float[Array, "B V"]:
+    """`logits` under penalties, bias and bans: what a greedy slot takes the largest of."""
+    in_answer = drawn > 0
+    penalty = jnp.where(in_answer | sampling.prompted, sampling.options["repetition_penalty"][:, None], 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = logits - sampling.drawn.astype(jnp.float32) * column(sampling.frequency_penalty)
-    logits = logits - jnp.where(said, column(sampling.presence_penalty), 0.0)
+    logits = logits - drawn.astype(jnp.float32) * sampling.options["frequency_penalty"][:, None]
+    logits = logits - jnp.where(in_answer, sampling.options["presence_penalty"][:, None], 0.0)
     largest = jnp.finfo(jnp.float32).max  # a penalty may take a large logit beyond it, and inf - inf is no number
-    return jnp.clip(logits, -largest, largest) + sampling.bias
+    scores = jnp.clip(logits, -largest, largest) + sampling.bias
+    return jnp.where(unpack_mask(sampling.allowed, logits.shape[-1]), scores, -jnp.inf)
 
 
 def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
-    temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    temperature = jnp.maximum(sampling.options["temperature"], jnp.finfo(jnp.float32).tiny)[:, None]
     scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
-    column = lambda x: x[:, None]  # noqa: E731
-    by_count, by_weight = sampling.top_k > 0, sampling.top_p < 1
-    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.top_k), lambda: scores)
-    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.top_p), lambda: scores)
-    return jnp.where(scores >= jnp.log(column(sampling.min_p)), scores, -jnp.inf)  # the largest score is 0
+    by_count, by_weight = sampling.options["top_k"] > 0, sampling.options["top_p"] < 1
+    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.options["top_k"]), lambda: scores)
+    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"]), lambda: scores)
+    return jnp.where(scores >= jnp.log(sampling.options["min_p"][:, None]), scores, -jnp.inf)  # the largest score is 0
 
 
 def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
@@ -179,7 +198,7 @@ def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arra
         key = jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
         return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
 
-    noises = jax.vmap(noise)(sampling.seed, positions)
+    noises = jax.vmap(noise)(sampling.options["seed"], positions)
     return _largest(filter_logits(scores, sampling) + noises)
 
 
@@ -206,5 +225,5 @@ def _no_top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"],
 
 
 def is_stop(token: Int32[Array, "B"], stop_ids: Int32[Array, "B Z"]) -> Bool[Array, "B"]:
-    """Whether each row's token is one of its stop ids (padded with ids that no token has)."""
+    """Whether each slot's token is one of its stop ids (padded with ids that no token has)."""
     return jnp.any(token[:, None] == stop_ids, axis=-1)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import parser
-from gptoss_jax.harmony.parser import CHANNELS, Delta, Parsed, StreamParser
+from gptoss_jax.harmony.parsed import CHANNELS, Delta, Message, Parsed
+from gptoss_jax.harmony.parser import StreamParser
 from gptoss_jax.harmony.tokenizer import StreamDecoder, Tokenizer
 
 FINAL = "final"
@@ -52,7 +52,7 @@ class Answer:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: str
     stop_string: str | None
-    messages: tuple[parser.Message, ...]
+    messages: tuple[Message, ...]
 
     @property
     def final(self) -> str | None:
@@ -68,14 +68,14 @@ class Answer:
         """What the model wrote outside of any message."""
         return "".join(part.text for part in self.parsed.parts if part.kind == "unparsed").strip()
 
-    def history(self) -> list[parser.Message]:
+    def history(self) -> list[Message]:
         """The messages that a conversation goes on from; stray text in place of an answer becomes one.
 
         What the model put into the mouths of others is left out, lest it instruct itself. A role that is garbled, on
         a channel of the assistant's, is read as the assistant.
         """
         known = [m for m in self.messages if m.role == "assistant" or (m.role == "tool" and m.channel in CHANNELS)]
-        stray = [parser.Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
+        stray = [Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
         spoken = [m for m in known if m.recipient != "assistant"]  # a tool's result is not the model's to write
         return [*(replace(m, role="assistant", name=None) for m in spoken), *stray]
 
@@ -99,7 +99,7 @@ class Answer:
         }
 
 
-def call_document(call: parser.Message) -> dict[str, Any]:
+def call_document(call: Message) -> dict[str, Any]:
     """A tool call for JSON: the function's name as the tools' file has it, the arguments as the model wrote them."""
     return {"name": (call.recipient or "").removeprefix("functions."), "arguments": call.content}
 
@@ -178,7 +178,7 @@ class AnswerStream:
 
 
 class StopStrings:
-    """Finds the first of some strings in text that comes in pieces, holding back what may become one.
+    """Finds the first of some strings in text that comes in chunks, holding back what may become one.
 
     Attributes:
         found: the string that was found; from then on no text comes out.

@@ -1,17 +1,13 @@
-"""Conversations -> token ids, by openai-harmony, with the history rules that the format demands. Knows no jax.
+"""Conversations -> token ids, by openai-harmony, with the history rules that the format demands. Knows no JAX.
 
 The format is openai/harmony's docs/format.md. The library renders each message; which messages the model gets to see
 again is decided here, since the library forgets to drop an old chain of thought while tools are in flight
 (vllm#45048).
 """
 
-import datetime
 import functools
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +20,14 @@ from openai_harmony import (
     Role,
     SystemContent,
     TextContent,
-    ToolDescription,
     ToolNamespaceConfig,
 )
 
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import tokenizer
+from gptoss_jax.harmony.settings import Settings
 
-REASONING_EFFORTS = {
-    "low": ReasoningEffort.LOW,
-    "medium": ReasoningEffort.MEDIUM,
-    "high": ReasoningEffort.HIGH,
-}
-DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
-BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
+_BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
 
 # The settings that speak through each of the two messages in front.
 _SETTINGS_OF = {
@@ -48,75 +38,8 @@ _SETTINGS_OF = {
 # like a control token would tempt whoever parses the text rather than the ids.
 _HEADER_WORD = re.compile(r"[^\s<|>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[^\s<|>]+")
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _ROLE_OF = {SystemContent: Role.SYSTEM, DeveloperContent: Role.DEVELOPER}
 _ROLES = [role.value for role in Role]
-
-
-@dataclass(frozen=True)
-class ResponseFormat:
-    """A JSON schema that the answer is asked to follow. It stands in the prompt; nothing enforces it.
-
-    Attributes:
-        name: letters, digits, and _ . - only.
-        schema: the JSON schema.
-        description: what it is for; stands as a comment above the schema.
-
-    Raises:
-        GptossError: another name.
-    """
-
-    name: str
-    schema: dict[str, Any]
-    description: str | None = None
-
-    def __post_init__(self):
-        _check_names("response_format", [self.name])
-
-    @property
-    def section(self) -> str:
-        """The section of the developer message (docs/format.md, "Structured output")."""
-        comment = "".join(f"// {line}\n" for line in (self.description or "").splitlines())
-        schema = json.dumps(self.schema, ensure_ascii=False, separators=(",", ":"))
-        return f"# Response Formats\n\n## {self.name}\n\n{comment}{schema}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the system and developer messages say.
-
-    Attributes:
-        reasoning_effort: "low", "medium" or "high".
-        knowledge_cutoff: "YYYY-MM".
-        current_date: "YYYY-MM-DD"; None leaves the line out, so that the same input always gives the same ids.
-        instructions: what other formats call the system prompt; None or empty leaves the section out.
-        tools: functions that the model may call.
-        builtin_tools: of "browser" and "python", those that the model may call.
-        response_format: the form that the answer is asked to have.
-
-    Raises:
-        GptossError: a value that a field cannot have.
-    """
-
-    reasoning_effort: str = "medium"
-    knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
-    current_date: str | None = None
-    instructions: str | None = None
-    tools: tuple[ToolDescription, ...] = ()
-    builtin_tools: tuple[str, ...] = ()
-    response_format: ResponseFormat | None = None
-
-    def __post_init__(self):
-        if self.reasoning_effort not in tuple(REASONING_EFFORTS):
-            raise _refused("reasoning_effort", self.reasoning_effort, f"one of {', '.join(REASONING_EFFORTS)}")
-        if not _is_date(f"{self.knowledge_cutoff}-01"):
-            raise _refused("knowledge_cutoff", self.knowledge_cutoff, "a month as YYYY-MM")
-        if self.current_date is not None and not _is_date(self.current_date):
-            raise _refused("current_date", self.current_date, "a date as YYYY-MM-DD, or none")
-        if not set(self.builtin_tools) <= set(BUILTIN_TOOLS):
-            raise _refused("builtin_tools", list(self.builtin_tools), f"of {', '.join(BUILTIN_TOOLS)}")
-        _check_names("builtin_tools", self.builtin_tools)
-        _check_names("tools", [tool.name for tool in self.tools])
 
 
 def render(
@@ -249,14 +172,14 @@ def check_message(message: Message, where: str) -> None:
             raise GptossError(
                 f"{where} holds half a surrogate pair ({text[error.start]!r}), which is no text"
             ) from None
-        except ValueError as error:
+        except GptossError as error:
             raise GptossError(f"{where}: {error}") from None
 
 
 def _check_header(message: Message, where: str) -> None:
     role, name = message.author.role, message.author.name
-    words = {"name": name, "recipient": message.recipient, "channel": message.channel}
-    for field, value in {**words, "content_type": message.content_type}.items():
+    fields = {"name": name, "recipient": message.recipient, "channel": message.channel}
+    for field, value in {**fields, "content_type": message.content_type}.items():
         constrains = field == "content_type" and role is Role.ASSISTANT
         pattern = _CONTENT_TYPE if constrains else _HEADER_WORD
         if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
@@ -299,12 +222,12 @@ def acting(settings: Settings, messages: Sequence[Message]) -> dict[str, Any]:
 
 def _system_message(settings: Settings) -> Message:
     content = SystemContent(
-        reasoning_effort=REASONING_EFFORTS[settings.reasoning_effort],
+        reasoning_effort=ReasoningEffort[settings.reasoning_effort.upper()],
         knowledge_cutoff=settings.knowledge_cutoff,
         conversation_start_date=settings.current_date,
     )
     for name in settings.builtin_tools:
-        content = content.with_tools(BUILTIN_TOOLS[name]())
+        content = content.with_tools(_BUILTIN_TOOLS[name]())
     return Message.from_role_and_content(Role.SYSTEM, content)
 
 
@@ -340,22 +263,3 @@ def _render_message(message: Message, encoding: HarmonyEncoding, options: Render
 def _encoding(vocab_path: str | Path | None) -> HarmonyEncoding:
     """Loaded once per vocabulary: it takes half a second."""
     return tokenizer.harmony_encoding(vocab_path)
-
-
-def _is_date(value: object) -> bool:
-    try:
-        return datetime.date.fromisoformat(value).isoformat() == value  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        return False
-
-
-def _check_names(field: str, names: Sequence[str]) -> None:
-    for name, count in Counter(names).items():
-        if not _NAME.fullmatch(name):
-            raise _refused(f"a name in {field}", name, "letters, digits, and _ . - only")
-        if count > 1:
-            raise GptossError(f"{field} holds {name!r} {count} times, expected once")
-
-
-def _refused(field: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"{field} is {value!r}, expected {expected}")

@@ -1,4 +1,4 @@
-"""The o200k_harmony vocabulary, found offline, sha256 checked. Knows text and ids, not jax nor messages."""
+"""The o200k_harmony vocabulary, found offline, sha256 checked. Knows text and ids, neither JAX nor messages."""
 
 import binascii
 import codecs
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import tiktoken
 
 from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import user_cache
 
 if TYPE_CHECKING:
     import openai_harmony
@@ -121,7 +122,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of ids as they come: never half a character, and all pieces joined equal `Tokenizer.decode`."""
+    """Text of ids as they come: never half a character, and all chunks joined equal `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -238,7 +239,7 @@ def _parse_ranks(vocabulary: bytes) -> dict[bytes, int]:
 def _vocabulary_folder(vocabulary: bytes) -> Iterator[Path]:
     """A folder holding the uncompressed file: the user's cache folder, or a passing one."""
     try:
-        folder = cache_folder()
+        folder = user_cache.cache_folder()
         _store(vocabulary, folder)
     except (OSError, RuntimeError):
         # A read-only or full home, or none at all (containers run under user ids without an account, for
@@ -250,26 +251,11 @@ def _vocabulary_folder(vocabulary: bytes) -> Iterator[Path]:
         yield folder
 
 
-def cache_folder() -> Path:
-    """The user's, by the XDG Base Directory Specification: a relative or empty XDG_CACHE_HOME counts as unset."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "gptoss_jax"
-
-
 def _store(vocabulary: bytes, folder: Path) -> None:
-    """Put the file there whole, unless it is there already and intact."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Puts the file there whole, unless it is there already and intact."""
     path = folder / "o200k_base.tiktoken"  # the name openai-harmony looks for
-    if path.is_file() and path.read_bytes() == vocabulary:
-        return
-    descriptor, unfinished = tempfile.mkstemp(dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(vocabulary)
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    if not (path.is_file() and path.read_bytes() == vocabulary):
+        user_cache.write_whole(path, vocabulary)
 
 
 @contextmanager

@@ -221,13 +221,15 @@ def read_config(path: Path) -> ModelConfig:
         ConfigError: the file is absent, is not JSON, or has keys that are unknown, missing or of another model.
     """
     try:
-        return parse_config(json.loads(Path(path).read_text()))
+        raw = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a checkpoint's folder holds its config.json") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # json's errors, and a number of more digits than Python reads
         raise ConfigError(f"{path}: not JSON ({error})") from None
+    try:
+        return parse_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

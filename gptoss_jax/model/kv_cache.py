@@ -1,7 +1,7 @@
-"""The keys and values behind each row, as a pytree that steps take and give back.
+"""The keys and values of each slot's sequence so far, as a pytree that steps take and give back.
 
-Full-attention layers share a pool of pages, so that memory follows the tokens that are there; banded layers keep a
-ring of the last `sliding_window` tokens per row, whatever the context. Knows no attention.
+Full-attention layers share a pool of pages, so that memory follows the tokens that are there; sliding-window layers
+keep a ring of the last `sliding_window` tokens per slot, whatever the context. Knows no attention.
 """
 
 import functools
@@ -19,18 +19,19 @@ PAGE_TOKENS = 64
 
 
 class KVCache(NamedTuple):
-    """State of B rows. With data shards, rows and pages are cut alike, and a row's pages are of its own shard.
+    """State of B slots, a sequence each. Data shards cut slots and pages alike; a slot's pages are of its own shard.
 
-    Example: pages of 64 tokens, page_table[0] = [5, 2, 0, 0], lengths[0] = 70. Row 0's tokens 0 to 63 are page 5, its
-    tokens 64 to 69 the first six slots of page 2; token 70 comes next. Its banded layers hold token p in slot p % 128.
+    Example: pages of 64 tokens, page_table[0] = [5, 2, 0, 0], lengths[0] = 70. Slot 0's tokens 0 to 63 are page 5, its
+    tokens 64 to 69 the first six places of page 2; token 70 comes next. Its sliding-window layers hold token p at place
+    p % 128 of their rings.
     """
 
     # By layer: pages [P, S, K H] where attention is full, else a ring [B, W, K H]. Heads and their size are one axis:
-    # two of them a TPU would lay out with the pages innermost, and copy the pool for a kernel that wants it by rows.
+    # two of them a TPU would lay out with the pages innermost, and copy the pool for a kernel that wants it row-major.
     k: tuple[Float[Array, "_ _ KH"], ...]
     v: tuple[Float[Array, "_ _ KH"], ...]  # alike
-    page_table: Int32[Array, "B M"]  # the page of each run of S tokens, counted within the row's data shard
-    lengths: Int32[Array, "B"]  # tokens that the row holds
+    page_table: Int32[Array, "B M"]  # the page of each run of S tokens, counted within the slot's data shard
+    lengths: Int32[Array, "B"]  # tokens that the slot's sequence has in the cache
 
     def with_layer(self, i: int, k: Float[Array, "_ _ KH"], v: Float[Array, "_ _ KH"]) -> "KVCache":
         """The cache with layer i's keys and values replaced."""
@@ -42,18 +43,18 @@ def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
-def empty(config: ModelConfig, *, rows: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of `rows` empty rows over a pool of `pages` pages, each row at most `max_context_tokens` long."""
+def empty(config: ModelConfig, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of `slots` empty slots over a pool of `pages` pages, each sequence at most `max_context_tokens` long."""
 
     def layer(i: int) -> jax.Array:
-        first = (rows, config.sliding_window) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
+        first = (slots, config.sliding_window) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
         return jnp.zeros((*first, config.num_kv_heads * config.head_dim), dtype)
 
     return KVCache(
         k=tuple(layer(i) for i in range(config.num_layers)),
         v=tuple(layer(i) for i in range(config.num_layers)),
-        page_table=jnp.zeros((rows, num_pages(max_context_tokens)), jnp.int32),
-        lengths=jnp.zeros(rows, jnp.int32),
+        page_table=jnp.zeros((slots, num_pages(max_context_tokens)), jnp.int32),
+        lengths=jnp.zeros(slots, jnp.int32),
     )
 
 
@@ -71,10 +72,12 @@ def layout(config: ModelConfig, sharding: Sharding) -> KVCache:
 
 
 def allocator(
-    config: ModelConfig, sharding: Sharding, *, rows: int, pages: int, max_context_tokens: int, dtype: jnp.dtype
+    config: ModelConfig, sharding: Sharding, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype
 ) -> Callable[[], KVCache]:
-    """Makes `empty` caches, each on the devices that hold its pieces."""
-    make = functools.partial(empty, config, rows=rows, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype)
+    """Makes `empty` caches, each on the devices that hold its shards."""
+    make = functools.partial(
+        empty, config, slots=slots, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype
+    )
     return jax.jit(make, out_shardings=layout(config, sharding))
 
 
@@ -84,7 +87,7 @@ def write_pages(
     page_table: Int32[Array, "B M"],
     positions: Int32[Array, "B T"],
 ) -> Float[Array, "P S KH"]:
-    """The pool with `new` at its `positions`; position -1 (padding, behind a row's tokens) is not written."""
+    """The pool with `new` at its `positions`; position -1 (padding, after a sequence's tokens) is not written."""
     page = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
     end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     return _write(pages, _flat(new), page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)
@@ -94,11 +97,11 @@ def write_ring(
     ring: Float[Array, "B W KH"], new: Float[Array, "B T K H"], positions: Int32[Array, "B T"]
 ) -> Float[Array, "B W KH"]:
     """The ring with the last W of `new` at their `positions`; position -1 (padding) is not written."""
-    rows, window = ring.shape[:2]
-    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], positions.shape)
+    slots, window = ring.shape[:2]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[:, None], positions.shape)
     end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    first = jnp.maximum(end - window, 0)  # an older token would fight for a newer one's slot
-    return _write(ring, _flat(new), row, positions % window, first, end)
+    first = jnp.maximum(end - window, 0)  # an older token would fight for a newer one's place
+    return _write(ring, _flat(new), slot, positions % window, first, end)
 
 
 def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
@@ -119,7 +122,7 @@ def _write(
     first: Int32[Array, "B"],
     end: Int32[Array, "B"],
 ) -> Float[Array, "Z Y KH"]:
-    """`stored` with tokens `first` to `end` of each row of `new` at [major, minor]."""
+    """`stored` with tokens `first` to `end` of each slot's `new` at [major, minor]."""
     new = new.astype(stored.dtype)
     return jax.lax.platform_dependent(
         stored, new, major, minor, first, end, cpu=_write_slices, default=_write_scattered
@@ -131,7 +134,7 @@ def _write_forward(stored, new, major, minor, first, end):
 
 
 def _write_backward(saved, gradient):
-    """What was written learns from where it went; what it replaced does not."""
+    """`new` gets the gradient of the places it was written to; `stored` gets zero there."""
     none, major, minor, first, end = saved
     new = jnp.where(_is_written(major, first, end)[..., None], gradient[major, minor], 0).astype(none.dtype)
     return _write(gradient, jnp.zeros_like(new), major, minor, first, end), new, None, None, None, None
@@ -158,13 +161,13 @@ def _write_slices(stored, new, major, minor, first, end):
     """
     bits = jnp.dtype(f"uint{8 * stored.dtype.itemsize}")
 
-    def write_token(row, token, stored):
-        at = (major[row, token], minor[row, token], 0)
-        update = jax.lax.bitcast_convert_type(new[row, token][None, None], bits)
+    def write_token(slot, token, stored):
+        at = (major[slot, token], minor[slot, token], 0)
+        update = jax.lax.bitcast_convert_type(new[slot, token][None, None], bits)
         written = jax.lax.dynamic_update_slice(jax.lax.bitcast_convert_type(stored, bits), update, at)
         return jax.lax.bitcast_convert_type(written, stored.dtype)
 
-    def write_row(row, stored):
-        return jax.lax.fori_loop(first[row], end[row], functools.partial(write_token, row), stored)
+    def write_slot(slot, stored):
+        return jax.lax.fori_loop(first[slot], end[slot], functools.partial(write_token, slot), stored)
 
-    return jax.lax.fori_loop(0, new.shape[0], write_row, stored)
+    return jax.lax.fori_loop(0, new.shape[0], write_slot, stored)

@@ -58,17 +58,17 @@ class Sharding:
                 if axis not in self.mesh.axis_names:
                     raise MeshError(f"rule {logical}: unknown mesh axis {axis!r}, expected {self.mesh.axis_names}")
         if self.mesh_axes("pages") != self.mesh_axes("batch"):
-            raise MeshError("rules cut pages and rows differently, but a row's pages lie on its own devices")
+            raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
         for logical in ("heads", "experts", "expert_hidden", "vocab"):
             if shared := set(self.mesh_axes(logical)) & set(self.mesh_axes("batch")):
-                raise MeshError(f"rules cut both rows and {logical} by {', '.join(shared)}: sums would mix rows")
+                raise MeshError(f"rules cut both batch and {logical} by {', '.join(shared)}: sums would mix sequences")
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes that cut `logical`."""
         return self.rules.get(logical, RULES[logical])
 
     def size(self, logical: str) -> int:
-        """Pieces into which `logical` is cut."""
+        """Shards into which `logical` is cut."""
         return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical))
 
     def spec(self, axes: Axes) -> PartitionSpec:
@@ -103,50 +103,50 @@ class Sharding:
         return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.named(axes))
 
     def map(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
-        """`function` run on every device's own piece of its arguments: how a kernel meets a mesh."""
+        """`function` run on every device's own shard of its arguments: how a kernel meets a mesh."""
         if self.mesh.size == 1:
             return function
-        to_spec = lambda tree: jax.tree.map(self.spec, tree, is_leaf=is_axes)  # noqa: E731
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=to_spec(in_axes), out_specs=to_spec(out_axes), check_vma=False
-        )
+        in_specs, out_specs = (jax.tree.map(self.spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def sum_over(self, x: jax.Array, logical: str) -> jax.Array:
-        """Inside `map`: the sum of every piece's x, over the mesh axes that cut `logical`."""
+        """Inside `map`: the sum of every shard's x, over the mesh axes that cut `logical`."""
         return x if self.mesh.size == 1 else jax.lax.psum(x, self.mesh_axes(logical))
 
     def index(self, logical: str) -> jax.Array | int:
-        """Inside `map`: which piece of `logical` this device holds."""
+        """Inside `map`: which shard of `logical` this device holds."""
         return 0 if self.mesh.size == 1 else jax.lax.axis_index(self.mesh_axes(logical))
 
     def take_slot(self, tree: Any, at: jax.Array, axes: Any) -> Any:
-        """One row from each data shard: the arrays of `tree` that have rows, cut to them; the others whole.
+        """One slot from each data shard: the arrays of `tree` that have a batch axis, cut to it; the others whole.
 
         Args:
-            tree: arrays, those with rows having them first.
-            at: for each shard, which of its own rows, counted within the shard; int32, sharded as rows are.
+            tree: arrays, the batch axis first where they have one.
+            at: for each shard, which of its own slots, counted within the shard; int32, sharded as the batch is.
             axes: the logical axes of each array of `tree`.
         """
 
         def take(tree, at):
-            cut = lambda a, x: jax.lax.dynamic_slice_in_dim(x, at[0], 1) if a[0] == "batch" else x  # noqa: E731
+            def cut(axes, x):
+                return jax.lax.dynamic_slice_in_dim(x, at[0], 1) if axes[0] == "batch" else x
+
             return jax.tree.map(cut, axes, tree, is_leaf=is_axes)
 
         return self.map(take, in_axes=(axes, ("batch",)), out_axes=axes)(tree, at)
 
-    def put_slot(self, tree: Any, row: Any, at: jax.Array, axes: Any) -> Any:
-        """`tree` with the rows that `take_slot` gave replaced by those of `row`, and its other arrays by row's."""
+    def put_slot(self, tree: Any, new: Any, at: jax.Array, axes: Any) -> Any:
+        """`tree` with the slots that `take_slot` gave replaced by those of `new`, and its other arrays by new's."""
 
-        def put(tree, row, at):
-            def paste(a, x, y):
-                return jax.lax.dynamic_update_slice_in_dim(x, y, at[0], 0) if a[0] == "batch" else y
+        def put(tree, new, at):
+            def paste(axes, x, y):
+                return jax.lax.dynamic_update_slice_in_dim(x, y, at[0], 0) if axes[0] == "batch" else y
 
-            return jax.tree.map(paste, axes, tree, row, is_leaf=is_axes)
+            return jax.tree.map(paste, axes, tree, new, is_leaf=is_axes)
 
-        return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, row, at)
+        return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, new, at)
 
-    def check(self, config: ModelConfig, rows: int = 1) -> None:
-        """Refuses a mesh that does not cut this model and `rows` rows into equal pieces.
+    def check(self, config: ModelConfig, slots: int = 1) -> None:
+        """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
 
         Raises:
             MeshError: names each axis that does not come out even and the sizes that would.
@@ -156,8 +156,8 @@ class Sharding:
             "heads": (config.num_kv_heads, "key/value heads"),
             "experts": (config.num_experts, "experts"),
             "expert_hidden": (blocks, f"MXFP4 blocks of {MXFP4_BLOCK} in an expert's width"),
-            "vocab": (config.vocab_size, "vocabulary rows"),
-            "batch": (rows, "sequences of the batch"),
+            "vocab": (config.vocab_size, "vocabulary ids"),
+            "batch": (slots, "slots of the batch"),
         }
         faults = []
         for logical, (length, what) in lengths.items():

@@ -1,1 +1,1 @@
-"""The object people hold, how its weights are loaded, and what is asked of the devices."""
+"""The object people hold, how its weights are loaded, and what is known of the machine."""

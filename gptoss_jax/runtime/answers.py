@@ -3,12 +3,14 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import Event, NumericsError, Request
 from gptoss_jax.harmony.answer import Answer, AnswerStream
-from gptoss_jax.harmony.parser import Delta
+from gptoss_jax.harmony.parsed import Delta
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
 
 
 class Sample(NamedTuple):
@@ -21,7 +23,7 @@ class Sample(NamedTuple):
 
 
 def collect(
-    runner: Engine,
+    engine: "gptoss_jax.engine.engine.Engine",
     requests: Sequence[Request],
     streams: Sequence[AnswerStream],
     show: Callable[[list[Delta]], None],
@@ -29,20 +31,26 @@ def collect(
 ) -> Iterator[Sample]:
     """Runs the requests to their ends, or until interrupted, and gives their answers in order, each as soon as it can.
 
-    An answer that meets logits which are not finite ends there ("error"); the others go on. `show` gets what each
-    event of any request brings.
+    An answer that meets logits which are not finite ends there ("error"); the others go on.
+
+    Args:
+        engine: runs them.
+        requests: each `ends_at` its stream.
+        streams: a reader for each request.
+        show: gets what each event of any request brings.
+        interrupted: asked before each dispatch.
     """
-    streams_by_id = {runner.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
+    streams_by_id = {engine.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
     growing = {request_id: _Growing(stream, show) for request_id, stream in streams_by_id.items()}
     began = time.perf_counter()
-    while not runner.is_idle and not interrupted():
+    while not engine.is_idle and not interrupted():
         with contextlib.suppress(NumericsError):  # the event has said so
-            for event in runner.run(until=interrupted):
+            for event in engine.run(until=interrupted):
                 growing[event.request_id].take(event, time.perf_counter() - began)
                 while growing and growing[first := next(iter(growing))].ended:
                     yield growing.pop(first).sample()
     for request_id, answer in growing.items():
-        runner.cancel(request_id)
+        engine.cancel(request_id)
         yield answer.sample()
 
 
@@ -58,14 +66,14 @@ class _Growing:
     def take(self, event: Event, seconds: float) -> None:
         self._times.append(seconds)
         self.ended = event.finish_reason is not None
-        self._bring(self._stream.take(event))
+        self._show_deltas(self._stream.take(event))
 
     def sample(self) -> Sample:
         answer, rest = self._stream.finish()
-        self._bring(rest)
-        when = self._times or [0.0]
-        return Sample(answer, self._deltas, when[0], when[-1])
+        self._show_deltas(rest)
+        times = self._times or [0.0]
+        return Sample(answer, self._deltas, times[0], times[-1])
 
-    def _bring(self, deltas: list[Delta]) -> None:
+    def _show_deltas(self, deltas: list[Delta]) -> None:
         self._deltas += deltas
         self._show(deltas)

@@ -3,11 +3,12 @@
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu, true_width
-from converters.random_weights import with_vocab_size
+from converters.random_checkpoint import with_vocab_size
 from tests import processes
 
 CASES = ("--batch", 1, "--contexts", "16,4000", "--prefill", 8, "--op-tokens", 1, "--op-attention", "1x1x40")
@@ -23,7 +24,6 @@ CONFIG = with_vocab_size(true_width.raw_config(2, Path("configs/tiny.json")), 51
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["reference", "attention=gpu-interpreted,expert_mlp=gpu-interpreted"])
 def test_command_measures_and_says_what_it_left_out(tmp_path, kernels):
     """Flags that are not read, rates that do not follow from one another, a case that vanishes without a word."""
@@ -54,11 +54,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu, "attention_error", lambda *_: 0.1)
     monkeypatch.setattr(gpu.Experts, "error", lambda *_: 1e-3)
 
-    class Whole:
-        name, config = "tiny", None
-
+    nothing: Any = types.SimpleNamespace(name="tiny", config=None)
     with pytest.raises(ValueError, match=r"tiny: attention, 3 rows of 1 is off by 1\.0e-01, at most 2e-02 expected"):
-        gpu.check(run, Whole, gpu.Experts(None, None, None), None)
+        gpu.check(run, nothing, gpu.Experts(nothing, nothing, nothing), nothing)
 
 
 @pytest.mark.parametrize("found", [[1.0, float("nan")], [1.0, float("inf")]])

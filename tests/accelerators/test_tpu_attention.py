@@ -1,6 +1,7 @@
 """The TPU's attention, interpreted: what the bodies shared by all implementations do not reach, and races of copies."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def _interpreted(arguments) -> Attended:
 
 def _races_found() -> bool:
     """Whether the last kernel that was interpreted raced; JAX 0.10 and 0.11 say so in different places."""
-    module = interpret_pallas_call
+    module: Any = interpret_pallas_call
     return (module.get_races() if hasattr(module, "get_races") else module.races).races_found
 
 

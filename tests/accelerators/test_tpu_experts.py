@@ -1,6 +1,7 @@
 """The expert kernel for TPUs, in the interpreter: what the body that all implementations share does not ask."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import parse_config
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.runtime import language_model as runtime
+from gptoss_jax.runtime import weight_transforms
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import Hardware
@@ -24,7 +25,7 @@ from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
+AXES: Any = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
     ("experts", "expert_hidden", None, None),
     ("experts", "expert_hidden", None),
     ("experts", "expert_hidden"),
@@ -117,7 +118,7 @@ def test_devices_pack_their_own_experts(mesh):
     weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
     layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
     for array, axes, way in zip(weights[:6], AXES[:6], layout, strict=True):
-        found = runtime.packing(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
+        found = weight_transforms.rearrange_experts(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
         assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
         np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))
 
@@ -139,7 +140,7 @@ def _run(form: tpu_forms.Form, *arguments) -> np.ndarray:
     interpret = pltpu.InterpretParams(detect_races=True)
     found = jax.jit(functools.partial(tpu.expert_mlp, limit=LIMIT, form=form, interpret=interpret))(*arguments)
     found.block_until_ready()
-    module = interpret_pallas_call  # JAX 0.11 asks by a function
+    module: Any = interpret_pallas_call  # JAX 0.11 asks by a function
     assert not (module.get_races() if hasattr(module, "get_races") else module.races).races_found
     return np.asarray(found)
 
@@ -189,7 +190,8 @@ def test_scales_that_no_form_can_read_are_refused_at_load():
     def load(byte: int) -> dict[str, jax.Array]:
         leaves = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in declared.leaves.items()}
         leaves[path] = leaves[path].at[2, 3, 1].set(byte)
-        return runtime.with_layout(leaves, declared, kernels.expert_mlp.layout, laid_out)
+        rearranged = weight_transforms.to_weight_layout(declared, kernels.expert_mlp.layout, laid_out)
+        return dict(weight_transforms.apply([rearranged], leaves.items()))
 
     assert load(252)[path].max() == 252
     with pytest.raises(ValueError, match=f"{path} holds the byte 253, and the chosen kernel reads up to 252"):

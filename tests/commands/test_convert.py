@@ -1,4 +1,4 @@
-"""The converter: one model from three layouts, every fault named, no interruption that costs a byte or a leaf."""
+"""The converter: one model from three formats, every fault named, no interruption that costs a byte or a leaf."""
 
 import contextlib
 import errno
@@ -21,9 +21,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 from converters import convert
-from converters.random_weights import with_vocab_size, write_checkpoint
-from gptoss_jax.checkpoints import orbax, packing, published
-from gptoss_jax.checkpoints.orbax import Manifest
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
+from gptoss_jax.checkpoints import conversion, packing, published
+from gptoss_jax.checkpoints.leaf import leaf_bytes
+from gptoss_jax.checkpoints.orbax import manifest, reader
+from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
+from gptoss_jax.checkpoints.orbax.writer import Writer
+from gptoss_jax.cli import byte_progress
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
 from pallas_kernels import mxfp4
@@ -40,7 +44,7 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A model in the Hugging Face layout, in several shards, for reading only."""
+    """A model in the Hugging Face format, in several shards, for reading only."""
     dst = tmp_path_factory.mktemp("small") / "published"
     write_checkpoint(dst, SMALL, shard_bytes=250_000)
     assert len(list(dst.glob("*.safetensors"))) > 2
@@ -59,7 +63,7 @@ def small_converted(small, tmp_path_factory) -> Path:
 def small_bf16(tmp_path_factory) -> Path:
     """The same with bfloat16 experts."""
     dst = tmp_path_factory.mktemp("bf16") / "published"
-    write_checkpoint(dst, SMALL, layout="huggingface-bf16")
+    write_checkpoint(dst, SMALL, format="huggingface-bf16")
     return dst
 
 
@@ -77,7 +81,17 @@ def broken_bf16(small_bf16, tmp_path) -> Path:
 
 def options(src: Path, dst: Path, **changes) -> convert.Options:
     """What a command line without flags asks for, and changes."""
-    return convert.Options(src, dst, **{"dry_run": False, "verify": False, "quantize_experts": False} | changes)
+    return convert.Options(src, dst, **changes)
+
+
+def declared(source: published.Source) -> dict:
+    """The leaves that a source's model has."""
+    return conversion.declared_leaves(source.config)
+
+
+def conversion_of(source: published.Source, dst: Path) -> conversion.Conversion:
+    """The conversion of a source that is open."""
+    return conversion.Conversion(source, dst, declared(source), byte_progress.byte_progress)
 
 
 def command(*words: object) -> int:
@@ -175,35 +189,35 @@ def set_bits(content: bytes, bits: dict[int, int]) -> bytes:
     return values.tobytes()
 
 
-# ---- three layouts, one model ----
+# ---- three formats, one model ----
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> dict[str, Path]:
-    """The narrow model in all layouts, converted and verified."""
+    """The narrow model in all formats, converted and verified."""
     folder = tmp_path_factory.mktemp("three")
-    for layout in ("huggingface", "openai", "huggingface-bf16"):
-        write_checkpoint(folder / f"{layout}-published", NARROW, layout=layout, shard_bytes=13_000_000)
-        convert.run(options(folder / f"{layout}-published", folder / layout, verify=True))
-    return {layout: folder / layout for layout in ("huggingface", "openai", "huggingface-bf16")}
+    for format in ("huggingface", "openai", "huggingface-bf16"):
+        write_checkpoint(folder / f"{format}-published", NARROW, format=format, shard_bytes=13_000_000)
+        convert.run(options(folder / f"{format}-published", folder / format, verify=True))
+    return {format: folder / format for format in ("huggingface", "openai", "huggingface-bf16")}
 
 
-def test_huggingface_and_openai_layouts_give_the_same_bytes(three):
-    """A wrong cut of the fused qkv, mlp1 and mlp2 confused, gate and up reordered."""
+def test_huggingface_and_openai_formats_give_the_same_bytes(three):
+    """Guards against a wrong cut of the fused qkv, mlp1 and mlp2 confused, gate and up reordered."""
     assert leaf_hashes(three["huggingface"]) == leaf_hashes(three["openai"])
-    assert orbax.read_config(three["huggingface"]) == orbax.read_config(three["openai"])
+    assert manifest.read_config(three["huggingface"]) == manifest.read_config(three["openai"])
 
 
 def test_mxfp4_bytes_are_those_published(small, small_converted):
-    """Blocks dequantised, reordered or padded on the way."""
+    """Guards against blocks dequantised, reordered or padded on the way."""
     for leaf, tensor in {"gate_up/blocks": "gate_up_proj_blocks", "down/scales": "down_proj_scales"}.items():
         name = f"model.layers.1.mlp.experts.{tensor}"
         content = read_tensors(file_of(small, name))[name][2]
         assert stored(small_converted, f"layers/1/moe/{leaf}").tobytes() == content
 
 
-def test_bf16_layout_gives_the_same_values(three):
-    """Experts packed along the wrong axis, or with values changed. Their scales may differ: see `packing.pack`."""
+def test_bf16_format_gives_the_same_values(three):
+    """Guards against experts packed along the wrong axis, or changed. Their scales may differ: see `packing.pack`."""
     published, packed = leaf_hashes(three["huggingface"]), leaf_hashes(three["huggingface-bf16"])
     experts = [path for path in published if path.endswith("/blocks")]
     differing = {path for path in published if published[path] != packed[path]}
@@ -214,36 +228,36 @@ def test_bf16_layout_gives_the_same_values(three):
             blocks = jnp.asarray(stored(folder, path)), jnp.asarray(stored(folder, scales))
             weights.append(np.asarray(mxfp4.dequantize(*blocks, jnp.dtype(jnp.bfloat16))))
         assert np.array_equal(*weights), path
-        codes = [stored(three[layout], path) for layout in ("huggingface", "huggingface-bf16")]
+        codes = [stored(three[format], path) for format in ("huggingface", "huggingface-bf16")]
         same_scale = stored(three["huggingface"], scales) == stored(three["huggingface-bf16"], scales)
         assert same_scale.mean() > 0.99
         assert np.array_equal(codes[0][same_scale], codes[1][same_scale])
 
 
-def test_layouts_are_named(three, small, tmp_path, capsys):
-    """A layout guessed wrong and not told."""
-    for layout, name in {
+def test_formats_are_named(three, small, tmp_path, capsys):
+    """Guards against a format guessed wrong, and not said."""
+    for format, name in {
         "huggingface": "Hugging Face, MXFP4 experts",
         "openai": "OpenAI original",
         "huggingface-bf16": "Hugging Face, BF16 experts",
     }.items():
-        published = three[layout].with_name(f"{layout}-published")
+        published = three[format].with_name(f"{format}-published")
         assert command(published, tmp_path / "no", "--dry-run") == 0
-        assert f"{published}: layout {name}, " in capsys.readouterr().out
-        assert orbax.read_provenance(three[layout])["source"]["layout"] == name
+        assert f"{published}: format {name}, " in capsys.readouterr().out
+        assert manifest.read_provenance(three[format])["source"]["layout"] == name
     both = Path(shutil.copytree(small, tmp_path / "both"))
     shutil.copytree(three["openai"].with_name("openai-published"), both / "original")
     assert command(both, tmp_path / "no", "--dry-run") == 0
-    assert "layout Hugging Face, MXFP4 experts (its original/ is not read)" in capsys.readouterr().out
+    assert "format Hugging Face, MXFP4 experts (its original/ is not read)" in capsys.readouterr().out
     (tmp_path / "parent").mkdir()
     (both / "original").rename(tmp_path / "parent" / "original")
     assert command(tmp_path / "parent", tmp_path / "no", "--dry-run") == 0
-    assert "layout OpenAI original (found in original/)" in capsys.readouterr().out
+    assert "format OpenAI original (found in original/)" in capsys.readouterr().out
 
 
 def test_provenance_and_what_makes_it_self_contained(small, small_converted):
-    """A checkpoint of which nobody can say where it came from."""
-    provenance = orbax.read_provenance(small_converted)
+    """Guards against a checkpoint of which nobody can say where it came from."""
+    provenance = manifest.read_provenance(small_converted)
     files = {file["name"]: file for file in provenance["source"]["files"]}
     assert files.keys() == {path.name for path in small.glob("*.safetensors")}
     for name, file in files.items():
@@ -263,15 +277,15 @@ def test_provenance_and_what_makes_it_self_contained(small, small_converted):
 
 
 def test_tables_cover_the_model(small):
-    """A leaf without a tensor, or a tensor whose shape letters are wrong at the published sizes."""
+    """Guards against a leaf without a tensor, or a tensor whose shape letters are wrong at the published sizes."""
     for name in ("gpt-oss-20b.json", "gpt-oss-120b.json"):
         config = published.read_config(ROOT / "configs" / name)
         leaves = transformer.declare(config, sharding.make()).leaves
-        for layout, table in published.LAYOUTS.items():
+        for format, table in published.FORMATS.items():
             recipes = table(config)
-            assert recipes.keys() == leaves.keys(), layout
-            taken = sum(orbax.leaf_bytes(leaf) for leaf in leaves.values())
-            assert taken == sum(_bytes_of(recipe) for recipe in recipes.values()), layout
+            assert recipes.keys() == leaves.keys(), format
+            taken = sum(leaf_bytes(leaf) for leaf in leaves.values())
+            assert taken == sum(_bytes_of(recipe) for recipe in recipes.values()), format
 
 
 def _bytes_of(recipe) -> int:
@@ -286,7 +300,7 @@ def _bytes_of(recipe) -> int:
 
 
 def test_packing_is_mxfp4_quantize():
-    """The fast integer form against the format's own: ties, zeros, signs, ranges of exponents."""
+    """Guards the fast integer form against the format's own: ties, zeros, signs, ranges of exponents."""
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((96, 320)) * 2.0 ** rng.integers(-20, 20, (1, 320))
     weights[:32, :16] = 0
@@ -304,7 +318,7 @@ def test_packing_is_mxfp4_quantize():
 
 
 def test_packing_knows_what_is_exact():
-    """A grid test that passes values between the codes, or refuses codes under another scale."""
+    """Guards against a grid test that passes values between the codes, or refuses codes under another scale."""
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (40, 3, 16), np.uint8)
     scales = rng.integers(60, 200, (40, 3)).astype(np.uint8)
@@ -327,7 +341,7 @@ def off_grid(folder: Path, tensors: tuple[str, ...] = (DOWN,)):
 
 
 def test_experts_off_the_grid_are_refused(broken_bf16, tmp_path, capsys):
-    """A fine-tuned model rounded to 4 bits without anybody having asked."""
+    """Guards against a fine-tuned model rounded to 4 bits without anybody having asked."""
     off_grid(broken_bf16)
     assert refusals(capsys, broken_bf16, tmp_path / "out") == [
         f"convert: {file_of(broken_bf16, DOWN)}: {DOWN}: 8 of 8 experts are not on the MXFP4 grid; "
@@ -337,7 +351,7 @@ def test_experts_off_the_grid_are_refused(broken_bf16, tmp_path, capsys):
 
 
 def test_nan_among_bf16_experts_is_told_as_such(broken_bf16, tmp_path, capsys):
-    """A NaN that is rounded to a number, or told as being off the grid."""
+    """Guards against a NaN that is rounded to a number, or reported as being off the grid."""
     with edited(broken_bf16, DOWN) as held:
         dtype, shape, content = held[DOWN]
         held[DOWN] = (dtype, shape, set_bits(content, {5: 0xFFFF, 700: 0x7F80}))
@@ -347,7 +361,7 @@ def test_nan_among_bf16_experts_is_told_as_such(broken_bf16, tmp_path, capsys):
 
 
 def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsys):
-    """An error introduced and not told, layer by layer."""
+    """Guards against an error introduced and not reported, layer by layer."""
     names = (DOWN, DOWN.replace("layers.1", "layers.0"))
     off_grid(broken_bf16, names)
     assert command(broken_bf16, tmp_path / "out", "--quantize-experts", "--verify") == 0
@@ -355,16 +369,16 @@ def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsy
     printed = re.findall(r"rounded to MXFP4: (\S+): relative RMS error (\S+)", out)
     assert [name for name, _ in printed] == sorted(names)
     assert all(0.10 < float(error) < 0.13 for _, error in printed)
-    provenance = orbax.read_provenance(tmp_path / "out")
+    provenance = manifest.read_provenance(tmp_path / "out")
     assert provenance["experts"] == "bfloat16 rounded to MXFP4"
     assert [f"{rms:.4f}" for rms in provenance["rounding_relative_rms"].values()] == [x for _, x in printed]
     assert "are equal" in out or "equal the source's by sha256" in out
 
 
 def test_a_wrongly_transposed_export_is_told(tmp_path, capsys):
-    """Square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
+    """Guards square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
     square = SMALL | {"intermediate_size": 96}
-    write_checkpoint(tmp_path / "published", square, layout="huggingface-bf16")
+    write_checkpoint(tmp_path / "published", square, format="huggingface-bf16")
     with edited(tmp_path / "published", DOWN) as held:
         dtype, shape, content = held[DOWN]
         weights = np.frombuffer(content, np.uint16).reshape(shape)
@@ -403,7 +417,7 @@ def unknown(folder: Path) -> list[str]:
     reindex(folder, lambda held: held.update({"model.vision.weight": held["lm_head.weight"]}))
     return [
         f"{file_of(folder, 'lm_head.weight')}: model.vision.weight: unknown, "
-        "the layout (Hugging Face, MXFP4 experts) has no such tensor"
+        "the format (Hugging Face, MXFP4 experts) has no such tensor"
     ]
 
 
@@ -545,7 +559,7 @@ def trailing_bytes(folder: Path) -> list[str]:
     path = file_of(folder, SCALES)
     with open(path, "ab") as file:
         file.write(b"abc")
-    return [f"{path}: 3 bytes behind "]
+    return [f"{path}: 3 bytes after "]
 
 
 FAULTS = [nan_and_inf, scale_255, unknown, missing, misshapen, wrong_dtype, duplicate, duplicate_in_header]
@@ -555,7 +569,7 @@ FAULTS += [overlapping, offsets_lie, unknown_dtype, trailing_bytes]
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
 def test_faults_are_refused_and_name_file_and_tensor(spoil, broken, tmp_path, capsys):
-    """A fault that passes, that another hides, or that leaves something behind."""
+    """Guards against a fault that passes, that another hides, or that leaves something behind."""
     expected = spoil(broken)
     lines = refusals(capsys, broken, tmp_path / "out")
     for text in expected:
@@ -566,7 +580,7 @@ def test_faults_are_refused_and_name_file_and_tensor(spoil, broken, tmp_path, ca
 
 
 def test_all_faults_of_headers_and_contents_are_listed_together(broken, tmp_path, capsys):
-    """One fault a run: a night of downloads, one at a time."""
+    """Guards against one fault a run: a night of downloads, one at a time."""
     spoils = (nan_and_inf, scale_255, unknown, missing, misshapen, wrong_dtype, stray_shard)
     expected = [f"convert: {line}" for spoil in spoils for line in spoil(broken)]
     assert sorted(refusals(capsys, broken, tmp_path / "out")) == sorted(expected)
@@ -574,18 +588,18 @@ def test_all_faults_of_headers_and_contents_are_listed_together(broken, tmp_path
 
 
 def test_a_transposed_shape_is_explained(broken_bf16, tmp_path, capsys):
-    """`[8, 320, 96]` refused without a word on which way round it should be."""
+    """Guards against `[8, 320, 96]` refused without a word on which way round it should be."""
     name = "model.layers.0.mlp.experts.gate_up_proj"
     with edited(broken_bf16, name) as held:
         held[name] = (held[name][0], [8, 320, 96], held[name][2])
     assert refusals(capsys, broken_bf16, tmp_path / "out") == [
         f"convert: {file_of(broken_bf16, name)}: {name}: shape [8, 320, 96], expected [8, 96, 320]: "
-        "transposed, this layout has [E, in, out]"
+        "transposed, this format has [E, in, out]"
     ]
 
 
 def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_path, capsys):
-    """A traceback for a mistyped path."""
+    """Guards against a traceback for a mistyped path."""
     (tmp_path / "empty").mkdir()
     cases = {
         tmp_path / "nothing": "nothing: no such folder, expected a checkpoint's folder",
@@ -606,7 +620,7 @@ def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_
 
 
 def test_config_faults_are_one_line(broken, tmp_path, capsys):
-    """Another model's weights under gpt-oss names."""
+    """Guards against another model's weights under gpt-oss names."""
     raw = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
     (line,) = refusals(capsys, broken, tmp_path / "out")
@@ -617,7 +631,7 @@ def test_config_faults_are_one_line(broken, tmp_path, capsys):
 
 
 def test_a_finished_checkpoint_of_the_same_source_is_kept(small, small_converted, capsys):
-    """Hours of work repeated, or `exists` as an error to whoever repeats the command."""
+    """Guards against hours of work repeated, or `exists` as an error to whoever repeats the command."""
     before = {path: path.stat().st_mtime_ns for path in small_converted.rglob("*")}
     assert command(small, small_converted, "--verify") == 0
     out = capsys.readouterr().out
@@ -627,7 +641,7 @@ def test_a_finished_checkpoint_of_the_same_source_is_kept(small, small_converted
 
 
 def test_anything_else_at_the_destination_is_refused(broken, small_converted, tmp_path, capsys):
-    """Somebody's folder overwritten; a checkpoint of the same shapes but other weights taken for this one's."""
+    """Guards against somebody's folder overwritten; a checkpoint of other weights in the same shapes taken for this."""
     copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
     with edited(broken, "model.norm.weight") as held:
         dtype, shape, content = held["model.norm.weight"]
@@ -643,7 +657,7 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
 
 
 def test_destination_may_not_be_or_hold_the_source(broken, capsys):
-    """A message that says of the only copy of the weights: remove it."""
+    """Guards against a message that says of the only copy of the weights: remove it."""
     for destination in (broken, broken.parent):
         (line,) = refusals(capsys, broken, destination)
         assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
@@ -651,7 +665,7 @@ def test_destination_may_not_be_or_hold_the_source(broken, capsys):
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
-    """A verification that compares a file with itself, or with what was remembered of it."""
+    """Guards against a verification that compares a file with itself, or with what was remembered of it."""
     copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
     file = copy / Manifest.read(copy).leaves["embedding"].file
     content = bytearray(file.read_bytes())
@@ -664,19 +678,19 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
     with open(norm.file, "r+b") as file:
         file.seek(norm.offset)
         file.write(b"\x11")
-    with pytest.raises(orbax.CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
-        convert.verify(opened, small_converted, convert.declared_leaves(opened))
+    with pytest.raises(CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
+        conversion_of(opened, small_converted).verify()
 
 
 @pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run"])
 def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, capsys):
-    """A dry run that makes folders."""
+    """Guards against a dry run that makes folders."""
     before = {path: path.stat().st_mtime_ns for path in (*small.rglob("*"), tmp_path, *tmp_path.rglob("*"))}
     assert command(spelling, small, tmp_path / "deep" / "out") == 0
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in small.glob("*.safetensors")) / 1e6
     files = len(list(small.glob("*.safetensors")))
-    assert lines[0] == f"{small}: layout Hugging Face, MXFP4 experts, {files} files, 41 tensors"
+    assert lines[0] == f"{small}: format Hugging Face, MXFP4 experts, {files} files, 41 tensors"
     assert lines[1] == f"would read    41 tensors, {size:.3f} MB in {files} files"
     assert re.fullmatch(rf"would write   41 leaves, 1\.\d+ MB, to {tmp_path}/deep/out", lines[2])
     assert lines[3] == "largest leaf  layers/0/moe/gate_up/blocks, 0.123 MB"
@@ -687,7 +701,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, 
 
 
 def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
-    """A plan for a checkpoint that cannot be converted."""
+    """Guards against a plan for a checkpoint that cannot be converted."""
     expected = missing(broken)
     assert expected == [
         line.removeprefix("convert: ") for line in refusals(capsys, broken, tmp_path / "o", "--dry-run")
@@ -695,11 +709,11 @@ def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
 
 
 def test_progress_tells_bytes_rate_and_remaining_time(capsys, monkeypatch):
-    """Hours of silence in a log file."""
-    monkeypatch.setattr(convert, "LINE_SECONDS", 0)
-    with convert.Progress("writing", 400_000_000) as progress:
-        progress.add(100_000_000)
-        progress.add(300_000_000)
+    """Guards against hours of silence in a log file."""
+    monkeypatch.setattr(byte_progress, "LINE_SECONDS", 0)
+    with byte_progress.byte_progress("writing", 400_000_000) as report_bytes:
+        report_bytes(100_000_000)
+        report_bytes(300_000_000)
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"writing: 0\.100 GB of 0\.400 GB \(25 %\), [\d,]+ MB/s, .*\d+ s left", lines[0])
     assert re.fullmatch(r"writing: 0\.400 GB of 0\.400 GB \(100 %\), [\d,]+ MB/s", lines[-1])
@@ -715,7 +729,8 @@ import hashlib, json, os, random, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from converters import convert
-from gptoss_jax.checkpoints import orbax
+from gptoss_jax.checkpoints import conversion
+from gptoss_jax.checkpoints.orbax import manifest
 
 src, folder = Path(sys.argv[1]), Path(sys.argv[2])
 real = {name: getattr(os, name) for name in ("write", "fsync", "rename")}
@@ -739,7 +754,7 @@ def child(dst, kill_at=None):
         setattr(os, name, counted(name))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
-    convert.run(convert.Options(src, dst, False, False, False))
+    convert.run(convert.Options(src, dst))
     if kill_at is None:
         (folder / "total").write_text(str(calls))
     os._exit(0)
@@ -751,7 +766,7 @@ def tree(folder):
 def stamps(partial):
     lines = (partial / "journal.jsonl").read_bytes().split(b"\\n")[:-1] if partial.exists() else []
     leaves = [json.loads(line) for line in lines[1:]]
-    files = [partial / "checkpoint" / orbax._record(x).file for x in leaves if "path" in x]
+    files = [partial / "checkpoint" / manifest.LeafRecord.from_json(x).file for x in leaves if "path" in x]
     return {p.parent.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 assert child(folder / "whole") == 0
@@ -762,9 +777,9 @@ moments += random.Random(0).sample(range(6, total - 5), 12)
 out = []
 for moment in moments:
     dst = folder / f"killed-{moment}"
-    partial = orbax.partial_folder(dst)
+    partial = manifest.partial_folder(dst)
     died = child(dst, moment)
-    opens = orbax.is_checkpoint(dst) or orbax.is_checkpoint(partial)
+    opens = manifest.is_checkpoint(dst) or manifest.is_checkpoint(partial)
     whole_now = dst.exists() and tree(dst) == whole
     finished = stamps(partial) if not dst.exists() else {}
     resumed = child(dst)
@@ -777,7 +792,7 @@ print(json.dumps(dict(total=total, runs=out)))
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(small, tmp_path):
-    """kill -9: a half-written folder that opens, finished leaves redone, bytes that depend on the interruption."""
+    """Guards against a half-written folder that opens, finished leaves redone, bytes that depend on the moment."""
     done = subprocess.run(
         [sys.executable, "-c", KILLER, small, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -792,11 +807,10 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(small, tmp_path):
 
 
 def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
-    """A resumed conversion of 60 GB that first reads all of it again."""
+    """Guards against a resumed conversion of 60 GB that first reads all of it again."""
     opened = published.open_source(small)
-    leaves = convert.declared_leaves(opened)
     written, checked = [], []
-    real_write, real_check = orbax.Writer.write, published.Source.check_file
+    real_write, real_check = Writer.write, published.Source.check_file
 
     def write(self, path, array):
         if len(written) == 7:
@@ -804,19 +818,19 @@ def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
         written.append(path)
         return real_write(self, path, array)
 
-    monkeypatch.setattr(orbax.Writer, "write", write)
+    monkeypatch.setattr(Writer, "write", write)
     monkeypatch.setattr(published.Source, "check_file", lambda *args: checked.append(args[1]) or real_check(*args))
     with pytest.raises(OSError, match="Input/output error"):
-        convert.convert(opened, tmp_path / "out", leaves)
+        conversion_of(opened, tmp_path / "out").run()
     assert checked == list(opened.files)
-    monkeypatch.setattr(orbax.Writer, "write", real_write)
-    convert.convert(opened, tmp_path / "out", leaves)
+    monkeypatch.setattr(Writer, "write", real_write)
+    conversion_of(opened, tmp_path / "out").run()
     assert checked == list(opened.files)
 
 
 def test_a_changed_source_is_not_resumed(small, broken, tmp_path, capsys, monkeypatch):
-    """Half of one download and half of another."""
-    monkeypatch.setattr(orbax.Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    """Guards against half of one download and half of another."""
+    monkeypatch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(broken, tmp_path / "out") == command_line.INTERRUPTED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
     assert line.endswith("out: interrupted: run the same command again, it goes on where it stopped")
@@ -844,7 +858,7 @@ def fill_up(monkeypatch, most_bytes: int):
 
 @pytest.mark.parametrize("most_bytes", [0, 700, 300_000, 600_000])
 def test_a_full_disk_is_one_line_and_resumes(most_bytes, small, small_converted, tmp_path, capsys, monkeypatch):
-    """A traceback at 95 %, and the start over."""
+    """Guards against a traceback at 95 %, and the start over."""
     with monkeypatch.context() as patch:
         fill_up(patch, most_bytes)
         assert refusals(capsys, small, tmp_path / "out") == [
@@ -859,7 +873,7 @@ def test_a_full_disk_is_one_line_and_resumes(most_bytes, small, small_converted,
 
 
 def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, monkeypatch):
-    """What a real file system does, which may fail in other calls than write."""
+    """Guards against what a real file system does, which may fail in other calls than write."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
@@ -867,9 +881,9 @@ def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, mo
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
     try:
         (line,) = refusals(capsys, small, disk / "out")
-        assert re.search(r"out: [\d.]+ MB more are needed, [\d.]+ MB are free: make room first$", line)
+        assert re.search(r"out: [\d,]+ bytes more are needed, [\d,]+ are free: make room first$", line)
         assert list(disk.iterdir()) == []
-        monkeypatch.setattr(convert, "_check_space", lambda *_: None)
+        monkeypatch.setattr(conversion, "_check_space", lambda *_: None)
         assert refusals(capsys, small, disk / "out") == [
             f"convert: {disk / 'out'}: the disk is full: make room and run the same command again, "
             "it goes on where it stopped"
@@ -883,14 +897,14 @@ def test_a_disk_that_is_really_full(small, small_converted, tmp_path, capsys, mo
 
 
 def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
-    """A whole checkpoint, a mapped file or three copies of a tensor in memory. Stricter than promised, as it is so."""
+    """Guards against a whole checkpoint, a mapped file or three copies of a tensor in memory."""
     wide = with_vocab_size(TINY, 150_000) | TWO_LAYERS | {"hidden_size": 1024}
     write_checkpoint(tmp_path / "published", wide)
     largest = 150_000 * 1024 * 2
     code = (
         "import sys; from pathlib import Path; from converters import convert; from tests.memory import peak_bytes\n"
-        "convert.declared_leaves(convert.open_source(sys.argv[1])); before = peak_bytes()\n"
-        "convert.run(convert.Options(Path(sys.argv[1]), Path(sys.argv[2]), False, True, False))\n"
+        "options = convert.Options(Path(sys.argv[1]), Path(sys.argv[2]), verify=True)\n"
+        "convert.open_conversion(options); before = peak_bytes(); convert.run(options)\n"
         "print(peak_bytes() - before, before)"
     )
     done = subprocess.run(
@@ -911,67 +925,73 @@ def test_memory_stays_within_twice_the_largest_tensor(tmp_path):
 # ---- straight from safetensors ----
 
 
+def placed(arrays, leaves, laid) -> dict[str, jax.Array]:
+    """Leaves on the devices where they belong."""
+    return {path: jax.device_put(array, laid.named(leaves[path].axes)) for path, array in arrays}
+
+
 @pytest.mark.parametrize("mesh", ["", "expert=4"])
 def test_safetensors_load_without_conversion(mesh, small, small_converted, small_bf16):
-    """Another way in that differs from the converted one."""
+    """Guards against another way in that differs from the converted one."""
     laid = sharding.make(mesh)
     opened = published.open_source(small)
     leaves = transformer.declare(opened.config, laid).leaves
-    arrays = published.load(opened, leaves, laid)
-    restored = orbax.restore(small_converted, leaves, laid)
+    arrays = placed(opened.read_all(leaves), leaves, laid)
+    restored = placed(reader.read(small_converted, leaves, laid), leaves, laid)
     before = set(os.listdir(small))
     for path, leaf in leaves.items():
         assert arrays[path].sharding == restored[path].sharding == laid.named(leaf.axes)
         assert np.asarray(arrays[path]).tobytes() == np.asarray(restored[path]).tobytes(), path
-    packed = published.load(published.open_source(small_bf16), leaves, laid)
+    packed = placed(published.open_source(small_bf16).read_all(leaves), leaves, laid)
     experts = [
         mxfp4.dequantize(tree["layers/0/moe/down/blocks"], tree["layers/0/moe/down/scales"], jnp.dtype(jnp.float32))
         for tree in (restored, packed)
     ]
-    assert np.array_equal(*experts)
+    assert np.array_equal(experts[0], experts[1])
     assert set(os.listdir(small)) == before
 
 
-@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
-def test_a_cpu_takes_safetensors_without_a_copy(layout, small, small_bf16, addresses_given):
-    """Weights twice in memory while they load."""
-    opened = published.open_source({"mxfp4": small, "bf16": small_bf16}[layout])
+@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+def test_a_cpu_takes_safetensors_without_a_copy(format, small, small_bf16, addresses_given):
+    """Guards against weights twice in memory while they load."""
+    opened = published.open_source({"mxfp4": small, "bf16": small_bf16}[format])
     laid = sharding.make()
-    arrays = published.load(opened, transformer.declare(opened.config, laid).leaves, laid)
+    leaves = transformer.declare(opened.config, laid).leaves
+    arrays = placed(opened.read_all(leaves), leaves, laid)
     assert {array.unsafe_buffer_pointer() for array in arrays.values()} <= addresses_given
 
 
 def test_loading_safetensors_refuses_as_converting_does(broken):
-    """NaN weights that only the converter notices."""
+    """Guards against NaN weights that only the converter notices."""
     expected = nan_and_inf(broken) + scale_255(broken)
     opened = published.open_source(broken)
-    leaves = convert.declared_leaves(opened)
+    leaves = declared(opened)
     with pytest.raises(published.SourceError) as error:
-        published.load(opened, leaves, sharding.make())
+        list(opened.read_all(leaves))
     assert sorted(str(error.value).splitlines()) == sorted(expected)
     missing(broken)
     with pytest.raises(published.SourceError, match="missing from all files"):
-        published.load(published.open_source(broken), leaves, sharding.make())
+        list(published.open_source(broken).read_all(leaves))
 
 
 def test_loading_bf16_experts_refuses_as_converting_does(broken_bf16):
-    """Experts rounded, or NaN packed as a number, where nothing is written and nobody looks."""
+    """Guards against experts rounded, or NaN packed as a number, where nothing is written and nobody looks."""
     off_grid(broken_bf16, (DOWN,))
     other = DOWN.replace("layers.1", "layers.0")
     with edited(broken_bf16, other) as held:
         held[other] = (*held[other][:2], set_bits(held[other][2], {5: 0x7FC0}))
     opened = published.open_source(broken_bf16)
     with pytest.raises(published.SourceError) as error:
-        published.load(opened, convert.declared_leaves(opened), sharding.make())
+        list(opened.read_all(declared(opened)))
     lines = str(error.value).splitlines()
     assert f"{file_of(broken_bf16, other)}: {other}: 1 NaN" in lines
     assert any("8 of 8 experts are not on the MXFP4 grid" in line for line in lines) and len(lines) == 2
 
 
 def test_a_file_truncated_while_it_is_read_is_named(broken):
-    """An endless loop, or zeros in place of what is gone."""
+    """Guards against an endless loop, or zeros in place of what is gone."""
     opened = published.open_source(broken)
-    leaves = convert.declared_leaves(opened)
+    leaves = declared(opened)
     path = opened.tensors["lm_head.weight"].file
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
@@ -982,7 +1002,7 @@ def test_a_file_truncated_while_it_is_read_is_named(broken):
 
 
 def test_the_command_itself(small, small_converted, tmp_path):
-    """An entry point that works only inside the tests; accelerators taken by a command that needs none."""
+    """Guards against an entry point that works in tests only; accelerators taken by a command that needs none."""
     done = subprocess.run(
         [sys.executable, "-m", "converters.convert", small, tmp_path / "out", "--verify"],
         cwd=ROOT,

@@ -1,16 +1,13 @@
-"""The CPU's benchmark and its writer of GGUF files, at toy size: what they print and write is what they say."""
+"""The CPU's benchmark at toy size: what it prints is what it says."""
 
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from benchmarks import true_width, under_load, write_gguf
-from converters.random_weights import random_tensors, with_vocab_size, write_checkpoint
+from benchmarks import true_width, under_load
+from converters.random_checkpoint import with_vocab_size
 from gptoss_jax.model.config import parse_config
-from pallas_kernels import mxfp4
 from tests import processes
 
 LAYERS = 2
@@ -112,81 +109,3 @@ def test_prefill_operations_are_counted(raw):
     per_token = 2 * LAYERS * (projections + experts + config.num_experts * config.hidden_size)
     unembedding = 2 * config.vocab_size * config.hidden_size
     assert under_load.prefill_operations(config, 3, tokens) == 3 * (per_token * tokens + scores + unembedding)
-
-
-# ---- GGUF ----
-
-
-def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Float32 weights of MXFP4 as published."""
-    return np.asarray(mxfp4.dequantize(jnp.asarray(blocks), jnp.asarray(scales), np.float32))
-
-
-def gguf_dequantized(packed: np.ndarray) -> np.ndarray:
-    """llama.cpp's dequantize_row_mxfp4, literally (ggml-quants.c): uint8 [..., 17 B] -> float32 [..., 32 B]."""
-    doubled = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-    blocks = packed.reshape(-1, 17)
-    scale = np.ldexp(np.float32(0.5), blocks[:, :1].astype(np.int32) - 127).astype(np.float32)
-    codes = np.concatenate([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], axis=1)
-    return (doubled[codes] * scale).reshape(*packed.shape[:-1], -1)
-
-
-def test_repacked_experts_are_the_same_weights():
-    """Nibbles in the wrong order, which a benchmark of random weights would never show."""
-    random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (2, 3, 5, 16), np.uint8)
-    scales = random.integers(3, 252, (2, 3, 5), np.uint8)  # no infinities, no subnormals
-    expected = dequantized(blocks, scales)
-    got = gguf_dequantized(write_gguf.repack(blocks, scales))
-    assert got.shape == (2, 3, 160)
-    np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.live
-@pytest.mark.parametrize("dense", write_gguf.DENSE)
-def test_file_holds_the_model(dense, raw, tmp_path):
-    """A leaf under another's name, gate and up swapped, a matrix transposed: read back by the gguf package itself."""
-    gguf = pytest.importorskip("gguf", reason="reading and writing GGUF needs the gguf package")
-    tensors = random_tensors(raw, true_width.SEED)
-    path = tmp_path / "model.gguf"
-    assert write_gguf.write(path, write_gguf.random_leaves(raw), dense) == path.stat().st_size
-    reader = gguf.GGUFReader(path)
-    got = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    layer = "model.layers.1"
-
-    def same(name: str, expected: np.ndarray, tolerance: float = 0.0) -> None:
-        found = got.pop(name)
-        assert found.shape == expected.shape, name
-        np.testing.assert_allclose(found, expected.astype(np.float32), rtol=0, atol=tolerance * np.abs(expected).max())
-
-    rounding = 0.0 if dense == "bf16" else 0.005
-    same("token_embd.weight", tensors["model.embed_tokens.weight"].astype(np.float32), rounding)
-    for ours, theirs in (("q_proj", "attn_q"), ("k_proj", "attn_k"), ("v_proj", "attn_v"), ("o_proj", "attn_output")):
-        same(f"blk.1.{theirs}.weight", tensors[f"{layer}.self_attn.{ours}.weight"].astype(np.float32), rounding)
-        same(f"blk.1.{theirs}.bias", tensors[f"{layer}.self_attn.{ours}.bias"])
-    same("blk.1.attn_sinks.weight", tensors[f"{layer}.self_attn.sinks"])
-    same("blk.1.ffn_gate_inp.weight", tensors[f"{layer}.mlp.router.weight"])
-    experts = f"{layer}.mlp.experts"
-    for name, part, rows in (
-        ("ffn_gate_exps", "gate_up_proj", np.s_[:, ::2]),
-        ("ffn_up_exps", "gate_up_proj", np.s_[:, 1::2]),
-        ("ffn_down_exps", "down_proj", np.s_[:]),
-    ):
-        blocks, scales = (tensors[f"{experts}.{part}_{half}"] for half in ("blocks", "scales"))
-        same(f"blk.1.{name}.weight", dequantized(blocks, scales)[rows])
-        same(f"blk.1.{name}.bias", tensors[f"{experts}.{part}_bias"][rows])
-    norms = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-    for theirs, ours in norms.items():
-        same(f"blk.1.{theirs}.weight", tensors[f"{layer}.{ours}.weight"])
-    assert {name.replace("blk.0.", "") for name in got if "blk.1." not in name} >= {"output.weight", "attn_q.bias"}
-
-
-@pytest.mark.live
-def test_published_and_random_weights_give_the_same_file(raw, tmp_path):
-    """--checkpoint and --layers that would give llama.cpp another model than ours."""
-    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
-    write_checkpoint(tmp_path / "published", raw, seed=true_width.SEED)
-    files = [tmp_path / name for name in ("published.gguf", "random.gguf")]
-    write_gguf.write(files[0], write_gguf.published(tmp_path / "published"), "bf16")
-    write_gguf.write(files[1], write_gguf.random_leaves(raw), "bf16")
-    assert files[0].read_bytes() == files[1].read_bytes()

@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 import gptoss_jax
 from converters import convert
 from gptoss_jax import generate, score
-from gptoss_jax.checkpoints.orbax import CheckpointError
-from gptoss_jax.engine.request import RequestError
+from gptoss_jax.checkpoints.orbax.manifest import CheckpointError
+from gptoss_jax.engine.request import EngineConfig, RequestError
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.model import layers, sharding
-from gptoss_jax.runtime import language_model as runtime
 from pallas_kernels.choice import Hardware
 from tests import processes, scripted
 from tests.gate import TinyModel
@@ -31,7 +30,7 @@ from tests.goldens import make as golden
 SMALL = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 # With the real vocabulary, so that text goes in and comes out.
 WORDY = SMALL | {"vocab_size": 201_088, "eos_token_id": 200_002, "pad_token_id": 199_999}
-WORDS = tokenizer.load_tokenizer()
+TOKENIZER = tokenizer.load_tokenizer()
 TOOLS = [
     {
         "type": "function",
@@ -49,8 +48,7 @@ def folder(tmp_path_factory):
     """Random weights, published and converted; models that say what they were told to; a home for caches."""
     folder = tmp_path_factory.mktemp("generate")
     TinyModel(WORDY).write(folder)
-    options = convert.Options(folder / "published", folder / "checkpoint", False, False, False)
-    convert.run(options)
+    convert.run(convert.Options(folder / "published", folder / "checkpoint"))
     for name in scripted.SCRIPTS:
         scripted.write(folder / name, name)
     return folder
@@ -69,7 +67,7 @@ def _document(folder, model, *arguments, stdin="") -> dict:
 
 
 def _prompt(document) -> str:
-    return WORDS.decode(document["prompt_token_ids"])
+    return TOKENIZER.decode(document["prompt_token_ids"])
 
 
 # ---- what comes out ----
@@ -270,7 +268,7 @@ def test_prompts_come_from_anywhere(folder, tmp_path):
         for name, (arguments, stdin) in ways.items()
     }
     assert len({tuple(ids) for ids in prompts.values()}) == 1
-    assert WORDS.decode(prompts["stdin"]).endswith("<|start|>user<|message|>Why?\nReally.<|end|><|start|>assistant")
+    assert TOKENIZER.decode(prompts["stdin"]).endswith("<|start|>user<|message|>Why?\nReally.<|end|><|start|>assistant")
 
 
 def test_what_the_model_is_told(folder, tmp_path):
@@ -358,7 +356,6 @@ def _interrupted(folder, arguments) -> tuple[int, str, str]:
         return process.returncode, out, said + rest
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_had_come(folder):
     """Guards answers against impatience: what was drawn is printed, in --json too, and the exit code says 130."""
     code, out, said = _interrupted(folder, ["--raw", "Tell a long story."])
@@ -373,7 +370,6 @@ def test_ctrl_c_keeps_what_had_come(folder):
     assert len(answer["token_ids"]) > 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("during", ["loading", "compiling"])
 def test_ctrl_c_before_the_first_token_ends_the_command(folder, during):
     """Guards the wait: an interruption may fall into JAX's callbacks, which swallow exceptions; it is not lost."""
@@ -581,7 +577,6 @@ def _defined_flags(module: str) -> set[str]:
 # ---- the cache, and Python ----
 
 
-@pytest.mark.slow
 def test_second_process_compiles_no_large_program(folder):
     """Guards the persistent cache: the second start takes its programs from the user's cache folder."""
     asked = ("checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "3", "--json")
@@ -625,10 +620,10 @@ def test_python_takes_all_sampling_options_once(folder):
         model.generate([1, 2], sampling=SamplingParams(), seed=3)
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "openai", "huggingface-bf16"])
-def test_load_takes_every_published_layout(layout, tmp_path):
-    """Guards loading without conversion: the layouts of one model give the same logits; nothing is written."""
-    published = TinyModel(SMALL).write(tmp_path, layout)
+@pytest.mark.parametrize("format", ["huggingface", "openai", "huggingface-bf16"])
+def test_load_takes_every_published_layout(format, tmp_path):
+    """Guards loading without conversion: the formats of one model give the same logits; nothing is written."""
+    published = TinyModel(SMALL).write(tmp_path, format)
     before = sorted(path.name for path in published.rglob("*"))
     tokens = golden.token_ids(40, seed=1).tolist()
     logits = gptoss_jax.load(published, dtype="float32").logits(tokens)
@@ -644,7 +639,7 @@ def test_loading_and_compiling_report_how_far_they_are(folder, path):
     """Guards progress bars: what is done only grows, and ends at all of it, from either kind of folder."""
     loaded, compiled = [], []
     model = gptoss_jax.load(folder / path, report=lambda *done: loaded.append(done))
-    model.engine(runtime.EngineConfig(max_context_tokens=64), report=lambda *done: compiled.append(done))
+    model.engine(EngineConfig(max_context_tokens=64), report=lambda *done: compiled.append(done))
     for reports in (loaded, compiled):
         assert len(reports) > 1
         assert reports == sorted(set(reports))

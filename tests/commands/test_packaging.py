@@ -5,6 +5,7 @@ import importlib.metadata
 import socket
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import jaxtyping
 import pytest
 from packaging.requirements import Requirement
 
+import gptoss_jax
 from gptoss_jax.harmony import tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -21,14 +23,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"])
 def test_installed_version_is_within_bounds(line):
-    """A bound that excludes the versions the tests pass with."""
+    """Guards against a bound that excludes the versions the tests pass with."""
     requirement = Requirement(line)
     assert requirement.specifier.contains(importlib.metadata.version(requirement.name))
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.11.0", "0.11.2"])
 def test_jax_bounds_admit_both_supported_minor_versions(version):
-    """A narrowed bound on jax, in the dependencies or in one accelerator's extra only."""
+    """Guards against a narrowed bound on jax, in the dependencies or in one accelerator's extra only."""
     extras = PROJECT["optional-dependencies"]
     lines = [line for line in PROJECT["dependencies"] if Requirement(line).name == "jax"]
     lines += [line for extra in ("cuda12", "cuda13", "tpu") for line in extras[extra]]
@@ -36,36 +38,49 @@ def test_jax_bounds_admit_both_supported_minor_versions(version):
     assert all(Requirement(line).specifier.contains(version) for line in lines)
 
 
+@pytest.mark.parametrize("name", gptoss_jax.__all__)
+def test_public_names_are_where_the_package_says(name):
+    """Guards against a lazy name whose module has moved, which fails for the first user who asks for it."""
+    assert getattr(gptoss_jax, name).__name__ == name
+
+
+def test_other_names_are_refused_and_the_version_is_known():
+    """Guards `hasattr`, which lazy names break if they raise anything but AttributeError."""
+    assert not hasattr(gptoss_jax, "generate_everything")
+    assert gptoss_jax.__version__ == PROJECT["version"]
+
+
 @pytest.mark.parametrize("target", PROJECT["scripts"].values())
 def test_console_script_points_at_a_module_and_a_function(target):
-    """A console script that fails at its first line, since its module moved or has no such function."""
+    """Guards against a console script that fails at its first line, since its module moved or has no such function."""
     module, function = target.split(":")
     source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
     assert f"\ndef {function}(" in source
 
 
 def test_packages_found_are_all_packages():
-    """A subpackage without __init__.py, which works in the checkout and is missing from the wheel."""
+    """Guards against a subpackage without __init__.py, which works in the checkout and is missing from the wheel."""
     folders = {p.parent for top in TOPS for p in (ROOT / top).rglob("*.py")}
     assert folders
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_session_has_eight_cpu_devices_and_strict_promotion():
-    """Sharding tests on one device and silent dtype promotion: both pass everything."""
+    """Guards against sharding tests on one device and silent dtype promotion: both pass everything."""
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
     with pytest.raises(ValueError, match="dtype promotion"):
-        jnp.ones(1, jnp.bfloat16) + jnp.ones(1, jnp.float32)
+        jnp.add(jnp.ones(1, jnp.bfloat16), jnp.ones(1, jnp.float32))
 
 
 def test_session_checks_annotations():
-    """A pytest option that is lost, so that no shape or type annotation is checked in any test."""
+    """Guards against a pytest option that is lost, so that no shape or type annotation is checked in any test."""
+    number: Any = 5
     with pytest.raises(jaxtyping.TypeCheckError):
-        tokenizer.load_tokenizer(vocab_path=5)
+        tokenizer.load_tokenizer(vocab_path=number)
 
 
 def test_session_blocks_network_but_not_event_loops():
-    """A test that quietly downloads something; or a block so wide that asyncio no longer works."""
+    """Guards against a test that quietly downloads something; or a block so wide that asyncio no longer works."""
     with pytest.raises(RuntimeError, match=r"may not use the network: connection to \('127.0.0.1', 9\)"):
         with socket.socket() as connection:
             connection.connect(("127.0.0.1", 9))

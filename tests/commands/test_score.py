@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptoss_jax
-from gptoss_jax import score
 from gptoss_jax.engine.request import NumericsError, RequestError
 from gptoss_jax.harmony import tokenizer
-from gptoss_jax.score import Windows
+from gptoss_jax.runtime.scoring import Windows, score_in_windows, summary
 from tests import processes
 from tests.gate import TinyModel
 from tests.goldens import make as golden
@@ -68,7 +67,7 @@ def test_windows_score_each_token_once_with_enough_before_it(size, data):
 
 def test_a_long_text_is_scored_in_windows(model):
     """Guards the cut of each window's part: every token behind exactly its window's tokens."""
-    found = score.score(model, IDS[:100], Windows(40, 25), 2)
+    found = score_in_windows(model, IDS[:100], Windows(40, 25), 2)
     assert found.logprobs.shape == (99,)
     assert found.top_ids.shape == (99, 2)
     for first, end, at in Windows(40, 25).over(100):
@@ -79,10 +78,10 @@ def test_a_long_text_is_scored_in_windows(model):
 
 def test_perplexity_is_that_of_a_uniform_model():
     """Guards the summary's arithmetic: a model that knows nothing of V ids has perplexity V."""
-    found = score.summary(np.full(1000, -math.log(512), np.float32))
-    assert found["perplexity"] == pytest.approx(512, rel=1e-6)
-    assert found["total_logprob"] == pytest.approx(-1000 * math.log(512), rel=1e-6)
-    assert score.summary(np.full(2, -1e6, np.float32))["perplexity"] == math.inf
+    found = summary(np.full(1000, -math.log(512), np.float32))
+    assert found.perplexity == pytest.approx(512, rel=1e-6)
+    assert found.total_logprob == pytest.approx(-1000 * math.log(512), rel=1e-6)
+    assert summary(np.full(2, -1e6, np.float32)).perplexity == math.inf
 
 
 def test_what_cannot_be_scored_is_refused(model):
@@ -96,7 +95,7 @@ def test_what_cannot_be_scored_is_refused(model):
     sound = model.params["norm"]
     try:
         model.params["norm"] = sound * np.nan
-        with pytest.raises(NumericsError, match="behind token 0: logits are not finite; check the checkpoint"):
+        with pytest.raises(NumericsError, match="after token 0: logits are not finite; check the checkpoint"):
             model.score([1, 2, 3])
     finally:
         model.params["norm"] = sound
@@ -107,19 +106,18 @@ def _score(folder, *arguments, text="") -> processes.Done:
     return processes.run("gptoss_jax.score", "--checkpoint", folder, *arguments, stdin=text, environment=environment)
 
 
-@pytest.mark.slow
 def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
     """Guards the command: a text from stdin and lines of a file, as text and as JSON."""
     text = "The sky is blue.\n\nGrüße, 世界!\u2028More.\n"  # U+2028 ends no line
     ran = _score(wordy, "--json", "--top-logprobs", 2, text=text)
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
-    words = tokenizer.load_tokenizer()
-    ids = words.encode(text.removesuffix("\n"))
+    vocabulary = tokenizer.load_tokenizer()
+    ids = vocabulary.encode(text.removesuffix("\n"))
     exact = gptoss_jax.load(wordy).score(ids, top_logprobs=2)
     (found,) = document["texts"]
     assert found["token_ids"] == ids
-    assert "".join(found["tokens"]) == words.decode(ids)
+    assert "".join(found["tokens"]) == vocabulary.decode(ids)
     assert found["logprobs"][0] is None
     np.testing.assert_allclose(found["logprobs"][1:], exact.logprobs, rtol=1e-6)
     assert [pair[0] for pair in found["top_logprobs"][1]] == exact.top_ids[0].tolist()
@@ -131,10 +129,10 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
     ran = _score(wordy, "--file", file, "--lines", "--tokens")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    counts = [len(words.encode(line)) - 1 for line in text.split("\n") if line]
+    counts = [len(vocabulary.encode(line)) - 1 for line in text.split("\n") if line]
     assert [line for line in lines if "perplexity" in line] == [lines[counts[0]], lines[-2], lines[-1]]
     assert lines[-1].startswith(f"all: {sum(counts)} tokens, log probability -")
-    assert lines[0].split()[:2] == ["1", str(words.encode("The sky")[1])]
+    assert lines[0].split()[:2] == ["1", str(vocabulary.encode("The sky")[1])]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +145,7 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
         (["--token-ids", "1,x"], "", "--token-ids is '1,x', expected whole numbers such as 1,2,3"),
         (["--token-ids", "1,200019"], "", "token id 200019 at position 1 names no token, expected 0 to 200018"),
         (["a text", "--stride", "4096"], "", "--stride is 4096, expected 1 to 4095, below --max-context-tokens"),
-        (["a text", "--json", "--top-logprobs", "21"], "", "top_logprobs is 21, expected 0 to 20"),
+        (["a text", "--json", "--top-logprobs", "21"], "", "--top-logprobs is 21, expected 0 to 20"),
         (["a text", "--top-logprobs", "2"], "", "--top-logprobs has an effect with --json only: give both"),
         (["a text", "--tokens", "--json"], "", "--tokens and --json: leave one of them out"),
         (["--token-ids", "1,2", "--lines"], "", "--token-ids and --lines: leave one of them out"),

@@ -19,6 +19,9 @@ dequantised by transformers from MXFP4. T is 9000; the ranges of positions lie b
     meta                        JSON: versions, seeds, the config
 """
 
+# pyright: reportMissingImports=false
+# (torch and transformers are installed by `make gates` alone, and imported where they are asked for)
+
 import json
 import tempfile
 from itertools import pairwise
@@ -26,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.random_weights import with_vocab_size, write_checkpoint
+from converters.random_checkpoint import with_vocab_size, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS_SEED = 0
@@ -127,7 +130,7 @@ def main():
     """Writes the file beside this script."""
     path = Path(__file__).with_name("tiny.npz")
     arrays = make()
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
     print(f"{path}: {path.stat().st_size:,} bytes")
     print("bfloat16 KL per range:", arrays["range_bfloat16_kl"], "short:", arrays["short_bfloat16_kl"].mean())
 

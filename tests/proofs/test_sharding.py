@@ -113,8 +113,8 @@ def test_a_mesh_as_jax_makes_it(folder, expected):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both rows and experts by data: sums would mix"),
-        ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and rows differently"),
+        ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both batch and experts by data: sums would mix"),
+        ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and batch differently"),
         ({"axes": [1]}, "expected"),
         ({"axes": {}, "rules": {"heads": "expert"}}, "expected"),
         ({"axes": {"expert": True}}, "mesh axis expert=True, expected a whole number"),
@@ -169,8 +169,8 @@ def test_uneven_cuts_name_the_legal_sizes():
     config = parse_config(json.loads((golden.ROOT / "configs" / "gpt-oss-20b.json").read_text()))
     with pytest.raises(MeshError, match=r"90 MXFP4 blocks of 32 .* over tensor = 4 \(even: 1, 2, 3, 5, 6, 9, 10"):
         sharding.make("tensor=4").check(config)
-    with pytest.raises(MeshError, match=r"3 rows of the batch over data = 2"):
-        sharding.make("data=2").check(config, rows=3)
+    with pytest.raises(MeshError, match=r"3 slots of the batch over data = 2"):
+        sharding.make("data=2").check(config, slots=3)
 
 
 def test_one_mesh_axis_cannot_cut_two_axes_of_an_array():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import Event, NumericsError, Request
+from gptoss_jax.engine.request import Event, FinishReason, NumericsError, Request
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.harmony.answer import AnswerStream, StopStrings
 from gptoss_jax.runtime.answers import collect
@@ -19,7 +19,7 @@ def _ids(text: str) -> list[int]:
     return WORDS.encoding.encode(text, allowed_special="all")
 
 
-def _stream(text, *, stop=(), raw=False, reason="stop"):
+def _stream(text, *, stop=(), raw=False, reason: FinishReason = "stop"):
     """The answer, and what was shown after each token, as an engine would bring it."""
     stream, shown = AnswerStream(WORDS, stop_strings=stop, raw=raw), []
     for step, token in enumerate(_ids(text)):
@@ -216,11 +216,11 @@ class _Runner(Engine):
     """An engine that brings events as told; behind one of an error it raises, and goes on when it is run again."""
 
     def __init__(self, events):
-        self._events, self._submitted, self.cancelled = list(events), 0, []
+        self.coming, self._submitted, self.cancelled = list(events), 0, []
 
     @property
     def is_idle(self):
-        return not self._events
+        return not self.coming
 
     def submit(self, request):
         self._submitted += 1
@@ -229,9 +229,9 @@ class _Runner(Engine):
     def cancel(self, request_id):
         self.cancelled.append(request_id)
 
-    def run(self, until):
-        while self._events and not until():
-            event = self._events.pop(0)
+    def run(self, until=lambda: False):
+        while self.coming and not until():
+            event = self.coming.pop(0)
             yield event
             if event.finish_reason == "error":
                 raise NumericsError("not finite")
@@ -255,7 +255,7 @@ def test_answers_come_in_order_each_as_soon_as_it_can_and_outlive_a_fault():
     left, reasons = [], []
     for sample in collect(runner, [Request((1,), ())] * 4, streams, lambda deltas: None, lambda: False):
         reasons.append((sample.answer.finish_reason, sample.answer.stray_text))
-        left.append(len(runner._events))
+        left.append(len(runner.coming))
     assert reasons == [("error", "Hi."), ("stop", "Hi."), ("cancelled", "Hi."), ("cancelled", "")]
     assert left == [2, 2, 0, 0]  # events that were still to come
     assert runner.cancelled == [2, 3]

@@ -1,9 +1,11 @@
 """The checkpoint on disk: same bytes from any number of devices and back, and nothing damaged or foreign is opened."""
 
+import functools
 import hashlib
 import json
 import math
 import mmap
+import operator
 import re
 import shutil
 import subprocess
@@ -19,8 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax.checkpoints import host_memory, orbax
-from gptoss_jax.checkpoints.orbax import CheckpointError, Manifest, Writer
+from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.checkpoints.opening import open_weights
+from gptoss_jax.checkpoints.orbax import integrity, manifest, reader, zarr
+from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
+from gptoss_jax.checkpoints.orbax.writer import Writer, generation_config, save
 from gptoss_jax.model import config, sharding, transformer
 from tests.memory import peak_bytes
 
@@ -48,7 +53,7 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def saved(arrays, tmp_path_factory) -> Path:
     """The arrays as a checkpoint, for reading only."""
-    return orbax.save(tmp_path_factory.mktemp("saved") / "checkpoint", arrays, CONFIG, {"from": "a test"})
+    return save(tmp_path_factory.mktemp("saved") / "checkpoint", arrays, CONFIG, {"from": "a test"})
 
 
 @pytest.fixture
@@ -63,6 +68,13 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def restore(path, leaves, laid) -> dict[str, jax.Array]:
+    """What is read of a checkpoint, on the devices where it belongs."""
+    return {
+        name: jax.device_put(array, laid.named(leaves[name].axes)) for name, array in reader.read(path, leaves, laid)
+    }
+
+
 def assert_equal(restored, arrays):
     """The same bytes: NaN among random bits is not equal to itself."""
     assert restored.keys() == arrays.keys()
@@ -70,6 +82,11 @@ def assert_equal(restored, arrays):
         got = np.asarray(restored[path])
         assert got.dtype == array.dtype and got.shape == array.shape, path
         assert got.tobytes() == array.tobytes(), path
+
+
+def at(tree: dict, path: str):
+    """A leaf of Orbax's nested dict."""
+    return functools.reduce(operator.getitem, path.split("/"), tree)
 
 
 def orbax_target(mesh: str = "") -> dict:
@@ -90,19 +107,19 @@ def orbax_target(mesh: str = "") -> dict:
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_bytes_do_not_depend_on_the_devices_written_from(devices, arrays, saved, tmp_path):
-    """A file per shard, a chunk shape taken from the sharding, a time or a host name somewhere."""
+    """Guards against a file per shard, a chunk shape taken from the sharding, a time or a host name somewhere."""
     laid = sharding.make(MESHES[devices])
     spread = {path: jax.device_put(arrays[path], laid.named(leaf.axes)) for path, leaf in LEAVES.items()}
-    dst = orbax.save(tmp_path / "checkpoint", spread, CONFIG, {"from": "a test"})
+    dst = save(tmp_path / "checkpoint", spread, CONFIG, {"from": "a test"})
     assert hashes(dst) == hashes(saved)
     assert not (tmp_path / "checkpoint.partial").exists()
 
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_restores_equal_bytes_straight_into_shardings(devices, arrays, saved):
-    """A leaf restored whole and never cut, a shard in another's place."""
+    """Guards against a leaf restored whole and never cut, a shard in another's place."""
     laid = sharding.make(MESHES[devices])
-    restored = orbax.restore(saved, LEAVES, laid)
+    restored = restore(saved, LEAVES, laid)
     assert_equal(restored, arrays)
     for path, leaf in LEAVES.items():
         assert restored[path].sharding == laid.named(leaf.axes), path
@@ -112,25 +129,25 @@ def test_restores_equal_bytes_straight_into_shardings(devices, arrays, saved):
 
 
 def test_a_cpu_takes_what_was_read_without_a_copy(saved, addresses_given):
-    """Weights twice in memory while they load, or off the huge pages that make them fast to read."""
-    restored = orbax.restore(saved, LEAVES, sharding.make())
+    """Guards against weights twice in memory while they load, or off the huge pages that make them fast to read."""
+    restored = restore(saved, LEAVES, sharding.make())
     assert {array.unsafe_buffer_pointer() for array in restored.values()} == addresses_given
     assert len(addresses_given) == len(LEAVES)
     assert all(address % host_memory.HUGE_PAGE_BYTES == 0 for address in addresses_given)
 
 
 def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
-    """Whatever the memory held before, taken for weights."""
+    """Guards against whatever the memory held before, taken for weights."""
     data_file(copy).write_bytes(data_file(copy).read_bytes()[:1000])
-    monkeypatch.setattr(orbax, "problems", lambda *_: [])  # as if it was whole when that was asked
+    monkeypatch.setattr(integrity, "problems", lambda *_: [])  # as if it was whole when that was asked
     with pytest.raises(CheckpointError, match=r"/c\S*: ends at byte 1,000: it was truncated while being read"):
-        orbax.restore(copy, LEAVES, sharding.make())
+        restore(copy, LEAVES, sharding.make())
 
 
 def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
-    """A second copy of a leaf, on its way or left behind; whole huge pages for the small ends of leaves."""
+    """Guards against a second copy of a leaf, on its way or left over; whole huge pages for leaves' small ends."""
     arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
-    orbax.save(tmp_path / "large", arrays, CONFIG)
+    save(tmp_path / "large", arrays, CONFIG)
     code = (
         "import sys; from tests.unit.test_checkpoint import peak_of_restoring; print(*peak_of_restoring(sys.argv[1]))"
     )
@@ -150,13 +167,13 @@ def peak_of_restoring(path: str) -> tuple[int, int]:
     laid = sharding.make()
     jax.device_put(np.zeros(1), laid.named((None,)))  # JAX's own start
     before = peak_bytes()
-    restored = orbax.restore(path, leaves, laid)
+    restored = restore(path, leaves, laid)
     return peak_bytes() - before, sum(array.nbytes for array in restored.values())
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
 def test_whole_huge_pages_are_asked_for_and_memory_is_given_back():
-    """Pages of 4 KiB, which cost a fifth of the speed; or every model ever loaded still in memory."""
+    """Guards against pages of 4 KiB, which cost a fifth of the speed; or every model ever loaded still in memory."""
 
     def found() -> dict[str, str]:
         maps = re.search(rf"^{address:x}-\S+ (.*?)^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(), re.S | re.M)
@@ -175,23 +192,23 @@ def test_whole_huge_pages_are_asked_for_and_memory_is_given_back():
 
 
 def test_host_holds_no_more_than_the_largest_leaf_at_a_time():
-    """Batches of the restore that together exceed one tensor, or that leave a leaf out."""
+    """Guards against batches of the restore that together exceed one tensor, or that leave a leaf out."""
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in LEAVES.items()}
-    batches = list(orbax._batches(LEAVES))
+    batches = list(reader._batches(LEAVES))
     assert sorted(path for batch in batches for path in batch) == sorted(LEAVES)
     assert all(sum(size[path] for path in batch) <= max(size.values()) for batch in batches)
 
 
 @pytest.mark.parametrize("mesh", [MESHES[1], MESHES[4]])
 def test_orbax_alone_restores_it(mesh, arrays, saved):
-    """A folder that only this project's own code can open."""
+    """Guards against a folder that only this project's own code can open."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(saved, orbax_target(mesh))
-    assert_equal({path: orbax._at(tree, path) for path in LEAVES}, arrays)
+    assert_equal({path: at(tree, path) for path in LEAVES}, arrays)
 
 
 def test_data_files_can_be_mapped(arrays, saved):
-    """Compression, a header, or parts out of order: the tensor's bytes must lie at offset 0 as in memory."""
+    """Guards against compression, a header, or parts out of order: the bytes must lie at offset 0 as in memory."""
     for record in Manifest.read(saved).leaves.values():
         assert record.file_bytes == (saved / record.file).stat().st_size
         array = arrays[record.path]
@@ -213,18 +230,18 @@ def test_data_files_can_be_mapped(arrays, saved):
     ],
 )
 def test_parts_of_the_published_shapes(shape, itemsize, part):
-    """Parts of a few bytes (a million reads), or a whole tensor as one part (every device reads all of it)."""
-    assert orbax._part_shape(shape, itemsize) == part
+    """Guards against parts of a few bytes (a million reads), or one part (every device reads the whole tensor)."""
+    assert zarr.part_shape(shape, itemsize) == part
 
 
 @given(st.lists(st.integers(1, 40), max_size=4), st.sampled_from([1, 2, 4]), st.integers(1, 5000))
 def test_parts_divide_and_follow_one_another(shape, itemsize, most):
-    """A part that does not divide the tensor, or whose bytes are not one run of the file."""
-    kept, orbax.PART_BYTES = orbax.PART_BYTES, most
+    """Guards against a part that does not divide the tensor, or whose bytes are not one run of the file."""
+    kept, zarr.PART_BYTES = zarr.PART_BYTES, most
     try:
-        part = orbax._part_shape(tuple(shape), itemsize)
+        part = zarr.part_shape(tuple(shape), itemsize)
     finally:
-        orbax.PART_BYTES = kept
+        zarr.PART_BYTES = kept
     assert all(size % step == 0 for size, step in zip(shape, part, strict=True))
     cut = [axis for axis, (size, step) in enumerate(zip(shape, part, strict=True)) if step < size]
     assert all(step == 1 for step in part[: max(cut, default=0)])
@@ -232,17 +249,17 @@ def test_parts_divide_and_follow_one_another(shape, itemsize, most):
 
 
 def test_checksum_of_the_index():
-    """Another CRC than Castagnoli's (RFC 3720 gives this value)."""
-    assert orbax._crc32c(b"123456789") == 0xE3069283
+    """Guards against another CRC than Castagnoli's (RFC 3720 gives this value)."""
+    assert zarr.crc32c(b"123456789") == 0xE3069283
 
 
 def test_what_lies_beside_the_leaves(saved):
-    """A checkpoint that needs its source, or that stops at <|end|>."""
-    assert orbax.read_config(saved) == CONFIG
-    assert orbax.read_provenance(saved) == {"from": "a test"}
+    """Guards against a checkpoint that needs its source, or that stops at <|end|>."""
+    assert manifest.read_config(saved) == CONFIG
+    assert manifest.read_provenance(saved) == {"from": "a test"}
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [510]
     published = config.read_config(ROOT / "configs" / "gpt-oss-20b.json")
-    generation = orbax._generation_config(published)
+    generation = generation_config(published)
     assert sorted(generation["eos_token_id"]) == [199_999, 200_002, 200_012]
     assert 200_007 not in generation["eos_token_id"]
     assert (generation["temperature"], generation["top_p"]) == (1.0, 1.0)
@@ -252,14 +269,14 @@ def test_what_lies_beside_the_leaves(saved):
 
 
 def test_mismatches_are_refused_all_of_them_in_one_error(saved):
-    """Orbax casts bfloat16 to float32 without a word, and stops at the first missing leaf."""
+    """Guards against Orbax, which casts bfloat16 to float32 without a word, and stops at the first missing leaf."""
     wanted = dict(LEAVES)
     wanted["norm"] = wanted["norm"]._replace(dtype=jnp.dtype(jnp.float32))
     wanted["layers/1/moe/norm"] = wanted["layers/1/moe/norm"]._replace(shape=(95,))
     wanted["layers/2/norm"] = wanted["norm"]
     del wanted["layers/0/attention/sinks"]
     with pytest.raises(CheckpointError) as error:
-        orbax.restore(saved, wanted, sharding.make())
+        restore(saved, wanted, sharding.make())
     assert str(error.value).splitlines() == [
         f"{saved}: leaf layers/0/attention/sinks is unexpected: the model has none of that name",
         f"{saved}: leaf layers/1/moe/norm has shape (96,), expected (95,)",
@@ -269,7 +286,7 @@ def test_mismatches_are_refused_all_of_them_in_one_error(saved):
 
 
 def test_orbax_does_cast_without_a_word(saved):
-    """The reason for comparing the manifest: should Orbax refuse one day, the comparison may go."""
+    """Guards the reason for comparing the manifest: should Orbax refuse one day, the comparison may go."""
     target = orbax_target()
     target["norm"] = jax.ShapeDtypeStruct((96,), jnp.float32, sharding=target["norm"].sharding)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -309,6 +326,15 @@ DAMAGES = {
     "zarr.json": (zarr_json_changed, "zarr.json: missing, or not as written: the checkpoint is damaged"),
     "_METADATA": (lambda folder: (folder / "_METADATA").unlink(), "_METADATA: missing, or not what manifest.json"),
     "manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: damaged (JSONDecodeError"),
+    "digits": (
+        lambda folder: (folder / "manifest.json").write_text(f'{{"format_version": {"1" * 5000}}}'),
+        "manifest.json: damaged (ValueError",
+    ),
+    "nesting": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        "manifest.json: damaged (Recursion",
+    ),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: damaged (a list, expected"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, so it is no finished"),
     "version": (
         lambda folder: (folder / "manifest.json").write_text('{"format_version": 0}'),
@@ -319,39 +345,39 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_the_reason(damage, copy):
-    """TensorStore gives zeros for a missing file: a model that runs and says nothing sensible."""
+    """Guards against a model that runs and says nothing sensible: TensorStore gives zeros for a missing file."""
     inflict, text = DAMAGES[damage]
     expected = text.format(data=data_file(copy))
     inflict(copy)
     with pytest.raises(CheckpointError) as error:
-        orbax.restore(copy, LEAVES, sharding.make())
+        restore(copy, LEAVES, sharding.make())
     assert expected in str(error.value)
 
 
 def test_all_damaged_files_are_listed(copy):
-    """One fault a run, a run an hour."""
+    """Guards against one fault a run, a run an hour."""
     records = list(Manifest.read(copy).leaves.values())
     for record in records[:5]:
         (copy / record.file).unlink()
     with pytest.raises(CheckpointError) as error:
-        orbax.verify(copy)
+        integrity.verify(copy)
     assert len(str(error.value).splitlines()) == 5
 
 
 def test_verify_finds_one_flipped_bit(copy):
-    """A checker that believes sizes."""
+    """Guards against a checker that believes sizes."""
     read = []
-    assert orbax.verify(copy, read.append) == len(LEAVES)
+    assert integrity.verify(copy, read.append) == len(LEAVES)
     assert sum(read) == sum(record.size_bytes for record in Manifest.read(copy).leaves.values())
     content = bytearray(data_file(copy).read_bytes())
     content[77] ^= 4
     data_file(copy).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"layers\.0\.moe\.gate_up\.blocks/c\S*: sha256 \w{64}, expected \w{64}"):
-        orbax.verify(copy)
+        integrity.verify(copy)
 
 
 def test_absent_checkpoints_are_explained(tmp_path):
-    """`No such file or directory: manifest.json` for a path that was mistyped."""
+    """Guards against `No such file or directory: manifest.json` for a path that was mistyped."""
     (tmp_path / "file").write_text("")
     (tmp_path / "begun.partial").mkdir()
     for name, text in {
@@ -360,9 +386,9 @@ def test_absent_checkpoints_are_explained(tmp_path):
         "begun": "not finished (see",
         "begun.partial": "an unfinished checkpoint: run the command that writes it again, it resumes",
     }.items():
-        assert not orbax.is_checkpoint(tmp_path / name)
+        assert not manifest.is_checkpoint(tmp_path / name)
         with pytest.raises(CheckpointError) as error:
-            orbax.restore(tmp_path / name, LEAVES, sharding.make())
+            restore(tmp_path / name, LEAVES, sharding.make())
         assert text in str(error.value)
 
 
@@ -380,7 +406,7 @@ def write_all(writer: Writer, arrays, *, but: int = 0):
 
 
 def test_interrupted_writing_goes_on_and_ends_in_the_same_bytes(arrays, tmp_path):
-    """Finished leaves written again, unfinished ones kept, or a journal that ends up in the checkpoint."""
+    """Guards against finished leaves written again, unfinished ones kept, or a journal left in the checkpoint."""
     with Writer(tmp_path / "whole", IDENTITY) as writer:
         write_all(writer, arrays)
         writer.finish(CONFIG, {})
@@ -409,7 +435,7 @@ def test_interrupted_writing_goes_on_and_ends_in_the_same_bytes(arrays, tmp_path
 
 
 def test_a_journalled_leaf_whose_file_is_gone_is_written_again(arrays, tmp_path):
-    """A journal believed against the disk."""
+    """Guards against a journal believed against the disk."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         record = writer.write("norm", arrays["norm"])
         writer.write("embedding", arrays["embedding"])
@@ -419,18 +445,18 @@ def test_a_journalled_leaf_whose_file_is_gone_is_written_again(arrays, tmp_path)
 
 
 def test_unfinished_checkpoints_cannot_be_opened(arrays, tmp_path):
-    """A half-written folder that Orbax opens, with zeros for the leaves that are not there yet."""
+    """Guards against a half-written folder that Orbax opens, with zeros for the leaves that are not there yet."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         write_all(writer, arrays, but=1)
     for folder in (tmp_path / "cut", tmp_path / "cut.partial", tmp_path / "cut.partial" / "checkpoint"):
         with pytest.raises(CheckpointError):
-            orbax.restore(folder, LEAVES, sharding.make())
+            restore(folder, LEAVES, sharding.make())
         with ocp.StandardCheckpointer() as checkpointer, pytest.raises((OSError, ValueError)):
             checkpointer.restore(folder, orbax_target())
 
 
 def test_a_journal_of_something_else_is_refused_naming_what_differs(arrays, tmp_path):
-    """Half of one model and half of another in one checkpoint."""
+    """Guards against half of one model and half of another in one checkpoint."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         writer.write("norm", arrays["norm"])
     other = {"source": {"a.safetensors": {"size": 2}}, "option": True}
@@ -443,11 +469,11 @@ def test_a_journal_of_something_else_is_refused_naming_what_differs(arrays, tmp_
         f"{partial}: source.a.safetensors.size was 1, is now 2",
     ]
     with pytest.raises(CheckpointError, match="begun from something else"):
-        orbax.save(tmp_path / "cut", arrays, CONFIG)
+        save(tmp_path / "cut", arrays, CONFIG)
 
 
 def test_a_damaged_journal_is_refused(arrays, tmp_path):
-    """A damaged line skipped, and with it the leaf it vouched for."""
+    """Guards against a damaged line skipped, and with it the leaf it vouched for."""
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         write_all(writer, arrays, but=20)
     journal = tmp_path / "cut.partial" / "journal.jsonl"
@@ -458,7 +484,7 @@ def test_a_damaged_journal_is_refused(arrays, tmp_path):
 
 
 def test_what_is_in_the_way_is_refused(arrays, saved, tmp_path):
-    """Somebody's folder overwritten, or two processes writing into each other's files."""
+    """Guards against somebody's folder overwritten, or two processes writing into each other's files."""
     with pytest.raises(CheckpointError, match="exists; remove it or name another folder"):
         Writer(saved, IDENTITY)
     (tmp_path / "mine.partial").mkdir()
@@ -472,19 +498,39 @@ def test_what_is_in_the_way_is_refused(arrays, saved, tmp_path):
 
 
 def test_an_interrupted_save_starts_again(arrays, tmp_path):
-    """Leaves of an earlier training step kept because their paths are the same."""
+    """Guards against leaves of an earlier training step kept because their paths are the same."""
     old = {path: np.zeros_like(array) for path, array in arrays.items()}
     old["norm"] = np.zeros(96, np.complex64)
     with pytest.raises(CheckpointError, match="norm: dtype complex64, expected one of bfloat16, float32, uint8"):
-        orbax.save(tmp_path / "checkpoint", old, CONFIG)
+        save(tmp_path / "checkpoint", old, CONFIG)
     assert (tmp_path / "checkpoint.partial").exists()
-    orbax.save(tmp_path / "checkpoint", arrays, CONFIG)
-    assert_equal(orbax.restore(tmp_path / "checkpoint", LEAVES, sharding.make()), arrays)
+    save(tmp_path / "checkpoint", arrays, CONFIG)
+    assert_equal(restore(tmp_path / "checkpoint", LEAVES, sharding.make()), arrays)
 
 
 def test_other_dtypes_and_scalars(tmp_path):
-    """An adapter's float32 leaves, a step counter."""
+    """Guards an adapter's float32 leaves, and a step counter."""
     odd = {"scale": np.array(3.5, np.float32), "a/b": np.ones((3, 5), ml_dtypes.bfloat16)}
-    dst = orbax.save(tmp_path / "odd", odd, CONFIG)
+    dst = save(tmp_path / "odd", odd, CONFIG)
     leaves = {path: transformer.Leaf(array.shape, array.dtype, (None,) * array.ndim) for path, array in odd.items()}
-    assert_equal(orbax.restore(dst, leaves, sharding.make()), odd)
+    assert_equal(restore(dst, leaves, sharding.make()), odd)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "damaged (JSONDecodeError"),
+        ("[]", "damaged (a list, expected an object): convert again"),
+        ('{"source": []}', "damaged, convert again"),
+        ('{"source": {"files": [1]}}', "damaged, convert again"),
+        (None, "missing: the checkpoint is damaged, convert again"),
+    ],
+)
+def test_a_damaged_provenance_is_refused(content, text, copy):
+    """Guards against a model of unknown origin, whose random weights would pass for trained ones."""
+    (copy / "provenance.json").unlink()
+    if content is not None:
+        (copy / "provenance.json").write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        open_weights(copy)
+    assert str(error.value).startswith(f"{copy / 'provenance.json'}: {text}")

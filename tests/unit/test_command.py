@@ -4,12 +4,17 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from absl import flags
 
 from gptoss_jax.cli import command
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_json_keeps_numbers_together_and_changes_nothing():
@@ -89,3 +94,55 @@ def test_jobs_in_a_scripts_background_still_ignore_ctrl_c():
     finally:
         signal.signal(signal.SIGINT, before)
     assert reached == [None]
+
+
+def _command_that_raises(error: str) -> subprocess.CompletedProcess:
+    """A command, in a process of its own, that comes to no good end."""
+    code = (
+        "from gptoss_jax.cli import command\nfrom gptoss_jax.errors import GptossError\n"
+        f"def main(arguments): raise {error}\ncommand.run(main, 'test')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError('a bug')", "KeyError('a bug')", "UnicodeDecodeError('utf-8', b'', 0, 1, 'a bug')"]
+)
+def test_a_bug_keeps_its_traceback(error):
+    """Guards whoever has to find a fault of ours: it is not taken for bad input, and scripts can tell the two apart."""
+    done = _command_that_raises(error)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last):" in done.stderr
+    assert error.partition("(")[0] in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", ["GptossError('first\\nsecond')", "OSError('first\\nsecond')"])
+def test_what_people_can_mend_is_a_line_each(error):
+    """Guards the reader's eyes: a line for each problem, exit code 2, no traceback."""
+    done = _command_that_raises(error)
+    assert (done.returncode, done.stderr) == (2, "test: first\ntest: second\n")
+
+
+def test_imports_can_be_ended_with_ctrl_c():
+    """Guards the seconds in which JAX is imported, where an exception would be swallowed; and what comes after them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with command.ended_by_ctrl_c():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with command.ended_by_ctrl_c():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_at_the_very_end_does_not_change_the_exit_code():
+    """Guards a hand that insists: the answer has been printed, and leaving Python takes a moment."""
+    code = (
+        "import atexit, os, signal, sys\nfrom gptoss_jax.cli import command\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "command.run(lambda arguments: sys.exit(130), 'test')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")

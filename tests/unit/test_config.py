@@ -54,7 +54,7 @@ def rope(**changes) -> dict:
 
 
 def test_both_spellings_are_one_model():
-    """alpha and beta swapped, or an epsilon that only one spelling names."""
+    """Guards against alpha and beta swapped, or an epsilon that only one spelling names."""
     assert parse_config(OPENAI) == parse_config(SMALL)
     config = parse_config(OPENAI)
     assert (config.rope_beta_slow, config.rope_beta_fast) == (1, 32)
@@ -64,13 +64,13 @@ def test_both_spellings_are_one_model():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_what_is_written_reads_back_as_the_same_model(path):
-    """A number lost on the way into a checkpoint."""
+    """Guards against a number lost on the way into a checkpoint."""
     config = read_config(path)
     assert parse_config(json.loads(json.dumps(to_huggingface(config)))) == config
 
 
 def test_every_field_reaches_the_written_config():
-    """A field that `to_huggingface` takes from a default: each is changed in turn."""
+    """Guards against a field that `to_huggingface` takes from a default: each is changed in turn."""
     config = parse_config(SMALL)
     for field in dataclasses.fields(ModelConfig):
         value = getattr(config, field.name)
@@ -88,14 +88,14 @@ def test_every_field_reaches_the_written_config():
 
 
 def test_newer_transformers_spell_rope_differently():
-    """transformers 5 writes rope_parameters with rope_theta in it."""
+    """Guards configs of transformers 5, which writes rope_parameters with rope_theta in it."""
     raw = without(SMALL, "rope_scaling", "rope_theta")
     raw["rope_parameters"] = SMALL["rope_scaling"] | {"rope_theta": SMALL["rope_theta"]}
     assert parse_config(raw) == parse_config(SMALL)
 
 
 def test_stop_ids_are_harmony_s():
-    """The published config.json names <|return|> alone: generation would run on behind a tool call."""
+    """Guards against generation that runs on after a tool call: the published config.json names <|return|> alone."""
     assert set(parse_config(SMALL).stop_ids) == {200_002, 200_012, 199_999}
     small = parse_config(changed(SMALL, vocab_size=512, eos_token_id=[510, 509], pad_token_id=None))
     assert (small.stop_ids, small.pad_id) == ((510, 509), 511)
@@ -138,7 +138,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_gpt_oss_is_refused_by_name(case, tmp_path):
-    """A key that changes the mathematics and is passed over."""
+    """Guards against a key that changes the mathematics and is passed over."""
     raw, text = REFUSED[case]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(raw))
@@ -148,7 +148,7 @@ def test_what_is_not_gpt_oss_is_refused_by_name(case, tmp_path):
 
 
 def test_all_faults_are_in_one_message():
-    """One fault a run."""
+    """Guards against one fault a run."""
     with pytest.raises(ConfigError) as error:
         parse_config(changed(without(rope(truncate=True), "head_dim"), extra=1, hidden_act="gelu"))
     assert str(error.value).split("; ") == [
@@ -160,29 +160,30 @@ def test_all_faults_are_in_one_message():
 
 
 def test_absent_and_damaged_files_are_named(tmp_path):
-    """A traceback for a mistyped folder."""
+    """Guards against a traceback for a mistyped folder."""
     with pytest.raises(ConfigError, match=r"config\.json: no such file; a checkpoint's folder holds its config\.json"):
         read_config(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: not JSON \("):
-        read_config(tmp_path / "config.json")
+    for text in ("{", "[" * 100_000, f'{{"vocab_size": {"1" * 5000}}}'):  # the last two are no JSONDecodeErrors
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.json: not JSON \("):
+            read_config(tmp_path / "config.json")
 
 
 def test_cache_bytes_at_the_longest_context():
-    """Banded layers that keep everything: twice the memory."""
+    """Guards against sliding-window layers that keep everything: twice the memory."""
     assert parse_config(LARGE).cache_bytes(131_072) / 2**30 == pytest.approx(4.504, rel=1e-3)
     assert parse_config(SMALL).cache_bytes(131_072) / 2**30 == pytest.approx(3.003, rel=1e-3)
 
 
 def test_weight_bytes_of_the_published_models():
-    """The cost model against the published files: 13,761,264,768 bytes of tensors in the 20b."""
+    """Guards the cost model against the published files: 13,761,264,768 bytes of tensors in the 20b."""
     assert parse_config(SMALL).weight_bytes / 13_761_264_768 == pytest.approx(1, rel=0.002)
     assert parse_config(SMALL).weight_bytes < 13_761_264_768
     assert parse_config(LARGE).expert_bytes == 13_219_200
 
 
 def test_decoding_reads_more_experts_the_more_rows():
-    """Every expert charged to one row, or four experts to a thousand rows."""
+    """Guards against every expert charged to one row, or four experts to a thousand rows."""
     config = parse_config(SMALL)
     dense = config.attention_bytes + config.unembedding_bytes
     one = config.decode_bytes(1, 0) - dense

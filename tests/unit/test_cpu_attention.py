@@ -16,12 +16,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import cpu_kernels
+from benchmarks.program_memory import program_memory
 from cpu_kernels.attention import attend
 from gptoss_jax.model.config import read_config
 from pallas_kernels.attention import PagedKV, RingKV, reference
 
-if cpu_kernels.why_not():
-    pytest.skip(cpu_kernels.why_not(), allow_module_level=True)
+if reason := cpu_kernels.why_not():
+    pytest.skip(reason, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 MODEL = read_config(ROOT / "configs" / "gpt-oss-20b.json")
@@ -300,4 +301,4 @@ def test_no_logits_in_memory():
     table, positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     q = shape((1, 128, REAL[0], REAL[2]))
     lowered = jax.jit(attend).lower(q, PagedKV(pages, pages, table), positions, shape((REAL[0],)))
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1e6
+    assert program_memory(lowered.compile()).temporary_bytes < 1e6

@@ -1,17 +1,10 @@
 """Gradients through every implementation, against JAX's own derivative of the same formulas written densely."""
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cpu_kernels
-import gptoss_jax
-from gptoss_jax.model import kv_cache
-from gptoss_jax.model.transformer import all_logits
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
@@ -20,7 +13,8 @@ from tests.unit.test_kernels import SHAPES, adapted_call, all_of, assignments_of
 LIMIT = 7.0
 
 
-def _close(found, expected):
+def assert_close(found, expected) -> None:
+    """Each gradient within 0.2 % of the largest element expected of it, none of them all zeros."""
     for name, a, b in zip(("first", "second", "third", "fourth"), found, expected, strict=False):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(b).max() > 0, f"the {name} gradient is nothing to compare with"
@@ -53,7 +47,7 @@ def test_experts(name, routing):
     layout = implementation.layout
     found += [layout.gate_up_bias.unpack(d_gate_up), layout.down_bias.unpack(d_down)]
     bias = weights.gate_up_bias.astype(jnp.float32), weights.down_bias.astype(jnp.float32)
-    _close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
+    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
 
 
 def test_adapters():
@@ -71,7 +65,7 @@ def test_adapters():
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, *adapters)
     expected = jax.grad(dense, argnums=(0, 1, 2))(x, *adapters)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        _close([a], [b])
+        assert_close([a], [b])
 
 
 @pytest.mark.parametrize("name", all_of(linear_op.IMPLEMENTATIONS))
@@ -82,10 +76,10 @@ def test_linear(name):
     w = w.astype(jnp.bfloat16)
     run = linear_op.IMPLEMENTATIONS[name]
     found = jax.jit(jax.grad(lambda x, w: jnp.sum(run(x, w) * towards), argnums=(0, 1)))(x, w)
-    _close(found, (towards @ w.astype(jnp.float32), towards.T @ x))
+    assert_close(found, (towards @ w.astype(jnp.float32), towards.T @ x))
     assert found[1].dtype == jnp.bfloat16
     whole = jnp.asarray(rng.integers(-127, 128, (40, 96)), jnp.int8)
-    _close([jax.grad(lambda x: jnp.sum(run(x, whole) * towards))(x)], [towards @ whole.astype(jnp.float32)])
+    assert_close([jax.grad(lambda x: jnp.sum(run(x, whole) * towards))(x)], [towards @ whole.astype(jnp.float32)])
 
 
 def _dense_attention(q, k, v, sinks, visible) -> attention_op.Attended:
@@ -134,7 +128,7 @@ def test_paged_attention(name):
         return _towards(jax.vmap(one_sequence)(q, table, positions), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, *spoilt, sinks)
-    _close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
+    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -165,7 +159,7 @@ def test_sliding_window_attention(name):
 
     found = jax.jit(jax.grad(loss, argnums=tuple(range(6))))(q, *spoilt[0], *spoilt[1], sinks)
     for a, b in zip(found, jax.grad(dense, argnums=tuple(range(6)))(q, *ring, *new, sinks), strict=True):
-        _close([a], [b])
+        assert_close([a], [b])
 
 
 @pytest.mark.parametrize("name", all_of(["reference", "cpu"]))
@@ -200,7 +194,7 @@ def test_attention_without_a_cache(name, window):
     arguments = q, k, v, sinks
     for a, b in zip(jax.jit(attend)(*arguments), dense(*arguments), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    _close(slopes(attend)(*arguments), slopes(dense)(*arguments))
+    assert_close(slopes(attend)(*arguments), slopes(dense)(*arguments))
 
 
 def test_merged_attentions():
@@ -230,62 +224,4 @@ def test_merged_attentions():
     def slopes(attention):
         return jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3))
 
-    _close(slopes(attend)(q, k, v, sinks), slopes(dense)(q, k, v, sinks))
-
-
-# ---- the whole model ----
-
-LEARN = ("layers/0/attention/k/weight", "layers/1/attention/q/weight", "layers/1/attention/sinks", "embedding")
-LEARN += ("layers/0/moe/router/weight", "layers/0/moe/gate_up/bias", "layers/1/moe/down/bias", "unembedding")
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    """A short text of the golden model's vocabulary."""
-    return jnp.asarray(np.random.default_rng(5).integers(0, 500, (1, 9)), jnp.int32)
-
-
-def _loss(model, tokens, leaves, params):
-    """Negative log likelihood of each token given those before it, the named leaves of `params` replaced."""
-    tree = jax.tree.map(lambda x: x, params)
-    for path, leaf in leaves.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-        functools.reduce(operator.getitem, parents, tree)[last] = leaf
-    cache = kv_cache.empty(model.config, rows=1, pages=1, max_context_tokens=64, dtype=jnp.dtype(jnp.float32))
-    counts = jnp.full(1, tokens.shape[1], jnp.int32)
-    logits, _ = all_logits(model.model, tree, tokens, counts, cache)
-    likely = jax.nn.log_softmax(logits[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1))
-
-
-def _leaves(params, dtype):
-    def take(path: str) -> jax.Array:
-        return functools.reduce(lambda tree, key: tree[int(key) if key.isdigit() else key], path.split("/"), params)
-
-    return {path: take(path).astype(dtype) for path in LEARN}
-
-
-def test_the_whole_model_learns_in_the_direction_of_its_gradient(tiny_folder, tokens):
-    """Guards what stands between the ops (the cache's writes, routing, norms): the slope is what small steps show."""
-    model = gptoss_jax.load(tiny_folder, dtype="float32", kernels="reference")
-    leaves = _leaves(model.params, jnp.float32)
-    loss = jax.jit(lambda leaves: _loss(model, tokens, leaves, model.params))
-    gradient = jax.jit(jax.grad(lambda leaves: _loss(model, tokens, leaves, model.params)))(leaves)
-    for path, slope in gradient.items():
-        size = float(jnp.linalg.norm(slope))
-        assert size > 0, f"{path} learns nothing"
-        step = 1e-3 / size**2  # moves the loss by a thousandth: far above rounding, far below a change of expert
-        moved = [loss({**leaves, path: leaves[path] + sign * step * slope}) for sign in (1, -1)]
-        np.testing.assert_allclose(float(moved[0] - moved[1]) / (2 * step), size**2, rtol=0.05, err_msg=path)
-
-
-@pytest.mark.skipif(bool(cpu_kernels.why_not()), reason=str(cpu_kernels.why_not()))
-def test_the_whole_model_learns_alike_through_kernels(tiny_folder, tokens):
-    """Guards fine-tuning on every back end: the C++ kernels' gradients are the reference's."""
-    slopes = []
-    for kernels in ("reference", "cpu"):
-        model = gptoss_jax.load(tiny_folder, dtype="float32", kernels=kernels)
-        run = jax.jit(jax.grad(lambda leaves, model=model: _loss(model, tokens, leaves, model.params)))
-        slopes.append(run(_leaves(model.params, jnp.bfloat16)))
-    for path in LEARN:
-        _close([slopes[1][path]], [slopes[0][path]])
+    assert_close(slopes(attend)(q, k, v, sinks), slopes(dense)(q, k, v, sinks))

@@ -17,6 +17,7 @@ from openai_harmony import (
     Conversation,
     DeveloperContent,
     Message,
+    ReasoningEffort,
     Role,
     SystemContent,
     TextContent,
@@ -24,7 +25,8 @@ from openai_harmony import (
 )
 
 from gptoss_jax.harmony import render, tokenizer
-from gptoss_jax.harmony.render import ResponseFormat, Settings, apply_history_rules
+from gptoss_jax.harmony.render import apply_history_rules
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 OF_THE_PARSER = {"simple_reasoning_response", "simple_tool_call", "streamable_parser", "tool_response_parsing"}
@@ -431,7 +433,7 @@ def test_names_in_settings():
 
 def test_settings_do_not_contradict_the_messages():
     """Guards against a setting that is silently dropped because the conversation brings its own opening."""
-    system = Message.from_role_and_content(Role.SYSTEM, SystemContent(reasoning_effort="High"))
+    system = Message.from_role_and_content(Role.SYSTEM, SystemContent(reasoning_effort=ReasoningEffort.HIGH))
     developer = Message.from_role_and_content(Role.DEVELOPER, DeveloperContent(instructions="Hi."))
     messages = [system, developer, user("a")]
     assert render.render(messages, Settings()) == render.render(messages, None)

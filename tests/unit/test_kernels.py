@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpu_kernels
+from benchmarks.program_memory import program_memory
 from gptoss_jax.model.config import read_config
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
@@ -25,12 +26,16 @@ from tests import reference
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def all_of(implementations) -> list:
-    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
+def all_of(implementations, *, interpreted: bool = False) -> list:
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built.
+
+    Kernels that are `interpreted`, which takes long, run through these tests in tests/accelerators/test_shared.py.
+    """
     here = Hardware.of(jax.devices()[0])
     missing = {name: why_not(name, here) for name in KERNELS_OF}
     marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
+    names = [name for name in implementations if name.endswith("-interpreted") == interpreted]
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 # ---- the number format ----
@@ -100,7 +105,8 @@ def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: i
         return rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)
 
     gate_up, down = packed(2 * inner, hidden), packed(hidden, inner)
-    return expert_op.ExpertWeights(*gate_up, bias(2 * inner), *down, bias(hidden))
+    arrays: list[Any] = [*gate_up, bias(2 * inner), *down, bias(hidden)]
+    return expert_op.ExpertWeights(*arrays)
 
 
 def assignments_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, top_k: int) -> np.ndarray:
@@ -280,7 +286,7 @@ def test_streamed_weights_are_never_float32_in_memory():
 
     x, w = jax.ShapeDtypeStruct((1, 2880), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 2880), jnp.bfloat16)
     temporaries = {
-        name: jax.jit(functools.partial(loop, linear)).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+        name: program_memory(jax.jit(functools.partial(loop, linear)).lower(x, w).compile()).temporary_bytes
         for name, linear in linear_op.IMPLEMENTATIONS.items()
         if name != "cpu" or not cpu_kernels.why_not()
     }

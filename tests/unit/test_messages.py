@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import Conversation as LibraryConversation
-from openai_harmony import Message, Role, SystemContent
+from openai_harmony import Message, Role, SystemContent, TextContent
 
-from gptoss_jax.harmony import messages, parser, tokenizer
+from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
 from gptoss_jax.harmony.messages import (
     Conversation,
     from_json,
@@ -20,7 +20,8 @@ from gptoss_jax.harmony.messages import (
     to_json,
     tool_results,
 )
-from gptoss_jax.harmony.render import ResponseFormat, Settings, call_results, opening, render
+from gptoss_jax.harmony.render import call_results, opening, render
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 from tests.unit.test_harmony import FORGED, LIBRARY_CASES, OUR_CASES, call, golden_ids, result, say, user
 
 CITY = {"type": "string", "description": "The city."}
@@ -377,7 +378,7 @@ REFUSED = [
     ),
     (
         one({"role": "system", "content": "x"}),
-        "message 1 has role 'system' behind others, expected it in front: move it there, or write the conversation "
+        "message 1 has role 'system' after others, expected it in front: move it there, or write the conversation "
         "as harmony JSON",
     ),
     # tool results in a chat
@@ -524,7 +525,7 @@ def test_files_that_are_no_text(tmp_path, monkeypatch, write):
     assert list(read_messages(path).messages) == [user("x")]
     with pytest.raises(FileNotFoundError):
         read_messages(tmp_path / "none.json")
-    monkeypatch.setattr(messages, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_values, "MAX_FILE_BYTES", 1 << 20)
     path = write([USER | {"content": "x" * (1 << 20)}])
     with pytest.raises(ValueError) as error:
         read_messages(path)
@@ -652,20 +653,20 @@ def test_a_parsed_answer_goes_on_as_history(encoding):
         "<|constrain|>json<|message|>[2, 2]<|call|>"
     )
     sampled = encoding.encode(text, allowed_special="all")
-    parsed = parser.parse(sampled, tokenizer.load_tokenizer())
-    history = [*prompt, *from_parsed(parsed.messages)]
+    answer = parser.parse(sampled, tokenizer.load_tokenizer())
+    history = [*prompt, *from_parsed(answer.messages)]
     assert render(history, None, for_completion=False) == render(prompt, None) + sampled
 
 
 @pytest.mark.parametrize(
     ("parsed", "header"),
     [
-        (parser.Message("assistant", "x", channel="a<|b", recipient="f g"), "assistant to=f_g<|channel|>a_b"),
-        (parser.Message("assistant", "x", content_type="<|constrain|>j|s"), "assistant <|constrain|>j_s"),
-        (parser.Message("user", "x", content_type="<|constrain|>json"), "user _constrain_json"),
-        (parser.Message("tool", "x", name="system:<a>"), "system__a_"),
-        (parser.Message("tool", "x"), "unnamed"),
-        (parser.Message("assistant", "x", channel="", content_type="<|constrain|>"), "assistant"),
+        (parsed.Message("assistant", "x", channel="a<|b", recipient="f g"), "assistant to=f_g<|channel|>a_b"),
+        (parsed.Message("assistant", "x", content_type="<|constrain|>j|s"), "assistant <|constrain|>j_s"),
+        (parsed.Message("user", "x", content_type="<|constrain|>json"), "user _constrain_json"),
+        (parsed.Message("tool", "x", name="system:<a>"), "system__a_"),
+        (parsed.Message("tool", "x"), "unnamed"),
+        (parsed.Message("assistant", "x", channel="", content_type="<|constrain|>"), "assistant"),
     ],
 )
 def test_a_damaged_header_does_not_end_a_chat(encoding, parsed, header):
@@ -721,7 +722,8 @@ def test_what_clients_write_around_an_answer_is_taken():
     for rows in (legacy, ollama):
         conversation = messages.from_json([told, *rows])
         assert [m.recipient for m in conversation.messages[1:]] == ["functions.f", "assistant"]
-        assert conversation.messages[1].content[0].text == "{}"
+        (content,) = conversation.messages[1].content
+        assert isinstance(content, TextContent) and content.text == "{}"
         assert conversation.messages[2].author.name == "functions.f"
     with pytest.raises(ValueError, match="several keys for reasoning that differ"):
         messages.from_json([told, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gptoss_jax
+from benchmarks.program_memory import program_memory
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
 from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.model.kv_cache import KVCache
@@ -33,7 +34,7 @@ class Runner:
         )
         self.rows, self.context, pages = rows, context, kv_cache.num_pages(context)
         self.cache = kv_cache.empty(
-            self.config, rows=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
+            self.config, slots=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
         )
         # Pages out of order, so that a position that takes its page's number for granted is caught.
         table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
@@ -145,7 +146,7 @@ def test_cache_size_at_full_context(name, gib):
     make = functools.partial(
         kv_cache.empty,
         config,
-        rows=1,
+        slots=1,
         pages=kv_cache.num_pages(tokens),
         max_context_tokens=tokens,
         dtype=transformer.DTYPE_POLICIES["bfloat16"].cache,
@@ -184,7 +185,7 @@ def test_whole_model_is_never_dequantised():
     config = parse_config(raw | {"pad_token_id": 0})
     compiled = _abstract_step(config, tokens=1, context=1024).compile()
     one_expert = 3 * config.hidden_size * config.intermediate_size * np.dtype(np.float32).itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * one_expert
+    assert program_memory(compiled).temporary_bytes < 4 * one_expert
 
 
 def _abstract_step(config, tokens: int, context: int):
@@ -194,7 +195,7 @@ def _abstract_step(config, tokens: int, context: int):
     params = transformer.nest({p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in declared.leaves.items()})
     pages = kv_cache.num_pages(context)
     make = functools.partial(
-        kv_cache.empty, config, rows=1, pages=pages, max_context_tokens=context, dtype=policy.cache
+        kv_cache.empty, config, slots=1, pages=pages, max_context_tokens=context, dtype=policy.cache
     )
     ids, counts = jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     step = jax.jit(functools.partial(transformer.step, declared), donate_argnums=3)
@@ -241,8 +242,9 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
         return jax.lax.fori_loop(0, 3, write, pool)
 
     compiled = jax.jit(steps, donate_argnums=0).lower(pool, new, table, positions).compile()
-    assert "u16[512,64,512]" in compiled.as_text() and "f32[512,64,512]" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+    text = compiled.as_text() or ""
+    assert "u16[512,64,512]" in text and "f32[512,64,512]" not in text
+    assert program_memory(compiled).temporary_bytes < 1 << 20
 
 
 def test_int8_weights_are_the_nearest_and_half_as_large(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.harmony.parser import CHANNELS, Message, Part, StreamParser, parse
+from gptoss_jax.harmony.parsed import CHANNELS, Message, Part
+from gptoss_jax.harmony.parser import StreamParser, parse
 from gptoss_jax.harmony.tokenizer import (
     CALL,
     CHANNEL,
@@ -340,7 +341,7 @@ def test_empty_channel(read):
     parsed = read("<|channel|><|message|>Answer<|return|>")
     assert parsed.messages == (Message("assistant", "Answer"),)
     assert (parsed.final, parsed.parse_status) == ("Answer", "repaired")
-    assert parsed.faults == ("no word right behind <|channel|>", "no channel in a header")
+    assert parsed.faults == ("no word right after <|channel|>", "no channel in a header")
 
 
 @pytest.mark.parametrize("header", ["final", "assistantfinal", "<|start|>assistantfinal"])
@@ -552,8 +553,8 @@ def test_views_of_several_messages(read):
             " to=a<|channel|>commentary b<|constrain|>json<|message|>{}<|call|>",
             "second type in one header: '<|constrain|>json'",
         ),
-        ("<|channel|>commentary to=a<|constrain|><|message|>{}<|call|>", "no word right behind <|constrain|>"),
-        ("<|channel|> commentary to=a<|message|>{}<|call|>", "no word right behind <|channel|>"),
+        ("<|channel|>commentary to=a<|constrain|><|message|>{}<|call|>", "no word right after <|constrain|>"),
+        ("<|channel|> commentary to=a<|message|>{}<|call|>", "no word right after <|channel|>"),
         (
             "<|channel|>commentary to=a\u2003b<|message|>{}<|call|>",
             "odd characters in a header",
@@ -580,7 +581,7 @@ def test_recipient_in_place_of_the_channel(read):
     """Guards against a pattern that does not match, which raised, and a channel named `to=functions.f`."""
     parsed = read("<|channel|>to=functions.f<|message|>{}<|call|>")
     assert parsed.calls == (Message("assistant", "{}", recipient="functions.f"),)
-    assert parsed.faults == ("no word right behind <|channel|>", "no channel in a header")
+    assert parsed.faults == ("no word right after <|channel|>", "no channel in a header")
     parsed = read("<|channel|>commentary to=f<|constrain|>to=g<|message|>{}<|call|>")
     assert parsed.calls == (Message("assistant", "{}", "commentary", recipient="f", content_type="<|constrain|>"),)
     assert parsed.parse_status == "repaired"

@@ -1,4 +1,4 @@
-"""Random checkpoints: the same model in every layout, the same bytes on every machine, bounded memory."""
+"""Random checkpoints: the same model in every format, the same bytes on every machine, bounded memory."""
 
 import hashlib
 import json
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from converters import random_weights
-from converters.random_weights import LAYOUTS, random_tensors, with_vocab_size, write_checkpoint
+from converters import random_checkpoint, random_model
+from converters.random_checkpoint import FORMATS, with_vocab_size, write_checkpoint
+from converters.random_model import random_tensors
 from tests import reference
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,11 +33,11 @@ def tiny() -> dict:
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny, tmp_path_factory) -> dict[str, Path]:
-    """The same model in every layout."""
-    folder = tmp_path_factory.mktemp("layouts")
-    for layout in LAYOUTS:
-        write_checkpoint(folder / layout, tiny, layout=layout, seed=0, shard_bytes=SHARD_BYTES)
-    return {layout: folder / layout for layout in LAYOUTS}
+    """The same model in every format."""
+    folder = tmp_path_factory.mktemp("formats")
+    for format in FORMATS:
+        write_checkpoint(folder / format, tiny, format=format, seed=0, shard_bytes=SHARD_BYTES)
+    return {format: folder / format for format in FORMATS}
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
@@ -54,7 +55,7 @@ def assert_same(got: np.ndarray, wanted: np.ndarray):
     assert got.tobytes() == wanted.tobytes()
 
 
-def test_huggingface_layout(checkpoints, tiny):
+def test_huggingface_format(checkpoints, tiny):
     """Guards the header's offsets and the cut into shards: what the library reads back is what was meant."""
     wanted, got = random_tensors(tiny, 0), read(checkpoints["huggingface"])
     assert got.keys() == wanted.keys()
@@ -62,7 +63,7 @@ def test_huggingface_layout(checkpoints, tiny):
         assert_same(got[name], wanted[name])
 
 
-def test_openai_layout_is_the_same_model(checkpoints, tiny):
+def test_openai_format_is_the_same_model(checkpoints, tiny):
     """Guards the table of names and the order q, k, v in the fused projection."""
     wanted, got = random_tensors(tiny, 0), read(checkpoints["openai"])
     for i in range(tiny["num_hidden_layers"]):
@@ -87,7 +88,7 @@ def test_openai_layout_is_the_same_model(checkpoints, tiny):
     assert not got and not wanted
 
 
-def test_bf16_layout_dequantises_exactly(checkpoints, tiny):
+def test_bf16_format_dequantises_exactly(checkpoints, tiny):
     """Guards nibble order, scale bias and transposition, which square matrices hide in real models."""
     wanted, got = random_tensors(tiny, 0), read(checkpoints["huggingface-bf16"])
     for name in [name for name in wanted if name.endswith("_blocks")]:
@@ -118,19 +119,15 @@ def test_seed_matters(tiny):
 def test_pieces_do_not_matter(tiny, monkeypatch):
     """Guards the stream's seams: pieces of odd length, not of whole 64-bit words, change nothing."""
     whole = random_tensors(tiny, 0)
-    monkeypatch.setattr(random_weights, "PIECE_ELEMENTS", 1237)
+    monkeypatch.setattr(random_model, "CHUNK_ELEMENTS", 1237)
     for name, tensor in random_tensors(tiny, 0).items():
         assert_same(tensor, whole[name])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_is_bounded(layout):
+@pytest.mark.parametrize("format", FORMATS)
+def test_memory_is_bounded(format):
     """Guards against generating a whole tensor at once: the 20b's largest comes in small pieces."""
-    entries = {
-        "huggingface": random_weights._huggingface_entries,
-        "openai": random_weights._openai_entries,
-        "huggingface-bf16": random_weights._bf16_entries,
-    }[layout](config_of("gpt-oss-20b"), 0)
+    entries = random_checkpoint.entries(config_of("gpt-oss-20b"), format, 0)
     largest = max(entries.values(), key=lambda entry: entry.size_bytes)
     assert largest.size_bytes > 1e9
     assert next(largest.stream()).nbytes <= 64 * 2**20
@@ -139,7 +136,7 @@ def test_memory_is_bounded(layout):
 @pytest.mark.parametrize(("name", "size"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
 def test_true_sizes(name, size):
     """Guards the configs and the shapes: the bytes are those of the published checkpoints' index files."""
-    entries = random_weights._huggingface_entries(config_of(name), 0)
+    entries = random_checkpoint.entries(config_of(name), "huggingface", 0)
     assert sum(entry.size_bytes for entry in entries.values()) == size
 
 
@@ -165,9 +162,9 @@ def test_shards(checkpoints):
 
 def test_stop_ids(tiny):
     """Guards generation defaults: the published stop ids if the vocabulary has them, else one it has."""
-    small = random_weights._generation_config(tiny)
+    small = random_checkpoint.generation_config(tiny)
     assert (small["eos_token_id"], small["pad_token_id"]) == ([510], 511)
-    full = random_weights._generation_config(config_of("tiny"))
+    full = random_checkpoint.generation_config(config_of("tiny"))
     assert (full["eos_token_id"], full["pad_token_id"]) == ([200002, 199999, 200012], 199999)
     assert with_vocab_size(tiny, 201_088) == config_of("tiny")
 
@@ -223,15 +220,15 @@ def test_command(checkpoints, tmp_path):
         (["configs", "--config", "configs/tiny.json"], "configs exists and is not an empty folder"),
         (
             ["DST", "--config", "configs/tiny.json", "--layout=openai", "--shard-bytes=9"],
-            "--shard-bytes is for the Hugging Face layouts",
+            "--shard-bytes is for the Hugging Face formats",
         ),
     ],
 )
 def test_usage_errors(arguments, message, tmp_path):
     """Guards against tracebacks, and against writing before the arguments are known to be good."""
     (tmp_path / "README.md").write_text("no JSON")
-    words = {"DST": tmp_path / "new", "README.md": tmp_path / "README.md"}
-    done = run(*[words.get(word, word) for word in arguments])
+    places = {"DST": tmp_path / "new", "README.md": tmp_path / "README.md"}
+    done = run(*[places.get(argument, argument) for argument in arguments])
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

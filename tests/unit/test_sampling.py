@@ -1,14 +1,15 @@
 """Sampling: every option against NumPy, the right distributions, the same draw whatever the neighbours."""
 
 import dataclasses
-import functools
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from scipy import stats  # jax brings scipy
 
 from gptoss_jax.engine import sampling
@@ -22,36 +23,33 @@ PROMPT, ANSWER = (3, 3, 7, 11), (7, 20, 20, 20, 31)
 CHANCE = 1e-4  # of a right sampler failing a chi-square test; seeds are fixed, so a test that passes keeps passing
 
 
-def _rows(params, num_token_ids=V, vocab_size=V) -> sampling.Sampling:
-    """Rows of these parameters, behind PROMPT and ANSWER where the vocabulary has their ids."""
+def _slots(params, num_token_ids=V, vocab_size=V) -> tuple[sampling.Sampling, jax.Array]:
+    """Slots of these parameters, after PROMPT and ANSWER where the vocabulary has their ids."""
     has_ids = vocab_size == V
-    rows = [sampling.row(p, PROMPT if has_ids else (), vocab_size, num_token_ids) for p in params]
-    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *rows)
-    for token in ANSWER if has_ids else ():
-        stacked = sampling.record(stacked, jnp.full(len(rows), token, jnp.int32), jnp.ones(len(rows), bool))
-    return stacked
+    slots = [sampling.constants(p, PROMPT if has_ids else (), vocab_size, num_token_ids) for p in params]
+    counts = sampling.count_ids(ANSWER if has_ids else (), vocab_size)
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *slots), jnp.asarray(np.stack([counts] * len(params)))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _jitted(logits, rows, positions, num_token_ids):
-    return sampling.sample(logits, rows, positions, num_token_ids)
+_jitted: Any = jax.jit(sampling.sample, static_argnums=4)
 
 
-def _sample(logits, params, positions=0, num_token_ids=None) -> Draw:
-    """One draw of each row; `params` is for all rows, or one for each."""
+def _sample(logits, params, positions: ArrayLike = 0, num_token_ids=None) -> Draw:
+    """One draw of each slot; `params` is for all slots, or one for each."""
     logits = np.asarray(logits, np.float32)
     params = params if isinstance(params, list) else [params] * len(logits)
     num_token_ids = num_token_ids or logits.shape[1]
     positions = np.broadcast_to(np.asarray(positions, np.int32), (len(logits),)).copy()
-    rows = _rows(params, num_token_ids, logits.shape[1])
-    return jax.tree.map(np.asarray, _jitted(logits, rows, positions, num_token_ids))
+    slots = _slots(params, num_token_ids, logits.shape[1])
+    return jax.tree.map(np.asarray, _jitted(logits, *slots, positions, num_token_ids))
 
 
 def _many(logits, params, draws) -> np.ndarray:
     """How often each id comes out of `draws` draws at positions 0, 1, 2, ..."""
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (draws, *x.shape[1:])), _rows([params], len(logits), len(logits)))
+    one = _slots([params], len(logits), len(logits))
+    slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (draws, *x.shape[1:])), one)
     tiled = np.broadcast_to(np.asarray(logits, np.float32), (draws, len(logits)))
-    token = _jitted(tiled, rows, np.arange(draws, dtype=np.int32), len(logits)).token
+    token = _jitted(tiled, *slots, np.arange(draws, dtype=np.int32), len(logits)).token
     return np.bincount(np.asarray(token), minlength=len(logits))
 
 
@@ -121,8 +119,8 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_leaves_what_numpy_leaves(name):
     """Guards the meaning of an option: the ids that can be drawn, and their probabilities, on eight rows of logits."""
-    rows = _rows([OPTIONS[name]] * len(LOGITS))
-    filtered = sampling.filter_logits(sampling.adjust_logits(jnp.asarray(LOGITS), rows), rows)
+    slots, drawn = _slots([OPTIONS[name]] * len(LOGITS))
+    filtered = sampling.filter_logits(sampling.adjust_logits(jnp.asarray(LOGITS), slots, drawn), slots)
     exact = np.stack([_probabilities(row, OPTIONS[name]) for row in LOGITS])
     np.testing.assert_array_equal(np.isfinite(filtered), exact > 0)
     np.testing.assert_allclose(jax.nn.softmax(filtered), exact, rtol=2e-5, atol=1e-9)
@@ -253,13 +251,22 @@ def test_draws_do_not_follow_the_process_s_random_bits():
         assert _sample(logits, params).token.tolist() == usual
 
 
-def test_what_a_row_said_is_counted_for_active_rows_only():
-    """Guards penalties over time: a row that has ended, or meets a fault, says nothing more."""
-    rows = _rows([SamplingParams()] * 2)
-    rows = sampling.record(rows, jnp.array([4, FAULTY], jnp.int32), jnp.array([True, False]))
-    assert rows.drawn[0].tolist() == [[*ANSWER, 4].count(i) for i in range(V)]
-    assert rows.drawn[1].tolist() == [ANSWER.count(i) for i in range(V)]
-    assert np.flatnonzero(rows.prompted[0]).tolist() == sorted(set(PROMPT))
+def test_draws_are_counted_for_active_slots_only():
+    """Guards penalties over time: a slot whose answer has ended, or meets a fault, draws nothing more."""
+    slots, drawn = _slots([SamplingParams()] * 2)
+    drawn = sampling.record(drawn, jnp.array([4, FAULTY], jnp.int32), jnp.array([True, False]))
+    assert drawn[0].tolist() == [[*ANSWER, 4].count(i) for i in range(V)]
+    assert drawn[1].tolist() == [ANSWER.count(i) for i in range(V)]
+    assert np.flatnonzero(slots.prompted[0]).tolist() == sorted(set(PROMPT))
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 201_088])
+def test_a_packed_mask_comes_back(size):
+    """Guards the bits of bans and grammars: an id that is one off, or padding that leaks into the next word."""
+    mask = np.random.default_rng(size).random(size) < 0.5
+    packed = sampling.pack_mask(mask)
+    assert packed.shape == (-(-size // 32),)
+    np.testing.assert_array_equal(sampling.unpack_mask(jnp.asarray(packed)[None], size)[0], mask)
 
 
 @pytest.mark.parametrize(

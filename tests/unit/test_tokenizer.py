@@ -64,14 +64,14 @@ def load_harmony_directly():
 
 
 def test_known_ids(ours):
-    """Ranks off by one line would still round-trip; these ids are published in OpenAI's examples."""
+    """Guards against ranks off by one line, which would still round-trip: these ids are in OpenAI's examples."""
     assert ours.encode("hello world") == [24912, 2375]
     assert ours.decode([200006, 24912, 2375, 200007]) == "<|start|>hello world<|end|>"
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_encodes_as_openai_harmony(ours, theirs, text):
-    """A pattern that cuts text elsewhere, and control strings that a user could forge."""
+    """Guards against a pattern that cuts text elsewhere, and control strings that a user could forge."""
     ids = ours.encode(text)
     assert ids == theirs.encode(text, disallowed_special=())
     assert all(i < tokenizer.STARTOFTEXT for i in ids)
@@ -79,19 +79,19 @@ def test_encodes_as_openai_harmony(ours, theirs, text):
 
 @given(text=st.text())
 def test_text_survives(ours, text):
-    """Characters lost or changed between text and ids."""
+    """Guards against characters lost or changed between text and ids."""
     assert ours.decode(ours.encode(text)) == text
 
 
 def test_every_id_has_openai_harmonys_bytes(ours, theirs):
-    """A control token under another's id or name, or a gap among the reserved ones."""
+    """Guards against a control token under another's id or name, or a gap among the reserved ones."""
     assert ours.vocab_size == VOCAB_SIZE
     wrong = [i for i in range(199_000, VOCAB_SIZE) if ours.token_bytes(i) != theirs.decode([i]).encode()]
     assert wrong == []
 
 
 def test_named_ids_are_what_they_say(ours):
-    """A constant that names another token: generation would stop at the wrong place, or never."""
+    """Guards against a constant that names another token: generation would stop at the wrong place, or never."""
     for name in (
         "STARTOFTEXT",
         "ENDOFTEXT",
@@ -107,12 +107,16 @@ def test_named_ids_are_what_they_say(ours):
 
 
 def test_rendered_conversation_reads_as_published(ours, theirs):
-    """openai-harmony working from another vocabulary than ours: its ids would read as other text here."""
+    """Guards against openai-harmony on another vocabulary than ours: its ids would read as other text here."""
     conversation = openai_harmony.Conversation.from_messages(
         [
-            openai_harmony.Message.from_role_and_content("system", openai_harmony.SystemContent.new()),
-            openai_harmony.Message.from_role_and_content("user", "What is 2 + 2?"),
-            openai_harmony.Message.from_role_and_content("assistant", "2 + 2 = 4.").with_channel("final"),
+            openai_harmony.Message.from_role_and_content(
+                openai_harmony.Role.SYSTEM, openai_harmony.SystemContent.new()
+            ),
+            openai_harmony.Message.from_role_and_content(openai_harmony.Role.USER, "What is 2 + 2?"),
+            openai_harmony.Message.from_role_and_content(openai_harmony.Role.ASSISTANT, "2 + 2 = 4.").with_channel(
+                "final"
+            ),
         ]
     )
     ids = theirs.render_conversation_for_training(conversation)
@@ -122,7 +126,7 @@ def test_rendered_conversation_reads_as_published(ours, theirs):
 
 @pytest.mark.parametrize("bad", [-1, VOCAB_SIZE, 10**9])
 def test_id_outside_the_vocabulary(ours, bad):
-    """A padded or corrupt id decoded as something, or dropped without a word."""
+    """Guards against a padded or corrupt id decoded as something, or dropped without a word."""
     text = rf"^token id {bad} is outside the vocabulary: ids run from 0 to 201087$"
     for call in (ours.token_bytes, lambda i: ours.decode([5, i]), StreamDecoder(ours).feed):
         with pytest.raises(ValueError, match=text):
@@ -130,7 +134,7 @@ def test_id_outside_the_vocabulary(ours, bad):
 
 
 def test_overlong_white_space_is_refused(ours):
-    """The panic of tiktoken at a million spaces in a row, which passes every `except Exception`."""
+    """Guards against the panic of tiktoken at a million spaces in a row, which passes every `except Exception`."""
     with pytest.raises(ValueError, match=r"1000000 white-space characters in a row, at most 990000"):
         ours.encode("a" + " " * 1_000_000)
     longest = "a" + " " * 990_000 + "b"
@@ -143,14 +147,14 @@ IDS = st.lists(st.one_of(st.integers(0, 255), st.integers(0, VOCAB_SIZE - 1)), m
 
 @given(ids=IDS)
 def test_stream_equals_whole(ours, ids):
-    """Text that differs when it is streamed, above all around bytes that are no UTF-8."""
+    """Guards against text that differs when it is streamed, above all around bytes that are no UTF-8."""
     stream = StreamDecoder(ours)
     assert "".join(map(stream.feed, ids)) + stream.flush() == ours.decode(ids)
 
 
 @given(text=st.text(), last=st.characters(min_codepoint=0x80, exclude_categories=["Cs"]))
 def test_stream_never_emits_half_a_character(ours, text, last):
-    """U+FFFD flashing up while a character's bytes come one by one, and a flush that forgets them."""
+    """Guards against U+FFFD flashing up while a character's bytes come one by one, and a flush that forgets them."""
     one_byte_ids = {ours.token_bytes(i): i for i in range(256)}
     data = (text + last).encode()
     stream, read = StreamDecoder(ours), ""
@@ -169,7 +173,7 @@ def vocabulary():
 
 
 def test_another_vocabulary_file_plain_or_compressed(ours, vocabulary, tmp_path):
-    """An override that is ignored, or read in one of the two forms only."""
+    """Guards against an override that is ignored, or read in one of the two forms only."""
     plain, compressed = tmp_path / "plain.tiktoken", tmp_path / "v.xz"
     plain.write_bytes(vocabulary)
     compressed.write_bytes(lzma.compress(vocabulary, preset=0))
@@ -180,7 +184,7 @@ def test_another_vocabulary_file_plain_or_compressed(ours, vocabulary, tmp_path)
 @pytest.mark.parametrize("load", [load_tokenizer, harmony_encoding])
 @pytest.mark.parametrize("change", ["truncated", "altered", "cut xz", "bad xz", "empty"])
 def test_damaged_vocabulary_is_named_with_both_hashes(vocabulary, tmp_path, load, change):
-    """A damaged file that loads and gives other ids, or an error without the file's name and what to do."""
+    """Guards against a damaged file that gives other ids, or an error without the file's name and what to do."""
     packed = tokenizer.PACKAGED_VOCABULARY.read_bytes()
     content = {
         "truncated": vocabulary[:-17],
@@ -203,7 +207,7 @@ def test_damaged_vocabulary_is_named_with_both_hashes(vocabulary, tmp_path, load
 
 @pytest.mark.parametrize("load", [load_tokenizer, harmony_encoding])
 def test_missing_vocabulary_is_named(tmp_path, load):
-    """A wrong path answered with a traceback from deep inside, or with the packaged file."""
+    """Guards against a wrong path answered with a traceback from deep inside, or with the packaged file."""
     with pytest.raises(FileNotFoundError) as error:
         load(tmp_path / "none.tiktoken")
     text = str(error.value)
@@ -212,7 +216,7 @@ def test_missing_vocabulary_is_named(tmp_path, load):
 
 
 def test_openai_harmony_alone_would_download(monkeypatch, tmp_path):
-    """A network block that does not reach compiled code: the tests of the offline load prove nothing then."""
+    """Guards the tests of the offline load, which prove nothing if the network block does not reach compiled code."""
     monkeypatch.setenv("TIKTOKEN_RS_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
     with pytest.raises(openai_harmony.HarmonyError, match="failed to download"):
@@ -220,7 +224,7 @@ def test_openai_harmony_alone_would_download(monkeypatch, tmp_path):
 
 
 def test_harmony_repairs_its_cached_file_and_restores_the_environment(monkeypatch, tmp_path, vocabulary):
-    """A cached file left damaged, a stray temporary file, an environment that stays changed."""
+    """Guards against a cached file left damaged, a stray temporary file, an environment that stays changed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", "/elsewhere")
     cached = tmp_path / "gptoss_jax" / "o200k_base.tiktoken"
@@ -233,7 +237,7 @@ def test_harmony_repairs_its_cached_file_and_restores_the_environment(monkeypatc
 
 
 def test_harmony_reuses_an_intact_cached_file(monkeypatch, tmp_path, vocabulary):
-    """3.6 MB written at every start."""
+    """Guards against 3.6 MB written at every start."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached = tmp_path / "gptoss_jax" / "o200k_base.tiktoken"
     cached.parent.mkdir()
@@ -244,7 +248,7 @@ def test_harmony_reuses_an_intact_cached_file(monkeypatch, tmp_path, vocabulary)
 
 
 def test_harmony_works_without_a_cache_folder(monkeypatch, tmp_path):
-    """A read-only home, or none, that stops the program; and passing folders that pile up."""
+    """Guards against a read-only home, or none, that stops the program; and passing folders that pile up."""
     (tmp_path / "file").write_text("a file where the folder should be: not even root can write below it")
     passing = tmp_path / "passing"
     passing.mkdir()
@@ -255,7 +259,7 @@ def test_harmony_works_without_a_cache_folder(monkeypatch, tmp_path):
 
 
 def test_tokenizer_starts_without_jax():
-    """A jax import that creeps in and adds a second to every command that only handles text."""
+    """Guards against a jax import that creeps in and adds a second to every command that only handles text."""
     code = "import gptoss_jax.harmony.tokenizer, sys; print(sorted({'jax', 'flax', 'openai_harmony'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

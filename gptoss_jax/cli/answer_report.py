@@ -1,0 +1,86 @@
+"""What `generate` reports of its answers: times and rates, and the document that --json prints."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from gptoss_jax.cli.prompts import Prompt
+from gptoss_jax.cli.sampling_flags import SAMPLING_FLAGS
+from gptoss_jax.engine.request import Request
+from gptoss_jax.harmony import messages
+from gptoss_jax.runtime.answers import Sample
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
+    import gptoss_jax.runtime.language_model
+
+Statistics = dict[str, float | int | None]
+
+
+def measure(
+    language_model: "gptoss_jax.runtime.language_model.LanguageModel",
+    engine: "gptoss_jax.engine.engine.Engine",
+    prompt_tokens: int,
+    samples: Sequence[Sample],
+) -> Statistics:
+    """Seconds, rates over all answers, and of a single one the share of what memory bandwidth allows."""
+    tokens = [len(sample.answer.parsed.token_ids) for sample in samples]
+    steps = sum(tokens) - len(tokens)
+    first = min(sample.first_token_seconds for sample in samples)
+    seconds = max(sample.last_token_seconds for sample in samples) - first
+    rate = steps / seconds if steps > 0 and seconds > 0 else None
+    statistics: Statistics = {
+        "prompt_tokens": prompt_tokens,
+        "answer_tokens": sum(tokens),
+        "load_seconds": round(language_model.load_seconds, 3),
+        "compile_seconds": round(engine.runner.compile_seconds, 3),
+        "first_token_seconds": round(first, 3),
+        "decode_tokens_per_second": rate and round(rate, 3),
+    }
+    if rate and len(samples) == 1:
+        bytes_per_second = rate * language_model.decode_bytes(1, prompt_tokens + steps // 2)
+        bandwidth = language_model.read_bandwidth(at_least=bytes_per_second)
+        statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
+        statistics["share_of_bandwidth_limit"] = round(bytes_per_second / bandwidth, 4)
+    return statistics
+
+
+def statistics_line(statistics: dict[str, Any]) -> str:
+    """Times and rates for people."""
+    line = f"first token after {statistics['first_token_seconds']:.2f} s; {statistics['answer_tokens']} tokens"
+    if statistics["decode_tokens_per_second"]:
+        line += f", {statistics['decode_tokens_per_second']:.2f} tokens/s"
+    if "share_of_bandwidth_limit" in statistics:
+        line += (
+            f", {100 * statistics['share_of_bandwidth_limit']:.1f} % of what "
+            f"{statistics['read_bandwidth_gb_per_second']:.1f} GB/s of measured read bandwidth allow"
+        )
+    return line
+
+
+def document(
+    settings: Mapping[str, Any], prompt: Prompt, samples: Sequence[Sample], statistics: Statistics
+) -> dict[str, Any]:
+    """What --json prints. `conversation` goes on from the first answer, and is what --messages takes back."""
+    return {
+        "settings": settings,
+        "prompt_token_ids": prompt.token_ids,
+        "answers": [sample.answer.document() for sample in samples],
+        "conversation": messages.to_json(prompt.conversation_with(samples[0].answer)),
+        "statistics": statistics,
+    }
+
+
+def settings_document(
+    options: flags.FlagValues, echoed: Sequence[str], prompt: Prompt, request: Request, *, deterministic: bool
+) -> dict[str, Any]:
+    """The flags named in `echoed`, those of prompt and sampling with the values that acted."""
+    return {
+        **{name: options[name].value for name in echoed},
+        **prompt.settings_document(),
+        **{name: options[name].value for name in SAMPLING_FLAGS},
+        "stop_ids": list(request.stop_ids),
+        "prompt": prompt.text,
+        "deterministic": deterministic,
+    }

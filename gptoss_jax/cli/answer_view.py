@@ -1,0 +1,78 @@
+"""One answer as people see it: the answer proper on stdout, reasoning and remarks on stderr."""
+
+import json
+
+from gptoss_jax.cli.terminal import Screen
+from gptoss_jax.engine.request import NOT_FINITE
+from gptoss_jax.harmony.answer import RAW, Answer, call_document
+from gptoss_jax.harmony.parsed import Delta
+
+REASONING = "analysis"
+REASONING_STYLE = "dim"
+
+
+class AnswerView:
+    """Shows one answer as it comes: the answer proper on stdout, on stderr the reasoning, if wanted, and preambles."""
+
+    def __init__(self, screen: Screen, *, show_reasoning: bool = False, print_calls: bool = False):
+        """`print_calls`: in the end on stdout, where a program can read them, one JSON object a line."""
+        self._screen, self._show_reasoning, self._print_calls = screen, show_reasoning, print_calls
+        self._aside = ""  # the kind of text that is being shown, where it is no answer
+        self._answered = False
+
+    def show(self, deltas: list[Delta]) -> None:
+        """What came next. Calls are shown when they are complete."""
+        for delta in deltas:
+            if delta.is_answer or delta.channel == RAW:
+                self._begin("")
+                self._screen.answer(delta.text)
+                self._answered = True
+            elif delta.channel == REASONING:
+                if self._show_reasoning:
+                    self._begin("reasoning")
+                    self._screen.aside(delta.text, REASONING_STYLE)
+            elif delta.role != "assistant" or delta.recipient is None:  # a preamble, or text of another role
+                self._begin(delta.channel or delta.role)
+                self._screen.aside(delta.text, "")
+
+    def _begin(self, aside: str) -> None:
+        """Tells what is no answer from what is one: a label before it, an empty line after it."""
+        if aside != self._aside:
+            self._screen.finish_line()
+            self._screen.aside(f"[{aside}]\n" if aside else "\n", REASONING_STYLE)
+            self._aside = aside
+
+    def finish(self, answer: Answer) -> None:
+        """Ends the line; if the model came to no answer, shows what it wrote outside of any message in its place."""
+        if not self._answered:
+            self._screen.answer(answer.stray_text if answer.final is None else answer.final)
+        self._screen.finish_line()
+        for call in answer.parsed.calls if self._print_calls else ():
+            self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
+
+
+def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
+    """What a reader of the answer should know: that it was cut, that there is none, that it was not well-formed.
+
+    `to_see_reasoning`: what to type for it, where it is hidden.
+    """
+    parsed = answer.parsed
+    lines: list[str] = []
+    if answer.finish_reason == "error":
+        lines.append(f"the answer ended at step {len(parsed.token_ids)}: {NOT_FINITE}")
+    if answer.finish_reason == "length":
+        lines.append(f"the answer was cut at {len(parsed.token_ids)} tokens (--max-new-tokens, --max-context-tokens)")
+    if answer.finish_reason == "cancelled":
+        lines.append(f"the answer was interrupted after {len(parsed.token_ids)} tokens")
+    if answer.final is None and answer.stray_text:
+        lines.append("no final answer: this is text that the model wrote outside of any message")
+    elif answer.final is None and parsed.reasoning and not parsed.calls:
+        hint = f" ({to_see_reasoning} shows it)" if to_see_reasoning else ""
+        lines.append(f"no final answer: the model was still reasoning{hint}")
+    elif answer.final is None and parsed.token_ids and not parsed.calls:
+        lines.append("no final answer: the model had not come to one")
+    if parsed.faults:
+        first, *others = parsed.faults
+        more = f" (and {len(others)} more)" if others else ""
+        lines.append(f"not well-formed harmony, {parsed.parse_status}: {first}{more}")
+    return lines

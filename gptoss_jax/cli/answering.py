@@ -1,0 +1,119 @@
+"""Answers one prompt, `--n` times: from the flags to what is printed, and the exit code."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from absl import flags
+
+from gptoss_jax.cli import answer_report, command, model_flags, prompts, sampling_flags
+from gptoss_jax.cli.answer_view import AnswerView, remarks
+from gptoss_jax.cli.terminal import Screen, interruptible
+from gptoss_jax.engine.request import Request
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import messages, render
+from gptoss_jax.harmony.answer import AnswerStream
+from gptoss_jax.harmony.parsed import Delta
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.runtime.answers import Sample, collect
+
+MAX_SLOTS = 16  # answers to one prompt that run at once
+MAX_ANSWERS = 1024
+
+
+def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence[str]) -> int:
+    """Answers the prompt that the flags give.
+
+    Args:
+        options: all flags of `gptoss_jax.generate`.
+        arguments: the positional ones.
+        echoed: names of the flags that --json repeats.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GptossError: flags, files or weights that are not what they should be.
+        BrokenPipeError: nobody reads stdout any more.
+    """
+    sampling = sampling_flags.sampling(options)
+    if not 1 <= options.n <= MAX_ANSWERS:
+        raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
+    if options.save:
+        messages.check_can_write(options.save)
+    config = model_flags.config(options)
+    prompt = prompts.read(options, arguments)
+    seeds = [(sampling.seed + i) % 2**32 for i in range(options.n)]
+    samplings = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
+    tokenizer = load_tokenizer(options.vocab)
+    streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in seeds]
+    requests = [
+        dataclasses.replace(sampling_flags.request(options, config, prompt.token_ids, sampling), ends_at=stream.ends_at)
+        for sampling, stream in zip(samplings, streams, strict=True)
+    ]
+    return _run(options, prompt, requests, streams, echoed)
+
+
+def _run(
+    options: flags.FlagValues,
+    prompt: prompts.Prompt,
+    requests: Sequence[Request],
+    streams: Sequence[AnswerStream],
+    echoed: Sequence[str],
+) -> int:
+    """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
+    screen = Screen()
+    language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
+    screen.say(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    for call in render.calls_without_result(prompt.conversation or []):
+        screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
+    shown = _Answers(screen, options, [request.sampling.seed for request in requests])
+    samples: list[Sample] = []
+    with interruptible(insisting=False) as pressed:  # until what had come is printed and saved
+        for sample in collect(engine, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
+            shown.finish(sample)
+            samples.append(sample)
+        if options.save:
+            messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
+        statistics = answer_report.measure(language_model, engine, len(prompt.token_ids), samples)
+        if options.json:
+            settings = answer_report.settings_document(
+                options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic
+            )
+            screen.document(answer_report.document(settings, prompt, samples, statistics))
+        screen.say(answer_report.statistics_line(statistics))
+    screen.check_reader()
+    if any(sample.answer.finish_reason == "error" for sample in samples):
+        return command.EXIT_CODE
+    return command.INTERRUPTED if pressed() else 0
+
+
+class _Answers:
+    """What people see of `--n` answers: a single one as it comes, several each when it and those before have ended."""
+
+    def __init__(self, screen: Screen, options: flags.FlagValues, seeds: Sequence[int]):
+        self._screen, self._options, self._seeds = screen, options, seeds
+        self._finished = 0
+        self._view = self._new_view()
+
+    def _new_view(self) -> AnswerView:
+        options = self._options
+        return AnswerView(self._screen, show_reasoning=options.show_reasoning, print_calls=not options.raw)
+
+    def show(self, deltas: list[Delta]) -> None:
+        if len(self._seeds) == 1 and not self._options.json:
+            self._view.show(deltas)
+
+    def finish(self, sample: Sample) -> None:
+        """Shows the answer, or its end, and what a reader should know of it."""
+        several, i = len(self._seeds) > 1, self._finished
+        label = f"answer {i + 1} of {len(self._seeds)} (seed {self._seeds[i]})"
+        if several and not self._options.json:
+            self._screen.say(f"{label}:")
+            self._view = self._new_view()
+            self._view.show(sample.deltas)
+        if not self._options.json:
+            self._view.finish(sample.answer)
+        hidden = not (self._options.show_reasoning or self._options.json or self._options.raw)
+        for remark in remarks(sample.answer, "--show-reasoning" if hidden else ""):
+            self._screen.say(f"{label}: {remark}" if several and self._options.json else remark)
+        self._finished += 1

@@ -1,0 +1,102 @@
+"""The flags that every command which runs a model shares: which weights, and on what they run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from gptoss_jax.checkpoints import opening
+from gptoss_jax.cli import command, sampling_flags
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
+
+if TYPE_CHECKING:
+    import gptoss_jax.cli.terminal
+    import gptoss_jax.engine.engine
+    import gptoss_jax.runtime.language_model
+
+MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab")
+
+
+def define_flags() -> None:
+    """The flags named in MODEL_FLAGS; all but vocab are read here."""
+    flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
+    flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
+    flags.DEFINE_enum("dtype", "bfloat16", ACTIVATIONS, "Number format of the activations.")
+    flags.DEFINE_enum(
+        "dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding; int8 is rounded."
+    )
+    flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "FOLDER: Where compiled programs are kept; left out: in the user's cache folder; empty: nowhere.",
+    )
+    flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
+
+
+def config(options: flags.FlagValues) -> ModelConfig:
+    """The architecture of --checkpoint, without its weights: what a request can be checked against at once.
+
+    Raises:
+        GptossError: --checkpoint is missing, unfinished, or no gpt-oss model.
+    """
+    if not options.checkpoint:
+        raise GptossError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
+    return opening.open_weights(Path(options.checkpoint)).config
+
+
+def load(
+    options: flags.FlagValues,
+    screen: "gptoss_jax.cli.terminal.Screen",
+    interrupted: Callable[[], bool],
+    *,
+    if_random: str,
+) -> "gptoss_jax.runtime.language_model.LanguageModel":
+    """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
+
+    Raises:
+        GptossError: as `loading.load`.
+        KeyboardInterrupt: once `interrupted`.
+    """
+    with command.ended_by_ctrl_c():
+        from gptoss_jax.runtime import device, loading  # here, so that a mistake is found before JAX is imported
+
+    if options.compilation_cache != "":
+        folder = Path(options.compilation_cache or device.compiled_programs_folder())
+        if not device.keep_compiled_programs(folder):
+            screen.say(f"compiled programs are not kept: cannot write to {folder} (--compilation-cache)")
+    with screen.progress("loading", interrupted) as report:
+        language_model = loading.load(
+            options.checkpoint,
+            mesh=options.mesh or None,
+            dtype=options.dtype,
+            dense=options.dense,
+            kernels=options.kernels,
+            report=report,
+        )
+    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
+    screen.say(language_model.kernels)
+    if language_model.weights_are_random:
+        screen.say(f"these weights are RANDOM: {if_random}")
+    return language_model
+
+
+def load_for_answers(
+    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", slots: int
+) -> tuple["gptoss_jax.runtime.language_model.LanguageModel", "gptoss_jax.engine.engine.Engine"]:
+    """The model, and an engine of at least so many slots, with a progress bar for each.
+
+    Raises:
+        GptossError, KeyboardInterrupt: as `load`.
+    """
+    from gptoss_jax.cli.terminal import interrupted_late  # here, since it imports rich
+
+    with interrupted_late() as pressed:
+        language_model = load(options, screen, pressed, if_random="the text is noise, not an answer")
+        shards = language_model.sharding.size("batch")
+        with screen.progress("compiling", pressed) as report:
+            engine_config = sampling_flags.engine_config(options, slots=-(-slots // shards) * shards)
+            return language_model, language_model.engine(engine_config, report=report)

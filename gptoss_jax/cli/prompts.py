@@ -1,0 +1,143 @@
+"""What the model is to go on from: prompt, conversation and settings, as flags, files and stdin give them."""
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from openai_harmony import Message
+
+from gptoss_jax.cli import command
+from gptoss_jax.cli.flag_values import naming_flags, only_source, read_text, token_ids
+from gptoss_jax.cli.prompt_flags import FLAG_OF, PROMPT_FLAGS
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import messages, render
+from gptoss_jax.harmony.answer import Answer
+from gptoss_jax.harmony.messages import Conversation
+from gptoss_jax.harmony.settings import Settings
+
+SOURCES = ("prompt", "prompt_file", "token_ids")
+
+
+class Prompt(NamedTuple):
+    """What the model is to go on from.
+
+    Attributes:
+        token_ids: all of it.
+        text: the user's message, if there is one beside the conversation's file.
+        conversation: the messages that were rendered, with those that the settings put in front; None: plain ids.
+        settings: those fields of `Settings` that acted.
+    """
+
+    token_ids: list[int]
+    text: str | None = None
+    conversation: list[Message] | None = None
+    settings: Mapping[str, Any] = {}
+
+    def conversation_with(self, answer: Answer) -> list[Message]:
+        """The prompt's messages and the answer's; none where the prompt is plain ids."""
+        if self.conversation is None:
+            return []
+        return [*self.conversation, *messages.from_parsed(answer.history())]
+
+    def settings_document(self) -> dict[str, Any]:
+        """The flags in PROMPT_FLAGS for JSON, with the values that acted, wherever they came from; else null."""
+        values = {**self.settings, "tools": [tool.model_dump(mode="json") for tool in self.settings.get("tools", ())]}
+        if response_format := values.get("response_format"):
+            values["response_format"] = dataclasses.asdict(response_format)
+        return dict.fromkeys(PROMPT_FLAGS) | {FLAG_OF.get(field, field): value for field, value in values.items()}
+
+
+def settings(options: flags.FlagValues) -> Settings:
+    """What the flags tell the model.
+
+    Raises:
+        GptossError: a value that cannot be, or a file that is not what it should be.
+    """
+    date = datetime.date.today().isoformat() if options.date == "today" else options.date
+    if options.system:
+        messages.check_text(options.system, "--system")
+    tools = messages.read_tools(options.tools) if options.tools else ()
+    response_format = messages.read_response_format(options.response_format) if options.response_format else None
+    with naming_flags(FLAG_OF):
+        return Settings(
+            reasoning_effort=options.reasoning_effort,
+            knowledge_cutoff=options.knowledge_cutoff,
+            current_date=date,
+            instructions=options.system,
+            tools=tools,
+            builtin_tools=tuple(options.builtin_tools),
+            response_format=response_format,
+        )
+
+
+def read_conversation(options: flags.FlagValues) -> Conversation:
+    """The one in --messages; without that flag an empty one.
+
+    Raises:
+        GptossError: the file holds none.
+    """
+    return messages.read_messages(options.messages) if options.messages else Conversation(())
+
+
+def merge(settings: Settings, conversation: Conversation, options: flags.FlagValues) -> Settings:
+    """`settings` of the flags, and what the conversation's file sets beside its messages.
+
+    Raises:
+        GptossError: a flag that was given says something else than the file, or belongs in a message that it brings.
+    """
+    flag_of = {field: FLAG_OF.get(field, field) for field in vars(settings)}
+    with naming_flags(FLAG_OF):
+        given = [field for field, flag in flag_of.items() if options[flag].present]
+        render.check_can_be_set(conversation.messages, given)
+    for field, value in conversation.settings.items():
+        flag = flag_of[field]
+        if options[flag].present and getattr(settings, field) != value:
+            raise GptossError(
+                f"{command.spelled(flag)} and the conversation's file say different things: leave one of them out"
+            )
+    return dataclasses.replace(settings, **conversation.settings)
+
+
+def read(options: flags.FlagValues, arguments: Sequence[str]) -> Prompt:
+    """What the flags, the positional argument, or stdin ask.
+
+    Raises:
+        GptossError: no prompt, more than one, or one that the format does not allow.
+    """
+    given = only_source(options, arguments, "prompt", SOURCES)
+    if given is None and not options.messages and not sys.stdin.isatty():
+        given = "prompt_file", "-"
+    match given:
+        case ("token_ids", _):
+            return Prompt(_plain_ids(options))
+        case ("prompt_file", path):
+            return _render(options, read_text(path))
+        case ("prompt", text):
+            return _render(options, text)
+        case _:
+            return _render(options, None)
+
+
+def _plain_ids(options: flags.FlagValues) -> list[int]:
+    for flag in (*PROMPT_FLAGS, "messages", "tool_results", "save"):
+        if options[flag].present:
+            raise GptossError(f"--token-ids is the whole prompt, so {command.spelled(flag)} has no place in it")
+    return list(token_ids("token_ids", options.token_ids.split(",")))
+
+
+def _render(options: flags.FlagValues, text: str | None) -> Prompt:
+    """The conversation in --messages, the results of its calls, and the user's `text`."""
+    from_flags, before = settings(options), read_conversation(options)
+    conversation = list(before.messages)
+    if options.tool_results:
+        conversation += messages.read_tool_results(options.tool_results, before)
+    if text is not None:
+        conversation.append(messages.user(text))
+    if not conversation:
+        raise GptossError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
+    merged = merge(from_flags, before, options)
+    ids = render.render(conversation, merged, vocab_path=options.vocab)
+    return Prompt(ids, text, render.with_opening(conversation, merged), render.acting(merged, conversation))

@@ -1,0 +1,235 @@
+"""An engine's part on the devices: the cache, the slots' state, and the compiled programs that change them.
+
+Knows slots and pages by number, and nothing of requests that wait. Everything is compiled before the first token, for
+fixed shapes; what varies (lengths, sampling, stop ids, steps per dispatch) is data.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.engine import programs, sampling
+from gptoss_jax.engine.programs import NO_TOKEN, Chunks, SlotOptions, SlotState
+from gptoss_jax.engine.request import MAX_STOP_IDS, EngineConfig, Request
+from gptoss_jax.engine.sampling import Draw
+from gptoss_jax.model import kv_cache
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.model.transformer import Model, Params
+
+
+class Chunk(NamedTuple):
+    """What one slot reads in one dispatch.
+
+    Attributes:
+        tokens: the next of its prompt, no more than the dispatch is wide.
+        budget: tokens that may be drawn after them; 0: the prompt goes on.
+    """
+
+    tokens: Sequence[int]
+    budget: int
+
+
+class Compiled(NamedTuple):
+    """The programs of an engine, compiled for its shapes."""
+
+    admit: Any
+    prefill: dict[int, Any]  # by width
+    decode: Any
+
+
+class ModelRunner:
+    """Runs the model for an engine's slots.
+
+    Attributes:
+        deterministic: see `EngineConfig`; chosen here where that leaves it open.
+        forms: how slots share the arithmetic.
+        num_shards: data shards, each with its own slots and pages.
+        pages_per_shard: pages of the pool of each.
+        compiled: the programs, for another runner just like this one.
+        compile_seconds: what compiling them took.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        config: ModelConfig,
+        sharding: Sharding,
+        cache_dtype: jnp.dtype,
+        engine_config: EngineConfig,
+        *,
+        compiled: Compiled | None = None,
+        report: Callable[[int, int], object] = lambda done, total: None,
+    ):
+        """`compiled` are the programs of a runner just like this one; `report` hears how many of all are compiled."""
+        sharding.check(config, engine_config.slots)
+        self._config, self._engine_config, self._sharding, self._params = config, engine_config, sharding, params
+        on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+        self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
+        self.forms = programs.choose(model, config, sharding, deterministic=self.deterministic)
+        self.num_shards = sharding.size("batch")
+        self.pages_per_shard = -(-_pool_pages(engine_config) // self.num_shards)
+        self._slots_per_shard = engine_config.slots // self.num_shards
+        self._table = np.zeros((engine_config.slots, kv_cache.num_pages(engine_config.max_context_tokens)), np.int32)
+        self._table_changed = False
+        self._cache = kv_cache.allocator(
+            config,
+            sharding,
+            slots=engine_config.slots,
+            pages=self.pages_per_shard * self.num_shards,
+            max_context_tokens=engine_config.max_context_tokens,
+            dtype=cache_dtype,
+        )()
+        self._options, self._state = self._empty_slots()
+        began = time.perf_counter()
+        self.compiled = compiled or self._compile(report)
+        self.compile_seconds = time.perf_counter() - began
+
+    # ---- set-up ----
+
+    def _empty_slots(self) -> tuple[SlotOptions, SlotState]:
+        axes = (programs.OPTIONS_AXES, programs.STATE_AXES)
+        one, count = self._slot(Request((), ()), ()), self._engine_config.slots
+        every = jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), one)
+        return jax.device_put(every, self._sharding.named_tree(axes))
+
+    def _slot(self, request: Request, drawn: Sequence[int]) -> tuple[Any, Any]:
+        """Options and state of a slot that is not active yet, on the host, without the leading axis."""
+        config = self._config
+        stop_ids = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
+        stop_ids[: len(request.stop_ids)] = request.stop_ids
+        constants = sampling.constants(request.sampling, request.token_ids, config.vocab_size, config.num_token_ids)
+        state = [np.int32(0), np.int32(0), sampling.count_ids(drawn, config.vocab_size)]
+        return SlotOptions._make([stop_ids, constants]), SlotState._make(state)
+
+    def _to_slots(self, array: np.ndarray) -> jax.Array:
+        """A host array with a leading slot axis, each slot on its data shard."""
+        return jax.device_put(array, self._sharding.named(("batch", *(None,) * (array.ndim - 1))))
+
+    def _compile(self, report: Callable[[int, int], object]) -> Compiled:
+        cache, options, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._options, self._state))
+        draws = self._sharding.named_tree(programs.DRAWS_AXES)
+        widths = sorted(set(self._engine_config.prefill_widths))
+        done = itertools.count(1)
+
+        def build(program: Any, *arguments: Any) -> Any:
+            compiled = program.lower(*arguments).compile()
+            report(next(done), len(widths) + 2)
+            return compiled
+
+        decode = functools.partial(programs.decode, self.forms.decode)
+        admit = jax.jit(programs.admit, donate_argnums=(0, 1, 2), out_shardings=(cache.lengths, options, state))
+        prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(None, cache, state))
+        decode = jax.jit(decode, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
+        slots = (self._options, self._state)
+        return Compiled(
+            admit=build(admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
+            prefill={
+                width: build(prefill, self._params, self._cache, *slots, *self._chunks(width, {})) for width in widths
+            },
+            decode=build(decode, self._params, self._cache, *slots, np.int32(1)),
+        )
+
+    @property
+    def prefills_in_one_batch(self) -> bool:
+        """Whether the prompts of all slots can be read in one dispatch, or one of each data shard."""
+        return self.forms.prefill.num_chunks is None
+
+    @property
+    def decodes_in_one_batch(self) -> bool:
+        """Whether a decoding step runs the model once for all slots, or once for each."""
+        return self.forms.decode.num_chunks is None
+
+    # ---- slots and pages ----
+
+    def shard_of(self, slot: int) -> int:
+        """The data shard that a slot and its pages lie in."""
+        return slot // self._slots_per_shard
+
+    def admit(self, slot: int, request: Request, drawn: Sequence[int]) -> None:
+        """Makes a slot ready for a request, of whose answer `drawn` is known; its pages come with `set_pages`."""
+        lengths, self._options, self._state = self.compiled.admit(
+            self._cache.lengths, self._options, self._state, np.int32(slot), self._slot(request, drawn)
+        )
+        self._cache = self._cache._replace(lengths=lengths)
+
+    def set_pages(self, slot: int, pages: Sequence[int]) -> None:
+        """Says where a slot's tokens lie: pages of its shard, in the order of its positions."""
+        self._table[slot, : len(pages)] = pages
+        self._table_changed = True
+
+    def _send_table(self) -> None:
+        """Brings the devices' page table up to date, once a dispatch at most."""
+        if self._table_changed:
+            table = jax.device_put(self._table.copy(), self._cache.page_table.sharding)
+            self._cache, self._table_changed = self._cache._replace(page_table=table), False
+
+    def halt(self, slots: Sequence[int]) -> None:
+        """Has these slots draw no more."""
+        if slots:
+            remaining = np.array(self._state.remaining)
+            remaining[list(slots)] = 0
+            self._state = self._state._replace(remaining=self._to_slots(remaining))
+
+    # ---- dispatches ----
+
+    def choose_chunk(self, unread: Mapping[int, int]) -> tuple[int, list[int]]:
+        """The width of the next chunk, and the slots that take part in it.
+
+        Where prompts are read alone, one slot of each data shard goes, and the width follows from its own prompt.
+
+        Args:
+            unread: slot -> tokens of its prompt that are not in the cache; the first are served first.
+        """
+        widths = sorted(self.compiled.prefill)
+        fitting = {slot: next((w for w in widths if w >= left), widths[-1]) for slot, left in unread.items()}
+        if self.prefills_in_one_batch:
+            return max(fitting.values()), list(unread)
+        width = next(iter(fitting.values()))
+        first = {self.shard_of(slot): slot for slot in reversed(unread) if fitting[slot] == width}
+        return width, list(first.values())
+
+    def prefill(self, width: int, chunks: Mapping[int, Chunk]) -> Draw:
+        """Reads a chunk of each slot's prompt, and gives draws [C, ...], on the devices: `place_of` says whose."""
+        self._send_table()
+        draw, self._cache, self._state = self.compiled.prefill[width](
+            self._params, self._cache, self._options, self._state, *self._chunks(width, chunks)
+        )
+        return draw
+
+    def place_of(self, slot: int) -> int:
+        """The slot's place among the chunks of a prefill, and among its draws."""
+        return slot if self.prefills_in_one_batch else self.shard_of(slot)
+
+    def _chunks(self, width: int, chunks: Mapping[int, Chunk]) -> tuple[Chunks, jax.Array]:
+        count = self.forms.prefill.num_chunks or self._engine_config.slots
+        tokens, counts, budget = (np.zeros(shape, np.int32) for shape in ((count, width), count, count))
+        at = np.zeros(self.num_shards, np.int32)
+        for slot, chunk in chunks.items():
+            place = self.place_of(slot)
+            tokens[place, : len(chunk.tokens)] = chunk.tokens
+            counts[place], budget[place] = len(chunk.tokens), chunk.budget
+            at[self.shard_of(slot)] = slot % self._slots_per_shard
+        return Chunks(*map(self._to_slots, (tokens, counts, budget))), self._to_slots(at)
+
+    def decode(self, steps: int) -> Draw:
+        """Up to `steps` tokens of each active slot: draws [B, MAX_STEPS_PER_DISPATCH, ...], on the devices."""
+        self._send_table()
+        draws, self._cache, self._state = self.compiled.decode(
+            self._params, self._cache, self._options, self._state, np.int32(steps)
+        )
+        return draws
+
+
+def _pool_pages(engine_config: EngineConfig) -> int:
+    """Pages of all shards together."""
+    if engine_config.pool_tokens is not None:
+        return kv_cache.num_pages(engine_config.pool_tokens)
+    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens)

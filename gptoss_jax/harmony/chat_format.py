@@ -1,0 +1,138 @@
+"""OpenAI-style chat -> harmony messages."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from openai_harmony import Author, Message, Role
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import render
+from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
+from gptoss_jax.harmony.json_values import json_text, known_fields, model_of, needed, nonempty_list, short, string
+from gptoss_jax.harmony.tool_results import ToolResult, answer_calls
+
+_REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")  # OpenRouter's and vLLM's, DeepSeek's, Ollama's
+_CHAT_KEYS = {
+    "system": ("content",),
+    "developer": ("content",),
+    "user": ("content", "name"),
+    "assistant": ("content", "refusal", *_REASONING_KEYS, "tool_calls", "function_call"),
+    "tool": ("content", "tool_call_id", "name", "tool_name"),  # tool_name is Ollama's
+    "function": ("content", "name"),  # OpenAI's, before there were tools
+}
+_INSTRUCTING = ("system", "developer")
+_ANSWERING = ("tool", "function")
+
+
+class _ChatMessage(NamedTuple):
+    """A message in OpenAI's form, its keys checked.
+
+    Attributes:
+        where: what errors call it.
+        role: one of _CHAT_KEYS.
+        fields: its keys that say something.
+    """
+
+    where: str
+    role: str
+    fields: Mapping[str, Any]
+
+
+def from_chat(documents: Sequence[object]) -> Conversation:
+    """The conversation that a list of messages in OpenAI's form holds; those in front become settings.
+
+    Raises:
+        GptossError: anything else; the error names the message.
+    """
+    chat = [_chat_message(document, f"message {index}") for index, document in enumerate(documents)]
+    front = list(itertools.takewhile(lambda message: message.role in _INSTRUCTING, chat))
+    settings = {"instructions": "\n\n".join(map(_content, front))} if front else {}
+    messages: list[Message] = []
+    call_ids: dict[int, str] = {}
+    for is_tool, rest in itertools.groupby(chat[len(front) :], key=lambda message: message.role in _ANSWERING):
+        if is_tool:
+            results = [ToolResult(message.where, message.fields, _content(message)) for message in rest]
+            messages += answer_calls(results, messages, call_ids)
+            continue
+        for message, call_id in itertools.chain.from_iterable(map(_spoken, rest)):
+            if call_id is not None:
+                call_ids[len(messages)] = call_id
+            messages.append(message)
+    for index, message in enumerate(messages):
+        render.check_message(message, f"message {index} in harmony's terms")
+    return Conversation(tuple(messages), settings, call_ids)
+
+
+def _chat_message(document: object, where: str) -> _ChatMessage:
+    role = document.get("role") if isinstance(document, dict) else None
+    if role not in tuple(_CHAT_KEYS):
+        raise GptossError(f"{where} has role {short(role)}, expected one of {', '.join(_CHAT_KEYS)}")
+    return _ChatMessage(where, role, known_fields(document, ("role", *_CHAT_KEYS[role]), where))
+
+
+def _content(message: _ChatMessage) -> str:
+    """Text, or a list of parts that are text."""
+    content = needed(message.fields, "content", message.where)
+    if isinstance(content, list):
+        return "".join(_part_text(part, message.where) for part in content)
+    return string(content, f"{message.where}, content")
+
+
+def _part_text(part: object, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
+        raise GptossError(
+            f"{where} has a content part of type {short(kind)}, expected 'text': the model reads no other"
+        )
+    return string(needed(known_fields(part, ("type", kind), where), kind, where), f"{where}, {kind}")
+
+
+def _spoken(message: _ChatMessage) -> list[tuple[Message, str | None]]:
+    """What a user's or assistant's message is in harmony, each with the id if it is a call."""
+    if message.role in _INSTRUCTING:
+        raise GptossError(
+            f"{message.where} has role {message.role!r} after others, expected it in front: move it there, "
+            "or write the conversation as harmony JSON"
+        )
+    if message.role == "assistant":
+        return _assistant(message)
+    author = model_of(Author, {"role": "user", "name": message.fields.get("name")}, message.where)
+    return [(Message.from_author_and_content(author, _content(message)), None)]
+
+
+def _assistant(message: _ChatMessage) -> list[tuple[Message, str | None]]:
+    fields, where = message.fields, message.where
+    documents = nonempty_list(fields["tool_calls"], f"{where}, tool_calls") if "tool_calls" in fields else []
+    if "function_call" in fields:
+        documents = [*documents, {"function": fields["function_call"]}]
+    calls = [_call(call, f"{where}, tool call {index}") for index, call in enumerate(documents)]
+    reasoning = {string(fields[key], f"{where}, {key}") for key in _REASONING_KEYS if fields.get(key)}
+    if len(reasoning) > 1:
+        raise GptossError(
+            f"{where} has several keys for reasoning that differ, expected one of {', '.join(_REASONING_KEYS)}"
+        )
+    messages = [_say(text, "analysis") for text in reasoning if text]
+    content = _content(message) if "content" in fields else ""
+    content += string(fields.get("refusal", ""), f"{where}, refusal")
+    if content or ("content" in fields and not calls):
+        messages.append(_say(content, "commentary" if calls else "final"))
+    if not messages and not calls:
+        raise GptossError(f"{where} says nothing, expected content, reasoning or tool_calls")
+    return [(message, None) for message in messages] + calls
+
+
+def _say(text: str, channel: str) -> Message:
+    return Message.from_role_and_content(Role.ASSISTANT, text).with_channel(channel)
+
+
+def _call(call: object, where: str) -> tuple[Message, str | None]:
+    fields = known_fields(call, ("id", "type", "function", "index"), where)
+    if fields.get("type", "function") != "function":
+        raise GptossError(f"{where} has type {short(fields['type'])}, expected 'function'")
+    function = known_fields(needed(fields, "function", where), ("name", "arguments"), where)
+    name = string(needed(function, "name", where), f"{where}, name")
+    arguments = json_text(needed(function, "arguments", where))
+    message = _say(arguments, "commentary").with_recipient(f"functions.{name}").with_content_type(f"{CONSTRAIN}json")
+    render.check_message(message, where)
+    return message, None if "id" not in fields else string(fields["id"], f"{where}, id")

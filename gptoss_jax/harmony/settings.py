@@ -1,0 +1,108 @@
+"""The settings that system and developer messages are made of.
+
+Quick to import: openai-harmony is not needed to say what can be set.
+"""
+
+import datetime
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.errors import GptossError
+
+if TYPE_CHECKING:
+    import openai_harmony
+
+REASONING_EFFORTS = ("low", "medium", "high")
+BUILTIN_TOOLS = ("browser", "python")
+DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """A JSON schema that the answer is asked to follow. It stands in the prompt; nothing enforces it.
+
+    Attributes:
+        name: letters, digits, and _ . - only.
+        schema: the JSON schema.
+        description: what it is for; stands as a comment above the schema.
+
+    Raises:
+        GptossError: another name.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+
+    def __post_init__(self):
+        _check_names("response_format", [self.name])
+
+    @property
+    def section(self) -> str:
+        """The section of the developer message (docs/format.md, "Structured output")."""
+        comment = "".join(f"// {line}\n" for line in (self.description or "").splitlines())
+        schema = json.dumps(self.schema, ensure_ascii=False, separators=(",", ":"))
+        return f"# Response Formats\n\n## {self.name}\n\n{comment}{schema}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the system and developer messages say.
+
+    Attributes:
+        reasoning_effort: one of REASONING_EFFORTS.
+        knowledge_cutoff: "YYYY-MM".
+        current_date: "YYYY-MM-DD"; None leaves the line out, so that the same input always gives the same ids.
+        instructions: what other formats call the system prompt; None or empty leaves the section out.
+        tools: functions that the model may call.
+        builtin_tools: of BUILTIN_TOOLS, those that the model may call.
+        response_format: the form that the answer is asked to have.
+
+    Raises:
+        GptossError: a value that a field cannot have.
+    """
+
+    reasoning_effort: str = "medium"
+    knowledge_cutoff: str = DEFAULT_KNOWLEDGE_CUTOFF
+    current_date: str | None = None
+    instructions: str | None = None
+    tools: tuple["openai_harmony.ToolDescription", ...] = ()
+    builtin_tools: tuple[str, ...] = ()
+    response_format: ResponseFormat | None = None
+
+    def __post_init__(self):
+        if self.reasoning_effort not in REASONING_EFFORTS:
+            raise _refused("reasoning_effort", self.reasoning_effort, f"one of {', '.join(REASONING_EFFORTS)}")
+        if not _is_date(f"{self.knowledge_cutoff}-01"):
+            raise _refused("knowledge_cutoff", self.knowledge_cutoff, "a month as YYYY-MM")
+        if self.current_date is not None and not _is_date(self.current_date):
+            raise _refused("current_date", self.current_date, "a date as YYYY-MM-DD, or none")
+        if not set(self.builtin_tools) <= set(BUILTIN_TOOLS):
+            raise _refused("builtin_tools", list(self.builtin_tools), f"of {', '.join(BUILTIN_TOOLS)}")
+        _check_names("builtin_tools", self.builtin_tools)
+        _check_names("tools", [tool.name for tool in self.tools])
+
+
+def _is_date(text: object) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_names(field: str, names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if not _NAME.fullmatch(name):
+            raise _refused(f"a name in {field}", name, "letters, digits, and _ . - only")
+        if count > 1:
+            raise GptossError(f"{field} holds {name!r} {count} times, expected once")
+
+
+def _refused(field: str, value: object, expected: str) -> GptossError:
+    return GptossError(f"{field} is {value!r}, expected {expected}")

@@ -1,0 +1,95 @@
+"""`load`: a folder of weights -> a model that is ready to run."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from gptoss_jax.checkpoints import opening
+from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model import layers, transformer
+from gptoss_jax.model import sharding as sharding_module
+from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.runtime import weight_transforms
+from gptoss_jax.runtime.language_model import LanguageModel
+from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
+from pallas_kernels.choice import Hardware
+
+Report = Callable[[int, int], object]
+"""Called with the bytes of weights that are loaded, and of all."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: str | Path | Mesh | Sharding | None = None,
+    dtype: str = "bfloat16",
+    dense: str = "bfloat16",
+    kernels: str = "auto",
+    report: Report = lambda done_bytes, total_bytes: None,
+) -> LanguageModel:
+    """The model at `path`, ready to run.
+
+    Args:
+        path: a converted (Orbax) checkpoint, or a folder of safetensors in any published format, read as it is.
+        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
+        dtype: "bfloat16", or "float32" to compute in float32 throughout.
+        dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
+            longer exact (docs/numerics.md has its cost); experts stay as they are.
+        kernels: "auto", or implementations by name, which then run or raise: see `layers.choose_kernels`.
+        report: called with the bytes of weights that are loaded, and of all.
+
+    Raises:
+        ConfigError: the checkpoint's config.json is not a gpt-oss model.
+        MeshError: the mesh does not fit the devices or the model.
+        CheckpointError: the checkpoint is absent, incomplete, or not of this model.
+        GptossError: an unknown dtype, dense or kernel.
+    """
+    began = time.perf_counter()
+    _check_known("dtype", dtype, transformer.DTYPE_POLICIES)
+    _check_known("dense", dense, DENSE_ITEMSIZE)
+    policy = transformer.DTYPE_POLICIES[dtype]
+    sharding = sharding_module.make(mesh)
+    chosen, reason = layers.choose_kernels(kernels, Hardware.of(sharding.mesh.devices.flat[0]), policy.activations)
+    weights = opening.open_weights(Path(path))
+    sharding.check(weights.config, slots=sharding.size("batch"))
+    model = transformer.declare(weights.config, sharding, chosen, policy)
+    transforms = [
+        weight_transforms.to_devices(model, sharding),
+        weight_transforms.to_dense_format(model, dense),
+        weight_transforms.to_weight_layout(model, chosen.expert_mlp.layout, sharding),
+    ]
+    leaves = weight_transforms.apply(transforms, weights.read(model.leaves, sharding))
+    params = transformer.nest(dict(_reported(leaves, model.leaves, report)))
+    return LanguageModel(
+        config=weights.config,
+        sharding=sharding,
+        params=params,
+        model=model,
+        policy=policy,
+        dense=dense,
+        kernels=reason,
+        source=weights.described,
+        weights_are_random=weights.are_random,
+        load_seconds=time.perf_counter() - began,
+    )
+
+
+def _check_known(what: str, name: str, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        raise GptossError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+
+
+def _reported(
+    leaves: Iterable[tuple[str, Any]], declared: Mapping[str, Leaf], report: Report
+) -> Iterator[tuple[str, Any]]:
+    """`leaves`, with a report of each."""
+    done_bytes, total_bytes = 0, sum(map(leaf_bytes, declared.values()))
+    for path, array in leaves:
+        done_bytes += leaf_bytes(declared[path])
+        report(done_bytes, total_bytes)
+        yield path, array

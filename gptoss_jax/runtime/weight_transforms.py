@@ -1,0 +1,85 @@
+"""What becomes of a leaf between the disk and the model: a list of steps, each from an array to an array.
+
+Leaves go through all steps one by one, so that little is in memory twice. To load another format of weights, or to put
+something beside them, write one more step here and add it to the list in `loading.load`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.errors import GptossError
+from gptoss_jax.model import layers
+from gptoss_jax.model.sharding import Axes, Sharding
+from gptoss_jax.model.transformer import Model
+from pallas_kernels import expert_mlp as expert_op
+
+Transform = Callable[[str, Any], Any]
+"""The path of a leaf, and its array -> what takes the array's place."""
+
+
+def apply(transforms: Sequence[Transform], leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each leaf after all `transforms`, finished before the next one is taken."""
+    for path, array in leaves:
+        for transform in transforms:
+            array = transform(path, array)
+        yield path, jax.block_until_ready(array)
+        del array  # while the next one is read
+
+
+def to_devices(model: Model, sharding: Sharding) -> Transform:
+    """Puts each leaf where its axes belong on the mesh; a device on a CPU takes host memory as it is."""
+
+    def place(path: str, array: Any) -> jax.Array:
+        return jax.device_put(array, sharding.named(model.leaves[path].axes))
+
+    return place
+
+
+def to_dense_format(model: Model, name: str) -> Transform:
+    """Brings the weights of attention and unembedding into the format `name` of `number_formats.DENSE_ITEMSIZE`."""
+
+    def convert(path: str, array: jax.Array) -> Any:
+        num_inputs = model.leaves[path].num_inputs
+        return _quantize(array, num_inputs) if num_inputs and name == "int8" else array
+
+    return convert
+
+
+_quantize = jax.jit(layers.quantize, static_argnums=1)
+
+
+def to_weight_layout(model: Model, layout: expert_op.Layout, sharding: Sharding) -> Transform:
+    """Rearranges the experts' weights for the kernel that reads them, on the devices that their new axes name.
+
+    The transform raises GptossError for a value that the kernel cannot read.
+    """
+    rearrangements = model.rearrangements(layout)
+
+    def rearrange(path: str, array: Any) -> Any:
+        way = rearrangements[path]
+        if way is expert_op.AS_PUBLISHED:
+            return array
+        if way.greatest is not None and (found := int(jnp.max(array))) > way.greatest:
+            raise GptossError(
+                f"{path} holds the byte {found}, and the chosen kernel reads up to {way.greatest}: "
+                "--kernels expert_mlp=reference reads any"
+            )
+        return rearrange_experts(way, model.leaves[path].axes, sharding)(array)
+
+    return rearrange
+
+
+def rearrange_experts(way: expert_op.Rearrangement, axes: Axes, sharding: Sharding) -> Callable[[Any], jax.Array]:
+    """`way.pack` of an array with these axes, compiled: each device packs its own experts, one after the other.
+
+    All at once, a TPU's compiler takes up to 30 times the array on the way.
+    """
+
+    def each_expert(array: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda expert: way.pack(expert[None])[0], array)
+
+    to = way.axes(axes)
+    return jax.jit(sharding.map(each_expert, in_axes=(axes,), out_axes=to), out_shardings=sharding.row_major(to))

@@ -1,0 +1,139 @@
+"""How soon commands answer where no model is needed: help and obvious mistakes, told before JAX is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.gate import TinyModel
+from tests.goldens import make as golden
+
+COMMANDS = ("gptoss_jax.generate", "gptoss_jax.score", "converters.convert", "converters.random_weights")
+SLACK = 2  # CPUs differ, and a busy one takes longer for the same
+HELP_CPU_SECONDS = 0.5 * SLACK
+MISTAKE_CPU_SECONDS = 1.0 * SLACK
+
+# Runs a module as `python -m` does, and tells at its end what it took.
+RUN = """
+import atexit, json, resource, runpy, sys
+
+def tell():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    with open(sys.argv.pop(), "w") as file:
+        json.dump({"seconds": used.ru_utime + used.ru_stime, "modules": sorted(sys.modules)}, file)
+
+report, module = sys.argv[1:3]
+sys.argv[:3] = [module]
+atexit.register(lambda: (sys.argv.append(report), tell()))
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+class Done(NamedTuple):
+    """How a command ended, what it printed, its processor time, and the packages that it imported."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    cpu_seconds: float
+    packages: set[str]
+
+
+def run(tmp_path: Path, module: str, *arguments: object) -> Done:
+    """A command in a new process."""
+    report = tmp_path / "report.json"
+    words = [sys.executable, "-c", RUN, report, module, *arguments]
+    done = subprocess.run(
+        list(map(str, words)), cwd=golden.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
+    used = json.loads(report.read_text())
+    packages = {name.partition(".")[0] for name in used["modules"]}
+    return Done(done.returncode, done.stdout, done.stderr, used["seconds"], packages)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_comes_at_once(module, tmp_path):
+    """Guards --help, and with it every flag's mistake, against an import of what only a model needs."""
+    done = run(tmp_path, module, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout.lower() or "--" in done.stdout
+    assert done.packages.isdisjoint({"jax", "jaxlib", "flax", "orbax", "tensorstore"})
+    assert done.packages.isdisjoint({"openai_harmony", "pydantic", "rich", "prompt_toolkit", "tqdm"})
+    assert done.cpu_seconds < HELP_CPU_SECONDS
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_installed_command_has_the_same_help(module):
+    """Guards the console scripts, for which the command's module is not `__main__`."""
+    script = f"import sys, {module} as command; sys.argv = ['gptoss-command', '--help']; command.cli()"
+    helps = [
+        subprocess.run([sys.executable, *how], cwd=golden.ROOT, capture_output=True, text=True, timeout=60, check=True)
+        for how in (["-c", script], ["-m", module, "--help"])
+    ]
+    assert helps[0].stdout == helps[1].stdout
+    assert "\n  --" in helps[0].stdout
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """A model, and files and folders that are not what a command expects."""
+    folder = tmp_path_factory.mktemp("places")
+    good = TinyModel(golden.tiny_config()).write(folder / "good")
+    llama = folder / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text(json.dumps(golden.tiny_config() | {"model_type": "llama"}))
+    (llama / "model.safetensors").write_bytes((next(good.glob("*.safetensors"))).read_bytes())
+    (folder / "empty").mkdir()
+    (folder / "broken.json").write_text("[{")
+    (folder / "long.json").write_text(f'[{{"role": "user", "content": {"1" * 5000}}}]')
+    files = {"BROKEN": folder / "broken.json", "LONG": folder / "long.json"}
+    return {"GOOD": good, "LLAMA": llama, "EMPTY": folder / "empty", "ABSENT": folder / "absent", **files}
+
+
+GENERATE, SCORE, CONVERT, RANDOM = COMMANDS
+MISTAKES = {
+    "missing folder": (GENERATE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
+    "wrong folder": (GENERATE, "--checkpoint EMPTY Hello", "empty: no *.safetensors and no model.safetensors.index"),
+    "a file": (GENERATE, "--checkpoint BROKEN Hello", "broken.json: a file, expected a checkpoint's folder"),
+    "another model": (GENERATE, "--checkpoint LLAMA Hello", "config.json: model_type is 'llama', expected 'gpt_oss'"),
+    "bad flag": (GENERATE, "--checkpoint GOOD --temprature 1 Hello", "Unknown command line flag 'temprature'"),
+    "bad value": (GENERATE, "--checkpoint GOOD --top-p 2 Hello", "--top-p is 2.0, expected 0 to 1"),
+    "bad messages": (GENERATE, "--checkpoint GOOD --messages BROKEN", "broken.json, line 1, column 3: "),
+    "long number": (GENERATE, "--checkpoint GOOD --messages LONG", "long.json: Exceeds the limit (4300 digits)"),
+    "bad tools": (GENERATE, "--checkpoint GOOD --tools BROKEN Hello", "broken.json, line 1, column 3: "),
+    "bad chat": (GENERATE, "--checkpoint GOOD --chat --messages BROKEN", "broken.json, line 1, column 3: "),
+    "score missing": (SCORE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
+    "score another": (SCORE, "--checkpoint LLAMA Hello", "config.json: model_type is 'llama', expected 'gpt_oss'"),
+    "score short": (SCORE, "--checkpoint GOOD --token-ids 1", "--token-ids is 1 token long, expected at least 2"),
+    "convert missing": (CONVERT, "ABSENT EMPTY/out", "absent: no such folder, expected a checkpoint's folder"),
+    "convert another": (CONVERT, "LLAMA EMPTY/out", "config.json: model_type is 'llama', expected 'gpt_oss'"),
+    "convert one folder": (CONVERT, "GOOD", "expected two folders, SRC DST, got "),
+    "random config": (RANDOM, "ABSENT --config BROKEN", "broken.json: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_obvious_mistake_is_told_at_once(name, places, tmp_path):
+    """Guards patience: seconds of imports before one hears of a typing error."""
+    module, line, message = MISTAKES[name]
+    for place, path in places.items():
+        line = line.replace(place, str(path))
+    done = run(tmp_path, module, *line.split())
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "jax" not in done.packages
+    assert done.cpu_seconds < MISTAKE_CPU_SECONDS
+
+
+def test_the_package_itself_needs_no_jax():
+    """Guards whoever wants a name that needs none: requests, sampling options, the error."""
+    code = (
+        "import sys, gptoss_jax; gptoss_jax.Request, gptoss_jax.SamplingParams, gptoss_jax.EngineConfig,"
+        "gptoss_jax.GptossError; sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=golden.ROOT, check=True, timeout=60)

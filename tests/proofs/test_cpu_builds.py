@@ -1,0 +1,82 @@
+"""The C++ kernels as compilers build them: without what a compiler lacks, and under the sanitizers."""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cpu_kernels
+
+ROOT = Path(__file__).parents[2]
+MISSING = cpu_kernels.why_not()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+INSTRUCTION_SETS: tuple[str, ...] = () if MISSING else cpu_kernels.instruction_sets()
+
+
+def _setup() -> Any:
+    """setup.py as a module."""
+    pytest.importorskip("setuptools", reason="setup.py holds the compiler's flags")
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have one instruction set beside C++")
+@pytest.mark.parametrize(
+    ("flag", "lost"), [("-mavx512bf16", ["avx512bf16"]), ("-mavx512f", ["avx512bf16", "avx512"]), ("-std=c++17", None)]
+)
+def test_a_compiler_loses_what_it_lacks_and_no_more(flag, lost, tmp_path, monkeypatch, capsys):
+    """Guards older compilers: one unknown flag must not cost the whole library, or pass without a word."""
+    setuptools = pytest.importorskip("setuptools")
+    build = _setup()
+    compiler = tmp_path / "compiler"
+    real = os.environ.get("CXX", "g++")  # without optimising, which takes long
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" {flag} "*) exit 1;; esac\nexec {real} "$@" -O0\n')
+    compiler.chmod(0o755)
+    for variable in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"):
+        monkeypatch.setenv(variable, f"{compiler} -shared" if variable.startswith("LD") else str(compiler))
+    monkeypatch.chdir(ROOT)
+    command = build.BuildKernels(setuptools.Distribution({"ext_modules": [build.extension()]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+    built, said = list(tmp_path.glob("lib/cpu_kernels/_native*.so")), capsys.readouterr().err.splitlines()
+    if lost is None:
+        assert not built and [line[:50] for line in said] == ["gptoss-jax: no CPU kernels, XLA alone will run the"]
+        return
+    assert [line.partition(", which")[0] for line in said] == [f"gptoss-jax: CPU kernels without {s}" for s in lost]
+    sets, content = build.machine_flags(), built[0].read_bytes()
+    tables = [name for name in sets if f"cpu_kernels{len(name)}{name}8kKernels".encode() in content]
+    assert tables == [name for name in sets if name not in lost]
+    native = ctypes.CDLL(str(built[0]))
+    native.cpu_kernels_supported.restype = ctypes.c_char_p
+    assert native.cpu_kernels_supported(0).decode() == next(name for name in INSTRUCTION_SETS if name not in lost)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_sanitizers_find_nothing(name, tmp_path):
+    """Guards reads beyond the end of an array, helpers that come late, and undefined arithmetic.
+
+    The driver's pools of 0 to 5 threads must also agree on every bit.
+    """
+    build = _setup()
+    compiler = os.environ.get("CXX", "g++")
+    flags = [*build.FLAGS, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    native, objects = ROOT / build.NATIVE, []
+    for source, more in (
+        (native / "kernels.cc", [f"-DCPU_KERNELS_{name.upper()}", *build.machine_flags()[name]]),
+        (native / "parallel.cc", []),
+        (ROOT / "tests" / "native" / "driver.cc", [f"-DCPU_KERNELS_DRIVEN={name}", f"-I{native}"]),
+    ):
+        objects.append(tmp_path / f"{source.stem}.o")
+        subprocess.run([compiler, *flags, *more, "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run([compiler, *flags, *objects, "-pthread", "-o", tmp_path / "driver"], check=True)
+    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "same bits\n", "")

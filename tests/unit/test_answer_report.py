@@ -1,0 +1,62 @@
+"""What `generate` reports of its answers."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from gptoss_jax.cli import answer_report
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.runtime.answers import Sample
+from gptoss_jax.runtime.language_model import LanguageModel
+
+
+class _Model(LanguageModel):
+    """One that reads 1,000 bytes for each step, in a memory of 80,000 bytes a second."""
+
+    load_seconds = 1.5
+
+    def __init__(self):
+        self.asked: list[float] = []
+
+    def decode_bytes(self, rows: int, context_tokens: int) -> int:
+        return 1000
+
+    def read_bandwidth(self, at_least: float = 0.0) -> float:
+        self.asked.append(at_least)
+        return 80_000.0
+
+
+class _Engine(Engine):
+    """One that was compiled."""
+
+    compile_seconds = 2.5
+
+    def __init__(self):
+        pass
+
+
+def _sample(tokens: int, first: float, last: float) -> Sample:
+    answer = SimpleNamespace(parsed=SimpleNamespace(token_ids=range(tokens)))
+    return Sample(answer, [], first, last)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_share_of_the_limit_follows_from_bytes_and_time():
+    """Guards the arithmetic: 20 steps in half a second read 40,000 of the 80,000 bytes that a second allows."""
+    model = _Model()
+    statistics = answer_report.measure(model, _Engine(), 7, [_sample(21, 1.0, 1.5)])
+    assert statistics["decode_tokens_per_second"] == 40.0
+    assert statistics["share_of_bandwidth_limit"] == 0.5
+    assert (statistics["load_seconds"], statistics["compile_seconds"]) == (1.5, 2.5)
+    assert model.asked == [40_000.0]
+    line = answer_report.statistics_line(statistics)
+    assert line.startswith("first token after 1.00 s; 21 tokens, 40.00 tokens/s, 50.0 % of what 0.0 GB/s of measured ")
+
+
+@pytest.mark.parametrize("samples", [[(5, 1.0, 2.0), (5, 1.0, 2.0)], [(1, 1.0, 1.0)], [(0, 0.0, 0.0)]])
+def test_the_memory_is_measured_only_where_its_share_is_reported(samples):
+    """Guards the end of a run: no benchmark for several answers, which share their reads, nor for a single token."""
+    model = _Model()
+    statistics = answer_report.measure(model, _Engine(), 7, [_sample(*sample) for sample in samples])
+    assert model.asked == []
+    assert "share_of_bandwidth_limit" not in statistics
+    assert "GB/s" not in answer_report.statistics_line(statistics)

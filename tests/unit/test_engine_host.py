@@ -1,0 +1,205 @@
+"""The engine's part on the host: admission, pages, preemption, policy. No model runs: a fake one draws tokens."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.engine.engine import Engine
+from gptoss_jax.engine.request import EngineConfig, Request, RequestError
+from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.engine.scheduler import Scheduler
+from gptoss_jax.model.config import read_config
+from tests.fake_runner import VOCAB, FakeRunner, answer, next_token
+from tests.goldens.make import ROOT
+
+CONFIG = dataclasses.replace(
+    read_config(ROOT / "configs" / "tiny.json"), vocab_size=VOCAB, stop_ids=(VOCAB - 2,), pad_id=VOCAB - 1
+)
+BOTH = pytest.mark.parametrize("one_batch", [False, True], ids=["slot by slot", "batched"])
+
+
+def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch=False) -> Engine:
+    """An engine over a fake runner."""
+    return Engine(FakeRunner(config, num_shards=num_shards, one_batch=one_batch), CONFIG, config, scheduler=scheduler)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Ids that no other length and seed has."""
+    return tuple((seed * 131 + 7 * length + i) % VOCAB for i in range(length))
+
+
+def run(engine: Engine) -> dict[int, list[int]]:
+    """Tokens of each request until all have ended."""
+    tokens = collections.defaultdict(list)
+    for event in engine.run():
+        assert event.step == len(tokens[event.request_id])
+        tokens[event.request_id] += event.token_ids
+    return tokens
+
+
+def all_pages_are_free(engine: Engine) -> bool:
+    """Whether no page was lost."""
+    return all(pool.num_free == pool.num_pages for pool in engine._placement._pools)
+
+
+@BOTH
+def test_pages_are_taken_on_demand(one_batch):
+    """Guards memory: eight requests that may grow to the context run at once in a pool that holds two such."""
+    config = EngineConfig(slots=8, max_context_tokens=4096, pool_tokens=8192)
+    runner = FakeRunner(config, one_batch=one_batch)
+    engine = Engine(runner, CONFIG, config)
+    for i in range(8):
+        engine.submit(Request(prompt(4, i), ()))
+    for _ in range(20):
+        engine.tick()
+    assert runner.dispatches[-1] == ("decode", list(range(8)))
+
+
+@BOTH
+def test_the_youngest_gives_way_when_pages_run_out(one_batch):
+    """Guards a pool that runs dry: every answer is whole and right, and the oldest request never waits."""
+    preempted = []
+
+    class Watched(Scheduler):
+        def preempt(self, running):
+            chosen = super().preempt(running)
+            assert chosen.request_id == max(sequence.request_id for sequence in running)
+            preempted.append(chosen.request_id)
+            return chosen
+
+    config = EngineConfig(slots=4, max_context_tokens=384, prefill_widths=(16, 64), pool_tokens=384)
+    engine = make_engine(config, scheduler=Watched(), one_batch=one_batch)
+    seen = collections.defaultdict(list)
+    for i in range(4):
+        engine.submit(Request(prompt(20 + i), (), 300, ends_at=lambda token, i=i: seen[i].append(token) is not None))
+    tokens = run(engine)
+    assert preempted and 0 not in preempted
+    assert [tokens[i] for i in range(4)] == [answer(prompt(20 + i), 300) for i in range(4)]
+    assert [seen[i] for i in range(4)] == [tokens[i] for i in range(4)]  # each token was told once
+    assert all_pages_are_free(engine)
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    """Guards a request that would wait for ever; without a limit of its own, the pool is its limit."""
+    config = EngineConfig(slots=2, max_context_tokens=1024, pool_tokens=384)
+    engine = make_engine(config)
+    message = "410 tokens exceed a page pool of 384: shorten the request, or raise pool_tokens"
+    with pytest.raises(RequestError, match=message):
+        engine.submit(Request(prompt(400), (), 10))
+    with pytest.raises(RequestError, match="385 tokens exceed a page pool of 384"):
+        engine.submit(Request(prompt(384), ()))
+    assert engine.is_idle
+    unlimited = engine.submit(Request(prompt(380), ()))
+    assert run(engine) == {unlimited: answer(prompt(380), 4)}
+
+
+@BOTH
+def test_answers_go_on_while_a_long_prompt_is_read(one_batch):
+    """Guards flowing text: a prompt of 3,000 tokens is read in chunks, and between two of them the others draw."""
+    config = EngineConfig(slots=3, max_context_tokens=4096, prefill_widths=(128,))
+    engine = make_engine(config, one_batch=one_batch)
+    others = {engine.submit(Request(prompt(5, i), (), 2000)) for i in range(2)}
+    while len(engine._placement.decoding) < 2:
+        engine.tick()
+    long = engine.submit(Request(prompt(3000), (), 1))
+    silent, chunks, events = 0, 0, engine.tick()
+    while long not in (drew := {event.request_id for event in events}):
+        assert drew in (set(), others)
+        silent, chunks = (0, chunks) if drew else (silent + 1, chunks + 1)
+        assert silent <= 1
+        events = engine.tick()
+    assert chunks == 3000 // 128
+
+
+def test_another_policy_can_be_given():
+    """Guards the joint: who goes first is one small class that a user replaces."""
+
+    class ShortestFirst(Scheduler):
+        def admit(self, waiting):
+            return min(waiting, key=lambda sequence: len(sequence.request.token_ids))
+
+    ends = {}
+    for name, scheduler in (("usual", None), ("shortest", ShortestFirst())):
+        engine = make_engine(EngineConfig(), scheduler=scheduler)
+        for n in (50, 5, 20):
+            engine.submit(Request(prompt(n), (), 3))
+        ends[name] = [event.request_id for event in engine.run() if event.finish_reason]
+    assert ends == {"usual": [0, 1, 2], "shortest": [1, 2, 0]}
+
+
+JOBS = st.lists(
+    st.tuples(st.integers(1, 200), st.integers(1, 150), st.booleans(), st.sampled_from([None, 0, 1, 5, 30])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(JOBS, st.sampled_from([1, 2, 4]), st.sampled_from([384, 512, None]), st.booleans(), st.sampled_from([1, 2]))
+@settings(max_examples=200)
+def test_any_jobs_with_any_cancels_come_out_right(jobs, slots, pool, one_batch, shards):
+    """Guards all of it together: whoever is cancelled, preempted or stopped, the others' answers are their own."""
+    slots, pool = slots * shards, pool and pool * shards
+    config = EngineConfig(slots=slots, max_context_tokens=360, prefill_widths=(16, 64), pool_tokens=pool)
+    engine = make_engine(config, num_shards=shards, one_batch=one_batch)
+    cancelled, expected = {}, {}
+    for i, (length, count, stops, after) in enumerate(jobs):
+        whole = answer(prompt(length, i), count)
+        stop = whole[count // 2] if stops else VOCAB - 1
+        engine.submit(Request(prompt(length, i), (stop,), count))
+        expected[i] = whole[: whole.index(stop) + 1] if stop in whole else whole
+        if after is not None:
+            cancelled[i] = after
+    tokens, ticks = collections.defaultdict(list), 0
+    while not engine.is_idle:
+        for event in engine.tick():
+            tokens[event.request_id] += event.token_ids
+        ticks += 1
+        assert ticks < 20_000
+        for i in [i for i, after in cancelled.items() if after < ticks]:
+            engine.cancel(i)
+    for i, whole in expected.items():
+        assert tokens[i] == whole[: len(tokens[i])]
+        assert i in cancelled or tokens[i] == whole
+    assert all_pages_are_free(engine)
+
+
+def test_the_fake_draws_from_what_it_reads():
+    """Guards the tests above: a fake that ignored its cache would pass them all."""
+    assert next_token([1, 2, 3]) != next_token([1, 2, 4])
+    assert answer((1, 2), 3) == [next_token((1, 2)), *answer((1, 2, next_token((1, 2))), 2)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), (), 4), "the prompt has no tokens, expected at least one"),
+        (Request((1, 512), (), 4), "token id 512 at position 1 is outside the vocabulary, expected 0 to 511"),
+        (Request((-1,), (), 4), "token id -1 at position 0 is outside the vocabulary"),
+        (Request((1,) * 60, (), 10), "a prompt of 60 tokens and an answer of up to 10 exceed the context of 64 tokens"),
+        (Request((1,) * 64, ()), "a prompt of 64 tokens and an answer of up to 1 exceed the context of 64 tokens"),
+        (Request((1,), (), 0), "max_new_tokens is 0, expected at least 1"),
+        (Request((1,), tuple(range(9)), 4), "9 stop ids, expected at most 8"),
+        (Request((1,), (2**40,), 4), "expected ids from 0 to 511"),
+        (Request((1,), (), 4, SamplingParams(logit_bias={512: 1.0})), "logit_bias names id 512, expected ids from 0"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(request_, message):
+    """Guards the message, and that a refused request leaves nothing behind."""
+    engine = make_engine(EngineConfig(max_context_tokens=64, prefill_widths=(8,)))
+    with pytest.raises(RequestError, match=message):
+        engine.submit(request_)
+    assert engine.is_idle
+
+
+def test_context_beyond_the_models_is_refused():
+    """Guards YaRN's range: an engine longer than the model's promise would answer nonsense without a word."""
+    with pytest.raises(RequestError, match="max_context_tokens is 131073, the model has 131072 at most"):
+        Request((1,), (), 4).check(CONFIG, EngineConfig(max_context_tokens=131_073))
+    zeros: list[dict[str, Any]] = [{"slots": 0}, {"max_context_tokens": 0}, {"pool_tokens": 0}]
+    for zero in zeros:
+        with pytest.raises(ValueError, match=f"{next(iter(zero))} is 0, expected at least 1"):
+            EngineConfig(**zero)
