@@ -51,7 +51,7 @@ def to_dense_format(model: Model, name: str) -> Transform:
 _quantize = jax.jit(layers.quantize, static_argnums=1)
 
 
-def to_weight_layout(model: Model, layout: expert_op.Layout, sharding: Sharding) -> Transform:
+def to_weight_layout(model: Model, layout: expert_op.WeightLayout, sharding: Sharding) -> Transform:
     """Rearranges the experts' weights for the kernel that reads them, on the devices that their new axes name.
 
     The transform raises GptossError for a value that the kernel cannot read.

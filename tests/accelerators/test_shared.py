@@ -22,19 +22,25 @@ def test_expert_mlp(name, shape, routing):
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_paged_attention(name, tokens):
-    """Guards page tables, ragged slots and sinks."""
+    """Guards page tables, ragged sequences, sinks and the lse."""
     kernels.test_paged_attention(name, tokens)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("tokens", [1, 5, 12, 40])
-def test_banded_attention(name, tokens):
+def test_sliding_window_attention(name, tokens):
     """Guards the ring: what was never written, wrap-around, chunks shorter and longer than the window."""
-    kernels.test_banded_attention(name, tokens)
+    kernels.test_sliding_window_attention(name, tokens)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attentions_to_disjoint_keys_merge(name):
+    """Guards split decoding and a sequence axis."""
+    kernels.test_attentions_to_disjoint_keys_merge(name)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.parametrize("routing", ["random", "with skipped choices"])
+@pytest.mark.parametrize("routing", ["random", "with skipped assignments"])
 def test_gradients_of_experts(name, routing):
     """Guards fine-tuning of the router and of both biases."""
     gradients.test_experts(name, routing)
@@ -47,6 +53,6 @@ def test_gradients_of_paged_attention(name):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_gradients_of_banded_attention(name):
+def test_gradients_of_sliding_window_attention(name):
     """Guards fine-tuning through the ring."""
-    gradients.test_banded_attention(name)
+    gradients.test_sliding_window_attention(name)

@@ -32,7 +32,7 @@ def _fresh_interpreter(monkeypatch):
 
 def _interpreted(arguments) -> Attended:
     found = jax.jit(functools.partial(tpu.attend, interpret=CAREFUL))(*jax.tree.map(jnp.asarray, arguments))
-    return Attended(*map(np.asarray, found))
+    return jax.tree.map(np.asarray, found)
 
 
 def _races_found() -> bool:
@@ -64,7 +64,8 @@ def _paged(heads: tuple[int, int, int], dtype: jnp.dtype, positions: np.ndarray,
         pools[:, table[i, owned + 1 :]] = np.nan
         table[i, owned + 1 :] = 2**31 - 1
     q = 2 * _draw(rng, dtype, sequences, positions.shape[1], num_heads, size)
-    return q, PagedKV(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    k, v, table = map(jnp.asarray, (*pools, table))
+    return q, PagedKV(k, v, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
@@ -76,7 +77,9 @@ def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], p
     new = _draw(rng, dtype, 2, sequences, tokens, kv_heads, size)
     new[:, positions < 0] = np.nan
     q = 2 * _draw(rng, dtype, sequences, tokens, num_heads, size)
-    return q, RingKV(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    k, v, k_new, v_new = map(jnp.asarray, (*rings, *new))
+    kv = RingKV(k, v, k_new, v_new, jnp.asarray(start, jnp.int32))
+    return q, kv, positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _check(arguments):
@@ -122,12 +125,13 @@ def test_the_window_ends_where_it_should(tokens, distance):
     last, window = 300, 128
     start = [last + 1 - tokens]
     q, kv, positions, sinks = _windowed((2, 1, 16), jnp.float32, start, _positions(start, [tokens], tokens), window)
-    kv.v[:], kv.v_new[:] = 0, 0
+    v, v_new = np.zeros(kv.v.shape, np.float32), np.zeros(kv.v_new.shape, np.float32)
     at = last - distance
     if at >= start[0]:
-        kv.v_new[0, at - start[0]] = 1e6
+        v_new[0, at - start[0]] = 1e6
     else:
-        kv.v[0, at % window] = 1e6 if at >= start[0] - window else 0
+        v[0, at % window] = 1e6 if at >= start[0] - window else 0
+    kv = kv._replace(v=jnp.asarray(v), v_new=jnp.asarray(v_new))
     found = _interpreted((q, kv, positions, sinks))
     assert (found.out[0, -1] > 0).all() == (distance < window)
 
@@ -139,7 +143,7 @@ def test_a_sink_counts_once(tokens):
     positions = _positions([keys - tokens], [tokens], tokens)
     q, kv, _, _ = _paged((2, 1, 16), jnp.float32, positions)
     sinks = np.full(2, np.log(keys), np.float32)
-    found = _interpreted((0 * q, kv._replace(v=np.ones_like(kv.v)), positions, sinks))
+    found = _interpreted((0 * q, kv._replace(v=jnp.ones_like(kv.v)), positions, sinks))
     np.testing.assert_allclose(found.out[0, -1], 0.5, rtol=1e-4)
     np.testing.assert_allclose(found.lse[0, -1], np.log(2 * keys), rtol=1e-5)
 

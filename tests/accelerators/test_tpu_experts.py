@@ -25,14 +25,9 @@ from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES: Any = expert_op.ExpertWeights(  # as in gptoss_jax/model/experts.py
-    ("experts", "expert_hidden", None, None),
-    ("experts", "expert_hidden", None),
-    ("experts", "expert_hidden"),
-    ("experts", None, "expert_hidden", None),
-    ("experts", None, "expert_hidden"),
-    ("experts", None),
-)
+_GATE_UP, _DOWN = ("experts", "expert_hidden", None, None), ("experts", None, "expert_hidden", None)
+_NAMES: Any = (_GATE_UP, _GATE_UP[:3], _GATE_UP[:2], _DOWN, _DOWN[:3], _DOWN[:2])  # as in gptoss_jax/model/experts.py
+AXES = expert_op.ExpertWeights(*_NAMES)
 
 
 def _bits(tree):
@@ -46,7 +41,7 @@ def _shard(array, names, axis: str, shard: int):
 
 def _cut(weights, axes, axis: str, shard: int) -> expert_op.ExpertWeights:
     """What one of two devices holds of a layer's experts."""
-    shards = (_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True))
+    shards: Any = [_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True)]
     return expert_op.ExpertWeights(*shards)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ class Sequences:
                 seen = np.arange(positions[i].max() + 1)
                 pool[table[i, seen // page], seen % page] = by_position[i, seen]
             stored.append(pool)
-        return self.queries(positions), PagedKV(*stored, table), positions, self.sinks
+        k, v, table = map(jnp.asarray, (*stored, table))
+        return self.queries(positions), PagedKV(k, v, table), positions, self.sinks
 
     def windowed(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple:
         """A call over a sliding window: NaN in slots never written and in the new tokens that are padding."""
@@ -92,7 +94,8 @@ class Sequences:
             fresh = np.take_along_axis(by_position, np.maximum(positions, 0)[:, :, None, None], axis=1)
             stored.append(ring)
             new.append(np.where((positions >= 0)[:, :, None, None], fresh, np.nan).astype(by_position.dtype))
-        return self.queries(positions), RingKV(*stored, *new, start), positions, self.sinks
+        k, v, k_new, v_new, first = map(jnp.asarray, (*stored, *new, start))
+        return self.queries(positions), RingKV(k, v, k_new, v_new, first), positions, self.sinks
 
 
 _jitted = functools.cache(jax.jit)
@@ -275,7 +278,8 @@ def test_loops_branches_and_devices(instructions):
     _same_bits(np.asarray(looped(*arguments)), 2 * expected)
 
     mesh = jax.make_mesh((2,), ("tensor",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    by_head, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+    by_head: Any = PartitionSpec(None, None, "tensor")
+    whole: Any = PartitionSpec()
     specs = (by_head, PagedKV(by_head, by_head, whole), whole, PartitionSpec("tensor"))
     sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(by_head, by_head), check_vma=False))
     _same_bits(np.asarray(sharded(*arguments)[0]), expected)
@@ -297,8 +301,9 @@ def test_what_it_does_not_take_is_refused():
 def test_no_logits_in_memory():
     """Guards long contexts: what a chunk needs beside its arguments does not grow with the context."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    pages = shape((2048, 64, *REAL[1:]))
-    table, positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    pages: Any = shape((2048, 64, *REAL[1:]))
+    table: Any = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    positions = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     q = shape((1, 128, REAL[0], REAL[2]))
     lowered = jax.jit(attend).lower(q, PagedKV(pages, pages, table), positions, shape((REAL[0],)))
     assert program_memory(lowered.compile()).temporary_bytes < 1e6

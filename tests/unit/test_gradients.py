@@ -177,7 +177,8 @@ def test_attention_without_a_cache(name, window):
     def attend(q, k, v, sinks):
         if window is None:
             pages = jnp.arange(sequences * tokens // page, dtype=jnp.int32).reshape(sequences, -1)
-            kv = attention_op.PagedKV(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
+            k, v = (x.reshape(-1, page, kv_heads, size) for x in (k, v))
+            kv = attention_op.PagedKV(k, v, pages)
         else:
             empty = jnp.zeros((sequences, window, kv_heads, size), jnp.float32)
             kv = attention_op.RingKV(empty, empty, k, v, jnp.zeros(sequences, jnp.int32))
@@ -208,11 +209,11 @@ def test_merged_attentions():
 
     def attend(q, k, v, sinks):
         def part(keys: slice, sinks):
-            pools = (x[:, keys].reshape(-1, page, kv_heads, size) for x in (k, v))
+            k_part, v_part = (x[:, keys].reshape(-1, page, kv_heads, size) for x in (k, v))
             pages = jnp.arange(-(-(keys.stop - keys.start) // page), dtype=jnp.int32)[None]
             where = jnp.minimum(jnp.maximum(positions - keys.start, -1), keys.stop - keys.start - 1)
             run = attention_op.IMPLEMENTATIONS["reference"]
-            return run(q, attention_op.PagedKV(*pools, pages), where, sinks)
+            return run(q, attention_op.PagedKV(k_part, v_part, pages), where, sinks)
 
         parts = part(slice(0, first), sinks), part(slice(first, tokens), jnp.full_like(sinks, -jnp.inf))
         return attention_op.merge(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), axis=0)

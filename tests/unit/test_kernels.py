@@ -245,7 +245,7 @@ def test_adapters_are_part_of_the_weights(which):
     assert np.abs(plain - expected).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", all_of([name for name in expert_op.IMPLEMENTATIONS if name != "reference"]))
+@pytest.mark.parametrize("name", [name for name in expert_op.IMPLEMENTATIONS if name != "reference"])
 @pytest.mark.parametrize("which", ["gate_up_adapter", "down_adapter"])
 def test_kernels_without_adapters_refuse_them(name, which):
     """Guards against a fine-tuned model that answers as the plain one: an adapter is never left out silently."""
@@ -309,7 +309,8 @@ def _attend(q, k, v, sinks, visible) -> attention_op.Attended:
     total = weights.sum(-1)
     total[total == 0] = 1  # padding without a sink
     out = np.einsum("tns,snh->tnh", weights[..., :-1] / total[..., None], np.repeat(v, group, axis=1))
-    return attention_op.Attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
+    lse: Any = np.where(visible.any(-1)[:, None], np.log(total), -np.inf)
+    return attention_op.Attended(out, lse)
 
 
 def _assert_close(found: attention_op.Attended, expected: attention_op.Attended, tolerance: float = 1e-4):
@@ -345,8 +346,8 @@ def paged_call(tokens: int, page: int = 8) -> Pages:
     for i in range(sequences):
         keys, values = (a[table[i]].reshape(-1, kv_heads, size) for a in (k, v))
         expected.append(_attend(q[i], keys, values, sinks, np.arange(len(keys)) <= positions[i][:, None]))
-    kv = attention_op.PagedKV(k, v, table)
-    return Pages(q, kv, positions, sinks, attention_op.Attended(*map(np.stack, zip(*expected, strict=True))))
+    kv = attention_op.PagedKV(jnp.asarray(k), jnp.asarray(v), jnp.asarray(table))
+    return Pages(q, kv, positions, sinks, jax.tree.map(lambda *arrays: np.stack(arrays), *expected))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -379,8 +380,9 @@ def test_sliding_window_attention(name, tokens):
     ordinal = np.arange(tokens)
     positions = np.where(ordinal < counts[:, None], start[:, None] + ordinal, -1).astype(np.int32)
     new = start[:, None] + ordinal
-    k_new, v_new = (np.take_along_axis(a, new[:, :, None, None], axis=1) for a in (k, v))
-    kv = attention_op.RingKV(*rings, k_new, v_new, start)
+    k_new, v_new = (jnp.asarray(np.take_along_axis(a, new[:, :, None, None], axis=1)) for a in (k, v))
+    k_ring, v_ring = jnp.asarray(rings)
+    kv = attention_op.RingKV(k_ring, v_ring, k_new, v_new, jnp.asarray(start))
     found = jax.jit(attention_op.IMPLEMENTATIONS[name])(q, kv, positions, sinks)
     for i in range(sequences):
         distance = positions[i][:, None] - np.arange(80)
@@ -394,7 +396,7 @@ def test_attentions_to_disjoint_keys_merge(name):
     """Guards split decoding and a sequence axis: parts merged by their lse are the whole, the sink entering once."""
     q, kv, positions, sinks, expected = paged_call(5)
     run, keys = jax.jit(attention_op.IMPLEMENTATIONS[name]), 320  # of the first part: 40 pages of 8
-    tables = np.split(kv.page_table, [keys // 8], axis=1)
+    tables = jnp.split(kv.page_table, [keys // 8], axis=1)
     parts = (
         run(q, kv._replace(page_table=tables[0]), np.minimum(positions, keys - 1), sinks),
         run(q, kv._replace(page_table=tables[1]), np.maximum(positions - keys, -1), np.full_like(sinks, -np.inf)),
@@ -413,12 +415,12 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
     """Guards caches narrower or wider than activations: operands meet in float32, where bfloat16 is exact."""
     run = jax.jit(attention_op.IMPLEMENTATIONS[name])
     q, kv, positions, sinks, _ = paged_call(5)
-    ring = attention_op.RingKV(*(kv.k[:4], kv.v[:4]), *(kv.k[4:8, :5], kv.v[4:8, :5]), np.zeros(4, np.int32))
+    ring = attention_op.RingKV(kv.k[:4], kv.v[:4], kv.k[4:8, :5], kv.v[4:8, :5], jnp.zeros(4, jnp.int32))
     for keys, where in ((kv, positions), (ring, np.tile(np.arange(5, dtype=np.int32), (4, 1)))):
-        narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == np.float32 else x, keys)
-        wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == of_keys else x, narrow)
-        found = run(jnp.asarray(q, of_queries), jax.tree.map(jnp.asarray, narrow), where, sinks)
-        expected = run(jnp.asarray(q, of_queries).astype(jnp.float32), jax.tree.map(jnp.asarray, wide), where, sinks)
+        narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == jnp.float32 else x, keys)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == of_keys else x, narrow)
+        found = run(jnp.asarray(q, of_queries), narrow, where, sinks)
+        expected = run(jnp.asarray(q, of_queries).astype(jnp.float32), wide, where, sinks)
         _assert_close(found, jax.tree.map(lambda x: np.asarray(x, np.float64), expected), tolerance=1e-5)
 
 
@@ -427,7 +429,7 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
 def test_kernels_that_multiply_one_dtype_say_so(name, of_queries, of_keys):
     """Guards against a silent cast: tensor cores and matrix units take operands of one dtype."""
     q, kv, positions, sinks, _ = paged_call(1)
-    kv = attention_op.PagedKV(jnp.asarray(kv.k, of_keys), jnp.asarray(kv.v, of_keys), jnp.asarray(kv.page_table))
+    kv = kv._replace(k=kv.k.astype(of_keys), v=kv.v.astype(of_keys))
     with pytest.raises(TypeError, match=r"attention: .*(bfloat16.* float32|float32.* bfloat16)"):
         attention_op.IMPLEMENTATIONS[name](jnp.asarray(q, of_queries), kv, jnp.asarray(positions), jnp.asarray(sinks))
 
