@@ -13,14 +13,15 @@ from gptoss_jax.model import transformer
 from tests import reference
 from tests.gate import TinyModel
 from tests.goldens import make as golden
+from tests.proofs.test_sharding import CONFIG
 
 LENGTHS = (127, 128, 129, 300)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """Two layers, one of each kind."""
-    return TinyModel(golden.two_layers_config())
+    """Two layers, one of each kind, of sizes that meshes divide."""
+    return TinyModel(CONFIG)
 
 
 def _forward(model, sequences, taps=()):
@@ -40,7 +41,7 @@ def folder(small, tmp_path_factory):
     return small.write(tmp_path_factory.mktemp("forward"))
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=7", "data=4"])
+@pytest.mark.parametrize("mesh", [None, "data=4,expert=2", "tensor=8"])
 def test_a_forward_without_a_cache_equals_the_whole(folder, small, mesh):
     """Guards training and analysis: positions, window, sinks and padding are those of the cached steps, on any mesh."""
     sequences = [golden.token_ids(length, seed=length) for length in LENGTHS]
