@@ -27,7 +27,6 @@ from gptoss_jax.checkpoints.orbax import integrity, manifest, reader, zarr
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer, generation_config, save
 from gptoss_jax.model import config, sharding, transformer
-from tests.memory import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 CHANGES = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "vocab_size": 512}
@@ -144,31 +143,36 @@ def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
         restore(copy, LEAVES, sharding.make())
 
 
+# How far restoring a whole checkpoint raises the peak of a process's memory, and the bytes of its weights.
+PEAK_OF_RESTORING = """
+import sys
+import jax, numpy as np
+from gptoss_jax.checkpoints.orbax import reader
+from gptoss_jax.checkpoints.orbax.manifest import Manifest
+from gptoss_jax.model import sharding, transformer
+from tests.memory import peak_bytes
+
+records = Manifest.read(sys.argv[1]).leaves.values()
+leaves = {r.path: transformer.Leaf(r.shape, np.dtype(r.dtype), (None,) * len(r.shape)) for r in records}
+laid = sharding.make()
+place = laid.named((None, None))
+jax.device_put(np.zeros((1, 1)), place)  # JAX's own start
+before = peak_bytes()
+restored = [jax.device_put(array, place) for _, array in reader.read(sys.argv[1], leaves, laid)]
+print(peak_bytes() - before, sum(array.nbytes for array in restored))
+"""
+
+
 def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
     """Guards against a second copy of a leaf, on its way or left over; whole huge pages for leaves' small ends."""
-    arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
+    arrays = {f"a/{i}": np.full((1 << 19, 16 + i), i, np.uint8) for i in range(8)}
     save(tmp_path / "large", arrays, CONFIG)
-    code = (
-        "import sys; from tests.unit.test_checkpoint import peak_of_restoring; print(*peak_of_restoring(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "large"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", PEAK_OF_RESTORING, tmp_path / "large"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     added, weights = map(int, done.stdout.split())
     assert weights == sum(array.nbytes for array in arrays.values())
     assert weights < added < weights + (8 << 20)
-
-
-def peak_of_restoring(path: str) -> tuple[int, int]:
-    """How far restoring a whole checkpoint raises the peak of this process's memory, and the bytes of its weights."""
-    records = Manifest.read(path).leaves.values()
-    leaves = {r.path: transformer.Leaf(r.shape, jnp.dtype(r.dtype), (None,) * len(r.shape)) for r in records}
-    laid = sharding.make()
-    jax.device_put(np.zeros(1), laid.named((None,)))  # JAX's own start
-    before = peak_bytes()
-    restored = restore(path, leaves, laid)
-    return peak_bytes() - before, sum(array.nbytes for array in restored.values())
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
