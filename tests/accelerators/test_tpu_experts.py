@@ -26,8 +26,8 @@ from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
 _GATE_UP, _DOWN = ("experts", "expert_hidden", None, None), ("experts", None, "expert_hidden", None)
-_NAMES: Any = (_GATE_UP, _GATE_UP[:3], _GATE_UP[:2], _DOWN, _DOWN[:3], _DOWN[:2])  # as in gptoss_jax/model/experts.py
-AXES = expert_op.ExpertWeights(*_NAMES)
+NAMES: Any = (_GATE_UP, _GATE_UP[:3], _GATE_UP[:2], _DOWN, _DOWN[:3], _DOWN[:2])  # as in gptoss_jax/model/experts.py
+AXES = expert_op.ExpertWeights(*NAMES)
 
 
 def _bits(tree):
@@ -112,7 +112,7 @@ def test_devices_pack_their_own_experts(mesh):
     """Guards loading: packed expert by expert and shard by shard, weights are what packing them whole gives."""
     weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
     layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
-    for array, axes, way in zip(weights[:6], AXES[:6], layout, strict=True):
+    for array, axes, way in zip(weights[:6], NAMES, layout, strict=True):
         found = weight_transforms.rearrange_experts(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
         assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
         np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))
