@@ -20,11 +20,11 @@ demo: $(VENV)/.runs
 
 # What a contributor needs, in at most 6 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/unit tests/commands
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "unit or commands"
 
 # Interpreted kernels for GPUs and TPUs, the parity gate and its mutations, meshes, batch invariance, sanitizers.
 proofs: $(VENV)/.develops
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/accelerators tests/proofs
+	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "accelerators or proofs"
 
 test-all: test proofs
 
@@ -35,8 +35,8 @@ mutations: $(VENV)/.develops
 # What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, and
 # the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.
 gates: $(VENV)/.gates $(VENV)/.compilers
-	$(BIN)/python -m pytest tests/live
-	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) tests/compilers
+	$(BIN)/python -m pytest -m live
+	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m compilers
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .

@@ -72,7 +72,7 @@ def experts(config: ModelConfig, rows: int) -> Product:
     e, d, f, per_token = config.num_experts, config.hidden_size, config.intermediate_size, config.experts_per_token
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
-    arrays: Any = [_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    arrays: list[Any] = [_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     weights = ExpertWeights(*arrays)
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)

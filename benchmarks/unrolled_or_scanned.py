@@ -26,6 +26,7 @@ from gptoss_jax.cli import command
 from gptoss_jax.model import kv_cache, layers, rope, sharding
 from gptoss_jax.model.attention import Positions
 from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.taps import Taps
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
 from pallas_kernels.choice import Hardware
 
@@ -104,14 +105,14 @@ def unrolled(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
     """A step through all layers, one after the other, and its arguments."""
     config = _config(layers, experts)
     graph, abstract = _layers(config, layers)
-    x, step, cache = _start(config)
+    x, positions, cache = _start(config)
 
-    def run(params, x, step, cache):
+    def run(params, x, positions, cache):
         for layer in nnx.merge(graph, params):
-            x, cache = layer(x, step, cache)
+            x, cache = layer(x, positions, cache, Taps((), config.num_layers).of_layer(0))
         return x, cache
 
-    return run, (_zeros(abstract), x, step, cache)
+    return run, (_zeros(abstract), x, positions, cache)
 
 
 def scanned(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
@@ -120,19 +121,19 @@ def scanned(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
     graph, abstract = _layers(config, 2)
     pairs = layers // 2
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((pairs, *leaf.shape), leaf.dtype), abstract)
-    x, step, cache = _start(_config(2, experts))
+    x, positions, cache = _start(_config(2, experts))
     caches = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (pairs, *leaf.shape)), cache)
 
-    def run(params, x, step, caches):
+    def run(params, x, positions, caches):
         def pair(x, inputs):
             params, cache = inputs
             for layer in nnx.merge(graph, params):
-                x, cache = layer(x, step, cache)
+                x, cache = layer(x, positions, cache, Taps((), config.num_layers).of_layer(0))
             return x, cache
 
         return jax.lax.scan(pair, x, (params, caches))
 
-    return run, (_zeros(stacked), x, step, caches)
+    return run, (_zeros(stacked), x, positions, caches)
 
 
 def _zeros(tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """The test session is stricter than production: eight CPU devices, strict dtype promotion, no network.
 
-A test's folder is its mark (docs/testing.md says what each holds), and a case in tests/unit has a budget of CPU time.
+A test's folder is its mark (docs/testing.md says what each holds), and a case marked unit has a budget of CPU time.
 """
 
 import os
@@ -61,9 +61,10 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test with the folder that holds it: unit, commands, accelerators, proofs or live."""
+    """Marks each test with the folder that holds it, and what runs an interpreted kernel as accelerators."""
     for item in items:
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker("accelerators" if "-interpreted" in item.name else folder)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,7 +79,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if item.get_closest_marker("unit") and seconds > UNIT_CPU_SECONDS:
         pytest.fail(
             f"{seconds:.1f} s of CPU time, and a case in tests/unit may take {UNIT_CPU_SECONDS:g} s: make it faster, "
-            "or move it to tests/proofs (tests/accelerators if it interprets a kernel)",
+            "or move it to tests/proofs",
             pytrace=False,
         )
     return result

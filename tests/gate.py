@@ -34,6 +34,26 @@ class TinyModel(NamedTuple):
         return folder / "published"
 
 
+def published_tensor(tensors: dict[str, np.ndarray], path: str) -> np.ndarray:
+    """The published tensor of a leaf, by a mapping of the tests' own."""
+    parts = path.split("/")
+    if parts[0] != "layers":
+        return tensors[
+            {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm": "model.norm"}[path] + ".weight"
+        ]
+    prefix, block, rest = f"model.layers.{parts[1]}.", parts[2], parts[3:]
+    if rest == ["norm"]:
+        norm = "input_layernorm" if block == "attention" else "post_attention_layernorm"
+        return tensors[f"{prefix}{norm}.weight"]
+    if rest[0] in ("gate_up", "down"):
+        return tensors[f"{prefix}mlp.experts.{rest[0]}_proj_{rest[1]}"]
+    if block == "moe":
+        return tensors[f"{prefix}mlp.router.{rest[1]}"]
+    if rest == ["sinks"]:
+        return tensors[f"{prefix}self_attn.sinks"]
+    return tensors[f"{prefix}self_attn.{'o' if rest[0] == 'out' else rest[0]}_proj.{rest[1]}"]
+
+
 def failures(logits: np.ndarray, reference: np.ndarray, positions: np.ndarray) -> list[str]:
     """Why `logits` [P, V], computed in float32, are not the reference's; empty if they are.
 

@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 
 from converters.random_model import random_tensors
 from gptoss_jax.harmony import tokenizer
-from tests.goldens.make import tiny_config
+from tests.goldens.make import two_layers_config
 
-CONFIG = tiny_config() | {
-    **{"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    **{"vocab_size": tokenizer.VOCAB_SIZE, "eos_token_id": tokenizer.RETURN, "pad_token_id": tokenizer.ENDOFTEXT},
+CONFIG = two_layers_config() | {
+    "vocab_size": tokenizer.VOCAB_SIZE,
+    "eos_token_id": tokenizer.RETURN,
+    "pad_token_id": tokenizer.ENDOFTEXT,
 }
 REASONING = "Hmm, why does sky look blue? Recall Rayleigh."
 ANSWER = "Because air scatters short waves most: **blue** ✨"

@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpreter
-from pallas_kernels.attention import Attended, PagedKV, RingKV, gpu, merge, reference
+from pallas_kernels.attention import Attended, gpu, merge, reference
+from tests.structures import attended, paged_kv, ring_kv
 
 HEAD = 16
 
@@ -18,7 +19,7 @@ def _run(*arguments, detect_races: bool = False) -> Attended:
     """The kernel in the interpreter, whose many TMA threads show which copy a barrier was waited on for."""
     interpret = interpreter.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=16)
     found = jax.jit(functools.partial(gpu.attend, interpret=interpret))(*arguments)
-    return jax.tree.map(lambda x: np.asarray(x).astype(np.float32), found)
+    return attended(*(np.asarray(x).astype(np.float32) for x in found))
 
 
 def _assert_reference(found: Attended, arguments, rtol: float = 1e-5, atol: float = 1e-5):
@@ -39,8 +40,8 @@ def _paged(rng: np.random.Generator, lengths: list[int], tokens: int, page: int,
     positions = np.array(lengths)[:, None] - tokens + np.arange(tokens)
     q = rng.standard_normal((sequences, tokens, heads, HEAD)) * 2
     sinks = rng.standard_normal(heads).astype(np.float32)
-    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
-    return q, PagedKV(k, v, jnp.asarray(table)), np.maximum(positions, -1).astype(np.int32), sinks
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    return q, paged_kv(k, v, table), np.maximum(positions, -1).astype(np.int32), sinks
 
 
 def _windowed(rng: np.random.Generator, start: list[int], tokens: int, window: int):
@@ -50,11 +51,10 @@ def _windowed(rng: np.random.Generator, start: list[int], tokens: int, window: i
     for i, first in enumerate(start):
         for position in range(max(0, first - window), first):
             rings[:, i, position % window] = rng.standard_normal((2, 1, HEAD))
-    k, v = jnp.asarray(rings)
-    k_new, v_new = jnp.asarray(rng.standard_normal((2, sequences, tokens, 1, HEAD)), jnp.float32)
+    new = rng.standard_normal((2, sequences, tokens, 1, HEAD)).astype(np.float32)
     positions = np.array(start, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
     q, sinks = rng.standard_normal((sequences, tokens, 2, HEAD)).astype(np.float32), np.zeros(2, np.float32)
-    return q, RingKV(k, v, k_new, v_new, jnp.asarray(start, jnp.int32)), positions, sinks
+    return q, ring_kv(*rings, *new, np.array(start, np.int32)), positions, sinks
 
 
 @pytest.mark.parametrize(("start", "tokens"), [(200, 1), (0, 140)])
@@ -66,9 +66,9 @@ def test_the_window_ends_between_distances_127_and_128(start, tokens):
     ring = np.zeros((1, window, 1, HEAD), np.float32)
     for position in range(max(0, start - window), start):
         ring[0, position % window] = values[position]
-    q, new = np.zeros((1, tokens, 4, HEAD), np.float32), jnp.asarray(values[None, start:])
-    positions = jnp.arange(start, start + tokens, dtype=jnp.int32)[None]
-    kv = RingKV(jnp.zeros_like(ring), jnp.asarray(ring), jnp.zeros_like(new), new, positions[:, 0])
+    q, new = np.zeros((1, tokens, 4, HEAD), np.float32), values[None, start:]
+    positions = np.arange(start, start + tokens, dtype=np.int32)[None]
+    kv = ring_kv(np.zeros_like(ring), ring, np.zeros_like(new), new, positions[:, 0])
     found = _run(q, kv, positions, np.full(4, -np.inf, np.float32))
     np.testing.assert_allclose(found.lse[0, -1], np.log(window), rtol=1e-6)
     np.testing.assert_allclose(found.out[0, -1, :, :2], np.tile([1 / window, 0], (4, 1)), rtol=1e-6)
@@ -81,10 +81,10 @@ def test_the_sink_is_counted_once(blocks, splits, monkeypatch):
     monkeypatch.setattr(gpu, "merge", lambda parts, axis: merged.append(parts.lse.shape[axis]) or merge(parts, axis))
     monkeypatch.setattr(gpu, "BLOCKS", blocks)
     lengths, page, pages = np.array([700, 5, 1], np.int32), 64, 12
-    keys = jnp.ones((3 * pages, page, 1, HEAD), jnp.float32)
-    table = jnp.arange(3 * pages, dtype=jnp.int32).reshape(3, pages)
+    keys = np.ones((3 * pages, page, 1, HEAD), np.float32)
+    table = np.arange(3 * pages, dtype=np.int32).reshape(3, pages)
     sinks, q = np.array([-2, 0, 3], np.float32), np.zeros((3, 1, 3, HEAD), np.float32)
-    found = _run(q, PagedKV(keys, keys, table), lengths[:, None] - 1, sinks)
+    found = _run(q, paged_kv(keys, keys, table), lengths[:, None] - 1, sinks)
     assert merged == ([splits] if splits > 1 else [])
     total = lengths[:, None] + np.exp(sinks)
     np.testing.assert_allclose(found.out[:, 0, :, 0], lengths[:, None] / total, rtol=1e-5)

@@ -10,7 +10,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import Attended, PagedKV, RingKV, reference, tpu
+from pallas_kernels.attention import Attended, reference, tpu
+from tests.structures import attended, paged_kv, ring_kv
 
 REAL = (16, 4, 64)  # query heads, key/value heads, head size: two groups of two, as the real models' four of two
 SHAPES = [  # heads, their dtype, a window
@@ -32,7 +33,7 @@ def _fresh_interpreter(monkeypatch):
 
 def _interpreted(arguments) -> Attended:
     found = jax.jit(functools.partial(tpu.attend, interpret=CAREFUL))(*jax.tree.map(jnp.asarray, arguments))
-    return jax.tree.map(np.asarray, found)
+    return attended(*map(np.asarray, found))
 
 
 def _races_found() -> bool:
@@ -64,8 +65,7 @@ def _paged(heads: tuple[int, int, int], dtype: jnp.dtype, positions: np.ndarray,
         pools[:, table[i, owned + 1 :]] = np.nan
         table[i, owned + 1 :] = 2**31 - 1
     q = 2 * _draw(rng, dtype, sequences, positions.shape[1], num_heads, size)
-    k, v, table = map(jnp.asarray, (*pools, table))
-    return q, PagedKV(k, v, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    return q, paged_kv(*pools, table), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], positions: np.ndarray, window: int):
@@ -77,9 +77,7 @@ def _windowed(heads: tuple[int, int, int], dtype: jnp.dtype, start: list[int], p
     new = _draw(rng, dtype, 2, sequences, tokens, kv_heads, size)
     new[:, positions < 0] = np.nan
     q = 2 * _draw(rng, dtype, sequences, tokens, num_heads, size)
-    k, v, k_new, v_new = map(jnp.asarray, (*rings, *new))
-    kv = RingKV(k, v, k_new, v_new, jnp.asarray(start, jnp.int32))
-    return q, kv, positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
+    return q, ring_kv(*rings, *new, np.array(start, np.int32)), positions, 2 * _draw(rng, jnp.bfloat16, num_heads)
 
 
 def _check(arguments):
@@ -125,13 +123,12 @@ def test_the_window_ends_where_it_should(tokens, distance):
     last, window = 300, 128
     start = [last + 1 - tokens]
     q, kv, positions, sinks = _windowed((2, 1, 16), jnp.float32, start, _positions(start, [tokens], tokens), window)
-    v, v_new = np.zeros(kv.v.shape, np.float32), np.zeros(kv.v_new.shape, np.float32)
+    kv.v[:], kv.v_new[:] = 0, 0
     at = last - distance
     if at >= start[0]:
-        v_new[0, at - start[0]] = 1e6
+        kv.v_new[0, at - start[0]] = 1e6
     else:
-        v[0, at % window] = 1e6 if at >= start[0] - window else 0
-    kv = kv._replace(v=jnp.asarray(v), v_new=jnp.asarray(v_new))
+        kv.v[0, at % window] = 1e6 if at >= start[0] - window else 0
     found = _interpreted((q, kv, positions, sinks))
     assert (found.out[0, -1] > 0).all() == (distance < window)
 
@@ -143,7 +140,7 @@ def test_a_sink_counts_once(tokens):
     positions = _positions([keys - tokens], [tokens], tokens)
     q, kv, _, _ = _paged((2, 1, 16), jnp.float32, positions)
     sinks = np.full(2, np.log(keys), np.float32)
-    found = _interpreted((0 * q, kv._replace(v=jnp.ones_like(kv.v)), positions, sinks))
+    found = _interpreted((0 * q, kv._replace(v=np.ones_like(kv.v)), positions, sinks))
     np.testing.assert_allclose(found.out[0, -1], 0.5, rtol=1e-4)
     np.testing.assert_allclose(found.lse[0, -1], np.log(2 * keys), rtol=1e-5)
 

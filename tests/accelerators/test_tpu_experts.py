@@ -21,13 +21,19 @@ from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import tpu, tpu_forms
 from pallas_kernels.mxfp4 import BLOCK
 from tests.goldens.make import tiny_config
+from tests.structures import expert_weights
 from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-_GATE_UP, _DOWN = ("experts", "expert_hidden", None, None), ("experts", None, "expert_hidden", None)
-NAMES: Any = (_GATE_UP, _GATE_UP[:3], _GATE_UP[:2], _DOWN, _DOWN[:3], _DOWN[:2])  # as in gptoss_jax/model/experts.py
-AXES = expert_op.ExpertWeights(*NAMES)
+AXES: Any = (  # of each of ExpertWeights, as in gptoss_jax/model/experts.py
+    ("experts", "expert_hidden", None, None),
+    ("experts", "expert_hidden", None),
+    ("experts", "expert_hidden"),
+    ("experts", None, "expert_hidden", None),
+    ("experts", None, "expert_hidden"),
+    ("experts", None),
+)
 
 
 def _bits(tree):
@@ -41,8 +47,8 @@ def _shard(array, names, axis: str, shard: int):
 
 def _cut(weights, axes, axis: str, shard: int) -> expert_op.ExpertWeights:
     """What one of two devices holds of a layer's experts."""
-    shards: Any = [_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True)]
-    return expert_op.ExpertWeights(*shards)
+    shards = (_shard(array, names, axis, shard) for array, names in zip(weights[:6], axes[:6], strict=True))
+    return expert_weights(*shards)
 
 
 # ---- the forms ----
@@ -112,7 +118,7 @@ def test_devices_pack_their_own_experts(mesh):
     """Guards loading: packed expert by expert and shard by shard, weights are what packing them whole gives."""
     weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 64, 192, 4))
     layout, laid_out = tpu_forms.FORMS["words, by integers"].layout, sharding.make(mesh)
-    for array, axes, way in zip(weights[:6], NAMES, layout, strict=True):
+    for array, axes, way in zip(weights[:6], AXES[:6], layout, strict=True):
         found = weight_transforms.rearrange_experts(way, axes, laid_out)(jax.device_put(array, laid_out.named(axes)))
         assert found.sharding.is_equivalent_to(laid_out.named(way.axes(axes)), found.ndim)
         np.testing.assert_array_equal(_bits(found), _bits(way.pack(array)))

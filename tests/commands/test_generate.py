@@ -27,7 +27,7 @@ from tests import processes, scripted
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
-SMALL = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+SMALL = golden.two_layers_config()
 # With the real vocabulary, so that text goes in and comes out.
 WORDY = SMALL | {"vocab_size": 201_088, "eos_token_id": 200_002, "pad_token_id": 199_999}
 TOKENIZER = tokenizer.load_tokenizer()

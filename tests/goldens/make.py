@@ -43,6 +43,11 @@ def tiny_config() -> dict:
     return with_vocab_size(json.loads((ROOT / "configs" / "tiny.json").read_text()), VOCAB)
 
 
+def two_layers_config() -> dict:
+    """The same with two layers, one of each kind, for what needs no depth."""
+    return tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
 def token_ids(count: int, seed: int) -> np.ndarray:
     """`count` token ids below 512, from the raw bits of a generator."""
     return (np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count) % VOCAB).astype(np.int64)

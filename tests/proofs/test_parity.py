@@ -92,11 +92,6 @@ INTERPRETED = {
 }
 
 
-def _small_config(**changes: int) -> dict:
-    config = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    return config | changes
-
-
 class Case:
     """A small model, what the reference says of it, and what the product makes of it."""
 
@@ -149,19 +144,19 @@ def _deep_negative_gates(tensors: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Case:
     """The small model."""
-    return Case(tmp_path_factory.mktemp("plain"), _small_config())
+    return Case(tmp_path_factory.mktemp("plain"), golden.two_layers_config())
 
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory) -> Case:
     """The small model with D = F, where a transposed matrix keeps its shape."""
-    return Case(tmp_path_factory.mktemp("square"), _small_config(intermediate_size=96))
+    return Case(tmp_path_factory.mktemp("square"), golden.two_layers_config() | {"intermediate_size": 96})
 
 
 @pytest.fixture(scope="module")
 def negative(tmp_path_factory) -> Case:
     """The small model in the region that a gate clamped from below would change."""
-    return Case(tmp_path_factory.mktemp("negative"), _small_config(), _deep_negative_gates)
+    return Case(tmp_path_factory.mktemp("negative"), golden.two_layers_config(), _deep_negative_gates)
 
 
 @pytest.mark.parametrize("case", ["plain", "square", "negative"])

@@ -8,8 +8,6 @@ import mmap
 import operator
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -27,7 +25,6 @@ from gptoss_jax.checkpoints.orbax import integrity, manifest, reader, zarr
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer, generation_config, save
 from gptoss_jax.model import config, sharding, transformer
-from tests.memory import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 CHANGES = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "vocab_size": 512}
@@ -142,33 +139,6 @@ def test_a_file_cut_while_it_is_read_is_named(saved, copy, monkeypatch):
     monkeypatch.setattr(integrity, "problems", lambda *_: [])  # as if it was whole when that was asked
     with pytest.raises(CheckpointError, match=r"/c\S*: ends at byte 1,000: it was truncated while being read"):
         restore(copy, LEAVES, sharding.make())
-
-
-def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
-    """Guards against a second copy of a leaf, on its way or left over; whole huge pages for leaves' small ends."""
-    arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
-    save(tmp_path / "large", arrays, CONFIG)
-    code = (
-        "import sys; from tests.unit.test_checkpoint import peak_of_restoring; print(*peak_of_restoring(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "large"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    added, weights = map(int, done.stdout.split())
-    assert weights == sum(array.nbytes for array in arrays.values())
-    assert weights < added < weights + (8 << 20)
-
-
-def peak_of_restoring(path: str) -> tuple[int, int]:
-    """How far restoring a whole checkpoint raises the peak of this process's memory, and the bytes of its weights."""
-    records = Manifest.read(path).leaves.values()
-    leaves = {r.path: transformer.Leaf(r.shape, jnp.dtype(r.dtype), (None,) * len(r.shape)) for r in records}
-    laid = sharding.make()
-    jax.device_put(np.zeros(1), laid.named((None,)))  # JAX's own start
-    before = peak_bytes()
-    restored = restore(path, leaves, laid)
-    return peak_bytes() - before, sum(array.nbytes for array in restored.values())
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")

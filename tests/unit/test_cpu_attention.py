@@ -20,7 +20,8 @@ import cpu_kernels
 from benchmarks.program_memory import program_memory
 from cpu_kernels.attention import attend
 from gptoss_jax.model.config import read_config
-from pallas_kernels.attention import PagedKV, RingKV, reference
+from pallas_kernels.attention import reference
+from tests.structures import paged_kv, ring_kv
 
 if reason := cpu_kernels.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -69,7 +70,7 @@ class Sequences:
     def queries(self, positions: np.ndarray) -> np.ndarray:
         return np.take_along_axis(self.q, np.maximum(positions, 0)[:, :, None, None], axis=1)
 
-    def paged(self, positions: np.ndarray, page: int = 64) -> tuple:
+    def paged(self, positions: np.ndarray, page: int = 64) -> tuple[Any, ...]:
         """A call on shuffled pages, NaN in all slots that no query sees."""
         pages = -(-self.context // page)
         table = self.rng.permutation(self.number * pages).reshape(self.number, pages).astype(np.int32)
@@ -80,10 +81,9 @@ class Sequences:
                 seen = np.arange(positions[i].max() + 1)
                 pool[table[i, seen // page], seen % page] = by_position[i, seen]
             stored.append(pool)
-        k, v, table = map(jnp.asarray, (*stored, table))
-        return self.queries(positions), PagedKV(k, v, table), positions, self.sinks
+        return self.queries(positions), paged_kv(*stored, table), positions, self.sinks
 
-    def windowed(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple:
+    def windowed(self, start: np.ndarray, positions: np.ndarray, window: int) -> tuple[Any, ...]:
         """A call over a sliding window: NaN in slots never written and in the new tokens that are padding."""
         stored, new = [], []
         for by_position in (self.k, self.v):
@@ -94,8 +94,7 @@ class Sequences:
             fresh = np.take_along_axis(by_position, np.maximum(positions, 0)[:, :, None, None], axis=1)
             stored.append(ring)
             new.append(np.where((positions >= 0)[:, :, None, None], fresh, np.nan).astype(by_position.dtype))
-        k, v, k_new, v_new, first = map(jnp.asarray, (*stored, *new, start))
-        return self.queries(positions), RingKV(k, v, k_new, v_new, first), positions, self.sinks
+        return self.queries(positions), ring_kv(*stored, *new, start), positions, self.sinks
 
 
 _jitted = functools.cache(jax.jit)
@@ -278,9 +277,8 @@ def test_loops_branches_and_devices(instructions):
     _same_bits(np.asarray(looped(*arguments)), 2 * expected)
 
     mesh = jax.make_mesh((2,), ("tensor",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    by_head: Any = PartitionSpec(None, None, "tensor")
-    whole: Any = PartitionSpec()
-    specs = (by_head, PagedKV(by_head, by_head, whole), whole, PartitionSpec("tensor"))
+    by_head, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+    specs = (by_head, paged_kv(by_head, by_head, whole), whole, PartitionSpec("tensor"))
     sharded = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(by_head, by_head), check_vma=False))
     _same_bits(np.asarray(sharded(*arguments)[0]), expected)
 
@@ -301,9 +299,8 @@ def test_what_it_does_not_take_is_refused():
 def test_no_logits_in_memory():
     """Guards long contexts: what a chunk needs beside its arguments does not grow with the context."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    pages: Any = shape((2048, 64, *REAL[1:]))
-    table: Any = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-    positions = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    pages = shape((2048, 64, *REAL[1:]))
+    table, positions = jax.ShapeDtypeStruct((1, 2048), jnp.int32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
     q = shape((1, 128, REAL[0], REAL[2]))
-    lowered = jax.jit(attend).lower(q, PagedKV(pages, pages, table), positions, shape((REAL[0],)))
+    lowered = jax.jit(attend).lower(q, paged_kv(pages, pages, table), positions, shape((REAL[0],)))
     assert program_memory(lowered.compile()).temporary_bytes < 1e6

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from pallas_kernels import linear as linear_op
 from pallas_kernels import mxfp4
 from pallas_kernels.choice import Hardware
 from pallas_kernels.expert_mlp import reference
+from tests.structures import expert_weights
 
 ROOT = Path(__file__).parents[2]
 MODEL = read_config(ROOT / "configs" / "gpt-oss-20b.json")
@@ -159,8 +159,7 @@ def _expert_arguments(tokens, hidden, inner, experts, top_k, dtype):
     def bias(out):
         return rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)
 
-    arrays: list[Any] = [*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden)]
-    weights = expert_op.ExpertWeights(*arrays)
+    weights = expert_weights(*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden))
     ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
     x = rng.standard_normal((tokens, hidden)).astype(dtype)
     routing_weights = rng.random((tokens, top_k)).astype(np.float32)
@@ -222,9 +221,9 @@ def test_every_byte_under_every_scale_is_exact(isa, dtype):
     gate_up_bias = np.tile(np.array([0, 1 / saturated - 1], ml_dtypes.bfloat16), (experts, inner))
     down = np.tile(np.arange(256, dtype=np.uint8).reshape(experts, 1, 1, 16), (1, hidden, 1, 1))
     scales = np.where(np.arange(hidden) <= 252, np.arange(hidden), 127).astype(np.uint8)
-    arrays: list[Any] = [gate_up, np.full(gate_up.shape[:3], 127, np.uint8), gate_up_bias]
-    arrays += [down, np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)]
-    weights = expert_op.ExpertWeights(*arrays)
+    down_scales, down_bias = np.tile(scales[:, None], (experts, 1, 1)), np.zeros((experts, hidden), ml_dtypes.bfloat16)
+    gate_up_scales = np.full(gate_up.shape[:3], 127, np.uint8)
+    weights = expert_weights(gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias)
     x = np.tile(saturated * np.eye(inner, hidden), (experts, 1)).astype(dtype)
     ids = np.repeat(np.arange(experts, dtype=np.int32), inner)[:, None]
     arguments = jax.tree.map(jnp.asarray, (x, ids, np.ones(ids.shape, np.float32), weights))
@@ -253,9 +252,8 @@ def test_swiglu_over_its_whole_range(isa):
     def zeros(rows: int) -> np.ndarray:
         return np.zeros((1, rows), ml_dtypes.bfloat16)
 
-    of_down: list[Any] = [identity[None], bytes_of(127, hidden), zeros(hidden)]
-    arrays: list[Any] = [gate_up, bytes_of(127, 2 * inner), zeros(2 * inner), *of_down]
-    weights = expert_op.ExpertWeights(*arrays)
+    in_gate_up, in_down = (bytes_of(127, 2 * inner), zeros(2 * inner)), (bytes_of(127, hidden), zeros(hidden))
+    weights = expert_weights(gate_up, *in_gate_up, identity[None], *in_down)
 
     def run(*arguments) -> np.ndarray:
         return np.asarray(expert_mlp(*jax.tree.map(jnp.asarray, arguments), limit=LIMIT))

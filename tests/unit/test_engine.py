@@ -20,7 +20,7 @@ from tests import reference
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
-CONFIG = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+CONFIG = golden.two_layers_config()
 GREEDY = SamplingParams(temperature=0.0)
 
 

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
+from tests.structures import paged_kv
 from tests.unit.test_kernels import SHAPES, adapted_call, all_of, assignments_of, dense_experts, random_experts
 
 LIMIT = 7.0
@@ -47,7 +48,7 @@ def test_experts(name, routing):
     layout = implementation.layout
     found += [layout.gate_up_bias.unpack(d_gate_up), layout.down_bias.unpack(d_down)]
     bias = weights.gate_up_bias.astype(jnp.float32), weights.down_bias.astype(jnp.float32)
-    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
+    assert_close(found, jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(x, shares, *bias))
 
 
 def test_adapters():
@@ -63,7 +64,7 @@ def test_adapters():
         return jnp.sum(dense_experts(x, ids, shares, weights, adapters, LIMIT) * towards)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, *adapters)
-    expected = jax.grad(dense, argnums=(0, 1, 2))(x, *adapters)
+    expected = jax.jit(jax.grad(dense, argnums=(0, 1, 2)))(x, *adapters)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close([a], [b])
 
@@ -128,7 +129,7 @@ def test_paged_attention(name):
         return _towards(jax.vmap(one_sequence)(q, table, positions), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, *spoilt, sinks)
-    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
+    assert_close(found, jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(q, *pool, sinks))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -158,7 +159,8 @@ def test_sliding_window_attention(name):
         return _towards(attention_op.Attended(found.out[None], found.lse[None]), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=tuple(range(6))))(q, *spoilt[0], *spoilt[1], sinks)
-    for a, b in zip(found, jax.grad(dense, argnums=tuple(range(6)))(q, *ring, *new, sinks), strict=True):
+    expected = jax.jit(jax.grad(dense, argnums=tuple(range(6))))(q, *ring, *new, sinks)
+    for a, b in zip(found, expected, strict=True):
         assert_close([a], [b])
 
 
@@ -177,8 +179,7 @@ def test_attention_without_a_cache(name, window):
     def attend(q, k, v, sinks):
         if window is None:
             pages = jnp.arange(sequences * tokens // page, dtype=jnp.int32).reshape(sequences, -1)
-            k, v = (x.reshape(-1, page, kv_heads, size) for x in (k, v))
-            kv = attention_op.PagedKV(k, v, pages)
+            kv = paged_kv(*(x.reshape(-1, page, kv_heads, size) for x in (k, v)), pages)
         else:
             empty = jnp.zeros((sequences, window, kv_heads, size), jnp.float32)
             kv = attention_op.RingKV(empty, empty, k, v, jnp.zeros(sequences, jnp.int32))
@@ -209,11 +210,11 @@ def test_merged_attentions():
 
     def attend(q, k, v, sinks):
         def part(keys: slice, sinks):
-            k_part, v_part = (x[:, keys].reshape(-1, page, kv_heads, size) for x in (k, v))
+            pools = (x[:, keys].reshape(-1, page, kv_heads, size) for x in (k, v))
             pages = jnp.arange(-(-(keys.stop - keys.start) // page), dtype=jnp.int32)[None]
             where = jnp.minimum(jnp.maximum(positions - keys.start, -1), keys.stop - keys.start - 1)
             run = attention_op.IMPLEMENTATIONS["reference"]
-            return run(q, attention_op.PagedKV(k_part, v_part, pages), where, sinks)
+            return run(q, paged_kv(*pools, pages), where, sinks)
 
         parts = part(slice(0, first), sinks), part(slice(first, tokens), jnp.full_like(sinks, -jnp.inf))
         return attention_op.merge(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), axis=0)

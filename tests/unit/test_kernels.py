@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,17 @@ from pallas_kernels import mxfp4
 from pallas_kernels.choice import KERNELS_OF, Hardware, why_not
 from pallas_kernels.expert_mlp import tiles as tiles_of
 from tests import reference
+from tests.structures import attended, expert_weights, paged_kv, ring_kv
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def all_of(implementations, *, interpreted: bool = False) -> list:
-    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built.
-
-    Kernels that are `interpreted`, which takes long, run through these tests in tests/accelerators/test_shared.py.
-    """
+def all_of(implementations) -> list:
+    """The names in an op's table; kernels for other devices are skipped, and C++ where it was not built."""
     here = Hardware.of(jax.devices()[0])
     missing = {name: why_not(name, here) for name in KERNELS_OF}
     marks = {name: pytest.mark.skip(reason=reason) for name, reason in missing.items() if reason}
-    names = [name for name in implementations if name.endswith("-interpreted") == interpreted]
-    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+    return [pytest.param(name, marks=marks.get(name, ())) for name in implementations]
 
 
 # ---- the number format ----
@@ -104,9 +101,7 @@ def random_experts(rng: np.random.Generator, hidden: int, inner: int, experts: i
     def bias(out):
         return rng.standard_normal((experts, out)).astype(ml_dtypes.bfloat16)
 
-    gate_up, down = packed(2 * inner, hidden), packed(hidden, inner)
-    arrays: list[Any] = [*gate_up, bias(2 * inner), *down, bias(hidden)]
-    return expert_op.ExpertWeights(*arrays)
+    return expert_weights(*packed(2 * inner, hidden), bias(2 * inner), *packed(hidden, inner), bias(hidden))
 
 
 def assignments_of(rng: np.random.Generator, routing: str, tokens: int, experts: int, top_k: int) -> np.ndarray:
@@ -157,15 +152,20 @@ def test_expert_mlp(name, shape, routing):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@settings(max_examples=60)
+_tiled = jax.jit(tiles_of.TiledRows.of, static_argnums=(1, 2))
+_gather, _combine = jax.jit(tiles_of.TiledRows.gather), jax.jit(tiles_of.TiledRows.combine)
+TILED = [(1, 1, 1, 1), (1, 4, 6, 8), (5, 3, 2, 2), (7, 2, 3, 2), (12, 4, 6, 1), (12, 4, 6, 8)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "rows"), TILED)
+@settings(max_examples=20)
 @given(st.data())
-def test_every_assignment_has_a_row_of_its_own(data):
+def test_every_assignment_has_a_row_of_its_own(tokens, top_k, experts, rows, data):
     """Guards the tiles of kernels: each assignment in one row of its expert, none lost, the bound on tiles."""
-    tokens, top_k = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
-    experts, rows = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 2, 8]))
     ids = np.array(data.draw(st.lists(st.integers(-1, experts), min_size=tokens * top_k, max_size=tokens * top_k)))
     ids = ids.astype(np.int32).reshape(tokens, top_k)
-    tiled = jax.tree.map(np.asarray, tiles_of.TiledRows.of(jnp.asarray(ids), experts, rows))
+    on_device = _tiled(jnp.asarray(ids), experts, rows)
+    tiled = jax.tree.map(np.asarray, on_device)
     taken = (ids >= 0) & (ids < experts)
     assert len(tiled.expert) == tiles_of.max_tiles(ids.size, experts, rows) >= tiled.used
     assert sorted(tiled.assignment[tiled.assignment >= 0]) == list(np.flatnonzero(taken))
@@ -176,10 +176,10 @@ def test_every_assignment_has_a_row_of_its_own(data):
         assert tiled.expert[row // rows] == ids[tuple(at)]
     assert (tiled.row[~taken] == len(tiled.assignment)).all()
     x = np.arange(1.0, 2 * tokens + 1, dtype=np.float32).reshape(tokens, 2)
-    gathered = np.asarray(jax.tree.map(jnp.asarray, tiles_of.TiledRows(*tiled)).gather(jnp.asarray(x)))
-    spoilt = jnp.where(jnp.asarray(tiled.assignment)[:, None] < 0, jnp.nan, gathered)  # empty rows may hold anything
+    gathered = np.asarray(_gather(on_device, jnp.asarray(x)))
+    spoilt = np.where(tiled.assignment[:, None] < 0, np.float32(np.nan), gathered)  # empty rows may hold anything
     routing_weights = np.arange(1.0, ids.size + 1, dtype=np.float32).reshape(ids.shape)
-    combined = tiles_of.TiledRows(*tiled).combine(spoilt, jnp.asarray(routing_weights))
+    combined = _combine(on_device, jnp.asarray(spoilt), jnp.asarray(routing_weights))
     np.testing.assert_allclose(combined, x * (routing_weights * taken).sum(axis=1, keepdims=True))
 
 
@@ -245,7 +245,7 @@ def test_adapters_are_part_of_the_weights(which):
     assert np.abs(plain - expected).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", [name for name in expert_op.IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("name", all_of([name for name in expert_op.IMPLEMENTATIONS if name != "reference"]))
 @pytest.mark.parametrize("which", ["gate_up_adapter", "down_adapter"])
 def test_kernels_without_adapters_refuse_them(name, which):
     """Guards against a fine-tuned model that answers as the plain one: an adapter is never left out silently."""
@@ -309,8 +309,7 @@ def _attend(q, k, v, sinks, visible) -> attention_op.Attended:
     total = weights.sum(-1)
     total[total == 0] = 1  # padding without a sink
     out = np.einsum("tns,snh->tnh", weights[..., :-1] / total[..., None], np.repeat(v, group, axis=1))
-    lse: Any = np.where(visible.any(-1)[:, None], np.log(total), -np.inf)
-    return attention_op.Attended(out, lse)
+    return attended(out, np.where(visible.any(-1)[:, None], np.log(total), -np.inf))
 
 
 def _assert_close(found: attention_op.Attended, expected: attention_op.Attended, tolerance: float = 1e-4):
@@ -346,8 +345,8 @@ def paged_call(tokens: int, page: int = 8) -> Pages:
     for i in range(sequences):
         keys, values = (a[table[i]].reshape(-1, kv_heads, size) for a in (k, v))
         expected.append(_attend(q[i], keys, values, sinks, np.arange(len(keys)) <= positions[i][:, None]))
-    kv = attention_op.PagedKV(jnp.asarray(k), jnp.asarray(v), jnp.asarray(table))
-    return Pages(q, kv, positions, sinks, jax.tree.map(lambda *arrays: np.stack(arrays), *expected))
+    kv = paged_kv(k, v, table)
+    return Pages(q, kv, positions, sinks, attended(*map(np.stack, zip(*expected, strict=True))))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -380,9 +379,8 @@ def test_sliding_window_attention(name, tokens):
     ordinal = np.arange(tokens)
     positions = np.where(ordinal < counts[:, None], start[:, None] + ordinal, -1).astype(np.int32)
     new = start[:, None] + ordinal
-    k_new, v_new = (jnp.asarray(np.take_along_axis(a, new[:, :, None, None], axis=1)) for a in (k, v))
-    k_ring, v_ring = jnp.asarray(rings)
-    kv = attention_op.RingKV(k_ring, v_ring, k_new, v_new, jnp.asarray(start))
+    k_new, v_new = (np.take_along_axis(a, new[:, :, None, None], axis=1) for a in (k, v))
+    kv = ring_kv(*rings, k_new, v_new, start)
     found = jax.jit(attention_op.IMPLEMENTATIONS[name])(q, kv, positions, sinks)
     for i in range(sequences):
         distance = positions[i][:, None] - np.arange(80)
@@ -396,7 +394,7 @@ def test_attentions_to_disjoint_keys_merge(name):
     """Guards split decoding and a sequence axis: parts merged by their lse are the whole, the sink entering once."""
     q, kv, positions, sinks, expected = paged_call(5)
     run, keys = jax.jit(attention_op.IMPLEMENTATIONS[name]), 320  # of the first part: 40 pages of 8
-    tables = jnp.split(kv.page_table, [keys // 8], axis=1)
+    tables = np.split(kv.page_table, [keys // 8], axis=1)
     parts = (
         run(q, kv._replace(page_table=tables[0]), np.minimum(positions, keys - 1), sinks),
         run(q, kv._replace(page_table=tables[1]), np.maximum(positions - keys, -1), np.full_like(sinks, -np.inf)),
@@ -415,12 +413,12 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
     """Guards caches narrower or wider than activations: operands meet in float32, where bfloat16 is exact."""
     run = jax.jit(attention_op.IMPLEMENTATIONS[name])
     q, kv, positions, sinks, _ = paged_call(5)
-    ring = attention_op.RingKV(kv.k[:4], kv.v[:4], kv.k[4:8, :5], kv.v[4:8, :5], jnp.zeros(4, jnp.int32))
+    ring = ring_kv(kv.k[:4], kv.v[:4], kv.k[4:8, :5], kv.v[4:8, :5], np.zeros(4, np.int32))
     for keys, where in ((kv, positions), (ring, np.tile(np.arange(5, dtype=np.int32), (4, 1)))):
-        narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == jnp.float32 else x, keys)
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == of_keys else x, narrow)
-        found = run(jnp.asarray(q, of_queries), narrow, where, sinks)
-        expected = run(jnp.asarray(q, of_queries).astype(jnp.float32), wide, where, sinks)
+        narrow = jax.tree.map(lambda x: x.astype(of_keys) if x.dtype == np.float32 else x, keys)
+        wide = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == of_keys else x, narrow)
+        found = run(jnp.asarray(q, of_queries), jax.tree.map(jnp.asarray, narrow), where, sinks)
+        expected = run(jnp.asarray(q, of_queries).astype(jnp.float32), jax.tree.map(jnp.asarray, wide), where, sinks)
         _assert_close(found, jax.tree.map(lambda x: np.asarray(x, np.float64), expected), tolerance=1e-5)
 
 
@@ -429,7 +427,7 @@ def test_queries_and_keys_of_different_dtypes(name, of_queries, of_keys):
 def test_kernels_that_multiply_one_dtype_say_so(name, of_queries, of_keys):
     """Guards against a silent cast: tensor cores and matrix units take operands of one dtype."""
     q, kv, positions, sinks, _ = paged_call(1)
-    kv = kv._replace(k=kv.k.astype(of_keys), v=kv.v.astype(of_keys))
+    kv = attention_op.PagedKV(jnp.asarray(kv.k, of_keys), jnp.asarray(kv.v, of_keys), jnp.asarray(kv.page_table))
     with pytest.raises(TypeError, match=r"attention: .*(bfloat16.* float32|float32.* bfloat16)"):
         attention_op.IMPLEMENTATIONS[name](jnp.asarray(q, of_queries), kv, jnp.asarray(positions), jnp.asarray(sinks))
 

@@ -1,4 +1,4 @@
-"""The model's invariants: however a prompt is cut, batched or cached, the answer is the same."""
+"""What the model declares, and what a step of it takes of memory."""
 
 import functools
 import json
@@ -10,132 +10,22 @@ import numpy as np
 import pytest
 
 import gptoss_jax
+from benchmarks import true_width
 from benchmarks.program_memory import program_memory
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
 from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.model.kv_cache import KVCache
-from tests import reference
+from tests import gate
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FLOAT32 = transformer.DTYPE_POLICIES["float32"]
-
-
-class Runner:
-    """A tiny model that runs chunks of any width over a cache."""
-
-    def __init__(self, config: dict, tensors: dict, rows: int, context: int):
-        self.config = parse_config(config)
-        laid_out = sharding.make()
-        declared = transformer.declare(self.config, laid_out, policy=FLOAT32)
-        self.params = transformer.nest(
-            {path: jnp.asarray(_leaf(tensors, path).reshape(leaf.shape)) for path, leaf in declared.leaves.items()}
-        )
-        self.rows, self.context, pages = rows, context, kv_cache.num_pages(context)
-        self.cache = kv_cache.empty(
-            self.config, slots=rows, pages=rows * pages, max_context_tokens=context, dtype=FLOAT32.cache
-        )
-        # Pages out of order, so that a position that takes its page's number for granted is caught.
-        table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
-        self.cache = self.cache._replace(page_table=jnp.asarray(table, jnp.int32))
-        self.run = jax.jit(functools.partial(transformer.all_logits, declared))
-
-    def chunks(self, sequences: list[np.ndarray], widths: list[int]) -> list[np.ndarray]:
-        """Logits of every token of every sequence, run in chunks of `widths` (the last one repeats)."""
-        done = np.zeros(self.rows, np.int64)
-        lengths = np.array([len(sequence) for sequence in sequences])
-        cache, pieces = self.cache, [[] for _ in sequences]
-        widths = list(widths)
-        while (done < lengths).any():
-            width = widths.pop(0) if len(widths) > 1 else widths[0]
-            tokens, counts = np.zeros((self.rows, width), np.int32), np.minimum(lengths - done, width).astype(np.int32)
-            for row, sequence in enumerate(sequences):
-                tokens[row, : counts[row]] = sequence[done[row] : done[row] + counts[row]]
-            logits, cache = self.run(self.params, jnp.asarray(tokens), jnp.asarray(counts), cache)
-            for row in range(self.rows):
-                pieces[row].append(np.asarray(logits[row, : counts[row]]))
-            done += counts
-        assert (np.asarray(cache.lengths) == lengths).all()
-        return [np.concatenate(row) for row in pieces]
-
-
-def _leaf(tensors: dict, path: str) -> np.ndarray:
-    """The published tensor of a leaf, by a mapping of the tests' own."""
-    parts = path.split("/")
-    if parts[0] != "layers":
-        return tensors[
-            {"embedding": "model.embed_tokens", "unembedding": "lm_head", "norm": "model.norm"}[path] + ".weight"
-        ]
-    prefix, block, rest = f"model.layers.{parts[1]}.", parts[2], parts[3:]
-    if rest == ["norm"]:
-        norm = "input_layernorm" if block == "attention" else "post_attention_layernorm"
-        return tensors[f"{prefix}{norm}.weight"]
-    if rest[0] in ("gate_up", "down"):
-        return tensors[f"{prefix}mlp.experts.{rest[0]}_proj_{rest[1]}"]
-    if block == "moe":
-        return tensors[f"{prefix}mlp.router.{rest[1]}"]
-    if rest == ["sinks"]:
-        return tensors[f"{prefix}self_attn.sinks"]
-    return tensors[f"{prefix}self_attn.{'o' if rest[0] == 'out' else rest[0]}_proj.{rest[1]}"]
 
 
 @pytest.fixture(scope="module")
 def small():
     """Two layers, one of each kind."""
-    config = golden.tiny_config() | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    return TinyModel(config)
-
-
-LENGTHS = (127, 128, 129, 300)
-
-
-@pytest.mark.parametrize("widths", [[300], [1], [7], [128], [127, 2, 171], [200, 64]], ids=str)
-def test_chunked_prefill_of_a_ragged_batch_equals_the_whole(widths, small):
-    """Guards ring wrap-around, page arithmetic, padding and chunk borders: every cut gives the reference's logits."""
-    sequences = [golden.token_ids(length, seed=length) for length in LENGTHS]
-    runner = Runner(small.config, small.tensors, rows=len(LENGTHS), context=320)
-    for sequence, logits in zip(sequences, runner.chunks(sequences, widths), strict=True):
-        expected = reference.forward(small.tensors, small.config, sequence)
-        assert np.abs(logits - expected).max() < 5e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [4097, 9000])
-def test_long_prompts_in_chunks(length, small):
-    """Guards positions past YaRN's original context, many pages, and a ring that wrapped dozens of times."""
-    tokens = golden.token_ids(length, seed=length)
-    runner = Runner(small.config, small.tensors, rows=1, context=9024)
-    positions = np.r_[0, 126:131, 4090:4097, length - 3 : length]
-    expected = reference.forward(small.tensors, small.config, tokens, positions)
-    (odd_cuts,) = runner.chunks([tokens], [500, 1000, 77, 512])
-    (wide_cuts,) = runner.chunks([tokens], [2048])
-    assert np.abs(odd_cuts[positions] - expected).max() < 2e-3
-    assert np.abs(wide_cuts[positions] - expected).max() < 2e-3
-
-
-def test_steps_after_a_long_prompt_equal_the_whole(small):
-    """Guards the hand-over from prefill to decoding, where a ring that lost its order shows first."""
-    tokens = golden.token_ids(300, seed=9)
-    runner = Runner(small.config, small.tensors, rows=1, context=320)
-    (logits,) = runner.chunks([tokens], [260, 1])
-    assert np.abs(logits - reference.forward(small.tensors, small.config, tokens)).max() < 5e-4
-
-
-def test_window_ends_at_distance_127(small):
-    """Guards the band's edge: a change of one token reaches a banded layer 127 positions on, and not 128."""
-    runner = Runner(small.config, small.tensors, rows=1, context=320)
-    layer = runner.params["layers"]
-    full_off = layer[1]["attention"]["out"]["weight"]
-    layer[1]["attention"]["out"]["weight"] = jnp.zeros_like(full_off)  # only the banded layer carries anything over
-    tokens = golden.token_ids(200, seed=3)
-    changed = tokens.copy()
-    changed[10] = (changed[10] + 1) % 512
-    for widths in ([200], [64], [150, 1]):
-        (before,), (after,) = runner.chunks([tokens], widths), runner.chunks([changed], widths)
-        moved = np.abs(before - after).max(axis=-1) > 0
-        assert moved[10 : 10 + 128].all()
-        assert not moved[10 + 128 :].any()
+    return TinyModel(golden.two_layers_config())
 
 
 @pytest.mark.parametrize(("name", "gib"), [("gpt-oss-120b", 4.504), ("gpt-oss-20b", 3.003)])
@@ -174,15 +64,14 @@ def test_declaration_covers_the_published_tensors():
     leaves = transformer.declare(parse_config(config), sharding.make()).leaves
     assert len(leaves) == len(tensors)
     for path, leaf in leaves.items():
-        published = _leaf(tensors, path)
+        published = gate.published_tensor(tensors, path)
         assert (published.size, published.dtype) == (np.prod(leaf.shape), leaf.dtype), path
 
 
 def test_whole_model_is_never_dequantised():
     """Guards memory at true width: a decoding step's temporaries are a few experts' weights, not the layer's 32."""
-    raw = json.loads((CONFIGS / "gpt-oss-20b.json").read_text())
-    raw |= {"num_hidden_layers": 2, "layer_types": raw["layer_types"][:2], "vocab_size": 512, "eos_token_id": 1}
-    config = parse_config(raw | {"pad_token_id": 0})
+    raw = true_width.raw_config(2) | {"vocab_size": 512, "eos_token_id": 1, "pad_token_id": 0}
+    config = parse_config(raw)
     compiled = _abstract_step(config, tokens=1, context=1024).compile()
     one_expert = 3 * config.hidden_size * config.intermediate_size * np.dtype(np.float32).itemsize
     assert program_memory(compiled).temporary_bytes < 4 * one_expert
@@ -249,7 +138,7 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
 
 def test_int8_weights_are_the_nearest_and_half_as_large(tmp_path):
     """Guards --dense int8: what is rounded, how far, and what is left exact; its cost is bounded and printed."""
-    folder = TinyModel(golden.tiny_config()).write(tmp_path)
+    folder = TinyModel(golden.two_layers_config()).write(tmp_path)
     exact, rounded = (gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8"))
     stored, kept = (jax.tree_util.tree_leaves_with_path(m.params) for m in (exact, rounded))
     eight_bits = {jax.tree_util.keystr(path[:-1]) for path, x in kept if x.dtype == jnp.int8}

@@ -657,9 +657,9 @@ def test_what_is_an_answer_and_what_a_call(ours, role, channel, recipient):
 
 def test_unparsed_text_of_many_messages(ours):
     """Guards against a look for the answer for each part of the text: minutes for a long stream of small messages."""
-    parsed = parse(spelled(ours, "<|start|>user<|message|>x<|end|>") * 14_000, ours, role=None)
+    parsed = parse(spelled(ours, "<|start|>user<|message|>x<|end|>") * 7_000, ours, role=None)
     began = time.monotonic()
-    assert len(parsed.unparsed_text) == 70_000
+    assert len(parsed.unparsed_text) == 35_000
     assert time.monotonic() - began < 2
 
 
