@@ -26,6 +26,7 @@ from gptoss_jax.cli import command
 from gptoss_jax.model import kv_cache, layers, rope, sharding
 from gptoss_jax.model.attention import Positions
 from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.taps import Taps
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
 from pallas_kernels.choice import Hardware
 
@@ -108,7 +109,7 @@ def unrolled(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
 
     def run(params, x, positions, cache):
         for layer in nnx.merge(graph, params):
-            x, cache = layer(x, positions, cache)
+            x, cache = layer(x, positions, cache, Taps((), config.num_layers).of_layer(0))
         return x, cache
 
     return run, (_zeros(abstract), x, positions, cache)
@@ -127,7 +128,7 @@ def scanned(layers: int, experts: int) -> tuple[Callable[..., Any], Any]:
         def pair(x, inputs):
             params, cache = inputs
             for layer in nnx.merge(graph, params):
-                x, cache = layer(x, positions, cache)
+                x, cache = layer(x, positions, cache, Taps((), config.num_layers).of_layer(0))
             return x, cache
 
         return jax.lax.scan(pair, x, (params, caches))

@@ -12,7 +12,6 @@ from gptoss_jax.harmony import messages
 from gptoss_jax.runtime.answers import Sample
 
 if TYPE_CHECKING:
-    import gptoss_jax.engine.engine
     import gptoss_jax.runtime.language_model
 
 Statistics = dict[str, float | int | None]
@@ -20,7 +19,7 @@ Statistics = dict[str, float | int | None]
 
 def measure(
     language_model: "gptoss_jax.runtime.language_model.LanguageModel",
-    engine: "gptoss_jax.engine.engine.Engine",
+    compile_seconds: float,
     prompt_tokens: int,
     samples: Sequence[Sample],
 ) -> Statistics:
@@ -34,7 +33,7 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "answer_tokens": sum(tokens),
         "load_seconds": round(language_model.load_seconds, 3),
-        "compile_seconds": round(engine.runner.compile_seconds, 3),
+        "compile_seconds": round(compile_seconds, 3),
         "first_token_seconds": round(first, 3),
         "decode_tokens_per_second": rate and round(rate, 3),
     }

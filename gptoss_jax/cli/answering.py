@@ -42,14 +42,12 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
         messages.check_can_write(options.save)
     config = model_flags.config(options)
     prompt = prompts.read(options, arguments)
-    seeds = [(sampling.seed + i) % 2**32 for i in range(options.n)]
-    samplings = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
-    tokenizer = load_tokenizer(options.vocab)
-    streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in seeds]
-    requests = [
-        dataclasses.replace(sampling_flags.request(options, config, prompt.token_ids, sampling), ends_at=stream.ends_at)
-        for sampling, stream in zip(samplings, streams, strict=True)
-    ]
+    request = sampling_flags.request(options, config, prompt.token_ids, sampling)
+    tokenizer, requests = load_tokenizer(options.vocab), []
+    streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in range(options.n)]
+    for i, stream in enumerate(streams):
+        seeded = dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32)
+        requests.append(dataclasses.replace(request, sampling=seeded, ends_at=stream.ends_at))
     return _run(options, prompt, requests, streams, echoed)
 
 
@@ -74,7 +72,8 @@ def _run(
             samples.append(sample)
         if options.save:
             messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
-        statistics = answer_report.measure(language_model, engine, len(prompt.token_ids), samples)
+        compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
+        statistics = answer_report.measure(language_model, compile_seconds, prompt_tokens, samples)
         if options.json:
             settings = answer_report.settings_document(
                 options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic

@@ -15,6 +15,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.model.taps import Tap
 from pallas_kernels.attention import PagedKV, RingKV
 
 
@@ -43,14 +44,18 @@ class Attention(nnx.Module):
         self.out = layers.Linear(hidden, (None,), heads, by_head, *on)
 
     def __call__(
-        self, residual: Float[Array, "B T D"], positions: Positions, cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """What attention adds to the residual stream, and the cache with these tokens in it."""
+        self, residual: Float[Array, "B T D"], positions: Positions, cache: KVCache | None, tap: Tap
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """What attention adds to the residual stream, and the cache with these tokens in it; None: they are all."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps).astype(self.dtype)
         q = rope.rotate(self.q(x), positions.cosine, positions.sine).astype(self.dtype)
         k = rope.rotate(self.k(x), positions.cosine, positions.sine).astype(self.dtype)
         v = self.v(x).astype(self.dtype)
-        attended, cache = self._attend(q, k, v, positions.of_tokens, cache)
+        if cache is None:
+            attended = self._attend_alone(q, k, v, positions.of_tokens)
+        else:
+            attended, cache = self._attend(q, k, v, positions.of_tokens, cache)
+        tap("attention", attended)
         return self.out(attended.astype(self.dtype)), cache
 
     def _attend(
@@ -89,3 +94,31 @@ class Attention(nnx.Module):
         k, v = k.astype(k_ring.dtype), v.astype(v_ring.dtype)  # as the ring will hold them
         attended = self.kernel(q, RingKV(keys, values, k, v, lengths), positions, sinks)
         return attended.out, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)
+
+    # ---- without a cache ----
+
+    def _attend_alone(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        positions: Int32[Array, "B T"],
+    ) -> Float[Array, "B T N H"]:
+        """Attends to these tokens only: a whole sequence from position 0, as training and analysis run it."""
+        tokens = ("batch", None, "heads", None)
+        attend = self.sharding.map(
+            self._own_ring if self.config.has_sliding_window(self.layer) else self._own_pages,
+            in_axes=(tokens, tokens, tokens, ("batch", None), ("heads",)),
+            out_axes=tokens,
+        )
+        return attend(q, k, v, positions, self.sinks[...])
+
+    def _own_pages(self, q, k, v, positions, sinks):
+        (k_pages, table), (v_pages, _) = kv_cache.as_pages(k), kv_cache.as_pages(v)
+        return self.kernel(q, PagedKV(k_pages, v_pages, table), positions, sinks).out
+
+    def _own_ring(self, q, k, v, positions, sinks):
+        sequences, _, *heads = k.shape
+        nothing = jnp.zeros((sequences, self.config.sliding_window, *heads), k.dtype)
+        start = jnp.zeros(sequences, jnp.int32)
+        return self.kernel(q, RingKV(nothing, nothing, k, v, start), positions, sinks).out

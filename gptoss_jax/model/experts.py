@@ -16,6 +16,7 @@ from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
+from gptoss_jax.model.taps import Tap
 from pallas_kernels import expert_mlp as op
 
 
@@ -53,10 +54,14 @@ class MixtureOfExperts(nnx.Module):
         self.gate_up = Mxfp4Linear(experts, 2 * inner, hidden, "expert_hidden", None)
         self.down = Mxfp4Linear(experts, hidden, inner, None, "expert_hidden")
 
-    def __call__(self, residual: Float[Array, "B T D"], is_token: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, residual: Float[Array, "B T D"], is_token: Bool[Array, "B T"], tap: Tap
+    ) -> Float[Array, "B T D"]:
         """What the top_k experts add to the residual stream; padding, which is no token, is assigned to none."""
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
-        ids, weights = route(self.router(x), self.config.experts_per_token)
+        logits = self.router(x)
+        tap("router", logits)
+        ids, weights = route(logits, self.config.experts_per_token)
         ids = jnp.where(is_token[..., None], ids, -1)
         leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
         packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))

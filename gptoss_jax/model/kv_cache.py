@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -107,6 +108,14 @@ def write_ring(
 def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
     """Keys or values as the attention op takes them: the same bytes."""
     return stored.reshape(*stored.shape[:2], kv_heads, -1)
+
+
+def as_pages(new: Float[Array, "B T K H"]) -> tuple[Float[Array, "P S K H"], Int32[Array, "B M"]]:
+    """Keys or values of whole sequences as pages of their own, and the page table that says so: the same bytes."""
+    padded = jnp.pad(new, ((0, 0), (0, -new.shape[1] % PAGE_TOKENS), (0, 0), (0, 0)))
+    pages = einops.rearrange(padded, "b (m s) k h -> (b m) s k h", s=PAGE_TOKENS)
+    table = jnp.arange(len(pages), dtype=jnp.int32)
+    return pages, einops.rearrange(table, "(b m) -> b m", b=len(new))
 
 
 def _flat(new: Float[Array, "B T K H"]) -> Float[Array, "B T KH"]:

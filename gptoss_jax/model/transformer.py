@@ -4,6 +4,7 @@ Flax NNX declares: every weight says its shape, dtype and logical axes once, and
 `step`, a pure function of a plain nested dict of weights, tokens and a cache; jit it, shard it, differentiate it.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from gptoss_jax.model.experts import MixtureOfExperts
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Axes, Sharding
+from gptoss_jax.model.taps import Tap, Taps
 from pallas_kernels import expert_mlp as expert_op
 
 
@@ -49,14 +51,15 @@ class Layer(nnx.Module):
         self.moe = MixtureOfExperts(config, sharding, kernels, policy.activations)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Positions, cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """The residual stream behind this layer, and the cache with this layer's keys and values."""
+        self, x: Float[Array, "B T D"], positions: Positions, cache: KVCache | None, tap: Tap
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The residual stream after this layer, and the cache, if there is one, with its keys and values."""
         with jax.named_scope("attention"):
-            added, cache = self.attention(x, positions, cache)
+            added, cache = self.attention(x, positions, cache, tap)
             x = x + added.astype(x.dtype)
         with jax.named_scope("experts"):
-            x = x + self.moe(x, positions.of_tokens >= 0).astype(x.dtype)
+            x = x + self.moe(x, positions.of_tokens >= 0, tap).astype(x.dtype)
+        tap("residual", x)
         return x, cache
 
 
@@ -72,17 +75,19 @@ class Transformer(nnx.Module):
         self.unembed = layers.Product(("vocab",), (None,), sharding, kernels.linear)
 
     def __call__(
-        self, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Runs `counts` tokens of each row behind what `cache` holds; gives the final residual stream."""
+        self, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache | None, taps: Taps
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Runs `counts` tokens of each sequence after what `cache` holds; gives the final residual stream."""
         ordinal = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        of_tokens = jnp.where(ordinal < counts[:, None], cache.lengths[:, None] + ordinal, -1)
+        start = 0 if cache is None else cache.lengths[:, None]
+        of_tokens = jnp.where(ordinal < counts[:, None], start + ordinal, -1)
         positions = Positions(of_tokens, *rope.rotation(self.config, of_tokens))
         x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(self.sharding.constrain(x, ("batch", None, None)), positions, cache)
-        return x, cache._replace(lengths=cache.lengths + counts)
+                x = self.sharding.constrain(x, ("batch", None, None))
+                x, cache = layer(x, positions, cache, taps.of_layer(i))
+        return x, None if cache is None else cache._replace(lengths=cache.lengths + counts)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits from the final residual stream, float32."""
@@ -108,7 +113,7 @@ class Leaf(NamedTuple):
 class Model(NamedTuple):
     """A graph that `step` runs, and the weights that it declares."""
 
-    graph: Any
+    graph: nnx.GraphDef
     leaves: dict[str, Leaf]  # by path, as in "layers/0/attention/q/weight"
     batch_invariant: bool  # see `Kernels.batch_invariant`
 
@@ -155,11 +160,11 @@ def nest(leaves: dict[str, Any]) -> Params:
 def step(
     model: Model, params: Params, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """One prefill chunk or decoding step: the logits that follow each row's last token, and the cache behind it."""
+    """One prefill chunk or decoding step: the logits that follow each sequence's last token, and the cache then."""
     transformer = model.bind(params)
-    x, cache = transformer(tokens, counts, cache)
+    x, after = _run(transformer, tokens, counts, cache)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    return transformer.logits(last)[:, 0], cache
+    return transformer.logits(last)[:, 0], after
 
 
 def all_logits(
@@ -167,5 +172,43 @@ def all_logits(
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """As `step`, but the logits that follow every token (teacher forcing)."""
     transformer = model.bind(params)
-    x, cache = transformer(tokens, counts, cache)
-    return transformer.logits(x), cache
+    x, after = _run(transformer, tokens, counts, cache)
+    return transformer.logits(x), after
+
+
+def _run(
+    transformer: Transformer, tokens: Int32[Array, "B T"], counts: Int32[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    x, after = transformer(tokens, counts, cache, Taps((), transformer.config.num_layers))
+    assert after is not None, "given a cache, a transformer gives one"
+    return x, after
+
+
+def forward(
+    model: Model,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    *,
+    counts: Int32[Array, "B"] | None = None,
+    taps: Iterable[str] = (),
+) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "..."]]]:
+    """Whole sequences from position 0, without a cache: for training and analysis.
+
+    Args:
+        model: the declaration.
+        params: its weights.
+        tokens: B sequences of T tokens.
+        counts: tokens of each that are there; the others are padding, and theirs is no sense. None: all.
+        taps: names of activations to give, of `taps.PLACES`: "layers/0/router".
+
+    Returns:
+        The logits that follow each token, float32, and the activations by name.
+
+    Raises:
+        GptossError: a tap that this model does not have.
+    """
+    transformer = model.bind(params)
+    collected = Taps(taps, transformer.config.num_layers)
+    counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if counts is None else counts
+    x, _ = transformer(tokens, counts, None, collected)
+    return transformer.logits(x), collected.found

@@ -59,6 +59,7 @@ class LanguageModel:
     load_seconds: float
     _engine: Engine | None = None
     _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
+    _tapped: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
     def decode_bytes(self, rows: int, context_tokens: int) -> int:
         """`ModelConfig.decode_bytes` with the number formats that hold weights and cache here."""
@@ -185,11 +186,32 @@ class LanguageModel:
             raise NumericsError(f"after token {int(finite.argmin())}: {NOT_FINITE}")
         return Scores(logprobs, ids[:, :top_logprobs], tops[:, :top_logprobs])
 
-    def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
-        """What `program` gives for each chunk of `token_ids`, and which tokens those are: one sequence per data shard.
+    def activations(self, token_ids: Sequence[int], taps: Sequence[str]) -> dict[str, Float[np.ndarray, "T ..."]]:
+        """What goes on inside while the model reads `token_ids`, without a cache; compiled for each set of taps.
 
-        Of `arguments`, arrays are cut like the tokens, and scalars are passed as they are.
+        Args:
+            token_ids: T of them, from position 0.
+            taps: names such as "layers/3/router"; `gptoss_jax.model.taps.PLACES` lists the places.
+
+        Returns:
+            Name -> activation on the host: residual [T, D], router [T, E], attention [T, N, H].
+
+        Raises:
+            RequestError: ids outside the vocabulary.
+            GptossError: a tap that this model does not have.
         """
+        ids, slots = self._checked(token_ids), self.sharding.size("batch")
+        tokens = np.zeros((slots, -(-ids.size // LOGITS_CHUNK_TOKENS) * LOGITS_CHUNK_TOKENS), np.int32)
+        tokens[:, : ids.size] = ids
+        run = self._tapped.setdefault(tuple(taps), jax.jit(functools.partial(self._forward, tuple(taps))))
+        found = run(self.params, tokens, np.full(slots, ids.size, np.int32))
+        return {name: np.asarray(activation)[0, : ids.size] for name, activation in found.items()}
+
+    def _forward(self, taps: tuple[str, ...], params: Params, tokens: Any, counts: Any) -> dict[str, jax.Array]:
+        return transformer.forward(self.model, params, tokens, counts=counts, taps=taps)[1]
+
+    def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The ids as an array, of which each is within the vocabulary, and which the context holds."""
         ids = np.asarray(token_ids)
         is_list = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)
         if not is_list or ids.min() < 0 or ids.max() >= self.config.vocab_size:
@@ -197,6 +219,14 @@ class LanguageModel:
             raise RequestError(f"token ids of {got}: expected a list of ids from 0 to {self.config.vocab_size - 1}")
         if ids.size > self.config.max_context_tokens:
             raise RequestError(f"{ids.size} tokens, the model has {self.config.max_context_tokens} at most")
+        return ids
+
+    def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
+        """What `program` gives for each chunk of `token_ids`, and which tokens those are: one sequence per data shard.
+
+        Of `arguments`, arrays are cut like the tokens, and scalars are passed as they are.
+        """
+        ids = self._checked(token_ids)
         width, slots = LOGITS_CHUNK_TOKENS, self.sharding.size("batch")  # one slot per data shard, all alike
         chunks = -(-ids.size // width)
         cache = self._cache(slots, width << (chunks - 1).bit_length())

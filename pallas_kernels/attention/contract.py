@@ -57,6 +57,11 @@ class Attend(Protocol):
 
     A query's position counts from the start of its sequence; -1 says padding. The sink is one more logit of the
     softmax, unscaled, with no value; a sink of -inf is none. Memory is O(block), not O(context).
+
+    Keys and values have one dtype. Queries may have another with the reference and with C++.
+
+    Raises:
+        TypeError: dtypes that the back end cannot multiply exactly.
     """
 
     def __call__(  # noqa: D102

@@ -52,7 +52,8 @@ def _paged(
     wide_q, scale = blocks.q.astype(jnp.float32), q.shape[-1] ** -0.5
     d_out = reference.grouped(cotangent.out.astype(jnp.float32), kv_heads)
     lse = _by_head(jnp.where(positions[..., None] < 0, jnp.inf, attended.lse), kv_heads)  # inf: padding has no part
-    # What a logit's probability is compared with: the mean over all logits. The sink has no value.
+    # A logit's gradient is its probability times (what its value adds beyond the mean of all, plus lse's gradient); the
+    # sink's value is 0.
     mean = jnp.sum(cotangent.out.astype(jnp.float32) * attended.out.astype(jnp.float32), axis=-1)
     mean = _by_head(mean - cotangent.lse, kv_heads)
 

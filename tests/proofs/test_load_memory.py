@@ -18,7 +18,7 @@ def test_loading_takes_the_memory_of_the_weights_and_no_more(tmp_path):
     """Guards against a second copy of a leaf, on its way or left over; whole huge pages for leaves' small ends."""
     arrays = {f"a/{i}": np.full((1 << 20, 16 + i), i, np.uint8) for i in range(8)}
     save(tmp_path / "large", arrays, CONFIG)
-    code = "import sys; from tests.proofs import test_load_memory as here; print(*here.peak_of_restoring(sys.argv[1]))"
+    code = "import sys; from tests.proofs.test_load_memory import peak_of_restoring as p; print(*p(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "large"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from gptoss_jax.cli import answer_report
-from gptoss_jax.engine.engine import Engine
 from gptoss_jax.runtime.answers import Sample
 from gptoss_jax.runtime.language_model import LanguageModel
 
@@ -26,15 +25,6 @@ class _Model(LanguageModel):
         return 80_000.0
 
 
-class _Engine(Engine):
-    """One that was compiled."""
-
-    compile_seconds = 2.5
-
-    def __init__(self):
-        pass
-
-
 def _sample(tokens: int, first: float, last: float) -> Sample:
     answer = SimpleNamespace(parsed=SimpleNamespace(token_ids=range(tokens)))
     return Sample(answer, [], first, last)  # pyright: ignore[reportArgumentType]
@@ -43,7 +33,7 @@ def _sample(tokens: int, first: float, last: float) -> Sample:
 def test_the_share_of_the_limit_follows_from_bytes_and_time():
     """Guards the arithmetic: 20 steps in half a second read 40,000 of the 80,000 bytes that a second allows."""
     model = _Model()
-    statistics = answer_report.measure(model, _Engine(), 7, [_sample(21, 1.0, 1.5)])
+    statistics = answer_report.measure(model, 2.5, 7, [_sample(21, 1.0, 1.5)])
     assert statistics["decode_tokens_per_second"] == 40.0
     assert statistics["share_of_bandwidth_limit"] == 0.5
     assert (statistics["load_seconds"], statistics["compile_seconds"]) == (1.5, 2.5)
@@ -56,7 +46,7 @@ def test_the_share_of_the_limit_follows_from_bytes_and_time():
 def test_the_memory_is_measured_only_where_its_share_is_reported(samples):
     """Guards the end of a run: no benchmark for several answers, which share their reads, nor for a single token."""
     model = _Model()
-    statistics = answer_report.measure(model, _Engine(), 7, [_sample(*sample) for sample in samples])
+    statistics = answer_report.measure(model, 2.5, 7, [_sample(*sample) for sample in samples])
     assert model.asked == []
     assert "share_of_bandwidth_limit" not in statistics
     assert "GB/s" not in answer_report.statistics_line(statistics)
