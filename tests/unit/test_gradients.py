@@ -47,7 +47,7 @@ def test_experts(name, routing):
     layout = implementation.layout
     found += [layout.gate_up_bias.unpack(d_gate_up), layout.down_bias.unpack(d_down)]
     bias = weights.gate_up_bias.astype(jnp.float32), weights.down_bias.astype(jnp.float32)
-    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(x, shares, *bias))
+    assert_close(found, jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(x, shares, *bias))
 
 
 def test_adapters():
@@ -63,7 +63,7 @@ def test_adapters():
         return jnp.sum(dense_experts(x, ids, shares, weights, adapters, LIMIT) * towards)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, *adapters)
-    expected = jax.grad(dense, argnums=(0, 1, 2))(x, *adapters)
+    expected = jax.jit(jax.grad(dense, argnums=(0, 1, 2)))(x, *adapters)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close([a], [b])
 
@@ -128,7 +128,7 @@ def test_paged_attention(name):
         return _towards(jax.vmap(one_sequence)(q, table, positions), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, *spoilt, sinks)
-    assert_close(found, jax.grad(dense, argnums=(0, 1, 2, 3))(q, *pool, sinks))
+    assert_close(found, jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(q, *pool, sinks))
 
 
 @pytest.mark.parametrize("name", all_of(attention_op.IMPLEMENTATIONS))
@@ -158,7 +158,8 @@ def test_sliding_window_attention(name):
         return _towards(attention_op.Attended(found.out[None], found.lse[None]), targets, positions)
 
     found = jax.jit(jax.grad(loss, argnums=tuple(range(6))))(q, *spoilt[0], *spoilt[1], sinks)
-    for a, b in zip(found, jax.grad(dense, argnums=tuple(range(6)))(q, *ring, *new, sinks), strict=True):
+    expected = jax.jit(jax.grad(dense, argnums=tuple(range(6))))(q, *ring, *new, sinks)
+    for a, b in zip(found, expected, strict=True):
         assert_close([a], [b])
 
 
@@ -189,13 +190,17 @@ def test_attention_without_a_cache(name, window):
         visible = (distance >= 0) & (distance < (window or tokens))
         return jax.vmap(lambda q, k, v: _dense_attention(q, k, v, sinks, visible))(q, k, v)
 
-    def slopes(attention):
-        return jax.jit(jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3)))
+    def with_slopes(attention):
+        def loss(*floats):
+            attended = attention(*floats)
+            return _towards(attended, targets, positions), attended
 
-    arguments = q, k, v, sinks
-    for a, b in zip(jax.jit(attend)(*arguments), dense(*arguments), strict=True):
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+
+    (found_slopes, found), (expected_slopes, expected) = with_slopes(attend), with_slopes(dense)
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert_close(slopes(attend)(*arguments), slopes(dense)(*arguments))
+    assert_close(found_slopes, expected_slopes)
 
 
 def test_merged_attentions():
@@ -223,6 +228,7 @@ def test_merged_attentions():
         return jax.tree.map(lambda x: x[None], found)
 
     def slopes(attention):
-        return jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3))
+        run = jax.grad(lambda *floats: _towards(attention(*floats), targets, positions), argnums=(0, 1, 2, 3))
+        return jax.jit(run)(q, k, v, sinks)
 
-    assert_close(slopes(attend)(q, k, v, sinks), slopes(dense)(q, k, v, sinks))
+    assert_close(slopes(attend), slopes(dense))
