@@ -169,7 +169,7 @@ def test_sliding_window_attention(name):
 def test_attention_without_a_cache(name, window):
     """Guards training: sequences as pages of their own, or as new tokens after an empty ring, are plain attention."""
     rng = np.random.default_rng(5)
-    sequences, tokens, heads, kv_heads, size, page = 2, 24, 6, 2, 16, 8
+    sequences, tokens, heads, kv_heads, size, page = 2, 16, 6, 2, 16, 8
     q = jnp.asarray(rng.standard_normal((sequences, tokens, heads, size)), jnp.float32)
     k, v = jnp.asarray(rng.standard_normal((2, sequences, tokens, kv_heads, size)), jnp.float32)
     sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
