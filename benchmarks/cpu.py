@@ -51,10 +51,21 @@ class Peer(Protocol):
     """Somebody else's implementation."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
-    def can_run(self, rows: int) -> bool: ...  # noqa: D102
-    def decode(self, rows: int, context_tokens: int, steps: int) -> float: ...  # noqa: D102
-    def prefill(self, rows: int, tokens: int) -> float: ...  # noqa: D102
+    def name(self) -> str:
+        """What it is called in the results."""
+        ...
+
+    def can_run(self, sequences: int) -> bool:
+        """Whether it takes a batch of so many sequences."""
+        ...
+
+    def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
+        """Seconds of one decoding step, the mean of `steps`, after `context_tokens` of each sequence."""
+        ...
+
+    def prefill(self, sequences: int, tokens: int) -> float:
+        """Seconds to read a prompt of `tokens` for each sequence."""
+        ...
 
 
 class Subject(NamedTuple):
