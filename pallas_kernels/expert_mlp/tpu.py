@@ -1,10 +1,10 @@
 """expert_mlp for TPUs: one Mosaic kernel that streams the packed weights of each expert in use through VMEM once.
 
 Movement. Assignments are sorted into tiles of one expert (`tiles.py`). The grid walks over the tiles in use, and within
-a tile over steps: first blocks of gate_up's outputs, whose SwiGLU goes to a scratch in VMEM, then blocks of down's outputs,
-which leave as float32. Each step contracts over the whole input, so nothing is accumulated between steps, and neither
-the hidden activations nor an unpacked weight ever reach HBM. Pallas fetches the next step's weights meanwhile; a tile
-of the same expert as the one before reads the weights again.
+a tile over steps: first blocks of gate_up's outputs, whose SwiGLU goes to a scratch in VMEM, then blocks of down's
+outputs, which leave as float32. Each step contracts over the whole input, so nothing is accumulated between steps, and
+neither the hidden activations nor an unpacked weight ever reach HBM. Pallas fetches the next step's weights meanwhile;
+a tile of the same expert as the one before reads the weights again.
 
 Numbers. Every weight is an exact bfloat16, products are exact and summed in float32; float32 activations are multiplied
 at precision HIGHEST.
