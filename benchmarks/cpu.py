@@ -3,7 +3,7 @@
     python -m benchmarks.cpu --layers 4
     python -m benchmarks.cpu --checkpoint FOLDER --llama-bench PATH --gguf FILE
 
-Runs the engine's own programs, sampling included, with all rows in one batch (as an engine with deterministic=False),
+Runs the engine's own programs, sampling included, with all slots in one batch (as an engine with deterministic=False),
 on a cache of its own: a long context is filled with random keys and values, as a prefill of 131,072 tokens would take
 too long, and a step's time does not depend on their values. In each round, ours, the others and the machine's limit
 (reading memory, or multiplying float32 matrices) take turns; a case's figures are medians over the rounds. Shares are
@@ -51,10 +51,21 @@ class Peer(Protocol):
     """Somebody else's implementation."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
-    def can_run(self, rows: int) -> bool: ...  # noqa: D102
-    def decode(self, rows: int, context_tokens: int, steps: int) -> float: ...  # noqa: D102
-    def prefill(self, rows: int, tokens: int) -> float: ...  # noqa: D102
+    def name(self) -> str:
+        """What it is called in the results."""
+        ...
+
+    def can_run(self, sequences: int) -> bool:
+        """Whether it takes a batch of so many sequences."""
+        ...
+
+    def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
+        """Tokens per second of all sequences together, over `steps` steps after a context of `context_tokens` each."""
+        ...
+
+    def prefill(self, sequences: int, tokens: int) -> float:
+        """Tokens per second of all sequences together, each with a prompt of `tokens`."""
+        ...
 
 
 class Subject(NamedTuple):
@@ -112,7 +123,7 @@ def multiplying() -> Callable[[], float]:
 
     def peak() -> float:
         found = max(best(lambda: product(on_device, on_device).block_until_ready()), best(lambda: x @ x))
-        time.sleep(0.2)  # for 0.1 s behind a product BLAS's threads wait in a loop, beside whatever is measured next
+        time.sleep(0.2)  # for 0.1 s after a product BLAS's threads wait in a loop, beside whatever is measured next
         return found
 
     return peak
@@ -142,9 +153,9 @@ def load(options: flags.FlagValues) -> Subject:
     return Subject(config, params, forms, reason, name)
 
 
-def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Callable[[], float]:
+def decoding(subject: Subject, slots: int, context_tokens: int, steps: int) -> Callable[[], float]:
     """Decodes `steps` tokens of each slot in one dispatch, after the context: tokens per second of all slots."""
-    load = under_load.start(subject.config, [under_load.GREEDY] * rows, context_tokens, steps)
+    load = under_load.start(subject.config, [under_load.GREEDY] * slots, context_tokens, steps)
     compiled = under_load.decode_program(subject.forms).lower(subject.params, *load, np.int32(steps)).compile()
 
     def run(count: int) -> float:
@@ -156,17 +167,19 @@ def decoding(subject: Subject, rows: int, context_tokens: int, steps: int) -> Ca
         token = np.asarray(draws.token)[:, :count]
         seconds = time.perf_counter() - began
         if token.min() < 0:
-            raise GptossError(f"{rows} slots at {context_tokens} tokens: logits are not finite; are the kernels right?")
-        return rows * count / seconds
+            raise GptossError(
+                f"{slots} slots at {context_tokens} tokens: logits are not finite; are the kernels right?"
+            )
+        return slots * count / seconds
 
     run(1)  # pages are touched
     return lambda: run(steps)
 
 
-def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable[[], float]:
+def prefilling(subject: Subject, slots: int, tokens: int, chunk: int) -> Callable[[], float]:
     """Runs a prompt of each slot, chunk by chunk, up to its first drawn token: tokens per second of all slots."""
-    load = under_load.start(subject.config, [under_load.GREEDY] * rows, 0, tokens)
-    chunks = _chunks(subject.config, rows, tokens, min(chunk, tokens))
+    load = under_load.start(subject.config, [under_load.GREEDY] * slots, 0, tokens)
+    chunks = _chunks(subject.config, slots, tokens, min(chunk, tokens))
     at = np.zeros(1, np.int32)
     compiled = under_load.prefill_program(subject.forms).lower(subject.params, *load, chunks[0], at).compile()
 
@@ -175,7 +188,7 @@ def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable
         nonlocal load
         load = jax.block_until_ready(load.with_length(0))
         began = time.perf_counter()
-        token = np.zeros(rows, np.int32)
+        token = np.zeros(slots, np.int32)
         for each in chunks[:last]:
             draw, cache, state = compiled(subject.params, *load, each, at)
             load, token = load._replace(cache=cache, state=state), draw.token
@@ -185,23 +198,23 @@ def prefilling(subject: Subject, rows: int, tokens: int, chunk: int) -> Callable
     def run_all() -> float:
         seconds, token = run(len(chunks))
         if token.min() < 0:
-            raise GptossError(f"{rows} slots of {tokens} tokens: logits are not finite; are the kernels right?")
-        return rows * tokens / seconds
+            raise GptossError(f"{slots} slots of {tokens} tokens: logits are not finite; are the kernels right?")
+        return slots * tokens / seconds
 
     run(1)  # pages are touched
     return run_all
 
 
-def _chunks(config: ModelConfig, rows: int, tokens: int, width: int) -> list[Any]:
+def _chunks(config: ModelConfig, slots: int, tokens: int, width: int) -> list[Any]:
     """Random prompts of `tokens` tokens in chunks of `width`, the last one padded; one token is drawn after it."""
-    ids = np.random.default_rng(tokens).integers(0, config.num_token_ids, (rows, tokens)).astype(np.int32)
+    ids = np.random.default_rng(tokens).integers(0, config.num_token_ids, (slots, tokens)).astype(np.int32)
     chunks = []
     for first in range(0, tokens, width):
-        chunk = np.zeros((rows, width), np.int32)
+        chunk = np.zeros((slots, width), np.int32)
         count = min(width, tokens - first)
         chunk[:, :count] = ids[:, first : first + count]
         budget = int(first + width >= tokens)
-        chunks.append(Chunks._make([chunk, np.full(rows, count, np.int32), np.full(rows, budget, np.int32)]))
+        chunks.append(Chunks._make([chunk, np.full(slots, count, np.int32), np.full(slots, budget, np.int32)]))
     return chunks
 
 
@@ -232,46 +245,46 @@ def _against(figures: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def decode_case(
-    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, rows: int, context: int
+    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, slots: int, context: int
 ) -> dict[str, Any]:
     """One line of the table: a batch at a context."""
     steps = options.steps
-    runners = {"ours": decoding(subject, rows, context, steps), "limit": limit}
+    runners = {"ours": decoding(subject, slots, context, steps), "limit": limit}
     for peer in peers if context in _whole_numbers(options.peer_contexts) else ():
-        if peer.can_run(rows):
-            runners[peer.name] = functools.partial(peer.decode, rows, context, steps)
+        if peer.can_run(slots):
+            runners[peer.name] = functools.partial(peer.decode, slots, context, steps)
     figures = in_turns(runners, options.rounds)
-    num_bytes = subject.config.decode_bytes(rows, context, dense_itemsize=DENSE_ITEMSIZE[options.dense])
+    num_bytes = subject.config.decode_bytes(slots, context, dense_itemsize=DENSE_ITEMSIZE[options.dense])
     return {
-        "rows": rows,
+        "slots": slots,
         "context_tokens": context,
         **_against(figures),
         "step_bytes": num_bytes,
-        "bytes_per_second": round(num_bytes * statistics.median(figures["ours"]) / rows),
+        "bytes_per_second": round(num_bytes * statistics.median(figures["ours"]) / slots),
         "read_bytes_per_second": round(statistics.median(figures["limit"])),
-        "share_of_reading": _median_ratio(figures["ours"], figures["limit"], num_bytes / rows),
+        "share_of_reading": _median_ratio(figures["ours"], figures["limit"], num_bytes / slots),
     }
 
 
 def prefill_case(
-    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, rows: int, tokens: int
+    subject: Subject, peers: list[Peer], limit: Callable[[], float], options: flags.FlagValues, slots: int, tokens: int
 ) -> dict[str, Any]:
     """One line of the table: a batch of prompts of one length."""
-    runners = {"ours": prefilling(subject, rows, tokens, options.chunk), "limit": limit}
+    runners = {"ours": prefilling(subject, slots, tokens, options.chunk), "limit": limit}
     for peer in peers:
-        if peer.can_run(rows):
-            runners[peer.name] = functools.partial(peer.prefill, rows, tokens)
+        if peer.can_run(slots):
+            runners[peer.name] = functools.partial(peer.prefill, slots, tokens)
     figures = in_turns(runners, options.rounds)
-    operations = under_load.prefill_operations(subject.config, rows, tokens)
+    operations = under_load.prefill_operations(subject.config, slots, tokens)
     return {
-        "rows": rows,
+        "slots": slots,
         "prompt_tokens": tokens,
         "chunk_tokens": min(options.chunk, tokens),
         **_against(figures),
         "operations": operations,
-        "operations_per_second": round(operations * statistics.median(figures["ours"]) / (rows * tokens)),
+        "operations_per_second": round(operations * statistics.median(figures["ours"]) / (slots * tokens)),
         "peak_operations_per_second": round(statistics.median(figures["limit"])),
-        "share_of_peak": _median_ratio(figures["ours"], figures["limit"], operations / (rows * tokens)),
+        "share_of_peak": _median_ratio(figures["ours"], figures["limit"], operations / (slots * tokens)),
     }
 
 
@@ -285,16 +298,18 @@ def define_flags() -> None:
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
     flags.DEFINE_enum("dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding.")
-    flags.DEFINE_list("contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens behind a decoding step.")
+    flags.DEFINE_list(
+        "contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens in the cache before a decoding step."
+    )
     flags.DEFINE_list("prefill", ["128", "512", "2048"], "N,N,...: Lengths of prompts.")
-    flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Rows of a decoding step.")
+    flags.DEFINE_list("batch", ["1", "4", "16"], "N,N,...: Slots of a decoding step.")
     flags.DEFINE_list("prefill_batch", ["1"], "N,N,...: Prompts that are prefilled at once.")
     flags.DEFINE_integer("chunk", 512, "Tokens of a prompt that go through the model at once, at most.", lower_bound=1)
     flags.DEFINE_integer(
         "steps", 16, "Decoding steps of a measurement.", lower_bound=1, upper_bound=MAX_STEPS_PER_DISPATCH
     )
     flags.DEFINE_integer("rounds", 3, "Measurements, of which the median counts.", lower_bound=1)
-    flags.DEFINE_bool("one_by_one", False, "Run a batch's rows one after the other, as deterministic engines do.")
+    flags.DEFINE_bool("one_by_one", False, "Run a batch's slots one after the other, as deterministic engines do.")
     flags.DEFINE_float("cache_gib", 4.0, "GiB: Cases whose keys and values take more are left out.")
     flags.DEFINE_string("llama_bench", None, "FILE: llama.cpp's program of that name, run beside ours.")
     flags.DEFINE_string("llama_batched_bench", None, "FILE: The same for batches.")
@@ -332,25 +347,25 @@ def _cases(options: flags.FlagValues, subject: Subject, peers: list[Peer]) -> It
     """Each case's kind and figures, as they come."""
     read = reading("huge")
     for context in _whole_numbers(options.contexts):
-        for rows in _whole_numbers(options.batch):
-            cache_bytes = rows * subject.config.cache_bytes(context)
+        for slots in _whole_numbers(options.batch):
+            cache_bytes = slots * subject.config.cache_bytes(context)
             if cache_bytes > options.cache_gib * 2**30:
                 left_out = f"keys and values of {cache_bytes / 2**30:.1f} GiB, above --cache-gib"
-                yield "decode", {"rows": rows, "context_tokens": context, "left_out": left_out}
+                yield "decode", {"slots": slots, "context_tokens": context, "left_out": left_out}
             else:
-                yield "decode", decode_case(subject, peers, read, options, rows, context)
+                yield "decode", decode_case(subject, peers, read, options, slots, context)
     multiply = multiplying()
     for tokens in _whole_numbers(options.prefill):
-        for rows in _whole_numbers(options.prefill_batch):
-            yield "prefill", prefill_case(subject, peers, multiply, options, rows, tokens)
+        for slots in _whole_numbers(options.prefill_batch):
+            yield "prefill", prefill_case(subject, peers, multiply, options, slots, tokens)
 
 
 def _line(kind: str, case: dict[str, Any], peers: list[Peer]) -> str:
     """A case as a line of the table."""
     what = (
-        f"{case['rows']:2d} x decode at {case['context_tokens']:7,d}"
+        f"{case['slots']:2d} x decode at {case['context_tokens']:7,d}"
         if kind == "decode"
-        else (f"{case['rows']:2d} x prefill of {case['prompt_tokens']:6,d}")
+        else (f"{case['slots']:2d} x prefill of {case['prompt_tokens']:6,d}")
     )
     if "left_out" in case:
         return f"{what}: left out: {case['left_out']}"

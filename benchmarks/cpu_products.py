@@ -40,7 +40,7 @@ class Product(NamedTuple):
     """One call, the bytes of weights that it has to read, and its multiplications and additions."""
 
     name: str
-    rows: int
+    tokens: int
     run: Callable[[], float]  # seconds of the next call
     num_bytes: int
     operations: int
@@ -57,35 +57,35 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def dense(name: str, shape: tuple[int, int], rows: int, dtype: DTypeLike) -> Product:
+def dense(name: str, shape: tuple[int, int], tokens: int, dtype: DTypeLike) -> Product:
     """`linear` with bfloat16 or int8 weights of `shape`."""
     num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
     copies = max(1, flags.FLAGS.copies_mib * MIB // num_bytes)
     weights = [_weights(shape, dtype) for _ in range(copies)]
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, shape[1])), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, shape[1])), jnp.bfloat16)
     run = _in_turn(jax.jit(linear), [(x, w) for w in weights])
-    return Product(f"{name}, {np.dtype(dtype).name}", rows, run, num_bytes, 2 * rows * shape[0] * shape[1])
+    return Product(f"{name}, {np.dtype(dtype).name}", tokens, run, num_bytes, 2 * tokens * shape[0] * shape[1])
 
 
-def experts(config: ModelConfig, rows: int) -> Product:
-    """`expert_mlp` of one layer, each row choosing evenly among the experts."""
+def experts(config: ModelConfig, tokens: int) -> Product:
+    """`expert_mlp` of one layer; each token's experts are drawn evenly from all."""
     e, d, f, per_token = config.num_experts, config.hidden_size, config.intermediate_size, config.experts_per_token
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
     arrays: list[Any] = [_weights(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     weights = ExpertWeights(*arrays)
-    rng = np.random.default_rng(rows)
-    x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)
-    shares = jnp.full((rows, per_token), 1 / per_token, jnp.float32)
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(rng.standard_normal((tokens, d)), jnp.bfloat16)
+    shares = jnp.full((tokens, per_token), 1 / per_token, jnp.float32)
     calls, hit = [], []
     for _ in range(8):
-        ids = np.stack([rng.permutation(e)[:per_token] for _ in range(rows)]).astype(np.int32)
+        ids = np.stack([rng.permutation(e)[:per_token] for _ in range(tokens)]).astype(np.int32)
         calls.append((x, jnp.asarray(ids), shares, weights))
         hit.append(len(np.unique(ids)))
     one_expert = sum(w.nbytes for w in jax.tree.leaves(weights)) // e
     run = _in_turn(jax.jit(lambda *call: expert_mlp(*call, limit=config.swiglu_limit)), calls)
-    operations = 2 * rows * per_token * 3 * d * f
-    return Product("experts, MXFP4", rows, run, round(statistics.mean(hit) * one_expert), operations)
+    operations = 2 * tokens * per_token * 3 * d * f
+    return Product("experts, MXFP4", tokens, run, round(statistics.mean(hit) * one_expert), operations)
 
 
 def _weights(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
@@ -108,14 +108,14 @@ def _in_turn(compiled: Callable[..., jax.Array], calls: list[tuple]) -> Callable
     return run
 
 
-def products(config: ModelConfig, all_rows: list[int]) -> Iterator[Product]:
+def products(config: ModelConfig, batches: list[int]) -> Iterator[Product]:
     """Every product, one after the other: together they would not fit."""
-    for rows in all_rows:
+    for tokens in batches:
         for name, shape in dense_shapes(config).items():
-            if name != "unembedding" or rows <= 16:  # of a prompt, one row has logits
-                yield dense(name, shape, rows, ml_dtypes.bfloat16)
-                yield dense(name, shape, rows, np.int8)
-        yield experts(config, rows)
+            if name != "unembedding" or tokens <= 16:  # of a prompt, one token has logits
+                yield dense(name, shape, tokens, ml_dtypes.bfloat16)
+                yield dense(name, shape, tokens, np.int8)
+        yield experts(config, tokens)
 
 
 def _median_of_five(run: Callable[[], float]) -> float:
@@ -125,7 +125,7 @@ def _median_of_five(run: Callable[[], float]) -> float:
 def define_flags() -> None:
     """Defines this command's flags."""
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: The config.json whose sizes are taken.")
-    flags.DEFINE_list("rows", ["1", "16", "512"], "N,N,...: Rows of activations.")
+    flags.DEFINE_list("rows", ["1", "16", "512"], "N,N,...: Tokens, a row of activations each.")
     flags.DEFINE_integer("copies_mib", 256, "MiB of copies of a product's dense weights, at least one.", lower_bound=1)
     flags.DEFINE_integer("rounds", 15, "Rounds of five calls and the limits.", lower_bound=1)
 
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     limits = {"read": cpu.reading("huge"), "multiply": cpu.multiplying()}
     results, figures = [], {}
-    for product in products(read_config(Path(options.config)), [int(rows) for rows in options.rows]):
+    for product in products(read_config(Path(options.config)), [int(tokens) for tokens in options.rows]):
         figures = cpu.in_turns({"ours": functools.partial(_median_of_five, product.run), **limits}, options.rounds)
         rooflines = [
             max(product.num_bytes / read, product.operations / peak)
@@ -145,14 +145,17 @@ def main(arguments: list[str]) -> None:
         seconds = statistics.median(figures["ours"])
         share = statistics.median(least / mine for least, mine in zip(rooflines, figures["ours"], strict=True))
         result = {
-            **{"name": product.name, "rows": product.rows, "milliseconds": 1e3 * seconds},
-            **{"bytes_per_second": product.num_bytes / seconds, "operations_per_second": product.operations / seconds},
+            "name": product.name,
+            "tokens": product.tokens,
+            "milliseconds": 1e3 * seconds,
+            "bytes_per_second": product.num_bytes / seconds,
+            "operations_per_second": product.operations / seconds,
             "share_of_roofline": share,
         }
         results.append(result)
         rates = product.num_bytes / seconds / 1e9, product.operations / seconds / 1e9
         print(
-            f"{product.rows:4} x {product.name:22} {1e3 * seconds:8.3f} ms "
+            f"{product.tokens:4} x {product.name:22} {1e3 * seconds:8.3f} ms "
             f"{rates[0]:6.1f} GB/s {rates[1]:6.1f} GFLOP/s {100 * share:4.0f} % of the roofline",
             flush=True,
         )

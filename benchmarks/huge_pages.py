@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     x = jnp.ones((1, INPUTS), jnp.bfloat16)
     result = {}
     weights = {name: _weights(memory) for name, memory in memories.items()}
-    for _ in range(flags.FLAGS.repeats):  # by turns, as neighbours on the machine come and go
+    for _ in range(flags.FLAGS.repeats):  # one after the other in each round, as neighbours on the machine come and go
         for name, w in weights.items():
             product(x, w).block_until_ready()
             began = time.perf_counter()

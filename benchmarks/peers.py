@@ -24,7 +24,7 @@ class Llama(NamedTuple):
 
     Attributes:
         bench: llama-bench.
-        batched_bench: llama-batched-bench, for more than one row, or None.
+        batched_bench: llama-batched-bench, for more than one sequence, or None.
         model: the GGUF file.
         threads: how many it may use.
         huge_pages: whether weights are read into pages of 2 MiB (by glibc's tunable) in place of its default, a mapping
@@ -42,27 +42,27 @@ class Llama(NamedTuple):
         """What tables call it."""
         return "llama.cpp, huge pages" if self.huge_pages else "llama.cpp"
 
-    def decode(self, rows: int, context_tokens: int, steps: int) -> float:
-        """Tokens per second of all rows together."""
-        if rows == 1:
+    def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
+        """Tokens per second of all sequences together."""
+        if sequences == 1:
             return self._bench("-p", 0, "-n", steps, "-d", context_tokens)
-        return self._batched(rows, context_tokens, steps)["speed_tg"]
+        return self._batched(sequences, context_tokens, steps)["speed_tg"]
 
-    def prefill(self, rows: int, tokens: int) -> float:
-        """Tokens per second of all rows together."""
-        return self._bench("-p", tokens, "-n", 0) if rows == 1 else self._batched(rows, tokens, 1)["speed_pp"]
+    def prefill(self, sequences: int, tokens: int) -> float:
+        """Tokens per second of all sequences together."""
+        return self._bench("-p", tokens, "-n", 0) if sequences == 1 else self._batched(sequences, tokens, 1)["speed_pp"]
 
-    def can_run(self, rows: int) -> bool:
-        """Whether there is a program for so many rows."""
-        return rows == 1 or self.batched_bench is not None
+    def can_run(self, sequences: int) -> bool:
+        """Whether there is a program for so many sequences."""
+        return sequences == 1 or self.batched_bench is not None
 
     def _bench(self, *arguments: Any) -> float:
         mapping = ["-lm", "none"] if self.huge_pages else []
         command = [self.bench, "-r", 1, "-o", "json", *self._common(), *mapping, *arguments]
         return json.loads(self._run(command))[0]["avg_ts"]
 
-    def _batched(self, rows: int, prompt: int, steps: int) -> dict[str, float]:
-        sizes = ["-npl", rows, "-npp", prompt, "-ntg", steps, "-c", rows * (prompt + steps + 32)]
+    def _batched(self, sequences: int, prompt: int, steps: int) -> dict[str, float]:
+        sizes = ["-npl", sequences, "-npp", prompt, "-ntg", steps, "-c", sequences * (prompt + steps + 32)]
         mapping = ["--load-mode", "none"] if self.huge_pages else []
         command = [self.batched_bench, "--output-format", "jsonl", *self._common(), *mapping, *sizes]
         lines = [line for line in self._run(command).splitlines() if line.startswith("{")]
@@ -73,17 +73,17 @@ class Llama(NamedTuple):
 
     def _run(self, command: list[Any]) -> str:
         tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.huge_pages else {}
-        words = [str(word) for word in command]
-        done = subprocess.run(words, env=os.environ | tunables, capture_output=True, text=True)
+        arguments = [str(argument) for argument in command]
+        done = subprocess.run(arguments, env=os.environ | tunables, capture_output=True, text=True)
         if done.returncode:
-            raise GptossError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+            raise GptossError(f"{' '.join(arguments)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
         return done.stdout
 
 
 class Transformers:
     """Hugging Face's model in bfloat16, experts dequantised as it does on CPUs, on random weights of its own.
 
-    Its weights are its own since time does not depend on their values; one row at a time.
+    Its weights are its own since time does not depend on their values; one sequence at a time.
     """
 
     name = "transformers"
@@ -114,18 +114,18 @@ class Transformers:
 
         return "torch sees no GPU" if device == "cuda" and not torch.cuda.is_available() else None
 
-    def can_run(self, rows: int) -> bool:
-        """Whether it runs so many rows here."""
-        return rows == 1
+    def can_run(self, sequences: int) -> bool:
+        """Whether it runs so many sequences here."""
+        return sequences == 1
 
-    def prefill(self, rows: int, tokens: int) -> float:
+    def prefill(self, sequences: int, tokens: int) -> float:
         """Tokens per second."""
-        del rows
+        del sequences
         return tokens / self._prefill(tokens)[0]
 
-    def decode(self, rows: int, context_tokens: int, steps: int) -> float:
+    def decode(self, sequences: int, context_tokens: int, steps: int) -> float:
         """Tokens per second."""
-        del rows
+        del sequences
         cache = self._prefill(context_tokens)[1]
         token = self._torch.zeros((1, 1), dtype=self._torch.long, device=self._device)
         int(self._step(token, cache))  # allocates

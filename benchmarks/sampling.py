@@ -45,34 +45,34 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Prints a line for each option, then one JSON line."""
     del arguments
-    rows, repeats, config = flags.FLAGS.rows, flags.FLAGS.repeats, read_config(Path(flags.FLAGS.config))
-    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (rows, config.vocab_size)), jnp.float32)
+    slots, repeats, config = flags.FLAGS.rows, flags.FLAGS.repeats, read_config(Path(flags.FLAGS.config))
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (slots, config.vocab_size)), jnp.float32)
 
-    def sample(logits: jax.Array, slots: tuple[SlotOptions, SlotState], positions: jax.Array) -> Draw:
-        options, state = slots
+    def sample(logits: jax.Array, drawing: tuple[SlotOptions, SlotState], positions: jax.Array) -> Draw:
+        options, state = drawing
         return sampling.sample(logits, options.sampling, state.drawn, positions, config.num_token_ids)
 
-    def sort(logits: jax.Array, slots: tuple[()], positions: jax.Array) -> jax.Array:
+    def sort(logits: jax.Array, drawing: tuple[()], positions: jax.Array) -> jax.Array:
         return jnp.sort(logits, axis=-1)
 
     result = {
-        name: _milliseconds(sample, logits, under_load.drawing(config, [params] * rows), repeats)
+        name: _milliseconds(sample, logits, under_load.drawing(config, [params] * slots), repeats)
         for name, params in OPTIONS.items()
     }
     result["a sort, for comparison"] = _milliseconds(sort, logits, (), repeats)
     for name, milliseconds in result.items():
         print(f"{name:26s} {milliseconds:8.2f} ms")
     machine = f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    print(json.dumps({"machine": machine, "rows": rows, "milliseconds": result}))
+    print(json.dumps({"machine": machine, "slots": slots, "milliseconds": result}))
 
 
-def _milliseconds(function: Callable[..., Any], logits: jax.Array, slots: Any, repeats: int) -> float:
+def _milliseconds(function: Callable[..., Any], logits: jax.Array, drawing: Any, repeats: int) -> float:
     positions = np.zeros(logits.shape[0], np.int32)
-    compiled = jax.jit(function).lower(logits, slots, positions).compile()
+    compiled = jax.jit(function).lower(logits, drawing, positions).compile()
     seconds = []
     for i in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(compiled(logits, slots, positions + np.int32(i)))
+        jax.block_until_ready(compiled(logits, drawing, positions + np.int32(i)))
         seconds.append(time.perf_counter() - began)
     return 1e3 * statistics.median(seconds[1:])
 

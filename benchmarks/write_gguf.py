@@ -3,7 +3,7 @@
     python -m benchmarks.write_gguf --checkpoint FOLDER --dense bf16 MODEL.gguf
     python -m benchmarks.write_gguf --layers 4 --dense q8_0 MODEL.gguf
 
-FOLDER is as published (safetensors in any layout); --layers takes the random weights that `benchmarks.cpu --layers`
+FOLDER is as published (safetensors in any format); --layers takes the random weights that `benchmarks.cpu --layers`
 makes in memory. Experts keep their MXFP4 bits: a block of llama.cpp is its scale byte, then 16 bytes whose low nibbles
 are elements 0 to 15 and whose high nibbles are elements 16 to 31. Dense matrices are bfloat16 as they are, or rounded
 to Q8_0; vectors and the router are float32, as llama.cpp's own converter has them. The file has no tokenizer: its
@@ -134,16 +134,16 @@ def _whole(leaves: Leaves, path: str, name: str, dense: str) -> Tensor:
 
 
 def _q8_0(weights: np.ndarray) -> np.ndarray:
-    """Rounded by the gguf package's own rule, in pieces, as it takes room."""
+    """Rounded by the gguf package's own rule, in parts, as it takes room."""
     import gguf
 
-    pieces = np.array_split(weights, max(1, weights.size >> 24))
+    parts = np.array_split(weights, max(1, weights.size >> 24))
     kind = gguf.GGMLQuantizationType.Q8_0
-    return np.concatenate([gguf.quants.quantize(piece.astype(np.float32), kind) for piece in pieces])
+    return np.concatenate([gguf.quants.quantize(part.astype(np.float32), kind) for part in parts])
 
 
 def _experts(leaves: Leaves, path: str, name: str) -> Iterator[Tensor]:
-    """The matrices of a layer's experts, and the biases of those that are interleaved here and apart there."""
+    """The matrices of a layer's experts, and the biases of those that are interleaved here and separate there."""
     parts = {"ffn_gate_exps": ("gate_up", np.s_[:, ::2]), "ffn_up_exps": ("gate_up", np.s_[:, 1::2])}
     for tensor, (leaf, rows) in (parts | {"ffn_down_exps": ("down", np.s_[:])}).items():
         experts, out, groups = leaves.shapes[f"{path}/{leaf}/scales"]

@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs behind XLA's foreign function interface: finds the compiled library and registers it.
+"""C++ kernels for CPUs, called through XLA's foreign function interface: finds the compiled library and registers it.
 
 The ops are those of `pallas_kernels`, one module each, with the same signatures. Imports jax only; nothing is loaded
 before an op is called or asked for.

@@ -20,7 +20,7 @@ def expert_mlp(
 ) -> Float[Array, "T D"]:
     """See `pallas_kernels.expert_mlp.RunExperts`, whose `ExpertWeights` the `weights` are.
 
-    A row's bits depend on no other row, and its sum runs over its assignments in the order of their experts.
+    A token's bits depend on no other token, and its sum runs over its assignments in the order of their experts.
 
     Raises:
         TypeError: activations or biases of another dtype than the contract's.

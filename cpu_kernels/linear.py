@@ -8,7 +8,7 @@ import cpu_kernels
 
 
 def linear(x: Float[Array, "T I"], w: Real[Array, "O I"]) -> Float[Array, "T O"]:
-    """See `pallas_kernels.linear.Linear`. Products are exact where x is bfloat16; a row's bits depend on no other row.
+    """See `pallas_kernels.linear.Linear`. Products are exact where x is bfloat16; a token's bits depend on no other.
 
     Raises:
         TypeError: weights that are not bfloat16 or int8, activations that are not float32 or bfloat16.

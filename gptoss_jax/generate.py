@@ -8,8 +8,8 @@ r"""Answers a prompt, or talks with you.
 A model that may call tools, and what it says to their results:
 
     python -m gptoss_jax.generate --checkpoint DIR --tools tools.json \
-        --save talk.json "Do I need an umbrella in Paris?"
-    python -m gptoss_jax.generate --checkpoint DIR --messages talk.json \
+        --save chat.json "Do I need an umbrella in Paris?"
+    python -m gptoss_jax.generate --checkpoint DIR --messages chat.json \
         --tool-results results.json
 
 The answer goes to stdout as it comes: the final answer alone, or the calls of
@@ -38,10 +38,14 @@ from gptoss_jax.cli import command, flag_values, model_flags, prompt_flags, samp
 
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": (
-        *("prompt", "prompt_file", "token_ids"),
-        *("messages", "tool_results", "chat"),
+        "prompt",
+        "prompt_file",
+        "token_ids",
+        "messages",
+        "tool_results",
+        "chat",
     ),
-    "What the model is told": prompt_flags.PROMPT_FLAGS,
+    "What the system and developer messages say": prompt_flags.PROMPT_FLAGS,
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
     "What is shown and kept": ("show_reasoning", "json", "raw", "save", "n"),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
@@ -57,7 +61,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("tool_results", None, "FILE: What the calls at the end of --messages gave, JSON.")
     flags.DEFINE_string("token_ids", None, "IDS: The whole prompt as token ids in place of text: 1,2,3.")
-    flags.DEFINE_bool("chat", False, "Talk: a session that remembers; /help lists its commands.")
+    flags.DEFINE_bool("chat", False, "A session of prompts and answers that remembers; /help lists its commands.")
 
     flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
     flags.DEFINE_bool("json", False, "Print one JSON document with everything.")

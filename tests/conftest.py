@@ -98,7 +98,7 @@ def tiny() -> TinyModel:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model as a published checkpoint, Hugging Face layout."""
+    """The golden model as a published checkpoint, Hugging Face format."""
     return tiny.write(tmp_path_factory.mktemp("tiny"))
 
 

@@ -29,8 +29,8 @@ class TinyModel(NamedTuple):
     def tensors(self) -> dict[str, np.ndarray]:
         return random_tensors(self.config, self.seed)
 
-    def write(self, folder: Path, layout: str = "huggingface") -> Path:
-        write_checkpoint(folder / "published", self.config, format=layout, seed=self.seed)
+    def write(self, folder: Path, format: str = "huggingface") -> Path:
+        write_checkpoint(folder / "published", self.config, format=format, seed=self.seed)
         return folder / "published"
 
 

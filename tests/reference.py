@@ -1,6 +1,6 @@
 """The whole of gpt-oss in float64 NumPy, to be read beside the papers; every other path is compared with it.
 
-Shares no code with the product and takes the tensors under their names in the Hugging Face MXFP4 layout.
+Shares no code with the product and takes the tensors under their names in the Hugging Face MXFP4 format.
 Formulas: openai/gpt-oss, gpt_oss/torch/model.py, and weights.py for MXFP4; YaRN: arXiv:2309.00071, section 3.
 Letters: T tokens, D hidden, N query heads, K key/value heads, G = N / K, H head size, F inside an expert,
 X experts that a token chooses, V vocabulary.
@@ -29,7 +29,7 @@ def residuals(tensors: Mapping, config: dict, token_ids) -> Iterator[np.ndarray]
     yield x
     for layer in range(config["num_hidden_layers"]):
         weights = layer_weights(tensors, layer)
-        x = x + attention_layer(x, weights, config, banded=layer % 2 == 0)
+        x = x + attention_layer(x, weights, config, sliding=layer % 2 == 0)
         x = x + moe_layer(x, weights, config)
         yield x
 
@@ -88,7 +88,7 @@ def rotate(x, config):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def attention_layer(x, weights: Mapping, config: dict, banded: bool) -> np.ndarray:
+def attention_layer(x, weights: Mapping, config: dict, sliding: bool) -> np.ndarray:
     """What the attention block adds to the residual x [T, D], its RMSNorm included."""
     (tokens, _), kv_heads, head = x.shape, config["num_key_value_heads"], config["head_dim"]
     x = rms_norm(x, weights["input_layernorm.weight"], config)
@@ -98,7 +98,7 @@ def attention_layer(x, weights: Mapping, config: dict, banded: bool) -> np.ndarr
     k, v = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # K 1 H T, K 1 T H
     q = q / np.sqrt(head)
     sinks = weights["self_attn.sinks"].astype(np.float64).reshape(kv_heads, -1, 1, 1)
-    window = config["sliding_window"] if banded else tokens
+    window = config["sliding_window"] if sliding else tokens
     out = np.empty((tokens, q.shape[1] * kv_heads * head))
     for start in range(0, tokens, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, tokens)

@@ -1,4 +1,4 @@
-"""Models that say what they are told to: real checkpoints, run like any other, whose answers a test knows beforehand.
+"""Models that say what a script holds: real checkpoints, run like any other, whose answers a test knows beforehand.
 
     python -m tests.scripted FOLDER [thinker|caller]
 
@@ -45,9 +45,9 @@ def script_ids(name: str) -> list[int]:
 
 
 def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
-    """A published checkpoint in the Hugging Face layout whose model answers everything with a script.
+    """A published checkpoint in the Hugging Face format whose model answers everything with a script.
 
-    Behind the token `spoilt`, if given, its numbers are not finite: a large weight meets a large state.
+    After the token `spoilt`, if given, its numbers are not finite: a large weight meets a large state.
     """
     said = [_ids("assistant")[0], *script_ids(name)]
     thought = said[said.index(tokenizer.MESSAGE) + 1]

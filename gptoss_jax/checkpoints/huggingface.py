@@ -34,7 +34,7 @@ _MXFP4 = (
     ("moe/down/blocks", "mlp.experts.down_proj_blocks", "E D F/32 16"),
     ("moe/down/scales", "mlp.experts.down_proj_scales", "E D F/32"),
 )
-# [E, in, out]: the other way round than MXFP4's rows. Down is square at the published sizes: no shape tells.
+# [E, in, out]: the other way round than MXFP4's rows. Down is square at the published sizes: no shape shows which.
 _BF16 = (
     ("moe/gate_up", "mlp.experts.gate_up_proj", "E D 2F"),
     ("moe/down", "mlp.experts.down_proj", "E F D"),

@@ -1,4 +1,4 @@
-"""What lies in a folder: a checkpoint of ours, or published safetensors. Told without JAX, from headers alone."""
+"""What lies in a folder: a checkpoint of ours, or published safetensors. Found out without JAX, from headers alone."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

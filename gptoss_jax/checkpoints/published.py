@@ -75,14 +75,14 @@ class Source:
         return {name: entry for file in self.files.values() for name, entry in file.tensors.items()}
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another without reading its contents."""
+        """What distinguishes this source from another without reading its contents."""
         files = {name: {"size": file.size_bytes, "mtime_ns": file.mtime_ns} for name, file in self.files.items()}
         return {"layout": self.format, "files": files, "quantize_experts": self.quantize_experts}
 
     # ---- headers ----
 
     def problems(self, leaves: Mapping[str, Leaf]) -> list[str]:
-        """What headers and index tell against reading `leaves` from here: one line per fault."""
+        """Faults of headers and index for which `leaves` cannot be read from here: one line each."""
         tensors = self.tensors
         wanted = {recipe.tensor: recipe for recipe in self.recipes.values()}
         faults = list(self._faults)
@@ -171,7 +171,7 @@ class Source:
             if not faults:
                 yield path, array
             del array  # while the next one is read
-        _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor tell the same
+        _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor have the same faults
 
     def _read_packed(self, path: str, entry: Entry, recipe: Recipe) -> np.ndarray:
         """Blocks or scales of a bfloat16 tensor; the scales that fall off while packing blocks are kept for later."""

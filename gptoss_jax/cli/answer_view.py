@@ -36,7 +36,7 @@ class AnswerView:
                 self._screen.aside(delta.text, "")
 
     def _begin(self, aside: str) -> None:
-        """Tells what is no answer from what is one: a label before it, an empty line after it."""
+        """Marks text that is no answer: a label before it, an empty line after it."""
         if aside != self._aside:
             self._screen.finish_line()
             self._screen.aside(f"[{aside}]\n" if aside else "\n", REASONING_STYLE)

@@ -51,7 +51,7 @@ class Prompt(NamedTuple):
 
 
 def settings(options: flags.FlagValues) -> Settings:
-    """What the flags tell the model.
+    """The settings that the flags give.
 
     Raises:
         GptossError: a value that cannot be, or a file that is not what it should be.

@@ -16,8 +16,20 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
 
 _IN_HELP = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
-    *("presence_penalty", "logit_bias", "banned_ids", "seed", "stop", "stop_ids", "top_logprobs"),
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "banned_ids",
+    "seed",
+    "stop",
+    "stop_ids",
+    "top_logprobs",
 )
 SAMPLING_FLAGS = (*_IN_HELP, *(name for name in OPTIONS if name not in _IN_HELP))
 """In the order of --help; an option that has no place there comes last."""

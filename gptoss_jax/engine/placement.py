@@ -21,7 +21,7 @@ class Placement:
     waiting: list[Sequence]
 
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, num_slots: int):
-        """`scheduler` says who goes first and who gives way; `runner` is told of every change."""
+        """`scheduler` says who goes first and who gives way; `runner` repeats every change on the devices."""
         self._runner, self._scheduler, self._num_slots = runner, scheduler, num_slots
         self._pools = [PagePool(runner.pages_per_shard) for _ in range(runner.num_shards)]
         self.running, self.waiting = {}, []

@@ -137,12 +137,12 @@ class BatchedPrograms(NamedTuple):
     num_chunks = None
 
     def prefill(self, params, cache, options, state, chunks, at):
-        """See `Programs`."""
+        """A chunk of each slot's prompt; slots without one have a chunk of no tokens."""
         del at  # every slot has a chunk
         return self.step(params, cache, options, state, chunks)
 
     def decode_step(self, params, cache, options, state):
-        """See `Programs`."""
+        """The next token of each active slot; the others take part with no token."""
         return self.step(params, cache, options, state, _next_chunks(state))
 
 
@@ -156,11 +156,11 @@ class SlotBySlotPrograms(NamedTuple):
 
     @property
     def num_chunks(self) -> int:
-        """See `Programs`."""
+        """C, one chunk for each data shard."""
         return self.step.sharding.size("batch")
 
     def prefill(self, params, cache, options, state, chunks, at):
-        """See `Programs`."""
+        """A chunk of one prompt for each data shard, that of slot `at`, whose cache and state alone are taken out."""
         sharding, cache_axes = self.step.sharding, kv_cache.axes(self.step.config)
         its_cache = sharding.take_slot(cache, at, cache_axes)
         its_options = sharding.take_slot(options, at, OPTIONS_AXES)
@@ -170,7 +170,7 @@ class SlotBySlotPrograms(NamedTuple):
         return draw, cache, sharding.put_slot(state, its_state, at, STATE_AXES)
 
     def decode_step(self, params, cache, options, state):
-        """See `Programs`."""
+        """The next token of each active slot: as many iterations as the busiest data shard has active slots."""
         sharding = self.step.sharding
         active = (state.remaining > 0).reshape(self.num_chunks, -1)
         order = jnp.argsort(~active, axis=1, stable=True).astype(jnp.int32)  # the active slots of each shard first

@@ -1,4 +1,4 @@
-"""A request on its way through an engine, as the host sees it: what it holds, and what it was told."""
+"""A request on its way through an engine, as the host sees it: what it holds, and what its caller has seen."""
 
 import dataclasses
 from typing import Any

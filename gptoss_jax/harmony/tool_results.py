@@ -1,6 +1,6 @@
 """Results of tool calls: each goes to the call that waits for it.
 
-Harmony has no ids of calls, so only the order of the results tells two calls of one tool apart.
+Harmony has no ids of calls, so only the order of the results distinguishes two calls of one tool.
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,7 +20,7 @@ from pallas_kernels.attention import PagedKV, RingKV
 
 
 class Positions(NamedTuple):
-    """Where the tokens of one step stand, and how far rotary embedding turns them there: the same in every layer."""
+    """Positions of the tokens of one step, and the rotations that belong to them: the same in every layer."""
 
     of_tokens: Int32[Array, "B T"]  # from the start of the token's sequence; -1 for padding
     cosine: Float[Array, "B T J"]

@@ -28,7 +28,7 @@ class ModelConfig:
     """The architecture of one gpt-oss model. Every number comes from its config.json.
 
     Attributes:
-        num_layers: L; layers 0, 2, 4, ... attend to a band, the odd ones to everything before them.
+        num_layers: L; layers 0, 2, 4, ... have a sliding window, the odd ones attend to everything before a token.
         hidden_size: D, width of the residual stream.
         num_heads: N query heads.
         num_kv_heads: K key/value heads; query head n reads key/value head n // (N / K).
@@ -37,7 +37,7 @@ class ModelConfig:
         experts_per_token: X, experts that the router picks for a token.
         intermediate_size: F, width inside one expert.
         vocab_size: V, rows of the embedding and of the unembedding.
-        sliding_window: keys that a banded layer sees, the query's own included.
+        sliding_window: keys that a sliding-window layer sees, the query's own included.
         swiglu_limit: clamp of the SwiGLU inputs.
         rms_norm_eps: epsilon inside RMSNorm.
         rope_theta: base of the rotary frequencies.
@@ -137,21 +137,25 @@ class ModelConfig:
         experts = self.num_layers * self.num_experts * self.expert_bytes
         return experts + self.attention_bytes + 2 * self.unembedding_bytes
 
-    def decode_bytes(self, rows: int, context_tokens: int, cache_itemsize: int = 2, dense_itemsize: int = 2) -> int:
-        """Bytes that one decoding step of `rows` rows, each with `context_tokens` behind it, must read at least.
+    def decode_bytes(self, slots: int, context_tokens: int, cache_itemsize: int = 2, dense_itemsize: int = 2) -> int:
+        """Bytes that one decoding step of `slots` slots must read at least, each with `context_tokens` in the cache.
 
-        Counts the experts expected to be hit when every token draws its X experts evenly: E (1 - (1 - X/E)^rows).
+        Counts the experts expected to be hit when every token draws its X experts evenly: E (1 - (1 - X/E)^slots).
         """
-        missed = (1 - self.experts_per_token / self.num_experts) ** rows
+        missed = (1 - self.experts_per_token / self.num_experts) ** slots
         experts = self.num_layers * self.num_experts * (1 - missed) * self.expert_bytes
-        cache = rows * self.cache_bytes(context_tokens, cache_itemsize)
+        cache = slots * self.cache_bytes(context_tokens, cache_itemsize)
         dense = (self.attention_bytes + self.unembedding_bytes) // 2 * dense_itemsize
         return math.ceil(experts) + dense + cache
 
     def cache_bytes(self, context_tokens: int, itemsize: int = 2) -> int:
-        """Bytes of keys and values that `context_tokens` of one row occupy: banded layers hold a window at most."""
-        banded = sum(self.has_sliding_window(i) for i in range(self.num_layers))
-        held = (self.num_layers - banded) * context_tokens + banded * min(context_tokens, self.sliding_window)
+        """Bytes of keys and values that one sequence of `context_tokens` occupies.
+
+        Layers with a sliding window hold a window of tokens at most.
+        """
+        with_window = sum(self.has_sliding_window(i) for i in range(self.num_layers))
+        full = self.num_layers - with_window
+        held = full * context_tokens + with_window * min(context_tokens, self.sliding_window)
         return 2 * held * self.num_kv_heads * self.head_dim * itemsize
 
 
@@ -323,7 +327,7 @@ def _special_ids(vocab_size: int, eos: Any, pad: Any) -> tuple[tuple[int, ...], 
     """Stop and pad ids: harmony's where the vocabulary has them, else what the config says.
 
     The published config.json lists only <|return|> as eos; a tool call ends the turn as well. OpenAI's config lists
-    none, so a smaller vocabulary in its layout stops at no token.
+    none, so a smaller vocabulary in its format stops at no token.
     """
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for name, ids in (("eos_token_id", listed), ("pad_token_id", [] if pad is None else [pad])):

@@ -40,7 +40,7 @@ class Mxfp4Linear(nnx.Module):
 
 
 PACKED = ("gate_up/blocks", "gate_up/scales", "gate_up/bias", "down/blocks", "down/scales", "down/bias")
-"""The leaves that an `ExpertWeights` begins with, in its order: declared as published, at run time in its layout."""
+"""The leaves that an `ExpertWeights` begins with, in its order: declared as published, run in the kernel's layout."""
 
 
 class MixtureOfExperts(nnx.Module):

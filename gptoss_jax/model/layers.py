@@ -31,7 +31,7 @@ class Kernels(NamedTuple):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether the bits that these give for a row depend on no other row, nor on how many there are."""
+        """Whether the bits that these give for a token depend on no other token of the batch, nor on its size."""
         return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
 
 
@@ -145,16 +145,18 @@ class Product:
         """The product of x [B, T, *in], float32 [B, T, *out]."""
         if isinstance(w, Dense8):  # scaled after the sum: the products are of whole numbers
             return self(x, w.values) * w.scales
-        rows = ("batch", None)
+        tokens = ("batch", None)
         run = self.sharding.map(
-            self._run_local, in_axes=(rows + self.in_axes, self.out_axes + self.in_axes), out_axes=rows + self.out_axes
+            self._run_local,
+            in_axes=(tokens + self.in_axes, self.out_axes + self.in_axes),
+            out_axes=tokens + self.out_axes,
         )
         return run(x, w)
 
     def _run_local(self, x: Float[Array, "B T ..."], w: Real[Array, "..."]) -> Float[Array, "B T ..."]:
-        rows, out = x.shape[:2], w.shape[: len(self.out_axes)]
+        tokens, out = x.shape[:2], w.shape[: len(self.out_axes)]
         inputs = math.prod(w.shape[len(self.out_axes) :])
-        y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*rows, *out)
+        y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*tokens, *out)
         for logical in filter(None, self.in_axes):  # each device summed over its shard of the inputs
             y = self.sharding.sum_over(y, logical)
         return y

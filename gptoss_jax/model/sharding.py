@@ -99,7 +99,7 @@ class Sharding:
         return jax.tree.map(self.named, axes, is_leaf=is_axes)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """x, told to the compiler to lie as `axes` say."""
+        """x, which the compiler has to lay over the mesh as `axes` say."""
         return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.named(axes))
 
     def map(self, function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:

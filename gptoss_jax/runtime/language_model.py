@@ -61,9 +61,9 @@ class LanguageModel:
     _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
     _tapped: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
-    def decode_bytes(self, rows: int, context_tokens: int) -> int:
+    def decode_bytes(self, slots: int, context_tokens: int) -> int:
         """`ModelConfig.decode_bytes` with the number formats that hold weights and cache here."""
-        return self.config.decode_bytes(rows, context_tokens, self.policy.cache.itemsize, DENSE_ITEMSIZE[self.dense])
+        return self.config.decode_bytes(slots, context_tokens, self.policy.cache.itemsize, DENSE_ITEMSIZE[self.dense])
 
     def read_bandwidth(self, at_least: float = 0.0) -> float:
         """Bytes per second that all devices together read from their memories, as `device.read_bandwidth`."""

@@ -50,6 +50,8 @@ def attend(
 ) -> Attended:
     """See `pallas_kernels.attention.Attend`. Reads the keys that some query sees, where they lie, and no others.
 
+    Outputs are float32 where splits were merged, else of q's dtype.
+
     `interpret=None` compiles for the device; parameters of Pallas's GPU interpreter run the kernel on a CPU.
 
     Raises:

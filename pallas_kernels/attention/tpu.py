@@ -40,8 +40,8 @@ def attend(
 ) -> Attended:
     """See `pallas_kernels.attention.Attend`.
 
-    Products of float32 have float32's precision. In bfloat16 logits and sums are float32, and the softmax's weights
-    are rounded to bfloat16 before they meet the values.
+    Products of float32 have float32's precision (HIGHEST throughout). In bfloat16 logits, maxima and sums are float32,
+    and the softmax's weights are rounded to bfloat16 (2^-9 of each) before they meet the values.
 
     Args:
         q: queries, float32 or bfloat16.

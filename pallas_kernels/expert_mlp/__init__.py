@@ -35,9 +35,9 @@ class RunExperts(Protocol):
     """What an implementation does.
 
     Takes x [T, D], the experts that each token is assigned to and their routing weights, [T, X], and the layer's
-    `ExpertWeights`, in the implementation's layout; gives sum_x weight_x * (down(swiglu(gate_up(x))) + down_bias),
-    float32 [T, D]. Matrix products take operands of x's dtype and accumulate in float32. An assignment outside [0, E)
-    is skipped: padding has such, and so have experts that live on another device.
+    `ExpertWeights`, in the implementation's weight layout. Gives sum_x weight_x * (down(swiglu(gate_up(x))) +
+    down_bias), float32 [T, D]. Matrix products take operands of x's dtype and accumulate in float32. An assignment
+    outside [0, E) is skipped: padding has such, and so have experts that live on another device.
 
     Raises:
         NotImplementedError: the weights have adapters, and the implementation does not know them.

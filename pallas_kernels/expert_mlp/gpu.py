@@ -150,13 +150,13 @@ def expert_mlp(
     limit: float,
     interpret: Any = None,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.expert_mlp.RunExperts`; `weights` lie as in `LAYOUT`.
+    """See `pallas_kernels.expert_mlp.RunExperts`.
 
     Args:
         x: bfloat16, or float32 (three products instead of one).
-        expert_ids: as there.
-        routing_weights: as there.
-        weights: as there.
+        expert_ids: the experts that each token is assigned to.
+        routing_weights: and how much of each it takes.
+        weights: the layer's experts, in `LAYOUT`.
         limit: the SwiGLU's.
         interpret: None compiles for the device; else parameters of Mosaic GPU's interpreter.
 
@@ -291,10 +291,27 @@ def _scratch(tiling: _Tiling, bias_dtype: Any, interpret: Any) -> dict[str, Any]
 
 
 def _kernel(
-    expert, used, x, words, scales, bias, out, *,
-    x_s, words_s, scales_s, bias_s, loaded, consumed, bias_loaded, operands_s,
-    tiling: _Tiling, groups: int, limit: float | None, interpret: Any,
-):  # fmt: skip
+    expert,
+    used,
+    x,
+    words,
+    scales,
+    bias,
+    out,
+    *,
+    x_s,
+    words_s,
+    scales_s,
+    bias_s,
+    loaded,
+    consumed,
+    bias_loaded,
+    operands_s,
+    tiling: _Tiling,
+    groups: int,
+    limit: float | None,
+    interpret: Any,
+):
     """One tile, and for each warpgroup 64 outputs."""
     tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
     unit = lax.axis_index("block") * tiling.warpgroups + warpgroup

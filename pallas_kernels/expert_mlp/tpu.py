@@ -1,10 +1,10 @@
 """expert_mlp for TPUs: one Mosaic kernel that streams the packed weights of each expert in use through VMEM once.
 
-Movement. Rows are sorted into tiles of one expert (`tiles.py`). The grid walks over the tiles in use, and within a tile
-over steps: first blocks of gate_up's outputs, whose SwiGLU goes to a scratch in VMEM, then blocks of down's outputs,
-which leave as float32. Each step contracts over the whole input, so nothing is accumulated between steps, and neither
-the hidden activations nor an unpacked weight ever reach HBM. Pallas fetches the next step's weights meanwhile; a tile
-of the same expert as the one before reads the weights again.
+Movement. Assignments are sorted into tiles of one expert (`tiles.py`). The grid walks over the tiles in use, and within
+a tile over steps: first blocks of gate_up's outputs, whose SwiGLU goes to a scratch in VMEM, then blocks of down's
+outputs, which leave as float32. Each step contracts over the whole input, so nothing is accumulated between steps, and
+neither the hidden activations nor an unpacked weight ever reach HBM. Pallas fetches the next step's weights meanwhile;
+a tile of the same expert as the one before reads the weights again.
 
 Numbers. Every weight is an exact bfloat16, products are exact and summed in float32; float32 activations are multiplied
 at precision HIGHEST.
@@ -73,26 +73,28 @@ class Steps(NamedTuple):
     hidden: int  # D, down's outputs
 
     @property
-    def inner_block(self) -> int:  # noqa: D102
+    def inner_block(self) -> int:
+        """Outputs of gate_up (gates, or linear ones) in one block of a part."""
         return min(self.inner, MOST_OUTPUTS)
 
     @property
-    def hidden_block(self) -> int:  # noqa: D102
+    def hidden_block(self) -> int:
+        """Outputs of down in one block."""
         return min(self.hidden, MOST_OUTPUTS)
 
     @property
     def inner_blocks(self) -> int:
-        """In a part; the last may reach beyond it."""
+        """Blocks of a part; the last may reach beyond it."""
         return pl.cdiv(self.inner, self.inner_block)
 
     @property
     def first_down(self) -> int:
-        """The first of down's steps."""
+        """Index of the first of down's steps, after all of gate_up's."""
         return self.parts * self.inner_blocks
 
     @property
     def number(self) -> int:
-        """Of a tile's steps."""
+        """How many steps a tile has."""
         return self.first_down + pl.cdiv(self.hidden, self.hidden_block)
 
     def gate_up_at(self, step: Any) -> tuple[Any, Any]:

@@ -5,7 +5,8 @@ computes in bfloat16, one before that in float32 and integers only, and TPU v7x 
 made the choice are in docs/kernels.md.
 
 Scale bytes are read as 1 .. 252, which keeps every weight a finite bfloat16: byte 0 reads as 1 (what it scales
-is below 2^-123 either way), 253 and 254 as 252 (loading refuses them). What is then below 2^-126 is zero.
+is below 2^-123 either way), 253 and 254 (weights of 2^125 and more) as 252, and loading refuses them. What is then
+below 2^-126 is zero.
 """
 
 import functools

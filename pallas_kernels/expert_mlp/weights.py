@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, UInt8
 class Adapter(NamedTuple):
     """A product of low rank R beside each expert's matrix W: where W x stood, W x + b (a x) stands (LoRA).
 
-    b has a row for each published row of W (of gate_up, interleaved), whatever layout W is in. A scale, as alpha / R in
-    Hu et al., arXiv:2106.09685, is part of b.
+    b has a row for each published row of W (of gate_up, interleaved), whatever weight layout W is in. A scale, as
+    alpha / R in Hu et al., arXiv:2106.09685, is part of b.
     """
 
     a: Float[Array, "E R I"]
@@ -50,7 +50,7 @@ def without_adapters(weights: ExpertWeights) -> tuple[Array, ...]:
 
 
 class Rearrangement(NamedTuple):
-    """One array's way from how it is published to how a kernel reads it, and back; jitted by who calls it."""
+    """From an array as it is published to the array that a kernel reads, and back; whoever calls it jits it."""
 
     pack: Callable[[Array], Array]
     unpack: Callable[[Array], Array]
@@ -60,7 +60,7 @@ class Rearrangement(NamedTuple):
 
 
 def unchanged(x: Any) -> Any:
-    """x."""
+    """x as it is: the rearrangement of an array whose published order a kernel reads."""
     return x
 
 
@@ -82,17 +82,17 @@ PUBLISHED = WeightLayout()
 
 
 def packed(layout: WeightLayout, weights: ExpertWeights) -> ExpertWeights:
-    """Published weights, rearranged."""
+    """Weights in `layout`, from those in published order."""
     return _each(layout, weights, lambda way, array: way.pack(array))
 
 
 def published(layout: WeightLayout, weights: ExpertWeights) -> ExpertWeights:
-    """Rearranged weights, as they were published."""
+    """Weights in published order, from those in `layout`; the inverse of `packed`."""
     return _each(layout, weights, lambda way, array: way.unpack(array))
 
 
 def packed_axes(layout: WeightLayout, axes: ExpertWeights) -> ExpertWeights:
-    """The logical axes of rearranged weights, from those of the published ones."""
+    """The logical axes of weights in `layout`, from those of the published ones."""
     return _each(layout, axes, lambda way, names: way.axes(names))
 
 

@@ -154,7 +154,7 @@ def test_extreme_sinks():
 
 
 def test_a_missing_wait_is_seen(monkeypatch):
-    """Guards the tests above: were keys read before their copies had come, the interpreter would tell."""
+    """Guards the tests above: were keys read before their copies had come, the interpreter would report it."""
 
     class Impatient:
         def __init__(self, *place):

@@ -25,8 +25,8 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "cpu_products": ("--config", "CONFIG", "--rows", 1, "--copies-mib", 1, "--rounds", 1),
     "gpu": ("--models", "CONFIG", "--kernels", "reference", "--notransformers", *GPU_SIZES, *GPU_CASES, *GPU_CHECKS),
     "huge_pages": ("--outputs", 512, "--repeats", 1),
-    "row_by_row": (*CUT, "--rows", 2, "--steps", 1),
     "sampling": ("--config", "CONFIG", "--repeats", 1),
+    "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),
     "tpu_experts": ("--only", "v6e", "--tokens", 1, "--experts", 32),
     "unrolled_or_scanned": (*CUT, "--experts", 4, "--steps", 1),
     "write_gguf": (*CUT, "FILE"),
@@ -60,7 +60,7 @@ def test_help(name):
     done = processes.run(f"benchmarks.{name}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"python -m benchmarks.{name}" in done.stdout
-    flags = {str(word).lstrip("-") for word in TOYS[name] if str(word).startswith("--")}
+    flags = {str(argument).lstrip("-") for argument in TOYS[name] if str(argument).startswith("--")}
     assert all(f"--{flag}" in done.stdout or f"--[no]{flag.removeprefix('no')}" in done.stdout for flag in flags)
 
 
@@ -68,7 +68,7 @@ def test_help(name):
 def test_toy_run(name, config_file, tmp_path):
     """Guards a benchmark that nobody runs for months: it ends with what it found, or says which wheel it lacks."""
     files = {"CONFIG": config_file, "FILE": tmp_path / "model.gguf"}
-    done = processes.run(f"benchmarks.{name}", *(files.get(word, word) for word in TOYS[name]))
+    done = processes.run(f"benchmarks.{name}", *(files.get(argument, argument) for argument in TOYS[name]))
     if missing := WHEELS.get(name):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {missing}\n")
         return
@@ -91,7 +91,7 @@ def test_compilers_are_those_of_this_jax():
         ("ahead_of_time", ("model",), "model asked for, expected one of models, kernels, launches"),
         ("tpu_experts", ("--only", "v7"), "unknown generation v7, expected some of v5e"),
         ("gpu", ("20b",), "20b: expected flags only"),
-        ("row_by_row", ("--layers", 3), "3 layers, expected an even number of them"),
+        ("slot_by_slot", ("--layers", 3), "3 layers, expected an even number of them"),
     ],
 )
 def test_mistakes_are_one_line(name, arguments, message):

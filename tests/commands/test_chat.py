@@ -26,7 +26,7 @@ SECONDS = 120  # a machine under load may compile for long
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models that say what they were told to, one that rambles, and a home for caches."""
+    """Models that say what their scripts hold, one that rambles, and a home for caches."""
     folder = tmp_path_factory.mktemp("chat")
     for name in scripted.SCRIPTS:
         scripted.write(folder / name, name)
@@ -105,7 +105,10 @@ def _terminal(folder, model, *arguments, **environment) -> Iterator[_Terminal]:
     everything = {"XDG_CACHE_HOME": str(folder / "home"), "TERM": "xterm-256color", "NO_COLOR": None, **environment}
     everything |= {"COLUMNS": None, "LINES": None}
     process = processes.start(
-        *("gptoss_jax.generate", "--checkpoint", folder / model, *arguments),
+        "gptoss_jax.generate",
+        "--checkpoint",
+        folder / model,
+        *arguments,
         prepare=_InTerminal(os.ttyname(theirs), str(folder)),
         environment=everything,
     )
@@ -139,8 +142,8 @@ conversation: 99 of 4096 tokens; effort: high
 Hmm, why does sky look blue? Recall Rayleigh.
 
 Because air scatters short waves most: **blue** ✨
-> /save talk.json
-6 messages written to talk.json
+> /save chat.json
+6 messages written to chat.json
 > /reset
 > /quit"""
 
@@ -155,13 +158,13 @@ def test_a_session_looks_as_it_did_in_a_terminal(folder):
         terminal.say("/what\r", "makes it text)\n>")
         terminal.say("/stats\r", "effort: high\n>")
         terminal.say("and\x1b\rin two lines?\r", "**blue** ✨\n>")
-        terminal.say("/save talk.json\r", "written to talk.json\n>")
+        terminal.say("/save chat.json\r", "written to chat.json\n>")
         terminal.say("/reset\r", "/reset\n>")
         terminal.say("/quit\r", "/quit")
         assert terminal.ended() == 0
         shown = terminal.text[terminal.text.index("/help lists") :]
     assert re.sub(r"at [\d.]+ tokens/s", "at N tokens/s", shown).splitlines() == SESSION.splitlines()
-    said = json.loads((folder / "talk.json").read_text())
+    said = json.loads((folder / "chat.json").read_text())
     turn = [("user", None), ("assistant", "analysis"), ("assistant", "final")]
     assert [(message["role"], message["channel"]) for message in said] == [("system", None), *turn, *turn]
     assert said[4]["content"][0]["text"] == "and\nin two lines?"
@@ -253,7 +256,7 @@ def test_a_chat_goes_on_from_a_file(folder, tmp_path):
 
 
 def test_several_calls_take_their_results_in_order(folder, tmp_path):
-    """Guards /result: the first call that waits is named and answered first; the model goes on behind the last."""
+    """Guards /result: the first call that waits is named and answered first; the model goes on after the last."""
     calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("f", "g", "f")]
     chat = [{"role": "user", "content": "Umbrella?"}, {"role": "assistant", "tool_calls": calls}]
     (tmp_path / "chat.json").write_text(json.dumps(chat))
@@ -286,7 +289,7 @@ def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
 
 
 def test_hidden_reasoning_is_shown_by_a_command(folder):
-    """Guards the hint behind an answer that was cut while reasoning: in a session it names the session's command."""
+    """Guards the hint after an answer that was cut while reasoning: in a session it names the session's command."""
     environment = {"XDG_CACHE_HOME": str(folder / "home")}
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "8")
     done = processes.run(*asked, stdin="Hello\n/reasoning\nHello\n", environment=environment)

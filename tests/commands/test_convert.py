@@ -94,14 +94,14 @@ def conversion_of(source: published.Source, dst: Path) -> conversion.Conversion:
     return conversion.Conversion(source, dst, declared(source), byte_progress.byte_progress)
 
 
-def command(*words: object) -> int:
+def command(*arguments: object) -> int:
     """Runs the command in this process; its exit code."""
     if "dry_run" not in flags.FLAGS:
         convert.define_flags()
     with flagsaver.flagsaver():
         try:
-            arguments = command_line._parse(["convert", *map(str, words)], "convert")[1:]
-            command_line._guard(convert.main, arguments, "convert")
+            positional = command_line._parse(["convert", *map(str, arguments)], "convert")[1:]
+            command_line._guard(convert.main, positional, "convert")
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -109,9 +109,9 @@ def command(*words: object) -> int:
     return 0
 
 
-def refusals(capsys, *words: object) -> list[str]:
+def refusals(capsys, *arguments: object) -> list[str]:
     """The lines on stderr of a command that must end with exit code 2."""
-    assert command(*words) == 2
+    assert command(*arguments) == 2
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
 
 
@@ -350,7 +350,7 @@ def test_experts_off_the_grid_are_refused(broken_bf16, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
 
-def test_nan_among_bf16_experts_is_told_as_such(broken_bf16, tmp_path, capsys):
+def test_nan_among_bf16_experts_is_named_as_such(broken_bf16, tmp_path, capsys):
     """Guards against a NaN that is rounded to a number, or reported as being off the grid."""
     with edited(broken_bf16, DOWN) as held:
         dtype, shape, content = held[DOWN]
@@ -375,7 +375,7 @@ def test_rounding_is_asked_for_printed_and_recorded(broken_bf16, tmp_path, capsy
     assert "are equal" in out or "equal the source's by sha256" in out
 
 
-def test_a_wrongly_transposed_export_is_told(tmp_path, capsys):
+def test_a_wrongly_transposed_export_is_named(tmp_path, capsys):
     """Guards square down_proj: no shape shows that an export forgot to transpose, and rounding would hide it."""
     square = SMALL | {"intermediate_size": 96}
     write_checkpoint(tmp_path / "published", square, format="huggingface-bf16")
@@ -574,7 +574,7 @@ def test_faults_are_refused_and_name_file_and_tensor(spoil, broken, tmp_path, ca
     lines = refusals(capsys, broken, tmp_path / "out")
     for text in expected:
         assert any(line.startswith(f"convert: {text}") for line in lines), (text, lines)
-    if spoil is not overlapping:  # it leaves bytes that belong to no tensor, which is told as well
+    if spoil is not overlapping:  # it leaves bytes that belong to no tensor, which is a fault as well
         assert len(lines) == len(expected), lines
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
@@ -611,8 +611,8 @@ def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_
     for path, text in cases.items():
         (line,) = refusals(capsys, path, tmp_path / "out")
         assert text in line
-    for words in ([small], [small, tmp_path / "a", tmp_path / "b"]):
-        (line,) = refusals(capsys, *words)
+    for arguments in ([small], [small, tmp_path / "a", tmp_path / "b"]):
+        (line,) = refusals(capsys, *arguments)
         assert line.startswith("convert: expected two folders, SRC DST, got ")
     (line,) = refusals(capsys, small, tmp_path / "out", "--dry-rum")
     assert "Unknown command line flag 'dry_rum'" in line
@@ -700,7 +700,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, 
     assert after == before
 
 
-def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
+def test_dry_run_refuses_what_headers_show(broken, tmp_path, capsys):
     """Guards against a plan for a checkpoint that cannot be converted."""
     expected = missing(broken)
     assert expected == [
@@ -708,7 +708,7 @@ def test_dry_run_refuses_what_headers_tell(broken, tmp_path, capsys):
     ]
 
 
-def test_progress_tells_bytes_rate_and_remaining_time(capsys, monkeypatch):
+def test_progress_shows_bytes_rate_and_remaining_time(capsys, monkeypatch):
     """Guards against hours of silence in a log file."""
     monkeypatch.setattr(byte_progress, "LINE_SECONDS", 0)
     with byte_progress.byte_progress("writing", 400_000_000) as report_bytes:
@@ -845,11 +845,11 @@ def fill_up(monkeypatch, most_bytes: int):
     """A disk with room for `most_bytes` more."""
     real, left = os.write, most_bytes
 
-    def write(descriptor: int, piece) -> int:
+    def write(descriptor: int, chunk) -> int:
         nonlocal left
         if not left:
             raise OSError(errno.ENOSPC, "No space left on device")
-        count = real(descriptor, piece[:left])
+        count = real(descriptor, chunk[:left])
         left -= count
         return count
 

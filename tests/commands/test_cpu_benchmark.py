@@ -34,29 +34,29 @@ def run(config_file: Path, *arguments) -> processes.Done:
 
 
 def test_command_measures_every_case(config_file):
-    """Flags that are not read, a last line that is no JSON, rates that do not follow from one another."""
+    """Guards flags that are not read, a last line that is no JSON, rates that do not follow from one another."""
     lengths = ("--contexts", "16,150", "--batch", "1,2", "--prefill", 20, "--prefill-batch", 2)
     done = run(config_file, *lengths, "--kernels", "reference", "--cache-gib", 150 * 1024 / 2**30)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kernels"].count("reference") == 3
-    assert [(case["rows"], case["context_tokens"]) for case in result["decode"]] == [
+    assert [(case["slots"], case["context_tokens"]) for case in result["decode"]] == [
         (1, 16),
         (2, 16),
         (1, 150),
         (2, 150),
     ]
-    assert [(case["rows"], case["prompt_tokens"], case["chunk_tokens"]) for case in result["prefill"]] == [(2, 20, 8)]
+    assert [(case["slots"], case["prompt_tokens"], case["chunk_tokens"]) for case in result["prefill"]] == [(2, 20, 8)]
     measured = [case for case in result["decode"] if "left_out" not in case]
     assert len(measured) == 3 and "GiB, above --cache-gib" in result["decode"][3]["left_out"]
     for case in measured:
-        rate = case["step_bytes"] * case["tokens_per_second"] / case["rows"]
+        rate = case["step_bytes"] * case["tokens_per_second"] / case["slots"]
         assert case["bytes_per_second"] == pytest.approx(rate, rel=0.01)
         assert case["share_of_reading"] == pytest.approx(rate / case["read_bytes_per_second"], rel=0.1, abs=1e-3)
 
 
 def test_peers_take_turns(config_file, tmp_path):
-    """llama.cpp's options misspelt or its figures misread: stand-ins answer so, and note what they are asked."""
+    """Guards llama.cpp's options misspelt or its figures misread: stand-ins answer so, and note what they are asked."""
     asked = tmp_path / "asked"
     for name, answer in (
         ("llama-bench", '[{"avg_ts": 50.0}]'),
@@ -93,13 +93,13 @@ def test_peers_take_turns(config_file, tmp_path):
     ],
 )
 def test_usage_errors(arguments, message):
-    """Tracebacks, and measurements that begin before the flags are known to be good."""
+    """Guards against tracebacks, and measurements that begin before the flags are known to be good."""
     done = processes.run("benchmarks.cpu", *arguments)
     assert (done.returncode, message in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
 
 
 def test_prefill_operations_are_counted(raw):
-    """The share of the peak: a term that is forgotten, or counted for every token in place of the last."""
+    """Guards the share of the peak: a term that is forgotten, or counted for every token in place of the last."""
     config = parse_config(raw)
     tokens, window = 300, config.sliding_window
     keys = sum(min(p + 1, window) for p in range(tokens)) + sum(p + 1 for p in range(tokens))

@@ -45,7 +45,7 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Random weights, published and converted; models that say what they were told to; a home for caches."""
+    """Random weights, published and converted; models that say what their scripts hold; a home for caches."""
     folder = tmp_path_factory.mktemp("generate")
     TinyModel(WORDY).write(folder)
     convert.run(convert.Options(folder / "published", folder / "checkpoint"))
@@ -153,7 +153,7 @@ def test_a_stop_string_ends_the_answer(folder):
 def test_a_call_is_kept_and_printed_as_json(folder, tmp_path):
     """Guards tools end to end: declared, called, kept at <|call|>, answered from a file, and gone on from."""
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
-    asked = ("Umbrella?", "--tools", tmp_path / "tools.json", "--save", tmp_path / "talk.json")
+    asked = ("Umbrella?", "--tools", tmp_path / "tools.json", "--save", tmp_path / "chat.json")
     done = _generate(folder, "caller", *asked)
     assert done[:2] == (0, json.dumps({"name": "get_weather", "arguments": scripted.CALL}) + "\n"), done.stderr
     document = _document(folder, "caller", *asked)
@@ -168,7 +168,7 @@ def test_a_call_is_kept_and_printed_as_json(folder, tmp_path):
     results = ("--tool-results", tmp_path / "results.json")
     prompts = [
         _prompt(_document(folder, "caller", "--messages", tmp_path / name, *results))
-        for name in ("talk.json", "answer.json")
+        for name in ("chat.json", "answer.json")
     ]
     assert prompts[0] == prompts[1]
     assert prompts[0].startswith(_prompt(document))
@@ -271,7 +271,7 @@ def test_prompts_come_from_anywhere(folder, tmp_path):
     assert TOKENIZER.decode(prompts["stdin"]).endswith("<|start|>user<|message|>Why?\nReally.<|end|><|start|>assistant")
 
 
-def test_what_the_model_is_told(folder, tmp_path):
+def test_the_settings_reach_the_prompt(folder, tmp_path):
     """Guards system and developer messages: dates, cut-off, instructions, tools of both kinds, response format."""
     schema = {"type": "object", "properties": {"answer": {"type": "integer"}}}
     form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
@@ -280,10 +280,10 @@ def test_what_the_model_is_told(folder, tmp_path):
     (tmp_path / "chat.json").write_text(
         json.dumps({"messages": [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]})
     )
-    told = ["--date", "2026-11-25", "--knowledge-cutoff", "2025-01", "--system", "Speak <|end|> softly."]
-    told += ["--tools", tmp_path / "tools.json", "--builtin-tools", "browser,python"]
-    told += ["--response-format", tmp_path / "form.json", "--messages", tmp_path / "chat.json", "Three."]
-    document = _document(folder, "thinker", "--max-new-tokens", "1", *told)
+    settings = ["--date", "2026-11-25", "--knowledge-cutoff", "2025-01", "--system", "Speak <|end|> softly."]
+    settings += ["--tools", tmp_path / "tools.json", "--builtin-tools", "browser,python"]
+    settings += ["--response-format", tmp_path / "form.json", "--messages", tmp_path / "chat.json", "Three."]
+    document = _document(folder, "thinker", "--max-new-tokens", "1", *settings)
     prompt = _prompt(document)
     for said in (
         "Knowledge cutoff: 2025-01\nCurrent date: 2026-11-25\n",
@@ -389,17 +389,17 @@ def test_ctrl_c_before_the_first_token_ends_the_command(folder, during):
 
 @pytest.fixture(scope="module")
 def spoilt(folder):
-    """A model whose numbers are not finite behind a word in the middle of its answer."""
+    """A model whose numbers are not finite after a word in the middle of its answer."""
     return scripted.write(folder / "spoilt", "thinker", spoilt=" short").name
 
 
 def test_a_fault_keeps_what_had_come(folder, spoilt, tmp_path):
     """Guards answers against logits that are not finite: each is printed and saved up to there, and the step named."""
     fault = "the answer ended at step 26: logits are not finite; check the checkpoint (convert --verify)"
-    done = _generate(folder, spoilt, "Why?", "--save", tmp_path / "talk.json")
+    done = _generate(folder, spoilt, "Why?", "--save", tmp_path / "chat.json")
     assert done[:2] == (2, "Because air scatters short\n"), done.stderr
     assert fault in done.stderr
-    assert json.loads((tmp_path / "talk.json").read_text())[-1]["content"][0]["text"] == "Because air scatters short"
+    assert json.loads((tmp_path / "chat.json").read_text())[-1]["content"][0]["text"] == "Because air scatters short"
     done = _generate(folder, spoilt, "Why?", "--json", "--n", "2")
     assert done.returncode == 2
     assert f"answer 2 of 2 (seed 1): {fault}" in done.stderr
@@ -425,15 +425,15 @@ class _Gone(NamedTuple):
 
 def test_readers_that_went_away(folder, tmp_path):
     """Guards `| head` and a lost terminal: what is to be saved is saved; nobody on stderr is no reason to stop."""
-    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "Why?", "--save", tmp_path / "talk.json")
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "Why?", "--save", tmp_path / "chat.json")
     for descriptor, code in ((1, 141), (2, 0)):
         gone = _Gone(descriptor, str(tmp_path))
         process = processes.start(*asked, prepare=gone, environment={"XDG_CACHE_HOME": str(folder / "home")})
         process.join(120)
         assert process.exitcode == code, (tmp_path / "2").read_text()
-        said = json.loads((tmp_path / "talk.json").read_text())
+        said = json.loads((tmp_path / "chat.json").read_text())
         assert [message["role"] for message in said][:2] == ["system", "user"]
-        (tmp_path / "talk.json").unlink()
+        (tmp_path / "chat.json").unlink()
     assert (tmp_path / "1").read_text() == scripted.ANSWER + "\n"
     assert "Traceback" not in (tmp_path / "2").read_text()
 
@@ -492,9 +492,9 @@ BAD = {
         ["--messages", "pyproject.toml"],
         "pyproject.toml, line 1, column 2: Expecting value; expected JSON",
     ),
-    "save nowhere": (["x", "--save", "absent/talk.json"], "cannot write absent/talk.json: expected a file name in a"),
+    "save nowhere": (["x", "--save", "absent/chat.json"], "cannot write absent/chat.json: expected a file name in a"),
     "results alone": (["x", "--tool-results", "TOOLS"], "--tool-results has an effect with --messages only: give both"),
-    "results of no call": (["--messages", "TALK", "--tool-results", "TOOLS"], "waiting for a result: no call"),
+    "results of no call": (["--messages", "CHAT", "--tool-results", "TOOLS"], "waiting for a result: no call"),
     "chat and json": (["--chat", "--json"], "--chat and --json: leave one of them out"),
     "chat and a prompt": (["--chat", "Hello"], "--chat and a prompt: leave one of them out"),
     "bad kernel": (["x", "--kernels", "fast"], "kernel 'fast', expected auto"),
@@ -508,11 +508,11 @@ def test_bad_input_is_one_line_and_exit_code_2(name, folder, tmp_path):
     """Guards the user's eyes: what was got, what was expected, no traceback, nothing on stdout."""
     arguments, message = BAD[name]
     (tmp_path / "results.json").write_text('[{"name": "f", "content": "x"}]')
-    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "x"}]')
-    files = {"TOOLS": tmp_path / "results.json", "TALK": tmp_path / "talk.json"}
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "x"}]')
+    files = {"TOOLS": tmp_path / "results.json", "CHAT": tmp_path / "chat.json"}
     model = "checkpoint" if arguments[:1] != [None] else ""
-    words = [files.get(word, word) for word in arguments if word is not None]
-    done = _generate(folder, model, *words)
+    given = [files.get(argument, argument) for argument in arguments if argument is not None]
+    done = _generate(folder, model, *given)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("generate: ")
@@ -621,7 +621,7 @@ def test_python_takes_all_sampling_options_once(folder):
 
 
 @pytest.mark.parametrize("format", ["huggingface", "openai", "huggingface-bf16"])
-def test_load_takes_every_published_layout(format, tmp_path):
+def test_load_takes_every_published_format(format, tmp_path):
     """Guards loading without conversion: the formats of one model give the same logits; nothing is written."""
     published = TinyModel(SMALL).write(tmp_path, format)
     before = sorted(path.name for path in published.rglob("*"))

@@ -66,7 +66,7 @@ def test_windows_score_each_token_once_with_enough_before_it(size, data):
 
 
 def test_a_long_text_is_scored_in_windows(model):
-    """Guards the cut of each window's part: every token behind exactly its window's tokens."""
+    """Guards the cut of each window's part: every token after exactly its window's tokens."""
     found = score_in_windows(model, IDS[:100], Windows(40, 25), 2)
     assert found.logprobs.shape == (99,)
     assert found.top_ids.shape == (99, 2)

@@ -1,4 +1,4 @@
-"""How soon commands answer where no model is needed: help and obvious mistakes, told before JAX is imported."""
+"""How soon commands answer where no model is needed: help and obvious mistakes, reported before JAX is imported."""
 
 import json
 import subprocess
@@ -16,18 +16,18 @@ SLACK = 2  # CPUs differ, and a busy one takes longer for the same
 HELP_CPU_SECONDS = 0.5 * SLACK
 MISTAKE_CPU_SECONDS = 1.0 * SLACK
 
-# Runs a module as `python -m` does, and tells at its end what it took.
+# Runs a module as `python -m` does, and writes at its end what it took.
 RUN = """
 import atexit, json, resource, runpy, sys
 
-def tell():
+def write_usage():
     used = resource.getrusage(resource.RUSAGE_SELF)
     with open(sys.argv.pop(), "w") as file:
         json.dump({"seconds": used.ru_utime + used.ru_stime, "modules": sorted(sys.modules)}, file)
 
 report, module = sys.argv[1:3]
 sys.argv[:3] = [module]
-atexit.register(lambda: (sys.argv.append(report), tell()))
+atexit.register(lambda: (sys.argv.append(report), write_usage()))
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
@@ -45,9 +45,9 @@ class Done(NamedTuple):
 def run(tmp_path: Path, module: str, *arguments: object) -> Done:
     """A command in a new process."""
     report = tmp_path / "report.json"
-    words = [sys.executable, "-c", RUN, report, module, *arguments]
+    command = [sys.executable, "-c", RUN, report, module, *arguments]
     done = subprocess.run(
-        list(map(str, words)), cwd=golden.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+        list(map(str, command)), cwd=golden.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
     )
     used = json.loads(report.read_text())
     packages = {name.partition(".")[0] for name in used["modules"]}
@@ -116,7 +116,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_an_obvious_mistake_is_told_at_once(name, places, tmp_path):
+def test_an_obvious_mistake_is_reported_at_once(name, places, tmp_path):
     """Guards patience: seconds of imports before one hears of a typing error."""
     module, line, message = MISTAKES[name]
     for place, path in places.items():

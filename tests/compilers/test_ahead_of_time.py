@@ -80,7 +80,7 @@ def test_kernels_for_tpus_compile(target):
 
 @_needs("gpu")
 def test_a_decoding_step_launches_few_kernels():
-    """Guards decoding of one row, where launches cost as much as bytes: more than this a layer is a regression."""
+    """Guards decoding of one slot, where launches cost as much as bytes: more than this a layer is a regression."""
     (report,) = _report("launches", "H200")
     assert report["per_layer"] <= LAUNCHES_PER_LAYER, report
 

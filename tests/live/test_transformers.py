@@ -22,11 +22,11 @@ def test_product_equals_transformers(tmp_path):
 
 
 def test_transformers_reads_what_we_write(tiny, tmp_path):
-    """Guards both Hugging Face layouts with another's reader, and the goldens against its other versions."""
+    """Guards both Hugging Face formats with another's reader, and the goldens against its other versions."""
     tokens = golden.token_ids(300, seed=1)
     logits = []
-    for layout in ("huggingface", "huggingface-bf16"):
-        model = golden.load_transformers(tiny.write(tmp_path / layout, layout), "float32")
+    for format in ("huggingface", "huggingface-bf16"):
+        model = golden.load_transformers(tiny.write(tmp_path / format, format), "float32")
         logits.append(golden.transformers_logits(model, tokens))
     assert (logits[0] == logits[1]).all()
     gate.assert_agrees(reference.forward(tiny.tensors, tiny.config, tokens), logits[0], max_abs=1e-4, max_kl=1e-10)

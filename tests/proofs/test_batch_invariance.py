@@ -58,7 +58,7 @@ def test_fast_mode_gives_up_the_last_bits(half, alone, capsys):
         same += [token for token, *_ in ours] == [token for token, *_ in theirs]
         for mine, other in zip(ours, theirs, strict=True):
             if mine[0] != other[0]:
-                break  # behind another token everything may differ
+                break  # after another token everything may differ
             differences.append(abs(mine[1] - other[1]))
     with capsys.disabled():
         print(
@@ -102,5 +102,5 @@ def test_a_preempted_request_goes_on_where_it_was(folder, deterministic, kernels
         assert streams == expected
     tokens = [[token for token, *_ in stream] for stream in streams]
     assert tokens == [[token for token, *_ in stream] for stream in expected]
-    assert [seen[i] for i in range(4)] == tokens  # each token was told once
+    assert [seen[i] for i in range(4)] == tokens  # each token came in one event
     assert all(pool.num_free == pool.num_pages for pool in engine._placement._pools)

@@ -98,11 +98,11 @@ def test_steps_after_a_long_prompt_equal_the_whole(small):
 
 
 def test_window_ends_at_distance_127(small):
-    """Guards the band's edge: a change of one token reaches a banded layer 127 positions on, and not 128."""
+    """Guards the sliding window's edge: a change of one token reaches such a layer 127 positions on, and not 128."""
     runner = Runner(small.config, small.tensors, slots=1, context=320)
     layer = runner.params["layers"]
     full_off = layer[1]["attention"]["out"]["weight"]
-    layer[1]["attention"]["out"]["weight"] = jnp.zeros_like(full_off)  # only the banded layer carries anything over
+    layer[1]["attention"]["out"]["weight"] = jnp.zeros_like(full_off)  # only the sliding window carries anything over
     tokens = golden.token_ids(200, seed=3)
     changed = tokens.copy()
     changed[10] = (changed[10] + 1) % 512

@@ -83,7 +83,8 @@ def test_one_layer_at_true_width(tmp_path):
 
 # ---- the mutation suite ----
 
-# Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.
+# Two layers, one with a sliding window and one without, show every bug and compile fast. D = F is for the transposed
+# down_proj alone.
 TOKENS = golden.token_ids(300, seed=7)
 # For Pallas's interpreters, which take a tenth of a second for a token: more than the window, and enough for a weight.
 SOME_TOKENS, FEW_TOKENS = TOKENS[:140], TOKENS[:16]
@@ -216,7 +217,7 @@ def test_gate_catches_wrong_weights(name, plain, monkeypatch):
 @pytest.mark.parametrize("kernels", INTERPRETED)
 @pytest.mark.parametrize("name", WEIGHT_MUTATIONS)
 def test_gate_catches_wrong_weights_through_kernels_for_accelerators(name, kernels, plain, monkeypatch):
-    """Guards the gate with those kernels in place: what is misread must show through their layouts as well."""
+    """Guards the gate with those kernels in place: what is misread must show through their weight layouts as well."""
     path, change = WEIGHT_MUTATIONS[name]
     model, way = plain.compiled(INTERPRETED[kernels]), expert_op.AS_PUBLISHED
     if "/".join(path[1:]) in experts.PACKED:
@@ -262,8 +263,8 @@ def _interleaved_rotation(x, cosine, sine):
     return jnp.stack([even * cosine - odd * sine, odd * cosine + even * sine], axis=-1).reshape(x.shape)
 
 
-def _softmax_before_top_k(logits, choices):
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), choices)
+def _softmax_before_top_k(logits, top_k):
+    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     return ids, weights
 
 

@@ -25,7 +25,7 @@ def tokens():
 
 
 def _loss(model, tokens, leaves, params):
-    """Negative log likelihood of each token behind those before it, the named leaves of `params` replaced."""
+    """Negative log likelihood of each token after those before it, the named leaves of `params` replaced."""
     tree = jax.tree.map(lambda x: x, params)
     for path, leaf in leaves.items():
         *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
@@ -38,8 +38,11 @@ def _loss(model, tokens, leaves, params):
 
 
 def _leaves(params, dtype):
-    take = lambda path: functools.reduce(lambda t, k: t[int(k) if k.isdigit() else k], path.split("/"), params)  # noqa: E731
-    return {path: take(path).astype(dtype) for path in LEARN}
+    def leaf(path):
+        keys = (int(key) if key.isdigit() else key for key in path.split("/"))
+        return functools.reduce(operator.getitem, keys, params)
+
+    return {path: leaf(path).astype(dtype) for path in LEARN}
 
 
 def test_the_whole_model_learns_in_the_direction_of_its_gradient(tiny_folder, tokens):

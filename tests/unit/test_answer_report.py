@@ -17,7 +17,7 @@ class _Model(LanguageModel):
     def __init__(self):
         self.asked: list[float] = []
 
-    def decode_bytes(self, rows: int, context_tokens: int) -> int:
+    def decode_bytes(self, slots: int, context_tokens: int) -> int:
         return 1000
 
     def read_bandwidth(self, at_least: float = 0.0) -> float:

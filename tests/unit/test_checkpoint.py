@@ -393,7 +393,7 @@ def test_interrupted_writing_goes_on_and_ends_in_the_same_bytes(arrays, tmp_path
         assert writer.notes == {"a": {"b": 1}}
         assert len(writer.finished) == len(arrays) - 10
         assert not (tree / "unembedding").exists()
-        write_all(writer, arrays, but=5)  # and a third run, behind the torn line
+        write_all(writer, arrays, but=5)  # and a third run, after the torn line
     with Writer(tmp_path / "cut", IDENTITY) as writer:
         assert len(writer.finished) == len(arrays) - 5
         write_all(writer, arrays)

@@ -47,12 +47,18 @@ def test_help_names_values_meanings_and_defaults():
     text = command.help_text(values, {"First": ["save", "effort"], "Second": ["seed", "stop", "two_words"]})
     assert text.splitlines() == [
         "First:",
-        *("  --save FILE", "      Where to."),
-        *("  --effort low|high", "      How hard: very. [low]"),
-        *("", "Second:"),
-        *("  --seed INT", "      the seed: any [0]"),
-        *("  --stop TEXT", "      Where."),
-        *("  --[no]two-words", "      Both: yes."),
+        "  --save FILE",
+        "      Where to.",
+        "  --effort low|high",
+        "      How hard: very. [low]",
+        "",
+        "Second:",
+        "  --seed INT",
+        "      the seed: any [0]",
+        "  --stop TEXT",
+        "      Where.",
+        "  --[no]two-words",
+        "      Both: yes.",
     ]
 
 
@@ -109,7 +115,7 @@ def _command_that_raises(error: str) -> subprocess.CompletedProcess:
     "error", ["ValueError('a bug')", "KeyError('a bug')", "UnicodeDecodeError('utf-8', b'', 0, 1, 'a bug')"]
 )
 def test_a_bug_keeps_its_traceback(error):
-    """Guards whoever has to find a fault of ours: it is not taken for bad input, and scripts can tell the two apart."""
+    """Guards whoever has to find a fault of ours: it is not taken for bad input, by scripts neither."""
     done = _command_that_raises(error)
     assert done.returncode == 1
     assert "Traceback (most recent call last):" in done.stderr

@@ -120,7 +120,7 @@ REFUSED = {
         "num_heads 64 is not a multiple of num_kv_heads 7",
     ),
     "odd head": (changed(SMALL, head_dim=63), "head_dim 63 is odd, but rotary embedding turns pairs"),
-    "choices": (changed(SMALL, num_experts_per_tok=33), "experts_per_token 33 exceeds num_experts 32"),
+    "top_k": (changed(SMALL, num_experts_per_tok=33), "experts_per_token 33 exceeds num_experts 32"),
     "blocks": (
         changed(SMALL, intermediate_size=2890),
         "intermediate_size 2890 is not a multiple of the MXFP4 block of 32",
@@ -182,8 +182,8 @@ def test_weight_bytes_of_the_published_models():
     assert parse_config(LARGE).expert_bytes == 13_219_200
 
 
-def test_decoding_reads_more_experts_the_more_rows():
-    """Guards against every expert charged to one row, or four experts to a thousand rows."""
+def test_decoding_reads_more_experts_the_more_slots():
+    """Guards against every expert charged to one slot, or four experts to a thousand slots."""
     config = parse_config(SMALL)
     dense = config.attention_bytes + config.unembedding_bytes
     one = config.decode_bytes(1, 0) - dense
@@ -194,7 +194,7 @@ def test_decoding_reads_more_experts_the_more_rows():
 
 
 def test_small_vocabulary_without_stop_ids():
-    """Guards OpenAI's layout, whose config names no stop ids: a small vocabulary has none, and that reads back."""
+    """Guards OpenAI's format, whose config names no stop ids: a small vocabulary has none, and that reads back."""
     none = parse_config(changed(SMALL, vocab_size=512, eos_token_id=None, pad_token_id=None))
     assert (none.stop_ids, none.pad_id) == ((), 511)
     assert parse_config(to_huggingface(none)) == none

@@ -260,7 +260,7 @@ def test_threads_change_no_bit(threads):
 
 
 def test_loops_branches_and_devices(instructions):
-    """Guards use as the model uses it: in a loop under jit, behind a condition, and on several devices at once."""
+    """Guards use as the model uses it: in a loop under jit, under a condition, and on several devices at once."""
     sequences = Sequences((8, 4, 16), jnp.bfloat16, number=2, context=1200)
     arguments = jax.tree.map(jnp.asarray, sequences.paged(sequences.positions(np.array([1100, 40]), 3)))
     expected = _run(attend, arguments)[..., :-1]

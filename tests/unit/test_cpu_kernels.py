@@ -112,7 +112,7 @@ def test_linear_has_the_same_bits_on_every_instruction_set(weights, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
+def test_linear_of_a_token_does_not_depend_on_its_neighbours(isa, weights, dtype):
     """Guards tiles of one to many rows: each number of rows takes another path, and none may be seen in the bits."""
     x, w = _linear_arguments(23, 39, 1700, dtype, WEIGHTS[weights])
     whole = np.asarray(linear(x, w))
@@ -121,7 +121,7 @@ def test_linear_rows_do_not_depend_on_their_neighbours(isa, weights, dtype):
 
 
 def test_linear_keeps_infinities_and_nan_where_they_are(isa):
-    """Guards the zeros behind the last input, which must not meet an infinity, and rows from a neighbour's NaN."""
+    """Guards the zeros after the last input, which must not meet an infinity, and tokens from a neighbour's NaN."""
     x, w = _linear_arguments(5, 6, 33, jnp.float32)
     x = x.at[1, 32].set(jnp.inf).at[3, 0].set(jnp.nan)
     w = jnp.abs(w)

@@ -222,7 +222,7 @@ def test_a_dispatch_stays_short_when_requests_join(make_engine):
 
 @BOTH
 def test_top_logprobs_are_the_models(make_engine, model, deterministic):
-    """Guards the reported alternatives, in prefill's token and in decoding's, beside a row that asks for none."""
+    """Guards the reported alternatives, in prefill's token and in decoding's, beside a slot that asks for none."""
     engine = make_engine(deterministic)
     prompt = _prompt(30)
     engine.submit(Request(prompt, (), 9, SamplingParams(seed=3, top_logprobs=4, banned_ids=(5,))))
@@ -240,7 +240,7 @@ def test_top_logprobs_are_the_models(make_engine, model, deterministic):
 
 @BOTH
 def test_the_caller_may_end_an_answer(make_engine, deterministic):
-    """Guards stop strings: the answer ends with the token that the caller names, and the row serves the next one."""
+    """Guards stop strings: the answer ends with the token that the caller names, and the slot serves the next one."""
     engine = make_engine(deterministic)
     ((free, _),) = _answers(engine, [Request(_prompt(20), (), 30, GREEDY)])
     for last in (0, 1, 17, 29):

@@ -79,7 +79,7 @@ def test_the_youngest_gives_way_when_pages_run_out(one_batch):
     tokens = run(engine)
     assert preempted and 0 not in preempted
     assert [tokens[i] for i in range(4)] == [answer(prompt(20 + i), 300) for i in range(4)]
-    assert [seen[i] for i in range(4)] == [tokens[i] for i in range(4)]  # each token was told once
+    assert [seen[i] for i in range(4)] == [tokens[i] for i in range(4)]  # each token came in one event
     assert all_pages_are_free(engine)
 
 

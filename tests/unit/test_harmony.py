@@ -111,7 +111,7 @@ SHOPPING = ResponseFormat(
 )
 BREAKFAST = [user("I need coffee, soda and eggs.")]
 
-# Name of a golden file -> messages, settings, and what else `render` is told.
+# Name of a golden file -> messages, settings, and what else `render` is given.
 LIBRARY_CASES = {
     "simple_convo": ([user("What is 2 + 2?")], Settings(), {}),
     "simple_convo_low_effort": (CAPITAL, Settings(reasoning_effort="low", instructions=ROBOT), {}),
@@ -271,7 +271,7 @@ MESSAGES = st.sampled_from(
 @given(messages=st.lists(MESSAGES, max_size=12))
 def test_history_rules_on_any_conversation(messages):
     """Guards the rules whatever the order: old thoughts go, the last turn stays, what is kept keeps its order."""
-    copies = [message.model_copy() for message in messages]  # so that each can be told from its twin
+    copies = [message.model_copy() for message in messages]  # so that each can be distinguished from its twin
     kept = apply_history_rules(copies)
     users = [i for i, message in enumerate(copies) if message.author.role is Role.USER]
     turn = users[-1] if users else 0
@@ -387,7 +387,7 @@ def test_parts_are_one_text():
 
 
 def test_a_message_to_all_calls_nobody():
-    """Guards against openai-harmony's <|call|> behind a message that only names `all` as its recipient."""
+    """Guards against openai-harmony's <|call|> after a message that only names `all` as its recipient."""
     spoken = say("hi", "commentary")
     to_all = spoken.model_copy().with_recipient("all")
     assert render.render([to_all], None) == render.render([spoken], None)

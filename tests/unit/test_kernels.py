@@ -267,12 +267,12 @@ def test_kernels_without_adapters_refuse_them(name, which):
 
 
 @pytest.mark.parametrize("name", all_of(linear_op.IMPLEMENTATIONS))
-@pytest.mark.parametrize("rows", [1, 2, 3, 130])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 130])
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 96), (2050, 40), (1571, 33)])
-def test_linear(name, rows, outputs, inputs):
+def test_linear(name, tokens, outputs, inputs):
     """Guards blocks of weights that do not divide evenly, and that bfloat16 products are summed in float32."""
-    rng = np.random.default_rng(rows)
-    x, w = rng.standard_normal((rows, inputs)), rng.standard_normal((outputs, inputs))
+    rng = np.random.default_rng(tokens)
+    x, w = rng.standard_normal((tokens, inputs)), rng.standard_normal((outputs, inputs))
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-5)):
         rounded_x, rounded_w = x.astype(dtype), w.astype(ml_dtypes.bfloat16)
         found = jax.jit(linear_op.IMPLEMENTATIONS[name])(jnp.asarray(rounded_x), jnp.asarray(rounded_w))

@@ -13,7 +13,7 @@ from tests.goldens.make import tiny_config
 
 
 def test_names_known_without_jax_are_those_of_the_model():
-    """Guards --dtype, whose choices are listed before JAX is imported."""
+    """Guards --dtype, whose values are listed before JAX is imported."""
     assert number_formats.ACTIVATIONS == tuple(transformer.DTYPE_POLICIES)
 
 

@@ -109,8 +109,8 @@ def test_chat_json_is_rendered_as_the_format_has_it(encoding, write, end, name, 
 def test_both_dialects_in_every_wrapping(write, wrap):
     """Guards equal ids for equal conversations, and that what `generate --json` prints can be continued."""
     chat = read_messages(write(CHAT))
-    harmony_rows = to_json([*opening(Settings(**chat.settings)), *chat.messages])
-    conversation = read_messages(write(wrap(harmony_rows)))
+    documents = to_json([*opening(Settings(**chat.settings)), *chat.messages])
+    conversation = read_messages(write(wrap(documents)))
     assert conversation.messages[0].author.role is Role.SYSTEM
     assert render(conversation.messages, None) == ids_of(chat)
     plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -120,8 +120,8 @@ def test_both_dialects_in_every_wrapping(write, wrap):
 @pytest.mark.parametrize("case", [*LIBRARY_CASES.items(), *OUR_CASES.items()], ids=lambda case: case[0])
 def test_round_trip(case):
     """Guards `to_json`, above all fields that are None, which openai-harmony's reader fills with its defaults."""
-    rows, settings, _ = case[1]
-    whole = [*(opening(settings) if settings else []), *rows]
+    given, settings, _ = case[1]
+    whole = [*(opening(settings) if settings else []), *given]
     if whole:
         assert list(from_json(json.loads(json.dumps(to_json(whole)))).messages) == whole
 
@@ -130,8 +130,8 @@ def test_round_trip_of_what_is_absent():
     """Guards the lines that a system message leaves out, and an assistant's message that has no channel."""
     bare = SystemContent(model_identity=None, reasoning_effort=None, knowledge_cutoff=None, channel_config=None)
     unchannelled = Message.from_role_and_content(Role.ASSISTANT, "b")
-    rows = [Message.from_role_and_content(Role.SYSTEM, bare), user("a"), unchannelled]
-    for part in (rows, rows[1:]):
+    given = [Message.from_role_and_content(Role.SYSTEM, bare), user("a"), unchannelled]
+    for part in (given, given[1:]):
         again = list(from_json(to_json(part)).messages)
         assert again == part
         assert render(again, None) == render(part, None)
@@ -140,8 +140,8 @@ def test_round_trip_of_what_is_absent():
 @pytest.mark.parametrize("name", [name for name, case in LIBRARY_CASES.items() if case[0]])
 def test_the_librarys_own_json(write, name):
     """Guards `openai_harmony.Conversation.to_json`, which leaves out what is absent."""
-    rows, settings, options = LIBRARY_CASES[name]
-    whole = [*(opening(settings) if settings else []), *rows]
+    given, settings, options = LIBRARY_CASES[name]
+    whole = [*(opening(settings) if settings else []), *given]
     if not any(message.channel or message.author.role is Role.SYSTEM for message in whole):
         pytest.fail("this case is chat as well as harmony: choose another")
     path = write(LibraryConversation.from_messages(whole).to_json())
@@ -273,38 +273,38 @@ def test_response_format_from_json(write):
 
 def test_instructions_in_front_are_joined():
     """Guards a second system message, which the published chat template drops without a word."""
-    rows = [
+    documents = [
         {"role": "system", "content": "One."},
         {"role": "developer", "content": [{"type": "text", "text": "Two."}]},
         {"role": "user", "content": "Hi", "name": "ann"},
     ]
-    conversation = from_json(rows)
+    conversation = from_json(documents)
     assert conversation.settings == {"instructions": "One.\n\nTwo."}
     assert conversation.messages[0].author.name == "ann"
 
 
 def test_arguments_that_are_not_json_are_kept():
     """Guards a model's broken call: the history shows what it wrote."""
-    rows = [
+    documents = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "tool_calls": [chat_call("f", '{"a": ', "1")], "content": ""},
     ]
-    assert list(from_json(rows).messages) == [user("x"), call("functions.f", '{"a": ')]
+    assert list(from_json(documents).messages) == [user("x"), call("functions.f", '{"a": ')]
 
 
 USER = {"role": "user", "content": "x"}
 CALLING = {"role": "assistant", "tool_calls": [chat_call("f", "{}", "1"), chat_call("g", "{}", "2")]}
-SYSTEM_ROW = {"role": "system", "content": [{"type": "system_content"}]}
+SYSTEM_DOCUMENT = {"role": "system", "content": [{"type": "system_content"}]}
 
 
-def one(row):
-    """A document whose second message is `row`."""
-    return [USER, row]
+def one(document):
+    """A chat whose second message is `document`."""
+    return [USER, document]
 
 
-def first(row):
-    """A harmony document whose second message is `row`."""
-    return [SYSTEM_ROW, row]
+def first(document):
+    """A conversation in harmony's JSON whose second message is `document`."""
+    return [SYSTEM_DOCUMENT, document]
 
 
 def tooled(tool):
@@ -427,7 +427,7 @@ REFUSED = [
     (first({"role": "assistant", "content": "x", "channel": "a b"}), "message 1: channel is 'a b', expected one word"),
     (first({"role": "tool", "content": "x"}), "message 1: the tool's name is None, expected one such as"),
     (first({"role": "tool", "name": "system", "content": "x"}), "message 1: the tool's name is 'system', expected one"),
-    (first(SYSTEM_ROW | {"role": "user"}), "message 1 has role 'user', but its content is a system message's"),
+    (first(SYSTEM_DOCUMENT | {"role": "user"}), "message 1 has role 'user', but its content is a system message's"),
     (
         [{"role": "system", "content": [{"type": "system_content", "reasoning_effort": "high"}]}],
         "message 0, reasoning_effort: Input should be 'Low', 'Medium' or 'High'",
@@ -574,15 +574,15 @@ WAITING = Conversation(
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "results",
     [
         [("name", "f", "one"), ("name", "g", "two"), ("name", "functions.f", "three")],
         [("tool_call_id", "c", "three"), ("name", "g", "two"), ("tool_call_id", "a", "one")],
     ],
 )
-def test_tool_results_answer_their_calls_in_order(write, rows):
+def test_tool_results_answer_their_calls_in_order(write, results):
     """Guards results given in another order than the calls: harmony has no ids, so the model would confuse them."""
-    path = write([{key: value, "content": content} for key, value, content in rows])
+    path = write([{key: value, "content": content} for key, value, content in results])
     answers = read_tool_results(path, WAITING)
     assert answers == [result("functions.f", "one"), result("functions.g", "two"), result("functions.f", "three")]
     assert call_results([*WAITING.messages, *answers]) == {1: 4, 2: 5, 3: 6}
@@ -600,7 +600,7 @@ def test_a_single_call_needs_no_name_and_any_json_will_do(write):
 
 
 @pytest.mark.parametrize(
-    ("rows", "text"),
+    ("results", "text"),
     [
         ([], "tool results: got [], expected a list that is not empty"),
         ([{"content": "x"}], "result 0 answers a call it does not name, but waiting for a result: functions.f (a), f"),
@@ -621,9 +621,9 @@ def test_a_single_call_needs_no_name_and_any_json_will_do(write):
         (["x"], "result 0 is 'x', expected an object with some of tool_call_id, name, content"),
     ],
 )
-def test_tool_results_that_fit_no_call(write, rows, text):
+def test_tool_results_that_fit_no_call(write, results, text):
     """Guards against a result that the model takes for another call's, or that gets lost."""
-    path = write(rows)
+    path = write(results)
     with pytest.raises(ValueError) as error:
         read_tool_results(path, WAITING)
     assert str(error.value).startswith(f"{path}: {text}")
@@ -676,8 +676,8 @@ def test_a_damaged_header_does_not_end_a_chat(encoding, parsed, header):
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Guards a saved talk against a disk that fills up while the next one is written over it."""
-    path = tmp_path / "talk.json"
+    """Guards a saved conversation against a disk that fills up while the next one is written over it."""
+    path = tmp_path / "chat.json"
     first = [Message.from_role_and_content(Role.USER, "Grüße 🙂")]
     messages.write_messages(path, first)
     assert list(messages.read_messages(path).messages) == first
@@ -692,7 +692,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(messages.read_messages(path).messages) == first
 
 
-@pytest.mark.parametrize("name", ["absent/talk.json", "", "folder"])
+@pytest.mark.parametrize("name", ["absent/chat.json", "", "folder"])
 def test_places_that_cannot_be_written_are_refused_beforehand(name, tmp_path):
     """Guards a long answer against being lost for want of a folder."""
     (tmp_path / "folder").mkdir()
@@ -702,14 +702,14 @@ def test_places_that_cannot_be_written_are_refused_beforehand(name, tmp_path):
 
 def test_what_clients_write_around_an_answer_is_taken():
     """Guards common client JSON: a refusal is the answer, legacy and Ollama's calls, empty extras, unused keys."""
-    told = {"role": "user", "content": "Hi"}
+    asked = {"role": "user", "content": "Hi"}
     for answer in (
         {"content": None, "refusal": "I can't."},
         {"content": [{"type": "refusal", "refusal": "I can't."}]},
         {"content": "I can't.", "refusal": None, "provider_specific_fields": {}, "audio": None, "annotations": []},
         {"content": "I can't.", "reasoning": "", "reasoning_content": None, "thinking": ""},
     ):
-        conversation = messages.from_json([told, {"role": "assistant", **answer}])
+        conversation = messages.from_json([asked, {"role": "assistant", **answer}])
         assert conversation.messages[1:] == (say("I can't.", "final"),)
     legacy = [
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
@@ -719,11 +719,11 @@ def test_what_clients_write_around_an_answer_is_taken():
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
         {"role": "tool", "tool_name": "f", "content": "1"},
     ]
-    for rows in (legacy, ollama):
-        conversation = messages.from_json([told, *rows])
+    for answer in (legacy, ollama):
+        conversation = messages.from_json([asked, *answer])
         assert [m.recipient for m in conversation.messages[1:]] == ["functions.f", "assistant"]
         (content,) = conversation.messages[1].content
         assert isinstance(content, TextContent) and content.text == "{}"
         assert conversation.messages[2].author.name == "functions.f"
     with pytest.raises(ValueError, match="several keys for reasoning that differ"):
-        messages.from_json([told, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])
+        messages.from_json([asked, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])

@@ -30,7 +30,7 @@ def small():
 
 @pytest.mark.parametrize(("name", "gib"), [("gpt-oss-120b", 4.504), ("gpt-oss-20b", 3.003)])
 def test_cache_size_at_full_context(name, gib):
-    """Guards the ring: banded layers that kept the whole context would double the cache."""
+    """Guards the ring: sliding-window layers that kept the whole context would double the cache."""
     config = read_config(CONFIGS / f"{name}.json")
     tokens = config.max_context_tokens
     make = functools.partial(
@@ -78,7 +78,7 @@ def test_whole_model_is_never_dequantised():
 
 
 def _abstract_step(config, tokens: int, context: int):
-    """A bfloat16 step of one row, lowered without any weights."""
+    """A bfloat16 step of one slot, lowered without any weights."""
     policy = transformer.DTYPE_POLICIES["bfloat16"]
     declared = transformer.declare(config, sharding.make(), policy=policy)
     params = transformer.nest({p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in declared.leaves.items()})
@@ -127,7 +127,9 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
     table, positions = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def steps(pool, new, table, positions):
-        write = lambda i, pool: kv_cache.write_pages(pool, new, table, positions + i)  # noqa: E731
+        def write(i, pool):
+            return kv_cache.write_pages(pool, new, table, positions + i)
+
         return jax.lax.fori_loop(0, 3, write, pool)
 
     compiled = jax.jit(steps, donate_argnums=0).lower(pool, new, table, positions).compile()

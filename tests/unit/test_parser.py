@@ -243,7 +243,7 @@ def test_author_with_a_name(ours, theirs, role):
 
 
 def test_tool_whose_name_has_a_colon(ours, theirs):
-    """Guards against a tool's name taken apart as a person's is."""
+    """Guards against a tool's name split as a person's is."""
     for name in ("tool:x", "functions.f:x"):
         ids = spelled(ours, f"<|start|>{name} to=assistant<|message|>r<|end|>")
         assert list(parse(ids, ours, role=None).messages) == library_messages(theirs, ids, None)
@@ -298,7 +298,7 @@ def test_no_message_token_anywhere(read):
 
 @pytest.mark.parametrize("ends", ["<|end|><|return|>", "<|return|><|end|>", "<|end|><|end|><|return|>"])
 def test_redundant_terminator(read, ends):
-    """Guards case 2 (vllm#50690, LLaMA-Factory#9151), replayed as C: the library raises behind a whole answer."""
+    """Guards case 2 (vllm#50690, LLaMA-Factory#9151), replayed as C: the library raises after a whole answer."""
     parsed = read(f"<|channel|>final<|message|>Answer{ends}")
     assert (parsed.messages, parsed.parse_status) == ((ANSWER,), "repaired")
     assert parsed.faults[0] in ("<|return|> ends no message", "<|end|> ends no message")
@@ -325,7 +325,7 @@ def test_damage_between_messages(read, between, fault):
 
 
 def test_text_between_messages(read):
-    """Guards case 3 (harmony#48), replayed as N: what is no message is kept apart, its neighbours stay whole."""
+    """Guards case 3 (harmony#48), replayed as N: what is no message is kept separately, its neighbours stay whole."""
     before_start = read(f"{THOUGHT}Let me see.{NEXT}{FINAL}")
     assert (before_start.messages, before_start.unparsed_text) == ((HM, ANSWER), "Let me see.")
     assert (before_start.parse_status, before_start.faults) == ("unparsed", ("text between messages",))
@@ -506,7 +506,7 @@ def test_control_tokens_in_a_body(ours, read):
 
 
 def test_body_interrupted_by_channel_keeps_its_author(read):
-    """Guards against a tool's output that is taken for the assistant's answer behind a stray `<|channel|>`."""
+    """Guards against a tool's output that is taken for the assistant's answer after a stray `<|channel|>`."""
     text = "<|start|>functions.x to=assistant<|channel|>commentary<|message|>a<|channel|>commentary<|message|>b<|end|>"
     assert [(m.role, m.name) for m in read(text, role=None).messages] == [("tool", "functions.x")] * 2
 
@@ -602,7 +602,7 @@ def test_bare_content_type_without_recipient(ours, theirs, read, header):
 
 
 @pytest.mark.parametrize("content_type", ["<|constrain|>json", " code", " json", " yaml"])
-def test_recipient_behind_the_content_type(read, content_type):
+def test_recipient_after_the_content_type(read, content_type):
     """Guards against a call that is lost because its recipient comes last: the library raises."""
     parsed = read(f"<|channel|>commentary{content_type} to=functions.f<|message|>{{}}<|call|>")
     call = Message("assistant", "{}", "commentary", recipient="functions.f", content_type=content_type.strip())
@@ -682,7 +682,7 @@ def test_nothing(ours):
 
 
 def test_use_out_of_order(ours):
-    """Guards against ids that are lost behind the end, and a result of half a stream."""
+    """Guards against ids that are lost after the end, and a result of half a stream."""
     parser = StreamParser(ours)
     with pytest.raises(ValueError, match=r"^the stream has not ended: call flush\(\) before result\(\)$"):
         parser.result()
@@ -707,14 +707,14 @@ SEEDS = [
     "<|channel|>to=functions.f<|message|>{}<|call|>",
     "<|channel|>commentary<|constrain|>json to=functions.f<|message|>{}<|end|><|start|>user:ann<|message|>x<|end|>",
 ]
-TELLING = "to=x to= assistant user functions final analysis commentary to code json = . { 🦩\n"
+HEADER_WORDS = "to=x to= assistant user functions final analysis commentary to code json = . { 🦩\n"
 CONTROL = [START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL, ENDOFTEXT, STARTOFTEXT, ENDOFPROMPT, VOCAB_SIZE - 1]
-EDITS = ("delete", "duplicate", "swap", "control", "telling", "byte", "any", "truncate", "splice")
+EDITS = ("delete", "duplicate", "swap", "control", "header", "byte", "any", "truncate", "splice")
 WHICH = st.integers(0, len(SEEDS) - 1)
 MUTATIONS = st.lists(st.integers(0, 2**32), min_size=1, max_size=6)  # integers are drawn faster than tuples
 
 
-def mutated(ids, edits, telling, other):
+def mutated(ids, edits, header_ids, other):
     """Apply edits, each a number that says what is done, where, and with how many ids or with which."""
     ids = list(ids)
     for edit in edits:
@@ -733,8 +733,8 @@ def mutated(ids, edits, telling, other):
                 ids[at:] = other[number % len(other) :]
             case "control":
                 ids.insert(at, CONTROL[number % len(CONTROL)])
-            case "telling":
-                ids.insert(at, telling[number % len(telling)])
+            case "header":
+                ids.insert(at, header_ids[number % len(header_ids)])
             case "byte":
                 ids.insert(at, number % 256)
             case "any":
@@ -745,7 +745,7 @@ def mutated(ids, edits, telling, other):
 @pytest.fixture(scope="module")
 def seeds(ours):
     """Ids of `SEEDS`, and of words that mean something in headers."""
-    return [spelled(ours, seed) for seed in SEEDS], spelled(ours, TELLING)
+    return [spelled(ours, seed) for seed in SEEDS], spelled(ours, HEADER_WORDS)
 
 
 def check_nothing_is_lost(ours, parsed):
@@ -784,8 +784,8 @@ def streamed(ours, ids, role):
 @given(which=WHICH, other=WHICH, edits=MUTATIONS, completion=st.booleans())
 def test_mutations_lose_nothing(ours, seeds, which, other, edits, completion):
     """Guards requirements 1 and 2: a stream that raises, loses text, or streams other text than it parses to."""
-    streams, telling = seeds
-    ids = mutated(streams[which], edits, telling, streams[other])
+    streams, header_ids = seeds
+    ids = mutated(streams[which], edits, header_ids, streams[other])
     parsed, texts = streamed(ours, ids, "assistant" if completion else None)
     assert parsed.token_ids == tuple(ids)
     assert texts == {i: message.content for i, message in enumerate(parsed.messages) if message.content}
@@ -796,8 +796,8 @@ def test_mutations_lose_nothing(ours, seeds, which, other, edits, completion):
 @given(which=WHICH, other=WHICH, edits=MUTATIONS)
 def test_a_stream_without_faults_is_one_to_openai_harmony(ours, theirs, seeds, which, other, edits):
     """Guards against damage that goes unnoticed: what we call ok, the strict library must read in the same way."""
-    streams, telling = seeds
-    ids = mutated(streams[which], edits, telling, streams[other])
+    streams, header_ids = seeds
+    ids = mutated(streams[which], edits, header_ids, streams[other])
     parsed = parse(ids, ours)
     ours_alone = any((m.content_type and m.recipient is None) or (m.name and m.role != "tool") for m in parsed.messages)
     if parsed.parse_status == "ok" and not ours_alone:

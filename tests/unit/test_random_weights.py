@@ -116,8 +116,8 @@ def test_seed_matters(tiny):
     assert all(a[name].tobytes() != b[name].tobytes() for name in a)
 
 
-def test_pieces_do_not_matter(tiny, monkeypatch):
-    """Guards the stream's seams: pieces of odd length, not of whole 64-bit words, change nothing."""
+def test_chunks_do_not_matter(tiny, monkeypatch):
+    """Guards the stream's seams: chunks of odd length, not of whole 64-bit words, change nothing."""
     whole = random_tensors(tiny, 0)
     monkeypatch.setattr(random_model, "CHUNK_ELEMENTS", 1237)
     for name, tensor in random_tensors(tiny, 0).items():
@@ -126,7 +126,7 @@ def test_pieces_do_not_matter(tiny, monkeypatch):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_memory_is_bounded(format):
-    """Guards against generating a whole tensor at once: the 20b's largest comes in small pieces."""
+    """Guards against generating a whole tensor at once: the 20b's largest comes in small chunks."""
     entries = random_checkpoint.entries(config_of("gpt-oss-20b"), format, 0)
     largest = max(entries.values(), key=lambda entry: entry.size_bytes)
     assert largest.size_bytes > 1e9
@@ -177,7 +177,7 @@ def test_gains(tiny):
     *inputs, _ = reference.residuals(tensors, tiny, token_ids)
     for layer, x in enumerate(inputs):
         weights = reference.layer_weights(tensors, layer)
-        attention = reference.attention_layer(x, weights, tiny, banded=layer % 2 == 0)
+        attention = reference.attention_layer(x, weights, tiny, sliding=layer % 2 == 0)
         experts = reference.moe_layer(x + attention, weights, tiny)
         assert 0.3 < attention.std() / x.std() < 2
         assert 0.1 < experts.std() / x.std() < 2

@@ -87,7 +87,7 @@ def test_swiglu_known_answers():
 
 
 def test_query_blocks_do_not_matter(config, tensors, monkeypatch):
-    """Guards the seams between blocks of queries, in banded layers above all."""
+    """Guards the seams between blocks of queries, in sliding-window layers above all."""
     token_ids = make.token_ids(300, 1)
     whole = reference.forward(tensors, config, token_ids)
     monkeypatch.setattr(reference, "QUERY_BLOCK", 13)

@@ -70,7 +70,7 @@ def _adjusted(logits, params: SamplingParams) -> np.ndarray:
 
 
 def _probabilities(logits, params: SamplingParams) -> np.ndarray:
-    """The distribution that a row draws from."""
+    """The distribution that a slot draws from."""
     scores = _adjusted(logits, params) / params.temperature
     order = np.argsort(-scores, kind="stable")
     if params.top_k:
@@ -118,7 +118,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_leaves_what_numpy_leaves(name):
-    """Guards the meaning of an option: the ids that can be drawn, and their probabilities, on eight rows of logits."""
+    """Guards the meaning of an option: the ids that can be drawn, and their probabilities, in eight slots."""
     slots, drawn = _slots([OPTIONS[name]] * len(LOGITS))
     filtered = sampling.filter_logits(sampling.adjust_logits(jnp.asarray(LOGITS), slots, drawn), slots)
     exact = np.stack([_probabilities(row, OPTIONS[name]) for row in LOGITS])
@@ -159,7 +159,7 @@ def test_greedy_takes_the_largest_adjusted_logit(name):
 
 
 def test_any_mixture_shares_a_batch_and_a_program():
-    """Guards rows against one another's options: each of a mixed batch draws what it draws alone; one program."""
+    """Guards slots against one another's options: each of a mixed batch draws what it draws alone; one program."""
     params = [*OPTIONS.values(), *(dataclasses.replace(p, temperature=0.0, seed=9) for p in OPTIONS.values())]
     logits = np.resize(LOGITS, (len(params), V))
     positions = np.arange(len(params)) * 3
@@ -243,7 +243,7 @@ def test_a_penalty_that_overflows_still_draws_the_likeliest():
 
 
 def test_draws_do_not_follow_the_process_s_random_bits():
-    """Guards seeds against JAX's default generator, which people change: rbg's bits depend on a row's neighbours."""
+    """Guards seeds against JAX's default generator, which people change: rbg's bits depend on a slot's neighbours."""
     logits, params = np.zeros((4, V)), [SamplingParams(seed=i) for i in range(4)]
     usual = _sample(logits, params).token.tolist()
     with jax.default_prng_impl("rbg"):
@@ -305,7 +305,7 @@ def test_bad_parameters_are_refused(changes, message):
     ],
 )
 def test_ids_that_do_not_exist_and_total_bans_are_refused(params, message):
-    """Guards against a bias that lands nowhere, and a row with nothing to draw."""
+    """Guards against a bias that lands nowhere, and a slot with nothing to draw."""
     with pytest.raises(ValueError, match=message):
         params.check(7)
 

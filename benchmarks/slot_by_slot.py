@@ -1,6 +1,6 @@
 """Measures what deterministic engines pay: a decoding step slot by slot against all slots in a batch, time and memory.
 
-    python -m benchmarks.row_by_row --layers 2
+    python -m benchmarks.slot_by_slot --layers 2
 
 At the 20b's width, on random routers and embeddings (each slot has experts of its own) and other weights of zero.
 """
@@ -34,7 +34,7 @@ def define_flags() -> None:
     """This command's flags."""
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: The config.json that is cut down.")
     flags.DEFINE_integer("layers", 2, "Layers, an even number.", lower_bound=2)
-    flags.DEFINE_list("rows", ["1", "4", "8"], "N,N,...: Batches.")
+    flags.DEFINE_list("rows", ["1", "4", "8"], "N,N,...: Slots of a batch.")
     flags.DEFINE_integer("steps", 3, "Steps timed, of which the median counts.", lower_bound=1)
 
 
@@ -47,14 +47,15 @@ def main(arguments: list[str]) -> None:
     model = declare(config, sharding.make(), kernels)
     params = _params({path: (leaf.shape, leaf.dtype) for path, leaf in model.leaves.items()})
     results: dict[str, Any] = {}
-    for rows in map(int, options.rows):
-        for name, one_by_one in (("row by row", True), ("batched", False)):
+    for slots in map(int, options.rows):
+        for name, one_by_one in (("slot by slot", True), ("batched", False)):
             forms = under_load.forms(ModelStep(model, config, sharding.make()), slot_by_slot=one_by_one)
-            result = measure(forms, config, params, rows, options.steps)
-            results[f"{rows} rows, {name}"] = result
+            result = measure(forms, config, params, slots, options.steps)
+            results[f"{slots} slots, {name}"] = result
             milliseconds, mebibytes = 1e3 * result["step_seconds"], result["temporary_bytes"] / 2**20
             print(
-                f"{rows:3d} rows, {name:10s} step {milliseconds:9.1f} ms, temporaries {mebibytes:7.1f} MiB", flush=True
+                f"{slots:3d} slots, {name:12s} step {milliseconds:9.1f} ms, temporaries {mebibytes:7.1f} MiB",
+                flush=True,
             )
     machine = f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(json.dumps({"machine": machine, "layers": options.layers, **results}))
@@ -88,4 +89,4 @@ def _params(leaves: dict[str, tuple[tuple[int, ...], jnp.dtype]]) -> Params:
 
 if __name__ == "__main__":
     define_flags()
-    command.run(main, "row_by_row")
+    command.run(main, "slot_by_slot")
