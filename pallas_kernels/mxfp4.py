@@ -32,6 +32,9 @@ def dequantize(
     bfloat16 holds every MXFP4 value (two significant bits); results below float32's smallest normal number, 2^-126,
     may be flushed to zero by the hardware.
     """
+    # The barrier, since XLA misreads the nibbles of a constant (openxla/xla#38964), and weights that a jitted function
+    # closes over are one.
+    blocks = lax.optimization_barrier(blocks)
     codes = lax.bitcast_convert_type(blocks, jnp.float4_e2m1fn)  # [..., 16, 2]: the low nibble comes first
     codes = codes.astype(jnp.float32).reshape(*blocks.shape[:-1], BLOCK)
     power, half = decode_scales(scales)

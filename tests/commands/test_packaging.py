@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_session_blocks_network_but_not_event_loops():
         with socket.socket() as connection:
             connection.connect(("127.0.0.1", 9))
     assert asyncio.run(asyncio.sleep(0, "works")) == "works"
+
+
+def test_the_readmes_tree_names_every_module():
+    """Guards the map: a file that the README does not name is one that a newcomer does not find."""
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    modules = [path for package in ("gptoss_jax", "converters") for path in (ROOT / package).rglob("*.py")]
+    names = {path.stem for path in modules} - {"__init__"}
+    assert {name for name in names if not re.search(rf"\b{name}\b", tree)} == set()

@@ -60,6 +60,13 @@ def test_all_256_bytes_under_all_255_scales(dtype):
     assert (np.signbit(found) == np.signbit(expected)).all()
 
 
+def test_weights_may_be_constants_of_a_program():
+    """Guards jitted functions that close over a model: XLA (openxla/xla#38964) folds such weights, and misread them."""
+    blocks, scales = map(jnp.asarray, _every_byte_under_every_scale())
+    found = jax.jit(lambda: mxfp4.dequantize(blocks, scales, jnp.float32))()
+    np.testing.assert_array_equal(found, mxfp4.dequantize(blocks, scales, jnp.float32))
+
+
 def test_weights_on_the_grid_come_back_exactly():
     """Guards exact packing of bfloat16 checkpoints: unpack, pack, unpack gives the same values, signed zeros too."""
     blocks, scales = _every_byte_under_every_scale()
