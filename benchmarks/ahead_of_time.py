@@ -136,7 +136,7 @@ def devices(target: Target) -> list[Any]:
 
 def _gpu_spec(target: Target) -> str:
     """A GPU as XLA describes it."""
-    spec = H200_SPEC.read_text().partition("\n")[2]  # behind the comment
+    spec = H200_SPEC.read_text().partition("\n")[2]  # the first line is a comment
     for name, value in target.differs.items():
         spec, found = re.subn(rf"^( *{name}) ?:? .*$", rf"\1: {value}", spec, flags=re.MULTILINE)
         assert found == 1, name
@@ -158,9 +158,9 @@ class Step(NamedTuple):
 
     model: str
     target: str
-    rows: int
+    slots: int
     context_tokens: int
-    width: int = 1  # tokens of each row: 1 decodes, more are a chunk of a prompt
+    width: int = 1  # tokens of each slot: 1 decodes, more are a chunk of a prompt
     mesh: str = ""
     layers: int | None = None  # fewer than the model has; None: all
 
@@ -184,7 +184,7 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
             for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
         }
     )
-    slots = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.rows))
+    slots = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.slots))
     load = (_cache(config, step), *slots)
     load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
     forms = under_load.forms(ModelStep(declared, config, laid_out))
@@ -196,7 +196,7 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
         decode = functools.partial(programs.decode, forms.decode)
         lowered = lower(decode, laid_out, params, *load, ints(shape=()), donate=(1, 3))
     else:
-        tokens, counts = ints("batch", None, shape=(step.rows, step.width)), ints("batch", shape=(step.rows,))
+        tokens, counts = ints("batch", None, shape=(step.slots, step.width)), ints("batch", shape=(step.slots,))
         at = ints("batch", shape=(laid_out.size("batch"),))
         chunks = Chunks._make([tokens, counts, counts])
         lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
@@ -235,8 +235,8 @@ def _config(step: Step) -> ModelConfig:
 
 
 def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
-    pages = step.rows * kv_cache.num_pages(step.context_tokens)
-    shape = {"slots": step.rows, "pages": pages, "max_context_tokens": step.context_tokens}
+    pages = step.slots * kv_cache.num_pages(step.context_tokens)
+    shape = {"slots": step.slots, "pages": pages, "max_context_tokens": step.context_tokens}
     return jax.eval_shape(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))
 
 
@@ -474,7 +474,7 @@ def _kernels(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """From two depths, so that what a layer adds stands apart from the step's own (embedding, logits, sampling)."""
+    """From two depths, so that what a layer adds is known beside the step's own (embedding, logits, sampling)."""
     for name in (name for name in names if TARGETS[name].platform == "gpu" and TARGETS[name].devices == 1):
         two, four = (
             launches(compile_step(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels))
@@ -487,7 +487,7 @@ def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _fit_line(report: dict[str, Any]) -> str:
     kind = "decoding" if report["width"] == 1 else f"prefill of {report['width']}"
-    what = f"{report['model']} on {report['target']}: {kind}, {report['rows']} x {report['context_tokens']:,} tokens"
+    what = f"{report['model']} on {report['target']}: {kind}, {report['slots']} x {report['context_tokens']:,} tokens"
     if "why" in report:
         return f"{what:70} does not fit: {report['why']}"
     total = report["arguments_gib"] + report["temporaries_gib"]

@@ -68,7 +68,7 @@ def dense(name: str, shape: tuple[int, int], rows: int, dtype: DTypeLike) -> Pro
 
 
 def experts(config: ModelConfig, rows: int) -> Product:
-    """`expert_mlp` of one layer, each row choosing evenly among the experts."""
+    """`expert_mlp` of one layer, all experts as likely for each row."""
     e, d, f, per_token = config.num_experts, config.hidden_size, config.intermediate_size, config.experts_per_token
     shapes = [(e, 2 * f, d // 32, 16), (e, 2 * f, d // 32), (e, 2 * f), (e, d, f // 32, 16), (e, d, f // 32), (e, d)]
     dtypes = 2 * [np.uint8, np.uint8, ml_dtypes.bfloat16]
@@ -76,11 +76,11 @@ def experts(config: ModelConfig, rows: int) -> Product:
     weights = ExpertWeights(*arrays)
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.standard_normal((rows, d)), jnp.bfloat16)
-    shares = jnp.full((rows, per_token), 1 / per_token, jnp.float32)
+    routing_weights = jnp.full((rows, per_token), 1 / per_token, jnp.float32)
     calls, hit = [], []
     for _ in range(8):
         ids = np.stack([rng.permutation(e)[:per_token] for _ in range(rows)]).astype(np.int32)
-        calls.append((x, jnp.asarray(ids), shares, weights))
+        calls.append((x, jnp.asarray(ids), routing_weights, weights))
         hit.append(len(np.unique(ids)))
     one_expert = sum(w.nbytes for w in jax.tree.leaves(weights)) // e
     run = _in_turn(jax.jit(lambda *call: expert_mlp(*call, limit=config.swiglu_limit)), calls)

@@ -4,10 +4,10 @@
 
 Needs jax with CUDA, flax, jaxtyping, absl and this repository, and no files: random weights of the true shapes are made
 on the device. First each kernel is held against float32 arithmetic on random data; then each op is timed against its
-two floors (bytes / copying, operations / multiplying, both limits measured in the same run), repeated within one
-program so that launching from Python does not count; then whole models decode and prefill. What the time (--minutes)
-or the memory (--memory-gib) does not allow is left out and said. Transformers is timed beside where torch sees the GPU.
-A table, then one JSON line.
+roofline, the longer of two times (bytes / copying, operations / multiplying, both measured in the same run), repeated
+within one program so that launching from Python does not count; then whole models decode and prefill. What the time
+(--minutes) or the memory (--memory-gib) does not allow is left out and said. Transformers is timed beside where torch
+sees the GPU. A table, then one JSON line.
 """
 
 import concurrent.futures
@@ -56,7 +56,7 @@ class Limits(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """One op, and its floors."""
+    """One op, and its work."""
 
     op: str
     seconds: float
@@ -64,13 +64,14 @@ class Timing(NamedTuple):
     operations: int
 
     def report(self, limits: Limits) -> dict[str, Any]:
-        """With both floors, and the share of the higher one."""
-        floors = self.bytes / limits.copied_bytes_per_second, self.operations / limits.bfloat16_operations_per_second
+        """With the least time that its bytes and its operations take, the longer of which is the roofline."""
+        bytes_seconds = self.bytes / limits.copied_bytes_per_second
+        operations_seconds = self.operations / limits.bfloat16_operations_per_second
         return {
             **self._asdict(),
-            "floor_of_bytes": floors[0],
-            "floor_of_operations": floors[1],
-            "share_of_floor": max(floors) / self.seconds,
+            "bytes_seconds": bytes_seconds,
+            "operations_seconds": operations_seconds,
+            "share_of_roofline": max(bytes_seconds, operations_seconds) / self.seconds,
         }
 
 
@@ -143,7 +144,7 @@ class Experts(NamedTuple):
     config: ModelConfig
 
     def arguments(self, tokens: int, seed: int, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x, ids, weights: each token chooses evenly."""
+        """x, ids, routing weights: all experts are as likely."""
         config, keys = self.config, jax.random.split(jax.random.key(seed), 3)
         x = jax.random.normal(keys[0], (tokens, config.hidden_size), jnp.float32).astype(dtype)
         scores = jax.random.uniform(keys[1], (tokens, config.num_experts))
@@ -152,32 +153,33 @@ class Experts(NamedTuple):
 
     def error(self, tokens: int) -> float:
         """Relative error against the reference in float32, on fresh data."""
-        x, ids, shares = self.arguments(tokens, seed=time.time_ns() % 2**31)
-        found = jax.jit(functools.partial(self.implementation.run, limit=LIMIT))(x, ids, shares, self.weights)
+        x, ids, routing_weights = self.arguments(tokens, seed=time.time_ns() % 2**31)
+        found = jax.jit(functools.partial(self.implementation.run, limit=LIMIT))(x, ids, routing_weights, self.weights)
         published = jax.jit(functools.partial(expert_op.published, self.implementation.layout))(self.weights)
         run = jax.jit(functools.partial(expert_op.IMPLEMENTATIONS["reference"].run, limit=LIMIT))
-        return relative_error(found, run(x.astype(jnp.float32), ids, shares, published))
+        return relative_error(found, run(x.astype(jnp.float32), ids, routing_weights, published))
 
     def time(self, tokens: int, calls: int) -> Timing:
         """Other experts in each call, so that no cache holds them."""
-        x, ids, shares = self.arguments(tokens, seed=tokens)
-        experts, choices = self.config.num_experts, self.config.experts_per_token
+        x, ids, routing_weights = self.arguments(tokens, seed=tokens)
+        experts, top_k = self.config.num_experts, self.config.experts_per_token
 
         def step(i, x, others):
-            shares, weights = others
-            y = self.implementation.run(x, (ids + choices * i) % experts, shares, weights, limit=LIMIT)
+            routing_weights, weights = others
+            y = self.implementation.run(x, (ids + top_k * i) % experts, routing_weights, weights, limit=LIMIT)
             return (x + (y * 1e-6).astype(x.dtype)) * x.dtype.type(0.999)
 
-        seconds = per_call(step, x, (shares, self.weights), calls)
+        seconds = per_call(step, x, (routing_weights, self.weights), calls)
         touched = len(np.unique(np.asarray(ids)))
         expert = 3 * self.config.hidden_size * self.config.intermediate_size
         num_bytes = touched * self.config.expert_bytes + 6 * x.size
         return Timing(f"expert_mlp, {tokens} tokens", seconds, num_bytes, 2 * ids.size * expert)
 
 
-def attention_error(attend: attention_op.Attend, config: ModelConfig, rows: int, tokens: int) -> float:
+def attention_error(attend: attention_op.Attend, config: ModelConfig, sequences: int, tokens: int) -> float:
     """Relative error of both forms against the reference in float32, the larger one."""
-    q, paged, ring, positions, sinks = _attention_arguments(config, rows, tokens, behind=3 * config.sliding_window + 5)
+    earlier = 3 * config.sliding_window + 5
+    q, paged, ring, positions, sinks = _attention_arguments(config, sequences, tokens, earlier)
     run, judge = (jax.jit(_of_stored(op)) for op in (attend, attention_op.IMPLEMENTATIONS["reference"]))
     errors = []
     for kv in (paged, ring):
@@ -201,30 +203,30 @@ def _in_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _attention_arguments(config: ModelConfig, rows: int, tokens: int, behind: int) -> tuple[Any, ...]:
+def _attention_arguments(config: ModelConfig, sequences: int, tokens: int, earlier: int) -> tuple[Any, ...]:
     """q, pages and a ring of random numbers as they are stored, positions, sinks."""
-    capacity, seed = behind + tokens, time.time_ns() % 2**31
-    pages, heads = rows * kv_cache.num_pages(capacity), (config.num_kv_heads, config.head_dim)
+    capacity, seed = earlier + tokens, time.time_ns() % 2**31
+    pages, heads = sequences * kv_cache.num_pages(capacity), (config.num_kv_heads, config.head_dim)
     width = heads[0] * heads[1]
 
     def draw(key: int, *shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
-    q = draw(seed, rows, tokens, config.num_heads, config.head_dim)
-    table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(rows, -1)
+    q = draw(seed, sequences, tokens, config.num_heads, config.head_dim)
+    table = jax.random.permutation(jax.random.key(0), pages).astype(jnp.int32).reshape(sequences, -1)
     paged = attention_op.PagedKV(draw(1, pages, PAGE_TOKENS, width), draw(2, pages, PAGE_TOKENS, width), table)
-    k, v = (draw(key, rows, config.sliding_window, width) for key in (3, 4))
-    k_new, v_new = (draw(key, rows, tokens, *heads) for key in (5, 6))
-    ring = attention_op.RingKV(k, v, k_new, v_new, jnp.full(rows, behind, jnp.int32))
-    positions = jnp.broadcast_to(behind + jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
+    k, v = (draw(key, sequences, config.sliding_window, width) for key in (3, 4))
+    k_new, v_new = (draw(key, sequences, tokens, *heads) for key in (5, 6))
+    ring = attention_op.RingKV(k, v, k_new, v_new, jnp.full(sequences, earlier, jnp.int32))
+    positions = jnp.broadcast_to(earlier + jnp.arange(tokens, dtype=jnp.int32), (sequences, tokens))
     return q, paged, ring, positions, draw(9, config.num_heads)
 
 
 def time_paged(
-    attend: attention_op.Attend, config: ModelConfig, rows: int, tokens: int, behind: int, calls: int
+    attend: attention_op.Attend, config: ModelConfig, sequences: int, tokens: int, earlier: int, calls: int
 ) -> Timing:
-    """Attention over pages: `tokens` queries of each row behind `behind` others."""
-    q, kv, _, positions, sinks = _attention_arguments(config, rows, tokens, behind)
+    """Attention over pages: `tokens` queries of each row earlier `earlier` others."""
+    q, kv, _, positions, sinks = _attention_arguments(config, sequences, tokens, earlier)
     run = _of_stored(attend)
 
     def step(i, q, others):
@@ -232,10 +234,10 @@ def time_paged(
         return (q + (y * 1e-6).astype(q.dtype)) * q.dtype.type(0.999)
 
     seconds = per_call(step, q, (kv, positions, sinks), calls)
-    keys = tokens * behind + tokens * (tokens + 1) // 2
-    num_bytes = 4 * rows * (behind + tokens) * config.num_kv_heads * config.head_dim + 6 * q.size
-    name = f"paged attention, {rows} rows of {tokens} behind {behind}"
-    return Timing(name, seconds, num_bytes, 4 * rows * keys * config.num_heads * config.head_dim)
+    keys = tokens * earlier + tokens * (tokens + 1) // 2
+    num_bytes = 4 * sequences * (earlier + tokens) * config.num_kv_heads * config.head_dim + 6 * q.size
+    name = f"paged attention, {sequences} sequences of {tokens} after {earlier}"
+    return Timing(name, seconds, num_bytes, 4 * sequences * keys * config.num_heads * config.head_dim)
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -262,20 +264,20 @@ class Whole(NamedTuple):
         """All slots in one batch."""
         return under_load.forms(ModelStep(self.declared, self.config, self.laid_out))
 
-    def compile_decode(self, rows: int) -> Any:
+    def compile_decode(self, slots: int) -> Any:
         """The program, for any context that the pool holds."""
-        cache = jax.eval_shape(functools.partial(self._cache, rows))
-        load = (cache, *under_load.drawing(self.config, [under_load.GREEDY] * rows))
+        cache = jax.eval_shape(functools.partial(self._cache, slots))
+        load = (cache, *under_load.drawing(self.config, [under_load.GREEDY] * slots))
         return under_load.decode_program(self.forms()).lower(self.params, *load, jnp.int32(1)).compile()
 
-    def _cache(self, rows: int) -> kv_cache.KVCache:
-        most = min(self.config.max_context_tokens, self.pool_tokens // rows)
-        return under_load.filled(self.config, rows, self.pool_tokens // PAGE_TOKENS, most)
+    def _cache(self, slots: int) -> kv_cache.KVCache:
+        most = min(self.config.max_context_tokens, self.pool_tokens // slots)
+        return under_load.filled(self.config, slots, self.pool_tokens // PAGE_TOKENS, most)
 
-    def decode(self, compiled: Any, rows: int, contexts: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
+    def decode(self, compiled: Any, slots: int, contexts: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
         """Tokens per second of all slots after each context; the best of two dispatches."""
-        cache = jax.jit(self._cache, static_argnums=0)(rows)
-        load = Load(cache, *under_load.drawing(self.config, [under_load.GREEDY] * rows))
+        cache = jax.jit(self._cache, static_argnums=0)(slots)
+        load = Load(cache, *under_load.drawing(self.config, [under_load.GREEDY] * slots))
         for context in contexts:
             rates = []
             for _ in range(3):  # the first one warms up
@@ -283,7 +285,7 @@ class Whole(NamedTuple):
                 began = time.perf_counter()
                 draws, cache, state = compiled(self.params, *load, jnp.int32(steps))
                 token = np.asarray(draws.token)[:, :steps]
-                rates.append(rows * steps / (time.perf_counter() - began))
+                rates.append(slots * steps / (time.perf_counter() - began))
                 load = load._replace(cache=cache, state=state)
                 if token.min() < 0:
                     raise GptossError(f"{self.name}: logits are not finite after {context} tokens")
@@ -396,21 +398,21 @@ def measure_model(run: Run, path: Path, kernels: layers.Kernels, limits: Limits,
     except GptossError as error:
         return run.leave_out(path.stem, str(error))
     compiling = concurrent.futures.ThreadPoolExecutor(len(options.batch))
-    programs = {rows: compiling.submit(whole.compile_decode, rows) for rows in map(int, options.batch)}
+    programs = {slots: compiling.submit(whole.compile_decode, slots) for slots in map(int, options.batch)}
     layer = whole.params["layers"][1]["moe"]
     weights = expert_op.ExpertWeights(*(layer[m][n] for m in ("gate_up", "down") for n in ("blocks", "scales", "bias")))
     experts = Experts(kernels.expert_mlp, weights, whole.config)
     check(run, whole, experts, kernels.attention)
-    for rows, program in programs.items():
-        if run.has_time_for(f"{whole.name}: decoding {rows} rows", 15):
-            decode(run, whole, program.result(), rows, limits)
+    for slots, program in programs.items():
+        if run.has_time_for(f"{whole.name}: decoding {slots} slots", 15):
+            decode(run, whole, program.result(), slots, limits)
     for tokens in map(int, options.prefill):
         if run.has_time_for(f"{whole.name}: prefill of {tokens}", 40):
             prefill(run, whole, tokens, limits)
     for timing in time_ops(run, whole, experts, kernels.attention):
         entry = {"model": whole.name, **timing.report(limits)}
-        floor = max(entry["floor_of_bytes"], entry["floor_of_operations"])
-        times = f"{timing.seconds * 1e6:10.1f} us, floor {floor * 1e6:8.1f}, {entry['share_of_floor']:6.1%}"
+        share = entry["share_of_roofline"]
+        times = f"{timing.seconds * 1e6:10.1f} us, roofline {timing.seconds * share * 1e6:8.1f}, {share:6.1%}"
         run.add("ops", entry, f"{whole.name:13} {timing.op:48} {times}")
 
 
@@ -422,28 +424,30 @@ def check(run: Run, whole: Whole, experts: Experts, attention: attention_op.Atte
     """
     tokens_of_experts = map(int, flags.FLAGS.check_tokens)
     errors = {f"expert_mlp, {tokens} tokens": experts.error(tokens) for tokens in tokens_of_experts}
-    for rows, tokens in (map(int, size.split("x")) for size in flags.FLAGS.check_attention):
-        errors[f"attention, {rows} rows of {tokens}"] = attention_error(attention, whole.config, rows, tokens)
+    for size in flags.FLAGS.check_attention:
+        sequences, tokens = map(int, size.split("x"))
+        what = f"attention, {sequences} sequences of {tokens}"
+        errors[what] = attention_error(attention, whole.config, sequences, tokens)
     for what, error in errors.items():
         run.add("errors", {"model": whole.name, "op": what, "error": error}, f"{whole.name:13} {what:48} {error:.1e}")
         if error > BF16_ERROR:
             raise GptossError(f"{whole.name}: {what} is off by {error:.1e}, at most {BF16_ERROR:.0e} expected")
 
 
-def decode(run: Run, whole: Whole, compiled: Any, rows: int, limits: Limits) -> None:
-    """Decoding of `rows` rows behind each context that fits."""
+def decode(run: Run, whole: Whole, compiled: Any, slots: int, limits: Limits) -> None:
+    """Decoding of `slots` slots after each context that fits."""
     steps = min(flags.FLAGS.steps, MAX_STEPS_PER_DISPATCH)
-    most = min(whole.config.max_context_tokens, whole.pool_tokens // rows // PAGE_TOKENS * PAGE_TOKENS) - steps
+    most = min(whole.config.max_context_tokens, whole.pool_tokens // slots // PAGE_TOKENS * PAGE_TOKENS) - steps
     contexts = [min(context, whole.config.max_context_tokens - steps) for context in map(int, flags.FLAGS.contexts)]
     for context in contexts:
         if context > most:
-            run.leave_out(f"{whole.name}: {rows} rows behind {context:,}", "more than the pool of pages holds")
-    for context, rate in whole.decode(compiled, rows, [c for c in contexts if c <= most], steps):
-        seconds = rows / rate
-        share = whole.config.decode_bytes(rows, context) / limits.copied_bytes_per_second / seconds
-        entry = {"model": whole.name, "rows": rows, "context_tokens": context, "tokens_per_second": rate}
+            run.leave_out(f"{whole.name}: {slots} slots after {context:,}", "more than the pool of pages holds")
+    for context, rate in whole.decode(compiled, slots, [c for c in contexts if c <= most], steps):
+        seconds = slots / rate
+        share = whole.config.decode_bytes(slots, context) / limits.copied_bytes_per_second / seconds
+        entry = {"model": whole.name, "slots": slots, "context_tokens": context, "tokens_per_second": rate}
         line = (
-            f"{whole.name:13} decoding {rows:3} rows behind {context:7,} {rate:12,.1f} tokens/s, {share:6.1%} of bytes"
+            f"{whole.name:13} decoding {slots:3} slots after {context:7,} {rate:12,.1f} tokens/s, {share:6.1%} of bytes"
         )
         run.add("decode", entry | {"share_of_roofline": share}, line)
 
@@ -466,9 +470,9 @@ def time_ops(run: Run, whole: Whole, experts: Experts, attention: attention_op.A
         if run.has_time_for(f"{whole.name}: expert_mlp of {tokens} tokens", 10):
             yield experts.time(tokens, calls)
     for size in flags.FLAGS.op_attention:
-        rows, tokens, behind = map(int, size.split("x"))
+        sequences, tokens, earlier = map(int, size.split("x"))
         if run.has_time_for(f"{whole.name}: attention {size}", 10):
-            yield time_paged(attention, whole.config, rows, tokens, behind, calls)
+            yield time_paged(attention, whole.config, sequences, tokens, earlier, calls)
 
 
 def beside_transformers(run: Run, config: ModelConfig) -> None:
@@ -491,17 +495,17 @@ def define_flags() -> None:
     flags.DEFINE_string("kernels", "auto", "NAMES: as for generate.")
     flags.DEFINE_float("minutes", 8.5, "after which no further case is begun.")
     flags.DEFINE_float("memory_gib", None, "of the device to use; by default what it has, less a reserve.")
-    flags.DEFINE_list("batch", ["1", "8", "64", "256"], "NUMBERS: rows that decode together.")
-    flags.DEFINE_list("contexts", ["1024", "8192", "65536", "131072"], "NUMBERS: tokens behind each row.")
+    flags.DEFINE_list("batch", ["1", "8", "64", "256"], "NUMBERS: slots that decode together.")
+    flags.DEFINE_list("contexts", ["1024", "8192", "65536", "131072"], "NUMBERS: tokens already in the cache.")
     flags.DEFINE_list("prefill", ["512", "2048", "16384"], "NUMBERS: tokens of a prompt, multiples of the chunk.")
     flags.DEFINE_integer("chunk", 2048, "tokens of a prompt that go in at once.", lower_bound=1)
     flags.DEFINE_integer("steps", 32, "tokens drawn in one dispatch.", lower_bound=1)
     flags.DEFINE_integer("calls", 20, "of an op between two times.", lower_bound=1)
     flags.DEFINE_list("check_tokens", ["1", "67", "300"], "NUMBERS: tokens of expert_mlp, held against float32.")
-    flags.DEFINE_list("check_attention", ["3x1", "2x200"], "SIZES: rows x tokens, held against float32.")
+    flags.DEFINE_list("check_attention", ["3x1", "2x200"], "SIZES: sequences x tokens, held against float32.")
     flags.DEFINE_list("op_tokens", ["1", "8", "64", "256", "2048", "8192"], "NUMBERS: tokens of expert_mlp.")
     sizes = ["1x1x8192", "1x1x130000", "8x1x65536", "64x1x8192", "1x2048x0", "1x2048x30720"]
-    flags.DEFINE_list("op_attention", sizes, "SIZES: rows x tokens x tokens behind them.")
+    flags.DEFINE_list("op_attention", sizes, "SIZES: sequences x tokens x tokens before them.")
     flags.DEFINE_integer("copy_elements", 1 << 30, "of the array that is copied.")
     flags.DEFINE_integer("matrix_side", 8192, "of the matrices that are multiplied.")
     flags.DEFINE_boolean("transformers", True, "Run Hugging Face's model beside.")

@@ -26,7 +26,7 @@ CONFIG = with_vocab_size(true_width.raw_config(2, Path("configs/tiny.json")), 51
 
 @pytest.mark.parametrize("kernels", ["reference", "attention=gpu-interpreted,expert_mlp=gpu-interpreted"])
 def test_command_measures_and_says_what_it_left_out(tmp_path, kernels):
-    """Flags that are not read, rates that do not follow from one another, a case that vanishes without a word."""
+    """Guards flags that are not read, rates that do not follow from one another, a case left out without a word."""
     out, config = tmp_path / "results.json", tmp_path / "small.json"
     config.write_text(json.dumps(CONFIG))
     done = processes.run("benchmarks.gpu", "--models", config, *CASES, *SMALL, "--kernels", kernels, "--out", out)
@@ -38,13 +38,16 @@ def test_command_measures_and_says_what_it_left_out(tmp_path, kernels):
     assert result["jax"] and result["date"]
     assert [error["op"].split(",")[0] for error in result["errors"]] == ["expert_mlp", "attention"]
     assert all(0 < error["error"] < gpu.BF16_ERROR for error in result["errors"])
-    assert [(case["rows"], case["context_tokens"]) for case in result["decode"]] == [(1, 16)]
-    assert any("1 rows behind" in line and "pool" in line for line in result["left_out"])
+    assert [(case["slots"], case["context_tokens"]) for case in result["decode"]] == [(1, 16)]
+    assert any("1 slots after" in line and "pool" in line for line in result["left_out"])
     assert [case["prompt_tokens"] for case in result["prefill"]] == [8]
-    assert [case["op"] for case in result["ops"]] == ["expert_mlp, 1 tokens", "paged attention, 1 rows of 1 behind 40"]
+    assert [case["op"] for case in result["ops"]] == [
+        "expert_mlp, 1 tokens",
+        "paged attention, 1 sequences of 1 after 40",
+    ]
     for case in result["ops"]:
-        floor = max(case["floor_of_bytes"], case["floor_of_operations"])
-        assert case["share_of_floor"] == pytest.approx(floor / case["seconds"])
+        roofline = max(case["bytes_seconds"], case["operations_seconds"])
+        assert case["share_of_roofline"] == pytest.approx(roofline / case["seconds"])
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
@@ -55,7 +58,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu.Experts, "error", lambda *_: 1e-3)
 
     nothing: Any = types.SimpleNamespace(name="tiny", config=None)
-    with pytest.raises(ValueError, match=r"tiny: attention, 3 rows of 1 is off by 1\.0e-01, at most 2e-02 expected"):
+    with pytest.raises(
+        ValueError, match=r"tiny: attention, 3 sequences of 1 is off by 1\.0e-01, at most 2e-02 expected"
+    ):
         gpu.check(run, nothing, gpu.Experts(nothing, nothing, nothing), nothing)
 
 
@@ -68,5 +73,5 @@ def test_errors_that_are_not_finite_never_pass(found):
 def test_without_time_cases_are_left_out_and_said():
     """Guards the lease of a machine: no further case is begun, and the report says which."""
     run = gpu.Run(minutes=0)
-    assert not run.has_time_for("decoding 8 rows")
-    assert run.report["left_out"] == ["decoding 8 rows: no time"]
+    assert not run.has_time_for("decoding 8 slots")
+    assert run.report["left_out"] == ["decoding 8 slots: no time"]
