@@ -91,7 +91,7 @@ def test_the_sink_is_counted_once(blocks, splits, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [8, 64, 128])
-def test_what_no_row_owns_may_be_nan(page):
+def test_what_no_sequence_owns_may_be_nan(page):
     """Guards masking of values, where 0 x NaN is NaN; sequences of length 0 and padding, whose output is 0."""
     arguments = _paged(np.random.default_rng(page), [0, 2, 67, 130], tokens=3, page=page, pages=260 // page)
     found = _run(*arguments)

@@ -83,7 +83,8 @@ def test_one_layer_at_true_width(tmp_path):
 
 # ---- the mutation suite ----
 
-# Two layers, one banded and one full, show every bug and compile fast. D = F for the transposed down_proj alone.
+# Two layers, of sliding window and of full attention, show every bug and compile fast. D = F for the transposed
+# down_proj alone.
 TOKENS = golden.token_ids(300, seed=7)
 # For Pallas's interpreters, which take a tenth of a second for a token: more than the window, and enough for a weight.
 SOME_TOKENS, FEW_TOKENS = TOKENS[:140], TOKENS[:16]
@@ -267,8 +268,8 @@ def _interleaved_rotation(x, cosine, sine):
     return jnp.stack([even * cosine - odd * sine, odd * cosine + even * sine], axis=-1).reshape(x.shape)
 
 
-def _softmax_before_top_k(logits, choices):
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), choices)
+def _softmax_before_top_k(logits, top_k):
+    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     return ids, weights
 
 

@@ -69,7 +69,7 @@ def test_sharded_equals_unsharded_with_dense_int8(folder):
 
 
 def test_generation_on_a_mesh_equals_one_device(folder):
-    """Guards the engine's own placement: rows on data shards, pages of a row in its shard's pool."""
+    """Guards the engine's own placement: slots on data shards, pages of a slot in its shard's pool."""
     alone = gptoss_jax.load(folder, dtype="float32")
     answers = []
     for mesh in (None, "data=2,expert=2,tensor=2"):
@@ -83,8 +83,8 @@ def test_generation_on_a_mesh_equals_one_device(folder):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("mesh", ["data=2", "data=2,expert=2,tensor=2"])
-def test_rows_on_other_data_shards_do_not_mix(mesh, deterministic, folder):
-    """Guards sums over the wrong mesh axis: rows with different prompts, which `logits` cannot show."""
+def test_slots_on_other_data_shards_do_not_mix(mesh, deterministic, folder):
+    """Guards sums over the wrong mesh axis: slots with different prompts, which `logits` cannot show."""
     prompts = [tuple(TOKENS[n : 2 * n]) for n in (40, 70, 90, 11)]
     answers = []
     for where in (None, mesh):
@@ -122,7 +122,7 @@ def test_a_mesh_as_jax_makes_it(folder, expected):
     ],
 )
 def test_bad_mesh_files_are_refused(content, message, tmp_path):
-    """Guards against rules that would mix rows, and against tracebacks."""
+    """Guards against rules that would mix slots, and against tracebacks."""
     (tmp_path / "mesh.json").write_text(json.dumps(content))
     with pytest.raises(MeshError, match=message):
         sharding.make(tmp_path / "mesh.json")

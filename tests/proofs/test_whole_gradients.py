@@ -25,10 +25,10 @@ def tokens():
 
 
 def _loss(model, tokens, leaves, params):
-    """Negative log likelihood of each token behind those before it, the named leaves of `params` replaced."""
+    """Mean negative log likelihood of each token given those before it, the named leaves of `params` replaced."""
     tree = jax.tree.map(lambda x: x, params)
     for path, leaf in leaves.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        *parents, last = _keys(path)
         functools.reduce(operator.getitem, parents, tree)[last] = leaf
     cache = kv_cache.empty(model.config, slots=1, pages=1, max_context_tokens=64, dtype=jnp.dtype(jnp.float32))
     counts = jnp.full(1, tokens.shape[1], jnp.int32)
@@ -38,8 +38,11 @@ def _loss(model, tokens, leaves, params):
 
 
 def _leaves(params, dtype):
-    take = lambda path: functools.reduce(lambda t, k: t[int(k) if k.isdigit() else k], path.split("/"), params)  # noqa: E731
-    return {path: take(path).astype(dtype) for path in LEARN}
+    return {path: functools.reduce(operator.getitem, _keys(path), params).astype(dtype) for path in LEARN}
+
+
+def _keys(path: str) -> list[str | int]:
+    return [int(key) if key.isdigit() else key for key in path.split("/")]
 
 
 def test_the_whole_model_learns_in_the_direction_of_its_gradient(tiny_folder, tokens):

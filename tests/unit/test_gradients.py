@@ -24,7 +24,7 @@ def assert_close(found, expected) -> None:
 @pytest.mark.parametrize("name", all_of(expert_op.IMPLEMENTATIONS))
 @pytest.mark.parametrize("routing", ["random", "with skipped assignments"])
 def test_experts(name, routing):
-    """Guards fine-tuning: x, routing weights and both biases learn; rows that are padding or skipped do not."""
+    """Guards fine-tuning: x, routing weights and both biases learn; skipped assignments do not."""
     tokens, hidden, inner, experts, top_k = SHAPES["fewer tokens than experts"]
     rng = np.random.default_rng(1)
     weights = jax.tree.map(jnp.asarray, random_experts(rng, hidden, inner, experts))
