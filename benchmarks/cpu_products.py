@@ -145,8 +145,11 @@ def main(arguments: list[str]) -> None:
         seconds = statistics.median(figures["ours"])
         share = statistics.median(least / mine for least, mine in zip(rooflines, figures["ours"], strict=True))
         result = {
-            **{"name": product.name, "rows": product.rows, "milliseconds": 1e3 * seconds},
-            **{"bytes_per_second": product.num_bytes / seconds, "operations_per_second": product.operations / seconds},
+            "name": product.name,
+            "rows": product.rows,
+            "milliseconds": 1e3 * seconds,
+            "bytes_per_second": product.num_bytes / seconds,
+            "operations_per_second": product.operations / seconds,
             "share_of_roofline": share,
         }
         results.append(result)

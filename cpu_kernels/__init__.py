@@ -26,18 +26,20 @@ def library() -> ctypes.CDLL:
     """The compiled library, its handlers registered with XLA as targets `cpu_kernels_<op>`.
 
     Raises:
-        Unavailable: it was not built, or does not load.
+        Unavailable: it was not built, was built from other sources, or does not load.
     """
     found = sorted(FOLDER.glob("_native*.so"))
     if not found:
         raise Unavailable("cpu_kernels was installed without a C++ compiler")
     try:
         native = ctypes.CDLL(str(found[0]))
+        handlers = {name: getattr(native, f"cpu_kernels_{name}") for name in HANDLERS}
     except OSError as error:
         raise Unavailable(f"cpu_kernels does not load: {error}") from error
+    except AttributeError as error:
+        raise Unavailable("cpu_kernels was built from other sources; installing again builds it anew") from error
     native.cpu_kernels_supported.restype = ctypes.c_char_p
-    for name in HANDLERS:
-        handler = getattr(native, f"cpu_kernels_{name}")
+    for name, handler in handlers.items():
         jax.ffi.register_ffi_target(f"cpu_kernels_{name}", jax.ffi.pycapsule(handler), platform="cpu")
     return native
 
