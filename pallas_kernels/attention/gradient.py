@@ -74,7 +74,7 @@ def _paged(
     dq, dk, dv = lax.fori_loop(0, blocks.number, add_block, (jnp.zeros_like(wide_q), *pools))
     of_sink = jnp.exp(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1) - lse)
     d_sinks = -jnp.sum(of_sink * mean, axis=(0, 3)).reshape(sinks.shape)
-    d_kv = PagedKV(dk.astype(kv.k.dtype), dv.astype(kv.v.dtype), None)  # pyright: ignore[reportArgumentType]
+    d_kv = PagedKV._make([dk.astype(kv.k.dtype), dv.astype(kv.v.dtype), None])
     return dq.reshape(q.shape).astype(q.dtype), d_kv, None, d_sinks.astype(sinks.dtype)
 
 
@@ -97,4 +97,4 @@ def _sliding_window(
 
     _, pull = jax.vjp(attended, q, *kv[:4], sinks)
     dq, dk, dv, dk_new, dv_new, d_sinks = pull(cotangent)
-    return dq, RingKV(dk, dv, dk_new, dv_new, None), None, d_sinks  # pyright: ignore[reportArgumentType]
+    return dq, RingKV._make([dk, dv, dk_new, dv_new, None]), None, d_sinks

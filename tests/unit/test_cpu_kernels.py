@@ -367,6 +367,13 @@ def test_the_best_instruction_set_is_in_use_and_said():
             pass
 
 
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    """Guards a checkout that is newer than what was installed: a traceback of ctypes names no way out."""
+    monkeypatch.setattr(cpu_kernels, "HANDLERS", (*cpu_kernels.HANDLERS, "not_yet_written"))
+    with pytest.raises(cpu_kernels.Unavailable, match="built from other sources; installing again builds it anew"):
+        cpu_kernels.library.__wrapped__()
+
+
 def test_without_a_library_the_line_says_what_is_lost(monkeypatch):
     """Guards an installation without a compiler: it works, says so, and refuses what was asked for by name."""
     monkeypatch.setattr(cpu_kernels, "why_not", lambda: "cpu_kernels was installed without a C++ compiler")

@@ -61,7 +61,7 @@ def test_all_256_bytes_under_all_255_scales(dtype):
 
 
 def test_weights_may_be_constants_of_a_program():
-    """Guards jitted functions that close over a model: XLA (openxla/xla#38964) folds such weights, and misread them."""
+    """Guards jitted functions that close over weights: XLA misreads such constants when it folds them."""
     blocks, scales = map(jnp.asarray, _every_byte_under_every_scale())
     found = jax.jit(lambda: mxfp4.dequantize(blocks, scales, jnp.float32))()
     np.testing.assert_array_equal(found, mxfp4.dequantize(blocks, scales, jnp.float32))
