@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.engine.sampling_params import SamplingParams, check_whole
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
 
@@ -74,6 +74,13 @@ class Request:
     max_new_tokens: int | None = None
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends_at: Callable[[int], bool] | None = None
+
+    def __post_init__(self):
+        for name, values in (("token_ids", self.token_ids), ("stop_ids", self.stop_ids)):
+            for value in values:
+                check_whole(f"an id in {name}", value)
+        if self.max_new_tokens is not None:
+            check_whole("max_new_tokens", self.max_new_tokens)
 
     def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
         """How many tokens the answer may have at most.

@@ -6,6 +6,7 @@ fields here. Knows no JAX. To add an option, add its field here, and where it ac
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -86,14 +87,14 @@ class SamplingParams:
     def __post_init__(self):
         for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if option.dtype != "float32":
-                _check_whole(name, value)
+            (check_number if option.dtype == "float32" else check_whole)(name, value)
             if not option.low <= value <= option.high:
                 raise GptossError(f"{name} is {value}, expected {option.low:.10g} to {option.high:.10g}")
         for name in ("logit_bias", "banned_ids"):
             for token in getattr(self, name):
-                _check_whole(f"an id in {name}", token)
+                check_whole(f"an id in {name}", token)
         for token, bias in self.logit_bias.items():
+            check_number(f"logit_bias of id {token}", bias)
             if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
                 raise GptossError(
                     f"logit_bias of id {token} is {bias}, expected -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}, "
@@ -121,7 +122,14 @@ OPTIONS: Mapping[str, Option] = {
 """The options that are numbers, by name."""
 
 
-def _check_whole(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Raises GptossError for what is no number."""
+    if not isinstance(value, numbers.Real):
+        raise GptossError(f"{name} is {value!r}, expected a number")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises GptossError for what is no whole number."""
     try:
         operator.index(value)
     except TypeError:

@@ -42,6 +42,13 @@ def test_reference_equals_transformers_up_to_9000_tokens(tiny):
         gate.assert_agrees(logits[here], GOLDEN["long_float32"][here], max_abs, max_kl)
 
 
+def test_reference_equals_transformers_on_short_sequences(tiny):
+    """Guards the reference's formulas on eight more inputs."""
+    tensors = tiny.tensors
+    for tokens, theirs in zip(GOLDEN["short_tokens"], GOLDEN["short_float32"], strict=True):
+        gate.assert_agrees(reference.forward(tensors, tiny.config, tokens, range(-4, 0)), theirs, 3e-5, 3e-11)
+
+
 def test_float32_passes_the_gate_up_to_9000_tokens(tiny_folder):
     """Guards every formula, at positions below 128, above 128, above 4,096 and above 8,192, against transformers."""
     model = gptoss_jax.load(tiny_folder, dtype="float32")

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -203,3 +205,25 @@ def test_context_beyond_the_models_is_refused():
     for zero in zeros:
         with pytest.raises(ValueError, match=f"{next(iter(zero))} is 0, expected at least 1"):
             EngineConfig(**zero)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("Request((1, 2.5), ())", "an id in token_ids is 2.5, expected a whole number"),
+        ("Request((1, '2'), ())", "an id in token_ids is '2', expected a whole number"),
+        ("Request((1,), (None,))", "an id in stop_ids is None, expected a whole number"),
+        ("Request((1,), (), 1.5)", "max_new_tokens is 1.5, expected a whole number"),
+        ("SamplingParams(temperature='1')", "temperature is '1', expected a number"),
+        ("SamplingParams(top_p=None)", "top_p is None, expected a number"),
+        ("SamplingParams(logit_bias={3: '1'})", "logit_bias of id 3 is '1', expected a number"),
+    ],
+)
+def test_wrong_types_are_refused_where_a_request_is_made(wrong, message):
+    """Guards the others: a request of wrong types that reaches the engine's loop stops it for everybody.
+
+    In a process of its own, since this one's type checks come first.
+    """
+    code = f"from gptoss_jax import Request, SamplingParams; {wrong}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr.splitlines()[-1] == f"gptoss_jax.errors.GptossError: {message}"
