@@ -26,7 +26,7 @@ from tests.unit.test_kernels import assignments_of, expected_of, random_experts
 
 LIMIT = 7.0
 FORMS = pytest.mark.parametrize("form", tpu_forms.FORMS.values(), ids=tpu_forms.FORMS)
-AXES: Any = (  # of each of ExpertWeights, as in gptoss_jax/model/experts.py
+AXES: Any = expert_weights(  # as in gptoss_jax/model/experts.py
     ("experts", "expert_hidden", None, None),
     ("experts", "expert_hidden", None),
     ("experts", "expert_hidden"),
