@@ -36,8 +36,8 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"cpu_kernels does not load: {error}") from error
     native.cpu_kernels_supported.restype = ctypes.c_char_p
-    if missing := [name for name in HANDLERS if not hasattr(native, f"cpu_kernels_{name}")]:
-        raise Unavailable(f"cpu_kernels was built from other sources, without {missing[0]}: install again")
+    if not all(hasattr(native, f"cpu_kernels_{name}") for name in HANDLERS):
+        raise Unavailable("cpu_kernels was built from other sources; installing again builds it anew")
     for name in HANDLERS:
         handler = getattr(native, f"cpu_kernels_{name}")
         jax.ffi.register_ffi_target(f"cpu_kernels_{name}", jax.ffi.pycapsule(handler), platform="cpu")

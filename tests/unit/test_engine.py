@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,8 @@ def folder(tmp_path_factory):
 def model(folder):
     """It in float32, so that greedy tokens can be compared; with kernels under which both kinds of engine differ."""
     loaded = gptoss_jax.load(folder, dtype="float32", kernels="reference")
-    loaded.logits([1])  # compiles
+    for length in (1, 257, 513):  # compiles, for each power of two of a chunk
+        loaded.logits([1] * length)
     return loaded
 
 
@@ -177,8 +177,21 @@ def test_a_step_gives_back_all_that_it_changes(model):
         assert (after[2] == 7).all() and (after[jnp.array([0, 1, 3])] == before[jnp.array([0, 1, 3])]).all()
 
 
+@pytest.fixture(scope="module")
+def draw():
+    """One slot's draw, compiled, from logits [V], options, how often each id was drawn, and the token's position."""
+
+    def one_slot(logits, options, drawn, position):
+        options = jax.tree.map(lambda x: x[None], options)
+        return sampling.sample(logits[None], options, drawn[None], position[None], 512).token[0]
+
+    compiled = jax.jit(one_slot)
+    compiled(np.zeros(512, np.float32), sampling.constants(GREEDY, (), 512, 512), np.zeros(512, np.int32), np.int32(0))
+    return compiled
+
+
 @BOTH
-def test_every_token_is_the_one_that_its_request_draws(make_engine, model, deterministic):
+def test_every_token_is_the_one_that_its_request_draws(make_engine, model, draw, deterministic):
     """Guards the whole path of an option, in company: each token is drawn anew from the model's logits, alone.
 
     Seeds and positions, penalties on prompt and answer, and that nothing of a slot's request before it is left.
@@ -189,18 +202,11 @@ def test_every_token_is_the_one_that_its_request_draws(make_engine, model, deter
     requests += _mixed_requests(9)
     for request, (tokens, _) in zip(requests, _answers(engine, requests), strict=True):
         prompt = request.token_ids
-        logits = jnp.asarray(model.logits([*prompt, *tokens])[len(prompt) - 1 : -1])
-        options = sampling.constants(request.sampling, prompt, 512, 512)
-        options = jax.tree.map(lambda x: jnp.asarray(x)[None], options)
-        drawn = jnp.zeros((1, 512), jnp.int32)
+        logits = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+        options, drawn = sampling.constants(request.sampling, prompt, 512, 512), np.zeros(512, np.int32)
         for step, token in enumerate(tokens):
-            at = jnp.array([len(prompt) + step], jnp.int32)
-            draw = _draw(logits[step : step + 1], options, drawn, at)
-            assert draw.token.tolist() == [token], (request.sampling, step)
-            drawn = sampling.record(drawn, draw.token, jnp.array([True]))
-
-
-_draw = jax.jit(functools.partial(sampling.sample, num_token_ids=512))
+            assert draw(logits[step], options, drawn, np.int32(len(prompt) + step)) == token, (request.sampling, step)
+            drawn[token] += 1
 
 
 def test_a_dispatch_stays_short_when_requests_join(make_engine):

@@ -184,12 +184,18 @@ def test_seeds_and_positions_are_independent():
     assert ((pairs - 312.5) ** 2 / 312.5).sum() < stats.chi2.isf(CHANCE, 15)
 
 
-def test_ties_at_a_threshold_are_kept_and_greedy_takes_the_lower_id():
+TIED = np.array([1.0, 3.0, 3.0, 3.0, 2.0])
+
+
+def test_ties_at_a_threshold_are_kept():
     """Guards determinism: which of equal ids survives must not depend on how a sort broke the tie."""
-    logits = np.array([[1.0, 3.0, 3.0, 3.0, 2.0]])
-    assert _many(logits[0], SamplingParams(top_k=2), 2_000)[[0, 4]].sum() == 0
-    assert (_many(logits[0], SamplingParams(top_p=0.3), 2_000) > 0).tolist() == [False, True, True, True, False]
-    assert _sample(logits, SamplingParams(temperature=0.0)).token.tolist() == [1]
+    assert _many(TIED, SamplingParams(top_k=2), 2_000)[[0, 4]].sum() == 0
+    assert (_many(TIED, SamplingParams(top_p=0.3), 2_000) > 0).tolist() == [False, True, True, True, False]
+
+
+def test_greedy_takes_the_lowest_of_equal_ids():
+    """Guards determinism of greedy answers."""
+    assert _sample(TIED[None], SamplingParams(temperature=0.0)).token.tolist() == [1]
 
 
 def test_logprobs_are_the_models_own():
