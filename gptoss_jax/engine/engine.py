@@ -28,7 +28,9 @@ SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, 
 
 
 class Engine:
-    """Runs requests. `submit` them, then `run` until all have ended, or call `tick` yourself.
+    """Runs requests. `submit` them, then `run` until all have ended, or call `tick` yourself, as a server does.
+
+    All of it belongs to one thread, `Request.ends_at` included, which `tick` calls.
 
     Attributes:
         runner: the part on the devices.
