@@ -165,7 +165,7 @@ def test_sliding_window_attention(name):
 
 
 @pytest.mark.parametrize("name", all_of(["reference", "cpu"]))
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [None, 9])
 def test_attention_without_a_cache(name, window):
     """Guards training: sequences as pages of their own, or as new tokens after an empty ring, are plain attention."""
     rng = np.random.default_rng(5)

@@ -142,7 +142,10 @@ def test_a_token_is_written_without_a_pass_over_the_pool():
 def exact_and_rounded(small, tmp_path_factory):
     """The two layers with dense weights in bfloat16, and in eight bits."""
     folder = small.write(tmp_path_factory.mktemp("dense"))
-    return [gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8")]
+    models = [gptoss_jax.load(folder, dense=dense) for dense in ("bfloat16", "int8")]
+    for model in models:
+        model.logits([1])  # compiles
+    return models
 
 
 def test_int8_weights_are_the_nearest_and_half_as_large(exact_and_rounded):
