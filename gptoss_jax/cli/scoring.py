@@ -1,5 +1,6 @@
 """Scores the texts that the flags of `gptoss_jax.score` give: reads them, and prints their log probabilities."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -37,9 +38,10 @@ def score(options: flags.FlagValues, source: tuple[str, str], echoed: Sequence[s
     screen, scores = Screen(), []
     with interrupted_late() as pressed:
         language_model = model_flags.load(options, screen, pressed, if_random="the probabilities are of noise")
+        score_window = functools.partial(language_model.score, top_logprobs=options.top_logprobs)
         with screen.progress("scoring", pressed) as report:
             for i, token_ids in enumerate(texts):
-                scores.append(score_in_windows(language_model, token_ids, windows, options.top_logprobs))
+                scores.append(score_in_windows(score_window, token_ids, windows))
                 if not options.json:
                     show(screen, tokenizer, token_ids, scores[-1], with_tokens=options.tokens)
                     screen.check_reader()

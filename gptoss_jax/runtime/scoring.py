@@ -1,8 +1,8 @@
 """Log probabilities of given text: what scoring gives, which ids have any, and long texts in windows. Knows no JAX."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32
@@ -10,9 +10,6 @@ from jaxtyping import Float, Int32
 from gptoss_jax.engine.request import RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    import gptoss_jax.runtime.language_model
 
 
 class Scores(NamedTuple):
@@ -77,20 +74,17 @@ def check_named(token_ids: Sequence[int], config: ModelConfig) -> None:
             )
 
 
-def score_in_windows(
-    language_model: "gptoss_jax.runtime.language_model.LanguageModel",
-    token_ids: Sequence[int],
-    windows: Windows,
-    top_logprobs: int = 0,
-) -> Scores:
+def score_in_windows(score: Callable[[Sequence[int]], Scores], token_ids: Sequence[int], windows: Windows) -> Scores:
     """Scores of every token but the first, in as few windows as hold them all.
 
-    Raises:
-        RequestError, NumericsError: as `LanguageModel.score`.
+    Args:
+        score: of the tokens of one window: `LanguageModel.score`, whose errors it raises.
+        token_ids: the whole text.
+        windows: how it is cut.
     """
     windows_scores = []
     for first, end, scored in windows.over(len(token_ids)):
-        scores = language_model.score(token_ids[first:end], top_logprobs=top_logprobs)
+        scores = score(token_ids[first:end])
         windows_scores.append([array[scored - first - 1 :] for array in scores])
     return Scores(*(np.concatenate(arrays) for arrays in zip(*windows_scores, strict=True)))
 

@@ -1,5 +1,6 @@
 """`score`: log probabilities of given text, against the logits, against what generating reported, and as a command."""
 
+import functools
 import json
 import math
 
@@ -67,7 +68,7 @@ def test_windows_score_each_token_once_with_enough_before_it(size, data):
 
 def test_a_long_text_is_scored_in_windows(model):
     """Guards the cut of each window's part: every token after exactly its window's tokens."""
-    found = score_in_windows(model, IDS[:100], Windows(40, 25), 2)
+    found = score_in_windows(functools.partial(model.score, top_logprobs=2), IDS[:100], Windows(40, 25))
     assert found.logprobs.shape == (99,)
     assert found.top_ids.shape == (99, 2)
     for first, end, at in Windows(40, 25).over(100):
