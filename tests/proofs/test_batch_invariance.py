@@ -25,7 +25,7 @@ def half(folder, request):
 def alone(half):
     """What each of 64 mixed requests draws with nothing beside it."""
     engine = half.engine(EngineConfig(slots=1, max_context_tokens=384, prefill_widths=(16, 64)))
-    assert engine.deterministic
+    assert engine.runner.deterministic
     return [_streams(engine, [request])[0] for request in _mixed_requests(64)]
 
 
