@@ -62,12 +62,9 @@ def load(
         KeyboardInterrupt: once `interrupted`.
     """
     with command.ended_by_ctrl_c():
-        from gptoss_jax.runtime import device, loading  # here, so that a mistake is found before JAX is imported
+        from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 
-    if options.compilation_cache != "":
-        folder = Path(options.compilation_cache or device.compiled_programs_folder())
-        if not device.keep_compiled_programs(folder):
-            screen.say(f"compiled programs are not kept: cannot write to {folder} (--compilation-cache)")
+    programs_folder = _programs_folder(options, screen)
     with screen.progress("loading", interrupted) as report:
         language_model = loading.load(
             options.checkpoint,
@@ -75,6 +72,7 @@ def load(
             dtype=options.dtype,
             dense=options.dense,
             kernels=options.kernels,
+            programs_folder=programs_folder,
             report=report,
         )
     screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
@@ -82,6 +80,23 @@ def load(
     if language_model.weights_are_random:
         screen.say(f"these weights are RANDOM: {if_random}")
     return language_model
+
+
+def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> Path | None:
+    """The folder of --compilation-cache; None where nothing is to be kept, or cannot be, which is said."""
+    from gptoss_jax.runtime import kept_programs
+
+    if options.compilation_cache == "":
+        return None
+    try:
+        folder = Path(options.compilation_cache or kept_programs.default_folder())
+        reason = kept_programs.why_not(folder)
+    except RuntimeError as error:  # a user without a home
+        folder, reason = None, str(error)
+    if reason:
+        screen.say(f"compiled programs are not kept: {reason} (--compilation-cache names another folder)")
+        return None
+    return folder
 
 
 def load_for_answers(

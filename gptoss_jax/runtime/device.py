@@ -1,4 +1,4 @@
-"""The machine: where its compiled programs are kept, and how fast its memory is read."""
+"""The machine: what it is, and how fast its memory is read."""
 
 import contextlib
 import json
@@ -22,25 +22,6 @@ SAMPLE_BYTES = 1 << 28
 REPEATS = 5
 
 
-def compiled_programs_folder() -> Path:
-    """Where compiled programs are kept unless another folder is named: xla/ in the user's cache folder."""
-    return user_cache.cache_folder() / "xla"
-
-
-def keep_compiled_programs(folder: Path) -> bool:
-    """Lets XLA keep its programs in `folder`; false if nothing can be written there, and then nothing is kept."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    if not os.access(folder, os.W_OK):
-        return False
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return True
-
-
 def read_bandwidth(device: Any, at_least: float = 0.0) -> float:
     """Bytes per second that `device` reads from its memory, measured once per machine.
 
@@ -51,11 +32,11 @@ def read_bandwidth(device: Any, at_least: float = 0.0) -> float:
         at_least: bytes per second that were read already. A figure below that was measured on a busy machine, and is
             measured again.
     """
-    figures, machine = _kept_figures(), _machine(device)
-    if figures.get(machine, 0.0) <= at_least:
-        figures[machine] = measure_read_bandwidth(device)
+    figures, here = _kept_figures(), machine(device)
+    if figures.get(here, 0.0) <= at_least:
+        figures[here] = measure_read_bandwidth(device)
         _keep_figures(figures)
-    return figures[machine]
+    return figures[here]
 
 
 def measure_read_bandwidth(device: Any, num_bytes: int = SAMPLE_BYTES) -> float:
@@ -72,8 +53,8 @@ def measure_read_bandwidth(device: Any, num_bytes: int = SAMPLE_BYTES) -> float:
     return num_bytes / min(seconds)
 
 
-def _machine(device: Any) -> str:
-    """What the figure depends on: kind of device, host, processor and the cores that this process may use."""
+def machine(device: Any) -> str:
+    """What speed and programs depend on: kind of device, host, processor and the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{device.device_kind}, {platform.node()}, {_processor()}, {cores} cores"
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
-from gptoss_jax.engine.runner import Compiled, ModelRunner
+from gptoss_jax.engine.runner import Compiled, CompileProgram, ModelRunner, compile_anew
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
@@ -24,6 +25,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DtypePolicy, Model, Params
 from gptoss_jax.runtime import device
+from gptoss_jax.runtime.kept_programs import KeptPrograms
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from gptoss_jax.runtime.scoring import Scores, check_named
 
@@ -45,6 +47,7 @@ class LanguageModel:
         source: what the weights were read from, in words.
         weights_are_random: whether the files say that nobody trained them.
         load_seconds: from the call of `load` to weights on the devices.
+        programs_folder: where the programs of engines are kept for later runs; None: nowhere.
     """
 
     config: ModelConfig
@@ -57,8 +60,10 @@ class LanguageModel:
     source: str
     weights_are_random: bool
     load_seconds: float
+    programs_folder: Path | None = None
     _engine: Engine | None = None
     _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
+    _programs: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
     _tapped: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
 
     def decode_bytes(self, slots: int, context_tokens: int) -> int:
@@ -100,6 +105,7 @@ class LanguageModel:
             self.policy.cache,
             engine_config,
             compiled=compiled,
+            compile_program=self._compiler(str(engine_config)),
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
@@ -156,7 +162,7 @@ class LanguageModel:
             RequestError: ids outside the vocabulary.
         """
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
-        for at, logits in self._chunks(self._all_logits, token_ids):
+        for at, logits in self._chunks("logits", self._all_logits, token_ids):
             result[at] = np.asarray(logits)[0, : at.stop - at.start]
         return result
 
@@ -179,7 +185,7 @@ class LanguageModel:
         check_named(token_ids, self.config)
         targets = np.roll(np.asarray(token_ids), -1)  # the last has no target: what is there is not read
         chunks = []
-        for at, reports in self._chunks(self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
+        for at, reports in self._chunks("reports", self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
             chunks.append([np.asarray(report)[0, : at.stop - at.start] for report in reports])
         logprobs, ids, tops, finite = (np.concatenate(chunk)[:-1] for chunk in zip(*chunks, strict=True))
         if not finite.all():
@@ -210,6 +216,17 @@ class LanguageModel:
     def _forward(self, taps: tuple[str, ...], params: Params, tokens: Any, counts: Any) -> dict[str, jax.Array]:
         return transformer.forward(self.model, params, tokens, counts=counts, taps=taps)[1]
 
+    def _compiler(self, described: str) -> CompileProgram:
+        """Compiles programs that depend on `described` and on this model, or takes them from `programs_folder`.
+
+        Where JAX's own cache is on, it keeps them: what XLA:CPU has read from there it cannot write a second time.
+        """
+        of_jax = jax.config.values["jax_compilation_cache_dir"]
+        if self.programs_folder is None or of_jax or jax.process_count() > 1:
+            return compile_anew
+        of_model = (self.config, self.sharding.rules, self.mesh.shape, self.policy, self.dense, self.kernels)
+        return KeptPrograms(self.programs_folder, self.mesh.devices.flat, f"{of_model} {described}").compile
+
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
         """The ids as an array, of which each is within the vocabulary, and which the context holds."""
         ids = np.asarray(token_ids)
@@ -221,15 +238,19 @@ class LanguageModel:
             raise RequestError(f"{ids.size} tokens, the model has {self.config.max_context_tokens} at most")
         return ids
 
-    def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
+    def _chunks(
+        self, name: str, program: Any, token_ids: Sequence[int], *arguments: Any
+    ) -> Iterator[tuple[slice, Any]]:
         """What `program` gives for each chunk of `token_ids`, and which tokens those are: one sequence per data shard.
 
-        Of `arguments`, arrays are cut like the tokens, and scalars are passed as they are.
+        It is compiled once for each capacity of the cache, under its name. Of `arguments`, arrays are cut like the
+        tokens, and scalars are passed as they are.
         """
         ids = self._checked(token_ids)
         width, slots = LOGITS_CHUNK_TOKENS, self.sharding.size("batch")  # one slot per data shard, all alike
         chunks = -(-ids.size // width)
-        cache = self._cache(slots, width << (chunks - 1).bit_length())
+        capacity = width << (chunks - 1).bit_length()
+        cache = self._cache(slots, capacity)
 
         def cut(array: np.ndarray, at: slice) -> np.ndarray:
             chunk = np.zeros(width, np.int32)
@@ -240,7 +261,10 @@ class LanguageModel:
             at = slice(first, min(first + width, ids.size))
             counts = np.full(slots, at.stop - at.start, np.int32)
             others = [cut(x, at) if np.ndim(x) else x for x in arguments]
-            results, cache = program(self.params, cut(ids, at), counts, cache, *others)
+            inputs = (self.params, cut(ids, at), counts, cache, *others)
+            if (name, capacity) not in self._programs:
+                self._programs[name, capacity] = self._compiler(str(capacity))(name, program, inputs)
+            results, cache = self._programs[name, capacity](*inputs)
             yield at, results
 
     def _cache(self, slots: int, tokens: int) -> kv_cache.KVCache:

@@ -1,4 +1,4 @@
-"""What a machine is asked once and keeps: its read bandwidth, and compiled programs."""
+"""What a machine is asked once and keeps: its read bandwidth."""
 
 import json
 from pathlib import Path
@@ -120,16 +120,3 @@ def test_files_of_the_cache_are_written_whole_or_not_at_all(tmp_path, monkeypatc
 def test_the_measurement_itself():
     """Guards the unit: bytes per second, between a slow disk's and a fast accelerator's."""
     assert 1e8 < device.measure_read_bandwidth(jax.devices()[0], num_bytes=1 << 22) < 1e14
-
-
-def test_compiled_programs_are_kept_where_they_can_be(tmp_path):
-    """Guards a home that cannot be written to: said once, rather than a warning for each program."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    try:
-        (tmp_path / "file").write_text("")
-        assert not device.keep_compiled_programs(tmp_path / "file" / "xla")
-        assert jax.config.values["jax_compilation_cache_dir"] == before
-        assert device.keep_compiled_programs(tmp_path / "xla")
-        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
