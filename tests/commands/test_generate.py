@@ -618,6 +618,30 @@ def test_python_gives_what_the_command_gives(folder):
         assert [event.finish_reason for event in events][-1] == "length"
 
 
+def test_python_answers_texts_as_the_command_does(folder):
+    """Guards text in, text out: the prompts are rendered and the answers parsed as the command does it."""
+    model = gptoss_jax.load(folder / "thinker")
+    ids = _document(folder, "thinker", "Hi")["prompt_token_ids"]
+    answers = list(model.answers(["Why is the sky blue?", "And the sea?", ids], slots=2))
+    for prompt, answer in zip(("Why is the sky blue?", "And the sea?", "Hi"), answers, strict=True):
+        (expected,) = _document(folder, "thinker", prompt)["answers"]
+        assert (answer.final, answer.parsed.reasoning) == (expected["final"], expected["reasoning"])
+        assert answer.final
+    events = list(model.generate("Hi"))
+    assert [token for event in events for token in event.token_ids] == list(answers[2].parsed.token_ids)
+    with pytest.raises(RequestError, match="context"):
+        next(model.answers(["Hi", ids * 1000]))
+
+
+def test_a_model_is_shown_in_two_lines(folder):
+    """Guards notebooks and debuggers, which show whatever they meet: gathering every array would take gigabytes."""
+    shown = repr(gptoss_jax.load(folder / "published"))
+    assert shown.count("\n") == 1
+    assert len(shown) < 500
+    assert "2 layers, 7 experts" in shown
+    assert "random weights from safetensors" in shown
+
+
 def test_python_takes_all_sampling_options_once(folder):
     """Guards the two ways of giving a temperature: either, not both."""
     model = gptoss_jax.load(folder / "published")
