@@ -24,6 +24,7 @@ from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.model import kv_cache, transformer
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.invariant_sum import row_sum
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DtypePolicy, Model, Params
 from gptoss_jax.runtime import device
@@ -353,7 +354,8 @@ class LanguageModel:
         def all_reports(params, tokens, counts, cache, targets, with_top):
             logits, cache = transformer.all_logits(self.model, params, tokens, counts, cache)
             finite = jnp.all(jnp.isfinite(logits), axis=-1)
-            return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids), finite), cache
+            total = row_sum(self.mesh.size)
+            return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids, total), finite), cache
 
         shardings = None, kv_cache.layout(self.config, self.sharding)
         return jax.jit(all_reports, donate_argnums=3, out_shardings=shardings)

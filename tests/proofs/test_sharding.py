@@ -1,6 +1,7 @@
 """Meshes: the same numbers on eight devices as on one, and refusals that name the way out."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -58,6 +59,31 @@ def test_sharded_equals_unsharded(mesh, folder, expected):
     assert model.mesh.size == 8
     scale = np.abs(expected).max()
     assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
+
+
+PRESETS = sorted(str(path) for path in (golden.ROOT / "configs" / "meshes").glob("*.json"))
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, *PRESETS])
+def test_a_decoding_step_has_few_collectives(mesh, folder):
+    """Guards the wires: one sum after attention and one after the experts, where they are cut, and no slices moved.
+
+    Beside the layers: the embedding's rows, and the sampler's reductions over the vocabulary and over slots.
+    """
+    model = gptoss_jax.load(folder, mesh=mesh)
+    cut = {logical: model.sharding.size(logical) > 1 for logical in ("heads", "experts", "expert_hidden")}
+    engine = model.engine(EngineConfig(slots=model.sharding.size("batch")))
+    found = [
+        (kind[1], "/layer_" in line)
+        for line in engine.runner.compiled.decode.as_text().splitlines()
+        if (kind := COLLECTIVE.search(line))
+    ]
+    in_layers = [kind for kind, is_in_layer in found if is_in_layer]
+    expected = cut["heads"] + (cut["experts"] or cut["expert_hidden"])
+    assert in_layers == ["all-reduce"] * expected * model.config.num_layers
+    assert {kind for kind, _ in found} <= {"all-reduce", "all-gather"}
+    assert len(found) - len(in_layers) <= 20
 
 
 def test_sharded_equals_unsharded_with_dense_int8(folder):
