@@ -180,7 +180,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
 
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
-            with the axes of MESH_AXES; or None for a single device.
+            with some of the axes of MESH_AXES; or None for a single device.
         devices: all that JAX has by default.
 
     Raises:
@@ -189,8 +189,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     if isinstance(mesh, Sharding):
         return mesh
     if isinstance(mesh, Mesh):
-        # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
-        return Sharding(Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim))
+        return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
         return _build({}, {}, (devices or jax.devices())[:1])
     if str(mesh).endswith(".json"):
@@ -198,6 +197,21 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     else:
         axes, rules = _parse(str(mesh)), {}
     return _build(axes, rules, devices or jax.devices())
+
+
+def _with_all_axes(mesh: Mesh) -> Mesh:
+    """`mesh` with those of MESH_AXES that it lacks, of size 1, and the axis types that the model is written for."""
+    for name in mesh.axis_names:
+        if name not in MESH_AXES:
+            raise _unknown_axis(name)
+    names = (*mesh.axis_names, *(name for name in MESH_AXES if name not in mesh.axis_names))
+    devices = mesh.devices.reshape(mesh.devices.shape + (1,) * (len(names) - mesh.devices.ndim))
+    # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _unknown_axis(name: Any) -> MeshError:
+    return MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -222,14 +236,21 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
 
 
+def _too_few(wanted: int, devices: Sequence[Any]) -> str:
+    message = f"a mesh of {wanted} devices, but there are {len(devices)}"
+    if devices[0].platform != "cpu":
+        return message
+    return f"{message}; to simulate them on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+
+
 def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
     for name, size in axes.items():
         if name not in MESH_AXES:
-            raise MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
+            raise _unknown_axis(name)
         if type(size) is not int or size < 1:
             raise MeshError(f"mesh axis {name}={size!r}, expected a whole number of at least 1")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
-        raise MeshError(f"a mesh of {math.prod(shape)} devices, but there are {len(devices)}")
+        raise MeshError(_too_few(math.prod(shape), devices))
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
     return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})

@@ -47,10 +47,11 @@ def load(
         report: called with the bytes of weights that are loaded, and of all.
 
     Raises:
-        ConfigError: the checkpoint's config.json is not a gpt-oss model.
+        GptossError: what all of these are, and an unknown dtype, dense or kernel.
+        SourceError: there is no such folder, or what is published in it is incomplete or damaged.
+        ConfigError: its config.json is not a gpt-oss model's.
+        CheckpointError: it is a converted checkpoint that is unfinished, damaged, or not of this model.
         MeshError: the mesh does not fit the devices or the model.
-        CheckpointError: the checkpoint is absent, incomplete, or not of this model.
-        GptossError: an unknown dtype, dense or kernel.
     """
     began = time.perf_counter()
     _check_known("dtype", dtype, transformer.DTYPE_POLICIES)

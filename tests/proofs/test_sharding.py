@@ -132,8 +132,12 @@ def _joined(events) -> dict[int, list[int]]:
 
 def test_a_mesh_as_jax_makes_it(folder, expected):
     """Guards the public form: jax.make_mesh's axes are Explicit by default."""
-    model = gptoss_jax.load(folder, mesh=jax.make_mesh((1, 4, 2), sharding.MESH_AXES), dtype="float32")
-    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+    for mesh in (jax.make_mesh((1, 4, 2), sharding.MESH_AXES), jax.make_mesh((2, 4), ("tensor", "expert"))):
+        model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
+        assert model.mesh.size == 8
+        assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(MeshError, match="unknown mesh axis 'model', expected data, expert, tensor"):
+        gptoss_jax.load(folder, mesh=jax.make_mesh((8,), ("model",)))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_rules_from_a_file(folder, expected, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("tensor=16", "a mesh of 16 devices, but there are 8"),
+        ("tensor=16", "16 devices, but there are 8; .* CPU: XLA_FLAGS=--xla_force_host_platform_device_count=16"),
         ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor"),
         ("tensor=two", "mesh 'tensor=two', expected for example data=1,expert=4,tensor=2"),
         ("tensor=0", "mesh axis tensor=0, expected a whole number of at least 1"),
