@@ -107,7 +107,7 @@ def write_ring(
 
 def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
     """Keys or values as the attention op takes them: the same bytes."""
-    return stored.reshape(*stored.shape[:2], kv_heads, -1)
+    return einops.rearrange(stored, "z y (k h) -> z y k h", k=kv_heads)
 
 
 def as_pages(new: Float[Array, "B T K H"]) -> tuple[Float[Array, "P S K H"], Int32[Array, "B M"]]:
@@ -119,7 +119,7 @@ def as_pages(new: Float[Array, "B T K H"]) -> tuple[Float[Array, "P S K H"], Int
 
 
 def _flat(new: Float[Array, "B T K H"]) -> Float[Array, "B T KH"]:
-    return new.reshape(*new.shape[:2], -1)
+    return einops.rearrange(new, "b t k h -> b t (k h)")
 
 
 @jax.custom_vjp
