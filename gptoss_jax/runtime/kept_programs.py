@@ -20,13 +20,11 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-import cpu_kernels
-import gptoss_jax
-import pallas_kernels
 from gptoss_jax.harmony import user_cache
 from gptoss_jax.runtime import device
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+SOURCES = ("gptoss_jax", "pallas_kernels", "cpu_kernels")
 ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "CUDA_", "NVIDIA_")  # variables that change what is compiled begin so
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -96,10 +94,10 @@ def _installation() -> str:
     """Versions and sources of all that traces and compiles."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     digest = hashlib.sha256()
-    for package in (gptoss_jax, pallas_kernels, cpu_kernels):
-        folder = Path(str(package.__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(str(path.relative_to(folder)).encode())
+    site = Path(__file__).parents[2]
+    for package in SOURCES:
+        for path in sorted((site / package).rglob("*.py")):
+            digest.update(str(path.relative_to(site)).encode())
             digest.update(path.read_bytes())
     return f"python {platform.python_version()} {versions} {digest.hexdigest()}"
 

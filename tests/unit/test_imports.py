@@ -21,7 +21,7 @@ FLOORS = (
     ("gptoss_jax", "converters"),  # the commands; gptoss_jax itself is the modules that lie directly in it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-KERNELS_IMPORT = {"jax", "jaxtyping", "numpy", "ml_dtypes", "pallas_kernels", "cpu_kernels"}
+KERNELS_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "ml_dtypes", "pallas_kernels", "cpu_kernels"}
 KNOW_NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.errors")
 
 
