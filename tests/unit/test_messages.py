@@ -503,7 +503,7 @@ def test_what_is_refused(write, document, text):
         ('{"a":' * 70 + "1" + "}" * 70, ": the value is nested too deeply, at most 64 levels are taken"),
         ('[{"role": "user", "role": "tool"}]', ": the key 'role' stands twice in one object"),
         ('{"tools": [1e999]}', ": the file, 'tools', [0] is a number out of range"),
-        ('[{"role": "user", "content": NaN}]', ": NaN is no JSON"),
+        ('[{"role": "user", "content": NaN}]', ": the file, [0], 'content' is NaN"),
     ],
 )
 def test_broken_json(write, content, text):
