@@ -44,7 +44,15 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class FileError(GptossError):
-    """A file that is absent, or cannot be what is expected in its place. The message begins with its path."""
+    """A file that is absent, or cannot be what is expected in its place.
+
+    Attributes:
+        what: the message without the file's name.
+    """
+
+    def __init__(self, name: str | Path, what: str, joint: str = ": "):
+        super().__init__(one_line(f"{name}{joint}{what}"))
+        self.what = what
 
 
 def check_regular(path: str | Path) -> os.stat_result:
@@ -57,12 +65,12 @@ def check_regular(path: str | Path) -> os.stat_result:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         link = f"a link to {os.readlink(path)}, which is not there: fetch it again" if os.path.islink(path) else ""
-        raise FileError(one_line(f"{path}: {link or 'no such file'}")) from None
+        raise FileError(path, link or "no such file") from None
     except OSError as error:
-        raise FileError(one_line(f"{path}: {error.strerror}")) from None
+        raise FileError(path, str(error.strerror)) from None
     for is_kind, kind in _SPECIAL.items():
         if is_kind(found.st_mode):
-            raise FileError(one_line(f"{path}: {kind}, expected a file"))
+            raise FileError(path, f"{kind}, expected a file")
     return found
 
 
@@ -75,7 +83,7 @@ def read_json(path: str | Path) -> Any:
     """
     size_bytes = check_regular(path).st_size
     if size_bytes > MAX_BYTES:
-        raise FileError(one_line(f"{path}: {size_bytes:,} bytes, expected JSON of at most {MAX_BYTES:,}"))
+        raise FileError(path, f"{size_bytes:,} bytes, expected JSON of at most {MAX_BYTES:,}")
     with open(path, "rb") as file:
         return parse_json(file.read(MAX_BYTES), path)
 
@@ -117,20 +125,18 @@ def parse_json(
         check_value(value, "the file", max_depth)
         return value
     except json.JSONDecodeError as error:
-        fault = f", line {error.lineno}, column {error.colno}: {error.msg}; expected JSON"
-        fault = _other_kind(data) or fault
+        if not (fault := recognize(data)):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise FileError(name, f"{where}: {error.msg}; expected JSON", joint=", ") from None
     except UnicodeDecodeError as error:
-        fault = _other_kind(data) or f": byte {error.start} is not valid UTF-8; expected JSON in UTF-8"
+        fault = recognize(data) or f"byte {error.start} is not valid UTF-8; expected JSON in UTF-8"
     except RecursionError:
-        fault = f" is nested too deeply, at most {max_depth} levels are taken"
-    except ValueError as error:  # ours, or Python's of a number with more digits than it reads
-        fault = f": {str(error).partition(';')[0] if not isinstance(error, GptossError) else error}"
-    raise FileError(one_line(f"{name}{fault}")) from None
-
-
-def _other_kind(data: bytes) -> str:
-    kind = recognize(data)
-    return f": {kind}" if kind else ""
+        fault = f"nested too deeply, at most {max_depth} levels are taken"
+    except GptossError as error:
+        fault = str(error)
+    except ValueError as error:  # a number of more digits than Python reads
+        fault = str(error).partition(";")[0]
+    raise FileError(name, fault)
 
 
 def recognize(data: bytes) -> str:

@@ -352,7 +352,9 @@ def _model(values: Mapping[str, Any], spelled: Mapping[str, str], eos: Any, pad:
     """The model of these numbers, by field, and of the ids that config.json names as ends and padding."""
     _raise(number_faults(values, spelled))
     stop_ids, pad_id = _special_ids(values["vocab_size"], eos, pad)
-    as_fields = {name: float(value) if isinstance(RANGES[name][0], float) else value for name, value in values.items()}
+    as_fields: dict[str, Any] = {
+        name: float(value) if isinstance(RANGES[name][0], float) else value for name, value in values.items()
+    }
     return ModelConfig(**as_fields, stop_ids=stop_ids, pad_id=pad_id)
 
 

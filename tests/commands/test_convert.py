@@ -443,7 +443,8 @@ def wrong_dtype(folder: Path) -> list[str]:
     name = "model.layers.0.mlp.router.bias"
     with edited(folder, name) as held:
         held[name] = ("F16", *held[name][1:])
-    return [f"{file_of(folder, name)}: {name}: dtype F16, expected BF16"]
+    cast = "cast it, as transformers does: from_pretrained(SRC, dtype=torch.bfloat16), then save_pretrained"
+    return [f"{file_of(folder, name)}: {name}: dtype F16, expected BF16: {cast}"]
 
 
 def duplicate(folder: Path) -> list[str]:
@@ -495,7 +496,7 @@ def index_disagrees(folder: Path) -> list[str]:
 def index_broken(folder: Path) -> list[str]:
     """An index that is none."""
     (folder / published.INDEX).write_text("[]")
-    return [f"{folder / published.INDEX}: no index of safetensors (TypeError("]
+    return [f"{folder / published.INDEX}: no index of safetensors: fetch it again"]
 
 
 def truncated(folder: Path) -> list[str]:
@@ -511,14 +512,14 @@ def header_corrupt(folder: Path) -> list[str]:
     path = file_of(folder, SCALES)
     raw = path.read_bytes()
     path.write_bytes(raw[:8] + b"\x00" + raw[9:])
-    return [f"{path}: the header is not JSON ("]
+    return [f"{path}: its header is corrupt, or not safetensors: "]
 
 
 def not_safetensors(folder: Path) -> list[str]:
     """A web page saved under the name."""
     path = file_of(folder, SCALES)
     path.write_bytes(b"<html>Not found</html>")
-    return [f"{path}: 22 bytes, a header of "]
+    return [f"{path}: a web page saved under this name: fetch the file again"]
 
 
 def overlapping(folder: Path) -> list[str]:
@@ -658,10 +659,27 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
 
 def test_destination_may_not_be_or_hold_the_source(broken, capsys):
     """Guards against a message that says of the only copy of the weights: remove it."""
-    for destination in (broken, broken.parent):
+    links = broken.parent.parent / "links"
+    links.mkdir()
+    (links / "published").symlink_to(broken)
+    (links / "parent").symlink_to(broken.parent)
+    before = hashes(broken)
+    for destination in (broken, broken.parent, links / "published", links / "parent"):
         (line,) = refusals(capsys, broken, destination)
         assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
-    assert command(broken, broken / "checkpoint") == 0
+    for source in (broken, links / "published"):
+        for folder in (broken, links / "published", links / "parent" / "published"):
+            for destination in (folder / "checkpoint", folder / "deep" / "out"):
+                (line,) = refusals(capsys, source, destination)
+                assert line == f"convert: DST {destination} lies in SRC: name a folder outside of it for the checkpoint"
+    assert hashes(broken) == before
+
+
+def test_what_is_being_written_may_not_be_the_source(broken, capsys):
+    """Guards against SRC named like the folder in which DST grows: a message says of it, remove it."""
+    source = broken.rename(broken.with_name("out.partial"))
+    (line,) = refusals(capsys, source, source.with_name("out"))
+    assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
