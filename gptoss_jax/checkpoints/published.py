@@ -303,7 +303,7 @@ def open_source(path: str | Path, *, quantize_experts: bool = False) -> Source:
 
 def _check_layers(folder: Path, config: ModelConfig, names: Iterable[str], *, complete: bool) -> None:
     """Refuses a config.json whose number of layers is not the files', before anything is made of that number."""
-    layers = 1 + max((int(found[1]) for found in map(_LAYER.match, names) if found), default=-1)
+    layers = 1 + max((int(found[1]) for found in map(_LAYER.match, names) if found), default=config.num_layers - 1)
     if layers > config.num_layers or (complete and layers < config.num_layers):
         fault = f"num_hidden_layers is {config.num_layers}, but the safetensors hold {layers} layers: of another model"
         _raise([Fault(str(folder / "config.json"), fault)])

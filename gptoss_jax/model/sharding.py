@@ -218,7 +218,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
         raise MeshError(f"mesh file {error}") from None
     right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
     right = right and all(isinstance(part, dict) for part in raw.values())
-    if not right or not all(isinstance(axes, list) for axes in raw.get("rules", {}).values()):
+    rules = raw.get("rules", {}).values() if right else ()
+    if not right or not all(isinstance(axes, list) and all(isinstance(a, str) for a in axes) for axes in rules):
         raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
     return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
 
