@@ -700,6 +700,76 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
         conversion_of(opened, small_converted).verify()
 
 
+def test_verify_of_the_checkpoint_alone(small, small_converted, tmp_path, capsys):
+    """Guards data that rots after its source is gone: loading reads sizes and indices, and no hash."""
+    assert command("--verify", small_converted) == 0
+    said = r"checkpoint: verified: all 41 leaves, [\d,]+ bytes, have the sha256 that its manifest names"
+    assert re.search(said, capsys.readouterr().out)
+    copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
+    file = copy / Manifest.read(copy).leaves["embedding"].file
+    content = bytearray(file.read_bytes())
+    content[9] ^= 1
+    file.write_bytes(content)
+    (line,) = refusals(capsys, copy, "--verify")
+    damaged = r"sha256 \w{64}, expected \w{64}: the checkpoint is damaged, convert again"
+    assert re.fullmatch(rf"convert: {re.escape(str(file))}: {damaged}", line)
+    shutil.rmtree(file.parent)
+    (line,) = refusals(capsys, copy, "--verify")
+    assert line == f"convert: {file}: missing: the checkpoint is damaged, convert again"
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"hidden_size": 128}))
+    assert all("expected" in line for line in refusals(capsys, copy, "--verify"))
+    for folder, text in {
+        small: "has no manifest.json, so it is no finished",
+        tmp_path / "no": "no such folder",
+    }.items():
+        (line,) = refusals(capsys, "--verify", folder)
+        assert text in line
+    for flags_beside in (["--dry-run"], ["--quantize-experts"]):
+        (line,) = refusals(capsys, "--verify", small_converted, *flags_beside)
+        assert "expected two folders, SRC DST, got [" in line
+
+
+def test_what_contradicts_comes_before_the_disk(broken, tmp_path, capsys, monkeypatch):
+    """Guards against `make room first` where the config is of another model, and a folder left behind for it."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    (broken / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 36, "layer_types": None}))
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert line.endswith("num_hidden_layers is 36, but the safetensors hold 2 layers: of another model")
+    (broken / "config.json").write_text(json.dumps(SMALL | {"num_local_experts": 9}))
+    lines = refusals(capsys, broken, tmp_path / "deep" / "out")
+    assert lines and all(": shape [8" in line for line in lines)
+    (broken / "config.json").write_text(json.dumps(SMALL))
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert re.search(r"out: [\d,]+ bytes more are needed, 0 are free: make room first$", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_something_in_the_place_of_what_is_written_is_named(small, tmp_path, capsys):
+    """Guards against `[Errno 20] Not a directory` for a name that nobody typed."""
+    (tmp_path / "out.partial").write_text("mine")
+    (line,) = refusals(capsys, small, tmp_path / "out")
+    assert line.endswith("out.partial: in the way: expected nothing there, or what was begun; remove it")
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+def test_the_same_fault_in_many_tensors_is_one_line(broken, tmp_path, capsys):
+    """Guards against ten thousand lines for a header that was written by another tool."""
+    path = file_of(broken, SCALES)
+
+    def add(header: dict):
+        header |= {f"model.extra.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
+
+    with edited(broken, SCALES, add):
+        pass
+    (broken / published.INDEX).unlink()
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert line == (
+        f"convert: {path}: model.extra.0: unknown, the format (Hugging Face, MXFP4 experts) has no such tensor "
+        "(and 9,999 more like it)"
+    )
+
+
 @pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run"])
 def test_dry_run_prints_the_plan_and_touches_nothing(spelling, small, tmp_path, capsys):
     """Guards against a dry run that makes folders."""

@@ -316,6 +316,50 @@ DAMAGES = {
 }
 
 
+def with_record(folder: Path, **changes: object):
+    """The manifest with other values in one leaf's record."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    record = next(leaf for leaf in content["leaves"] if leaf["path"] == BLOCKS)
+    record |= changes
+    path.write_text(json.dumps(content))
+
+
+RECORDS = {
+    "an endless axis": ({"shape": [10**12]}, f"leaf {BLOCKS}: shape "),
+    "an endless product": ({"shape": [2**62] * 8}, "manifest.json: damaged (no record of a leaf: "),
+    "a long shape": ({"shape": [1] * 10_000}, "manifest.json: damaged (no record of a leaf: "),
+    "a negative size": ({"file_bytes": -1}, "manifest.json: damaged (no record of a leaf: "),
+    "a truth": ({"file_bytes": True}, "manifest.json: damaged (no record of a leaf: "),
+    "no shape": ({"shape": None}, "manifest.json: damaged (no record of a leaf: "),
+    "another dtype": ({"dtype": "float64"}, "manifest.json: damaged (no record of a leaf: "),
+    "a path out of the folder": ({"path": "../../../etc"}, "manifest.json: damaged (no record of a leaf: "),
+    "a leaf twice": ({"path": "norm"}, "manifest.json: damaged (a leaf is listed twice)"),
+    "a long path": ({"path": "x" * 10_000}, "manifest.json: damaged (no record of a leaf: "),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_cannot_be_are_refused_at_once(name, copy):
+    """Guards against a shape of 10^12 whose parts are counted, file by file, before anybody compares it."""
+    changes, text = RECORDS[name]
+    if name == "an endless axis":
+        changes = changes | {"file_bytes": 10**12 + 20}
+    with_record(copy, **changes)
+    for call in (lambda: restore(copy, LEAVES, sharding.make()), lambda: integrity.verify(copy, LEAVES)):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        assert text in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_config_of_another_depth_is_refused_before_anything_is_declared(copy):
+    """Guards against a thousand layers made of one number, and a line for each leaf of them."""
+    raw = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1000, "layer_types": None}
+    (copy / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"leaf layers/10/\S+: missing \(and \d\d,\d\d\d more like it\)$"):
+        open_weights(copy)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_the_reason(damage, copy):
     """Guards against a model that runs and says nothing sensible: TensorStore gives zeros for a missing file."""

@@ -51,7 +51,7 @@ class LeafRecord:
     file_bytes: int
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "LeafRecord":
+    def from_json(cls, raw: Any) -> "LeafRecord":
         """The record that `dataclasses.asdict` has become in a JSON file.
 
         Raises:
