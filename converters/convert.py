@@ -28,7 +28,7 @@ from gptoss_jax.checkpoints.orbax.manifest import Manifest, partial_folder
 from gptoss_jax.checkpoints.published import SourceError, open_source
 from gptoss_jax.cli import command
 from gptoss_jax.cli.byte_progress import byte_progress, duration, gigabytes
-from gptoss_jax.errors import GptossError, short
+from gptoss_jax.errors import GptossError, one_line, short
 from gptoss_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -83,14 +83,16 @@ def run(options: Options) -> None:
     dst, leaves = options.dst, len(conversion.leaves)
     if os.path.lexists(dst):
         conversion.accept_finished()
-        print(f"{dst}: finished already, from this very source: nothing to convert")
+        print(one_line(f"{dst}: finished already, from this very source: nothing to convert"))
     else:
         started = time.monotonic()
         conversion.run()
-        print(f"{dst}: {leaves} leaves, {conversion.size_bytes:,} bytes, {time.monotonic() - started:.1f} s")
+        took = f"{time.monotonic() - started:.1f} s"
+        print(one_line(f"{dst}: {leaves} leaves, {conversion.size_bytes:,} bytes, {took}"))
     if options.verify:
         conversion.verify()
-        print(f"{dst}: verified: all {leaves} leaves, {conversion.size_bytes:,} bytes, equal the source's by sha256")
+        what = f"all {leaves} leaves, {conversion.size_bytes:,} bytes, equal the source's by sha256"
+        print(one_line(f"{dst}: verified: {what}"))
 
 
 def open_conversion(options: Options) -> "Conversion":
@@ -103,7 +105,8 @@ def open_conversion(options: Options) -> "Conversion":
     _check_separate(options.src, options.dst)
     source = open_source(options.src, quantize_experts=options.quantize_experts)
     remark = f" ({source.remark})" if source.remark else ""
-    print(f"{options.src}: format {source.format}{remark}, {len(source.files)} files, {len(source.tensors)} tensors")
+    what = f"{len(source.files)} files, {len(source.tensors)} tensors"
+    print(one_line(f"{options.src}: format {source.format}{remark}, {what}"))
     leaves = _import_jax()(source.config)
     from gptoss_jax.checkpoints import conversion
 
@@ -112,8 +115,8 @@ def open_conversion(options: Options) -> "Conversion":
 
 def _check_separate(src: Path, dst: Path) -> None:
     """Refuses to write where the source lies, whichever links lead there."""
-    where = src.resolve()
-    for written in (dst.resolve(), partial_folder(dst).resolve()):
+    where = Path(os.path.realpath(src))
+    for written in (Path(os.path.realpath(path)) for path in (dst, partial_folder(dst))):
         if written == where or written in where.parents:
             raise SourceError(f"DST {dst} is or holds SRC: name a folder of its own for the checkpoint")
         if where in written.parents:
@@ -144,7 +147,8 @@ def verify_alone(dst: Path) -> None:
     size_bytes = sum(map(leaf_bytes, leaves.values()))
     with byte_progress("verifying", size_bytes, 0) as report_bytes:
         integrity.verify(dst, leaves, report_bytes)
-    print(f"{dst}: verified: all {len(leaves)} leaves, {size_bytes:,} bytes, have the sha256 that its manifest names")
+    what = f"all {len(leaves)} leaves, {size_bytes:,} bytes, have the sha256 that its manifest names"
+    print(one_line(f"{dst}: verified: {what}"))
 
 
 def _plan_text(conversion: "Conversion") -> str:
@@ -160,7 +164,7 @@ def _plan_text(conversion: "Conversion") -> str:
     ]
     if os.path.lexists(dst) or partial_folder(dst).exists():
         lines.append(f"note          {dst} or its .partial is there already, and will not be replaced")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,19 @@ class FileReport:
     sha256: str
     rounding: dict[str, float]
     faults: tuple[Fault, ...]
+
+    def note(self) -> dict[str, Any]:
+        """What is to be remembered of a report without faults."""
+        return {"sha256": self.sha256, "rounding": self.rounding}
+
+    @classmethod
+    def from_note(cls, note: Any) -> "FileReport | None":
+        """The report that `note` was made of; None if it was of none: it lay in a file, and files get damaged."""
+        match note:
+            case {"sha256": str(digest), "rounding": dict(rounding), **others} if not others:
+                return cls(digest, rounding, ()) if all(type(x) is float for x in rounding.values()) else None
+            case _:
+                return None
 
 
 class ContentCheck:

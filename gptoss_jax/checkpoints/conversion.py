@@ -89,7 +89,8 @@ class Conversion:
         """
         source, faults = self.source, self.source.problems(self.leaves)
         notes = writer.notes if writer else {}
-        reports = {name: FileReport(**notes[name], faults=()) for name in source.files if name in notes}
+        noted = {name: FileReport.from_note(notes.get(name)) for name in source.files}
+        reports = {name: report for name, report in noted.items() if report}
         left = [name for name in source.files if name not in reports]
         if left:
             with self.progress("checking", sum(source.files[name].size_bytes for name in left), 0) as report_bytes:
@@ -97,7 +98,7 @@ class Conversion:
                     report = reports[name] = source.check_file(name, report_bytes)
                     faults += report.faults
                     if writer and not faults:
-                        writer.note(name, {"sha256": report.sha256, "rounding": report.rounding})
+                        writer.note(name, report.note())
         if faults:
             raise SourceError(listed(faults))
         return reports

@@ -10,7 +10,7 @@ from gptoss_jax.files import FileError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?:(?:https?|hf):/+)?(?:huggingface\.co/)?([\w.-]+/[\w.-]+)")
 _CACHED = re.compile(r"models--.+")
 _RELEASE = "take the model as OpenAI published it (hf download openai/gpt-oss-20b), or in bfloat16"
 _AS_SAFETENSORS = "save it as safetensors: in transformers, from_pretrained(SRC), then save_pretrained(DST)"
@@ -30,7 +30,7 @@ _QUANTIZED = {
     re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB)$|\.quant_state\."): "bitsandbytes",
     re.compile(r"\.(qweight|qzeros|g_idx)$"): "GPTQ or AWQ",
     re.compile(r"\.(weight_packed|weight_scale|weight_scale_inv|weight_scale_2)$"): "compressed-tensors or ModelOpt",
-    re.compile(r"\.weight_(format|block_size)$"): "an FP8 tool",
+    re.compile(r"\.biases$"): "MLX",
 }
 
 
@@ -40,8 +40,8 @@ def no_folder(path: Path) -> str:
         return one_line(f"{path}: a link to {os.readlink(path)}, which is not there, expected a checkpoint's folder")
     if path.exists():
         return one_line(f"{path}: {_file(path)}, expected a checkpoint's folder")
-    if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
-        fetch = f"nothing is downloaded here: hf download {path} --local-dir {path.name}, then name that folder"
+    if (found := _HUB_ID.fullmatch(str(path))) and not path.parent.exists():
+        fetch = f"nothing is downloaded here: hf download {found[1]} --local-dir {path.name}, then name that folder"
         return f"{path}: no such folder, expected a checkpoint's folder; {fetch}"
     return one_line(f"{path}: no such folder, expected a checkpoint's folder")
 

@@ -328,13 +328,12 @@ def _repeated_faults(flat: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _quantization_faults(flat: Mapping[str, Any]) -> Iterator[str]:
-    found = flat.get("quantization_config", {"quant_method": "mxfp4"})
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if method != "mxfp4":
-        yield (
-            f"quantization_config.quant_method is {short(method)}, expected 'mxfp4': weights that other tools "
-            "quantised are not read; take the model as OpenAI published it, or in bfloat16"
-        )
+    advice = "weights that other tools quantised are not read; take the model as OpenAI published it, or in bfloat16"
+    for key in keys.QUANTIZATION:
+        found = flat.get(key, {"quant_method": "mxfp4"})
+        method = found.get("quant_method", found) if isinstance(found, Mapping) else found
+        if method != "mxfp4":
+            yield f"{key}.quant_method is {short(method)}, expected 'mxfp4': {advice}"
 
 
 def _derived_faults(flat: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:

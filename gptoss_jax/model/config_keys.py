@@ -80,6 +80,7 @@ HUGGINGFACE_IGNORED = frozenset(
     model_name transformers.js_config unsloth_fixed unsloth_version
     """.split()
 )
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")  # transformers', MLX's, an older one
 # All that may stand in a config beside HUGGINGFACE and HUGGINGFACE_ROPE; the last have a check of their own.
 HUGGINGFACE_OTHERS = frozenset().union(
     HUGGINGFACE_FIXED,
@@ -87,7 +88,7 @@ HUGGINGFACE_OTHERS = frozenset().union(
     (f"rope.{key}" for key in ROPE_FIXED),
     HUGGINGFACE_REPEATED,
     HUGGINGFACE_IGNORED,
-    ("layer_types", "eos_token_id", "pad_token_id", "quantization_config", "rope.attention_factor"),
+    ("layer_types", "eos_token_id", "pad_token_id", "rope.attention_factor", *QUANTIZATION),
 )
 # OpenAI key -> field.
 OPENAI = {

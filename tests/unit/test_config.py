@@ -203,6 +203,10 @@ REFUSED = {
         changed(SMALL, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "quantization_config.quant_method is 'bitsandbytes', expected 'mxfp4'",
     ),
+    "MLX": (
+        changed(SMALL, quantization={"group_size": 32, "bits": 4}),
+        "quantization.quant_method is {'group_size': 32, 'bits': 4}, expected 'mxfp4': weights that other tools",
+    ),
     "quantised somehow": (changed(SMALL, quantization_config="int4"), "quant_method is 'int4', expected 'mxfp4'"),
     "many keys": (
         changed(SMALL, **{f"extra{i:03}": 1 for i in range(200)}),

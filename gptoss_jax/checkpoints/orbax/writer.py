@@ -107,6 +107,9 @@ class Writer:
         journal = self.partial / _JOURNAL
         if os.path.lexists(self.partial) and not self.partial.is_dir():
             raise CheckpointError(f"{self.partial}: in the way: expected nothing there, or what was begun; remove it")
+        above = next(parent for parent in self.dst.parents if parent.exists())
+        if not above.is_dir():
+            raise CheckpointError(f"{self.dst}: cannot be made in {above}, which is no folder")
         if self.partial.exists() and not journal.is_file() and any(self.partial.iterdir()):
             raise CheckpointError(f"{self.partial}: exists and has no {_JOURNAL}; remove it or name another folder")
         self.partial.mkdir(parents=True, exist_ok=True)
