@@ -102,19 +102,13 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def parse_json(
-    data: bytes,
-    name: str | Path,
-    objects: Callable[[list[tuple[str, Any]]], Any] = distinct,
-    max_depth: int = MAX_DEPTH,
-) -> Any:
+def parse_json(data: bytes, name: str | Path, objects: Callable[[list[tuple[str, Any]]], Any] = distinct) -> Any:
     """The value that a JSON text stands for.
 
     Args:
         data: in UTF-8; a byte order mark is passed over.
         name: of the file, for errors.
         objects: makes an object of its keys and values.
-        max_depth: most levels of brackets.
 
     Raises:
         FileError: no JSON; a key twice in one object; NaN, infinities, numbers out of float64's range or of more digits
@@ -122,7 +116,7 @@ def parse_json(
     """
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=objects)
-        check_value(value, "the file", max_depth)
+        check_value(value, "the file")
         return value
     except json.JSONDecodeError as error:
         if not (fault := recognize(data)):
@@ -131,7 +125,7 @@ def parse_json(
     except UnicodeDecodeError as error:
         fault = recognize(data) or f"byte {error.start} is not valid UTF-8; expected JSON in UTF-8"
     except RecursionError:
-        fault = f"nested too deeply, at most {max_depth} levels are taken"
+        fault = f"nested too deeply, at most {MAX_DEPTH} levels are taken"
     except GptossError as error:
         fault = str(error)
     except ValueError as error:  # a number of more digits than Python reads
@@ -145,14 +139,14 @@ def recognize(data: bytes) -> str:
     return next((kind for magic, kind in _BEGINNINGS.items() if beginning.startswith(magic)), "")
 
 
-def check_value(value: object, where: str, max_depth: int = MAX_DEPTH, depth: int = 0) -> None:
+def check_value(value: object, where: str, depth: int = 0) -> None:
     """Refuses what passes as JSON and breaks later.
 
     Raises:
         GptossError: half characters, numbers out of float64's range, deep nesting.
     """
-    if depth > max_depth:
-        raise GptossError(f"the value is nested too deeply, at most {max_depth} levels are taken")
+    if depth > MAX_DEPTH:
+        raise GptossError(f"the value is nested too deeply, at most {MAX_DEPTH} levels are taken")
     if isinstance(value, str):
         if _HALF_CHARACTER.search(value):
             raise GptossError(f"{where} holds half a surrogate pair, which is no text")
@@ -161,8 +155,8 @@ def check_value(value: object, where: str, max_depth: int = MAX_DEPTH, depth: in
             raise GptossError(f"{where} is {'NaN' if value != value else 'a number out of range'}")
     elif isinstance(value, dict):
         for key, part in value.items():
-            check_value(key, f"a key in {where}", max_depth, depth)
-            check_value(part, f"{where}, {short(key)}", max_depth, depth + 1)
+            check_value(key, f"a key in {where}", depth)
+            check_value(part, f"{where}, {short(key)}", depth + 1)
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
-            check_value(part, f"{where}, [{index}]", max_depth, depth + 1)
+            check_value(part, f"{where}, [{index}]", depth + 1)

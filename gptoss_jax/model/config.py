@@ -20,7 +20,7 @@ from gptoss_jax.model import config_keys as keys
 MXFP4_BLOCK = 32  # weights that share one E8M0 scale (OCP Microscaling Formats v1.0, section 5.3)
 NAMED_TOKEN_IDS = 200_019  # o200k_harmony names the ids below; the published embedding has 201,088 rows
 STOP_IDS = (200_002, 200_012, 199_999)  # <|return|>, <|call|>, <|endoftext|>; never <|end|> (200,007)
-MAX_STOP_IDS = 8
+MAX_STOP_IDS = 8  # that an engine holds for a request
 
 # Field -> lowest and highest value: what memory and the number formats allow, far beyond what was ever published.
 RANGES: Mapping[str, tuple[int | float, int | float]] = {
@@ -294,6 +294,8 @@ def _flattened(raw: Mapping[str, Any], rope_key: str) -> dict[str, Any]:
     rope = raw.get(rope_key, {})
     if not isinstance(rope, Mapping):
         raise ConfigError(f"{rope_key} is {short(rope)}, expected an object of keys and values")
+    if strange := [key for key in raw if key.startswith("rope.")]:
+        raise ConfigError(f"unknown key {shortened(strange[0])}")
     if raw.get("rope_scaling", rope) != rope:
         raise ConfigError("rope_scaling and rope_parameters say different things: delete the one that is wrong")
     flat = {key: value for key, value in raw.items() if key not in (rope_key, "rope_scaling")}
@@ -324,7 +326,8 @@ def _fixed_faults(flat: Mapping[str, Any]) -> Iterator[str]:
 def _repeated_faults(flat: Mapping[str, Any]) -> Iterator[str]:
     for key, other in keys.HUGGINGFACE_REPEATED.items():
         if key in flat and other in flat and flat[key] != flat[other]:
-            yield f"{key} is {short(flat[key])}, but {other} is {short(flat[other])}: expected the same number"
+            repeated = f"{key} is {short(flat[key])}, but {other} is {short(flat[other])}"
+            yield f"{repeated}: expected the same number (delete {key} if it is the wrong one)"
 
 
 def _quantization_faults(flat: Mapping[str, Any]) -> Iterator[str]:

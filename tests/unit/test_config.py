@@ -212,6 +212,10 @@ REFUSED = {
         changed(SMALL, **{f"extra{i:03}": 1 for i in range(200)}),
         "unknown keys extra000, extra001, extra002, extra003, extra004 and 195 more (delete those that say nothing",
     ),
+    "a key that looks like an inner one": (
+        rope() | {"rope.factor": 32.0, "rope_scaling": without(SMALL["rope_scaling"], "factor")},
+        "unknown key rope.factor",
+    ),
     "long key": (changed(SMALL, **{"x" * 100_000: 1}), f"unknown key {'x' * 60}... (delete"),
     "control characters": (changed(SMALL, **{"a\n\x1b[2Jb": 1}), "unknown key a\\n\\x1b[2Jb (delete"),
     "openai unknown": (changed(OPENAI, qk_norm=True), "unknown key qk_norm"),
