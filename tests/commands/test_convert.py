@@ -20,6 +20,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import gptoss_jax
 from converters import convert
 from converters.random_checkpoint import with_vocab_size, write_checkpoint
 from gptoss_jax.checkpoints import conversion, packing, published
@@ -30,6 +31,7 @@ from gptoss_jax.checkpoints.orbax.writer import Writer
 from gptoss_jax.cli import byte_progress
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
+from gptoss_jax.model.config import MAX_STOP_IDS
 from pallas_kernels import mxfp4
 
 ROOT = Path(__file__).parents[2]
@@ -626,6 +628,33 @@ def test_config_faults_are_one_line(broken, tmp_path, capsys):
     (broken / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
     (line,) = refusals(capsys, broken, tmp_path / "out")
     assert "config.json: model_type is 'llama', expected 'gpt_oss'" in line
+
+
+EDGES = {  # the narrowest and the widest of what config.json may say; a mixture of both where they exclude each other
+    "narrow": {"sliding_window": 1, "max_position_embeddings": 2, "rope_theta": 10, "swiglu_limit": 1e-3}
+    | {"rms_norm_eps": 1e-12, "head_dim": 2, "num_experts_per_tok": 1, "eos_token_id": list(range(MAX_STOP_IDS))},
+    "wide": {"sliding_window": 1 << 24, "max_position_embeddings": 1 << 24, "rope_theta": 1e12, "swiglu_limit": 1e12}
+    | {"rms_norm_eps": 0.1, "head_dim": 256, "num_experts_per_tok": 8, "eos_token_id": None},
+}
+ROPES = {
+    "narrow": {"factor": 1.0, "beta_fast": 0.00102, "beta_slow": 1e-3, "original_max_position_embeddings": 1},
+    "wide": {"factor": 1e4, "beta_fast": 1e6, "beta_slow": 9e5, "original_max_position_embeddings": 1 << 24},
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_what_converts_also_runs(edge, tmp_path):
+    """Guards against ranges so wide that a checkpoint is written which nobody can run."""
+    config = SMALL | EDGES[edge] | {"rope_scaling": SMALL["rope_scaling"] | ROPES[edge]}
+    config = {key: value for key, value in config.items() if key not in ("experts_per_token", "initial_context_length")}
+    write_checkpoint(tmp_path / "published", config)
+    convert.run(options(tmp_path / "published", tmp_path / "out", verify=True))
+    model = gptoss_jax.load(tmp_path / "out")
+    request = gptoss_jax.Request((1,), model.config.stop_ids, max_new_tokens=1)
+    engine = model.engine(gptoss_jax.EngineConfig(max_context_tokens=min(model.config.max_context_tokens, 200)))
+    engine.submit(request)
+    (event,) = engine.run()
+    assert len(event.token_ids) == 1 and event.finish_reason in ("length", "stop")
 
 
 # ---- the destination ----
