@@ -10,9 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
 from gptoss_jax.errors import GptossError
-from gptoss_jax.model.config import ModelConfig
-
-MAX_STOP_IDS = 8
+from gptoss_jax.model.config import MAX_STOP_IDS, ModelConfig
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
 

@@ -5,7 +5,6 @@ devices. A cut that does not come out even is refused, with the sizes that would
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.files import FileError, read_json
 from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
 
 MESH_AXES = ("data", "expert", "tensor")
@@ -53,10 +53,10 @@ class Sharding:
     def __post_init__(self):
         for logical, axes in self.rules.items():
             if logical not in RULES:
-                raise MeshError(f"unknown logical axis {logical!r} in rules, expected one of {', '.join(RULES)}")
+                raise MeshError(f"unknown logical axis {short(logical)} in rules, expected one of {', '.join(RULES)}")
             for axis in axes:
                 if axis not in self.mesh.axis_names:
-                    raise MeshError(f"rule {logical}: unknown mesh axis {axis!r}, expected {self.mesh.axis_names}")
+                    raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {self.mesh.axis_names}")
         if self.mesh_axes("pages") != self.mesh_axes("batch"):
             raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
         for logical in ("heads", "experts", "expert_hidden", "vocab"):
@@ -79,7 +79,9 @@ class Sharding:
         """
         used = [axis for logical in axes if logical for axis in self.mesh_axes(logical)]
         if len(set(used)) < len(used):
-            raise MeshError(f"array axes {axes} are cut by mesh axes {used}: a mesh axis can cut one of them only")
+            raise MeshError(
+                f"array axes {axes} are cut by mesh axes {short(used)}: a mesh axis can cut one of them only"
+            )
         return PartitionSpec(*(self.mesh_axes(logical) if logical else None for logical in axes))
 
     def named(self, axes: Axes) -> NamedSharding:
@@ -211,27 +213,28 @@ def _with_all_axes(mesh: Mesh) -> Mesh:
 
 
 def _unknown_axis(name: Any) -> MeshError:
-    return MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
+    return MeshError(f"unknown mesh axis {short(name)}, expected {', '.join(MESH_AXES)}")
 
 
 def _parse(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not (number.isascii() and number.isdigit()) for _, _, number in pairs):
-        raise MeshError(f"mesh {text!r}, expected for example data=1,expert=4,tensor=2, or a .json file")
+    if any(not (number.isascii() and number.isdigit() and len(number) < 10) for _, _, number in pairs):
+        raise MeshError(f"mesh {short(text)}, expected for example data=1,expert=4,tensor=2, or a .json file")
     axes = {name.strip(): int(number) for name, _, number in pairs}
     if len(axes) < len(pairs):
-        raise MeshError(f"mesh {text!r} names an axis twice")
+        raise MeshError(f"mesh {short(text)} names an axis twice")
     return axes
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise MeshError(f"mesh file {path}: {error}") from None
+        raw = read_json(path)
+    except FileError as error:
+        raise MeshError(f"mesh file {error}") from None
     right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
     right = right and all(isinstance(part, dict) for part in raw.values())
-    if not right or not all(isinstance(axes, list) for axes in raw.get("rules", {}).values()):
+    rules = raw.get("rules", {}).values() if right else ()
+    if not right or not all(isinstance(axes, list) and all(isinstance(a, str) for a in axes) for axes in rules):
         raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
     return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
 
@@ -247,8 +250,8 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
     for name, size in axes.items():
         if name not in MESH_AXES:
             raise _unknown_axis(name)
-        if type(size) is not int or size < 1:
-            raise MeshError(f"mesh axis {name}={size!r}, expected a whole number of at least 1")
+        if type(size) is not int or not 1 <= size < 1 << 31:
+            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number of at least 1")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
         raise MeshError(_too_few(math.prod(shape), devices))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.files import FileError, read_json
 from gptoss_jax.harmony import user_cache
 
 BANDWIDTH_FILE = "read_bandwidth.json"
@@ -69,8 +70,8 @@ def _processor() -> str:
 def _kept_figures() -> dict[str, float]:
     """The figures in the user's cache folder, by machine; none where there is no such file, or a damaged one."""
     try:
-        content: Any = json.loads((user_cache.cache_folder() / BANDWIDTH_FILE).read_text())
-    except (OSError, ValueError, RuntimeError):  # Path.home raises RuntimeError for a user without an account
+        content: Any = read_json(user_cache.cache_folder() / BANDWIDTH_FILE)
+    except (OSError, FileError, RuntimeError):  # Path.home raises RuntimeError for a user without an account
         return {}
     figures = content.items() if isinstance(content, dict) else ()
     return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < math.inf}

@@ -116,7 +116,7 @@ MISTAKES = {
     "convert missing": (CONVERT, "ABSENT EMPTY/out", "absent: no such folder, expected a checkpoint's folder"),
     "convert another": (CONVERT, "LLAMA EMPTY/out", "config.json: model_type is 'llama', expected 'gpt_oss'"),
     "convert one folder": (CONVERT, "GOOD", "expected two folders, SRC DST, got "),
-    "random config": (RANDOM, "ABSENT --config BROKEN", "broken.json: not JSON"),
+    "random config": (RANDOM, "ABSENT --config BROKEN", "broken.json, line 1, column 3: "),
 }
 
 

@@ -1,6 +1,7 @@
 """What a machine is asked once and keeps: its read bandwidth."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,14 @@ def test_a_damaged_file_is_measured_again_and_mended(content, kept, measured):
     kept.write_bytes(content)
     assert [device.read_bandwidth(CPU) for _ in range(2)] == [1e9, 1e9]
     assert len(measured) == 1
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(kept, measured):
+    """Guards the end of an answer against a wait for ever."""
+    kept.parent.mkdir()
+    os.mkfifo(kept)
+    assert [device.read_bandwidth(CPU) for _ in range(2)] == [1e9, 1e9]
+    assert kept.is_file()
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "Infinity", "NaN", "null", '"fast"', "true"])
