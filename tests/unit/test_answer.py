@@ -129,14 +129,16 @@ def test_the_document_holds_every_field():
     assert document["tool_calls"] == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}]
     assert document["final"] is None
     assert document["reasoning"] == "Hm."
-    assert document["unparsed_text"]
+    assert (document["preambles"], document["cut_calls"], document["unparsed_text"]) == ([], [], "")
     assert document["parse_status"] == "ok"
     assert document["token_ids"][-1] == tokenizer.CALL
     assert document["messages"][1]["recipient"] == "functions.get_weather"
     assert set(document) == {
         "final",
+        "preambles",
         "reasoning",
         "tool_calls",
+        "cut_calls",
         "unparsed_text",
         "parse_status",
         "faults",
@@ -210,10 +212,10 @@ def test_only_the_answer_is_searched_for_stop_strings():
 
 
 def test_a_stop_string_at_once_leaves_no_answer_but_loses_no_text():
-    """Guards `final or unparsed_text`: an answer that is cut to nothing still shows what was said."""
+    """Guards an answer that is cut to nothing: it is one, thoughts do not take its place, and `text` has it all."""
     document = _stream(WELL_FORMED + "STOP and on", stop=("STOP",))[0].document()
-    assert document["final"] == ""
-    assert "STOP" in document["unparsed_text"]
+    assert (document["final"], document["unparsed_text"]) == ("", "")
+    assert document["text"].endswith("STOP")
 
 
 def test_raw_stop_strings_cut_no_message():
