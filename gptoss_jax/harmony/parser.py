@@ -210,7 +210,7 @@ class StreamParser:
             self._faults.append("header without <|message|>" if header.started else "text between messages")
         calls = message.kind in ("call", "cut_call")
         if (message.channel is None and message.recipient is None) or not (content or (terminated and not calls)):
-            self._announced_calls += [message] if calls else []
+            self._announced_calls += [replace(message, is_cut=True)] if calls else []
             self._add([("header" if kind == "header" else "unparsed", text) for kind, text in header.texts], None)
             return []
         self._faults += header.faults
