@@ -7,6 +7,7 @@ from gptoss_jax.engine.request import NOT_FINITE
 from gptoss_jax.harmony.answer import RAW, Answer, call_document
 from gptoss_jax.harmony.parsed import Delta
 
+REASONING = "analysis"
 REASONING_STYLE = "dim"
 
 
@@ -28,11 +29,12 @@ class AnswerView:
                 self._screen.answer(delta.text)
                 self._answered = True
                 self._raw |= delta.channel == RAW
-            elif delta.kind == "reasoning":
-                if self._show_reasoning:
-                    self._aside_text("reasoning", delta.text, REASONING_STYLE)
-            elif delta.kind in ("preamble", "other"):
+            elif delta.kind in ("call", "cut_call"):
+                continue
+            elif delta.channel != REASONING:  # a preamble, or text of another role
                 self._aside_text(delta.channel or delta.role, delta.text)
+            elif self._show_reasoning:
+                self._aside_text("reasoning", delta.text, REASONING_STYLE)
 
     def _aside_text(self, label: str, text: str, style: str = "") -> None:
         self._begin(label)

@@ -111,7 +111,8 @@ def call_document(call: Message) -> dict[str, Any]:
 
 def _is_own(message: Message) -> bool:
     """Whether the model may have said it, if anything: a tool's result is not the model's to write."""
-    if message.is_cut and not message.content and message.kind != "cut_call":
+    said_nothing = not message.content and (message.is_cut or message.recipient == "assistant")
+    if said_nothing and message.kind != "cut_call":
         return False  # so that a conversation goes on from the thoughts before it
     garbled = message.role == "tool" and message.channel in CHANNELS and message.recipient != "assistant"
     return message.role == "assistant" or garbled

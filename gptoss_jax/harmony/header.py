@@ -115,8 +115,8 @@ class Header:
     def _drop_stray(self, channel: str) -> None:
         """Forgets a header of the assistant's before its real one, as the 20b writes it (llama.cpp#21286).
 
-        `commentary to=assistant<|channel|>final`: where a channel comes behind another, and what was read so far names
-        no tool, the later header stands.
+        `commentary to=assistant<|channel|>final`: where a channel follows another, and what was read so far names no
+        tool, the later header stands.
         """
         role, _ = self.author or _author(self.fields) or ("assistant", None)
         stray = self.fields.get("channel")

@@ -43,9 +43,12 @@ class Message:
     def kind(self) -> MessageKind:
         """Where people find its text, which is in one place only.
 
-        `final`: from the assistant, on that channel, or on none, which is a fault. `reasoning`: all that is on channel
-        `analysis` and calls nobody. `call`: the assistant's to a tool; `cut_call` if it names none, or broke off before
-        its arguments were whole. `other`: by another role, or on an unknown channel.
+        - `final`: from the assistant to no tool, on that channel, or on none, which is a fault
+        - `reasoning`: on channel `analysis`, neither a call nor the result of one
+        - `preamble`: from the assistant to no tool, on channel `commentary`
+        - `call`: from the assistant to a tool
+        - `cut_call`: a call that broke off before its arguments were whole, or names no tool
+        - `other`: by another role, or on an unknown channel
         """
         kind = _kind(self.role, self.channel, self.recipient)
         return "cut_call" if kind == "call" and self.is_cut and not _is_json_object(self.content) else kind
@@ -92,7 +95,7 @@ def names_no_tool(recipient: str | None) -> bool:
 def _kind(role: str, channel: str | None, recipient: str | None) -> MessageKind:
     if role == "assistant" and recipient not in NO_TOOLS:
         return "cut_call" if names_no_tool(recipient) else "call"
-    if channel == "analysis":
+    if channel == "analysis" and (role == "assistant" or recipient is None):
         return "reasoning"
     if role == "assistant" and channel in ("final", None):
         return "final"
@@ -138,7 +141,7 @@ class Parsed:
 
     @property
     def reasoning(self) -> str:
-        """What is on channel `analysis` and calls nobody."""
+        """What is on channel `analysis`, but calls and their results."""
         return _paragraphs(self._contents("reasoning"))
 
     @property

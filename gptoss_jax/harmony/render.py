@@ -105,7 +105,7 @@ def apply_history_rules(messages: Sequence[Message]) -> list[Message]:
 
     Once a later user message follows a turn that ended in an answer, what stands on the analysis channel up to there is
     dropped, calls of built-in tools included, since the model makes them while it thinks; and with a call the result
-    that answers it, on whichever channel. Behind the last such turn everything is kept: tools may be in flight, and
+    that answers it, on whichever channel. After the last such turn everything is kept: tools may be in flight, and
     a turn that was cut goes on from its thoughts.
     """
     answered = messages[: _last_answered(messages)]
