@@ -29,7 +29,7 @@ proofs: $(VENV)/.develops
 test-all: test proofs
 
 # 100,000 broken harmony streams through the parser, as many well-formed ones beside openai-harmony, and 10,000 broken
-# ones up to what people see of them; about 14 minutes.
+# ones up to what people see of them; about 12 minutes.
 mutations: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/unit/test_parser.py tests/unit/test_answer_view.py -k "mutations or well_formed" --hypothesis-profile=full
 

@@ -219,10 +219,12 @@ def test_a_stop_string_at_once_leaves_no_answer_but_loses_no_text():
 
 
 def test_raw_stop_strings_cut_no_message():
-    """Guards --raw with --stop: what is shown ends before the string, the messages are as they were parsed."""
+    """Guards --raw with --stop: what is shown ends before the string, the messages are as parsed, half a call is none."""
     answer, _ = _stream(WELL_FORMED + "One two", raw=True, stop=("wo",))
     assert answer.messages == answer.parsed.messages
     assert answer.messages[-1].content == "One two"
+    answer, _ = _stream('<|channel|>commentary to=functions.f<|message|>{"a": STOP', raw=True, stop=("STOP",))
+    assert (answer.parsed.calls, len(answer.parsed.cut_calls)) == ((), 1)
 
 
 class _Runner(Engine):

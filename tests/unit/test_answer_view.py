@@ -132,6 +132,8 @@ def test_a_thought_behind_a_stray_header_is_hidden(header):
     document = answer.document()
     assert (document["final"], document["reasoning"], document["unparsed_text"]) == ("Answer", "hm", "")
     assert [(m.channel, m.recipient) for m in answer.history()] == [("analysis", None), ("final", None)]
+    answer, _ = _read(f"{STRAY}<|message|>{FINAL}")
+    assert [(m.channel, m.content) for m in answer.history()] == [("final", "Answer")]
 
 
 def test_what_stands_beside_an_answer_is_seen_on_stderr():
