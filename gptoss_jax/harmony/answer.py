@@ -78,7 +78,8 @@ class Answer:
         messages = [_remembered(message) for message in self.messages if _is_own(message)]
         aside = [_remembered(call) for call in self.parsed.announced_calls]
         if self.stray_text:
-            aside.append(Message("assistant", self.stray_text, FINAL if self.final is None else "commentary"))
+            channel = FINAL if self.final is None else "commentary"
+            aside.append(Message("assistant", self.stray_text, channel, is_cut=self.finish_reason != "stop"))
         at = len(messages) - int(bool(messages) and messages[-1].is_answer)  # what ended in an answer still does
         return [*messages[:at], *aside, *messages[at:]]
 

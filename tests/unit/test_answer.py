@@ -219,7 +219,7 @@ def test_a_stop_string_at_once_leaves_no_answer_but_loses_no_text():
 
 
 def test_raw_stop_strings_cut_no_message():
-    """Guards --raw with --stop: what is shown ends before the string, the messages are as parsed, half a call is none."""
+    """Guards --raw with --stop: what is shown ends before the string, messages are as parsed, half a call is none."""
     answer, _ = _stream(WELL_FORMED + "One two", raw=True, stop=("wo",))
     assert answer.messages == answer.parsed.messages
     assert answer.messages[-1].content == "One two"

@@ -186,7 +186,9 @@ def test_a_cut_call_is_shown_as_cut(text, recipient, content, reason):
     assert render.waiting_calls(_saved(answer)) == []
 
 
-@pytest.mark.parametrize("text", [THOUGHT, THOUGHT[:-7], f"{THOUGHT}{NEXT}<|channel|>final<|message|>", FINAL[:-12]])
+@pytest.mark.parametrize(
+    "text", [THOUGHT, THOUGHT[:-7], f"{THOUGHT}{NEXT}<|channel|>final<|message|>", FINAL[:-12], "I'm sor"]
+)
 def test_a_conversation_goes_on_from_what_was_cut(text):
     """Guards "continue" after a limit, also from a saved conversation: thoughts are dropped behind a whole answer."""
     answer, _ = _read(f"{THOUGHT}{NEXT}{text}", reason="length")
