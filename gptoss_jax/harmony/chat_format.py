@@ -115,7 +115,7 @@ def _assistant(message: _ChatMessage) -> list[tuple[Message, str | None]]:
     messages = [_say(text, "analysis") for text in reasoning if text]
     content = _content(message) if "content" in fields else ""
     content += string(fields.get("refusal", ""), f"{where}, refusal")
-    if content or ("content" in fields and not calls):
+    if content or ("content" in fields and not calls and not messages):  # a thought alone was cut
         messages.append(_say(content, "commentary" if calls else "final"))
     if not messages and not calls:
         raise GptossError(f"{where} says nothing, expected content, reasoning or tool_calls")

@@ -10,6 +10,10 @@ CONSTRAIN = "<|constrain|>"
 """What stands in front of a content type that binds the assistant."""
 
 
+class CutMessage(Message):
+    """A message of the assistant's that broke off, at a limit or by the user: a turn that ends in it has not ended."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """A conversation as a file holds it.

@@ -14,7 +14,7 @@ from openai_harmony import ToolNamespaceConfig as Namespace
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import json_values, parsed, render, tool_schemas
 from gptoss_jax.harmony.chat_format import from_chat
-from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
+from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation, CutMessage
 from gptoss_jax.harmony.json_values import (
     check_value,
     json_text,
@@ -29,7 +29,7 @@ from gptoss_jax.harmony.settings import ResponseFormat, Settings
 from gptoss_jax.harmony.tool_results import ToolResult, answer_calls
 
 _DOCUMENT_KEYS = ("messages", "tools", "response_format", "reasoning_effort")
-_HARMONY_KEYS = ("role", "name", "content", "channel", "recipient", "content_type")
+_HARMONY_KEYS = ("role", "name", "content", "channel", "recipient", "content_type", "is_cut")
 _ONLY_HARMONY_KEYS = {"channel", "recipient", "content_type"}
 _PARTS = {"text": TextContent, "system_content": SystemContent, "developer_content": DeveloperContent}
 
@@ -140,6 +140,7 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
             "recipient": message.recipient,
             "content_type": message.content_type,
             "content": [{"type": part.to_dict()["type"], **part.model_dump(mode="json")} for part in message.content],
+            **({"is_cut": True} if isinstance(message, CutMessage) else {}),
         }
         for message in messages
     ]
@@ -191,7 +192,8 @@ def _from_parsed(message: parsed.Message) -> Message:
     mark = CONSTRAIN if message.role == "assistant" and content_type.startswith(CONSTRAIN) else ""
     kind = _header_word(content_type.removeprefix(mark))
     name = _header_word(message.name and message.name.replace(":", "_"))  # `user:me` would be a user
-    return Message(
+    message_type = CutMessage if message.is_cut else Message
+    return message_type(
         author=Author(role=Role(message.role), name=name or ("unnamed" if message.role == "tool" else None)),
         content=[TextContent(text=message.content)],
         channel=_header_word(message.channel),
@@ -237,10 +239,17 @@ def _harmony_message(document: object, where: str) -> Message:
         raise GptossError(f"{where}, content: got {short(parts)}, expected text or a list")
     author = model_of(Author, {key: fields.get(key) for key in ("role", "name")}, where)
     header = {key: fields.get(key) for key in sorted(_ONLY_HARMONY_KEYS)}
-    message = model_of(Message, {"author": author, **header}, where)
+    message = model_of(CutMessage if _is_cut(fields, where) else Message, {"author": author, **header}, where)
     message.content = [_harmony_part(part, where) for part in parts]
     render.check_message(message, where)
     return message
+
+
+def _is_cut(fields: Mapping[str, Any], where: str) -> bool:
+    is_cut = fields.get("is_cut", False)
+    if not isinstance(is_cut, bool):
+        raise GptossError(f"{where}, is_cut: got {short(is_cut)}, expected true or false")
+    return is_cut
 
 
 def _harmony_part(part: object, where: str) -> TextContent | SystemContent | DeveloperContent:

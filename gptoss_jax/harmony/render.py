@@ -25,6 +25,8 @@ from openai_harmony import (
 
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import tokenizer
+from gptoss_jax.harmony.conversation import CutMessage
+from gptoss_jax.harmony.parsed import NO_TOOLS
 from gptoss_jax.harmony.settings import Settings
 
 _BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
@@ -99,17 +101,35 @@ def with_opening(messages: Sequence[Message], settings: Settings | None) -> list
 
 
 def apply_history_rules(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the chain of thought of finished turns.
+    """The messages without the chain of thought that led to an answer.
 
-    A turn is finished once a later user message begins another. What stands on its analysis channel is dropped,
-    calls of built-in tools included, since the model makes them while it thinks; and with a call the result that
-    answers it, on whichever channel. In the last turn everything is kept: tools may be in flight.
+    Once a later user message follows a turn that ended in an answer, what stands on the analysis channel up to there is
+    dropped, calls of built-in tools included, since the model makes them while it thinks; and with a call the result
+    that answers it, on whichever channel. After the last such turn everything is kept: tools may be in flight, and
+    a turn that was cut goes on from its thoughts.
     """
-    finished = messages[: _last_user(messages)]
-    thoughts = {i for i, message in enumerate(finished) if message.channel == "analysis"}
+    answered = messages[: _last_answered(messages)]
+    thoughts = {i for i, message in enumerate(answered) if message.channel == "analysis"}
     results = call_results(messages)
     dropped = thoughts | {results.get(i) for i in thoughts}
     return [message for i, message in enumerate(messages) if i not in dropped]
+
+
+def _last_answered(messages: Sequence[Message]) -> int:
+    """Index of the last user message that follows a turn which ended in an answer, 0 if there is none."""
+    end, is_answer = 0, False
+    for index, message in enumerate(messages):
+        if message.author.role is Role.USER:
+            end = index if is_answer else end
+            is_answer = False
+        elif message.author.role is Role.ASSISTANT:
+            is_answer = _is_answer(message)
+    return end
+
+
+def _is_answer(message: Message) -> bool:
+    is_final = message.channel in ("final", None) and message.recipient in NO_TOOLS
+    return is_final and not isinstance(message, CutMessage)
 
 
 def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
@@ -118,7 +138,7 @@ def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
     for index, message in enumerate(messages):
         if message.author.role is Role.USER:
             waiting = []
-        elif message.author.role is Role.ASSISTANT and message.recipient not in (None, "all"):
+        elif message.author.role is Role.ASSISTANT and message.recipient not in NO_TOOLS:
             results[index] = None
             waiting.append(index)
         elif message.author.role is Role.TOOL:
@@ -249,7 +269,7 @@ def _has_functions(message: Message) -> bool:
 
 
 def _render_message(message: Message, encoding: HarmonyEncoding, options: RenderOptions) -> list[int]:
-    if message.recipient == "all":  # which the library would end with <|call|>, though nobody is called
+    if message.author.role is Role.ASSISTANT and message.recipient in NO_TOOLS:  # else the library writes <|call|>
         message = message.model_copy(update={"recipient": None})
     ids = encoding.render(message, options)
     if len(message.content) > 1:

@@ -280,7 +280,9 @@ def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
     scripted.write(folder / "spoilt", "thinker", spoilt=" short")
     environment = {"XDG_CACHE_HOME": str(folder / "home")}
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "spoilt", "--chat", "--max-new-tokens", "30")
-    done = processes.run(*asked, stdin=b"Hell\xff\nHello\nHello\n/stats\n/quit\n/help\n", environment=environment)
+    done = processes.run(
+        *asked, stdin=b"Hell\xff\nHello\n/reset\nHello\n/stats\n/quit\n/help\n", environment=environment
+    )
     assert done[:2] == (0, 2 * "Because air scatters short\n"), done.stderr
     assert "what was entered is not valid UTF-8" in done.stderr
     assert done.stderr.count("the answer ended at step 26: logits are not finite") == 2
@@ -292,6 +294,27 @@ def test_hidden_reasoning_is_shown_by_a_command(folder):
     """Guards the hint after an answer that was cut while reasoning: in a session it names the session's command."""
     environment = {"XDG_CACHE_HOME": str(folder / "home")}
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "8")
-    done = processes.run(*asked, stdin="Hello\n/reasoning\nHello\n", environment=environment)
+    done = processes.run(*asked, stdin="Hello\n/reset\n/reasoning\nHello\n", environment=environment)
     assert done.stderr.count("no final answer: the model was still reasoning") == 2
     assert done.stderr.count("still reasoning (/reasoning shows it)") == 1
+
+
+def test_a_cut_turn_goes_on_from_its_thoughts(folder, tmp_path):
+    """Guards "continue" in a session and from a file: the model, which thinks once, must see what it had thought."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--max-new-tokens")
+    lines = f"Hello\n/save {tmp_path / 'thought.json'}\ncontinue\n/save {tmp_path / 'answer.json'}\n"
+    done = processes.run(*asked, "12", "--chat", stdin=lines, environment=environment)
+    begun = scripted.ANSWER[: len(done.stdout) - 1]
+    assert done[:2] == (0, begun + "\n"), done.stderr
+    assert begun
+    for name, answer in (("thought.json", scripted.ANSWER), ("answer.json", scripted.ANSWER)):
+        done = processes.run(*asked, "40", "--messages", tmp_path / name, "continue", environment=environment)
+        assert done[:2] == (0, answer + "\n"), done.stderr
+    said = json.loads((tmp_path / "answer.json").read_text())
+    assert [(m["role"], m["channel"], m.get("is_cut")) for m in said[1:]] == [
+        ("user", None, None),
+        ("assistant", "analysis", True),
+        ("user", None, None),
+        ("assistant", "final", True),
+    ]

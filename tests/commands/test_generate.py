@@ -181,6 +181,25 @@ def test_a_call_is_kept_and_printed_as_json(folder, tmp_path):
     )
 
 
+def test_a_call_that_was_cut_is_not_printed_as_one(folder, tmp_path):
+    """Guards the programs that read stdout: half a call is none, in text, in JSON, and in what is saved."""
+    begun = scripted.SCRIPTS["caller"].partition("<|message|>{")[0] + "<|message|>"
+    limit = len(TOKENIZER.encoding.encode(begun, allowed_special="all")) + 3
+    asked = ("Umbrella?", "--max-new-tokens", limit, "--save", tmp_path / "chat.json")
+    done = _generate(folder, "caller", *asked)
+    (answer,) = _document(folder, "caller", *asked)["answers"]
+    (cut,) = answer["cut_calls"]
+    assert (cut["name"], answer["tool_calls"]) == ("get_weather", [])
+    assert scripted.CALL.startswith(cut["arguments"])
+    assert answer["unparsed_text"] == cut["arguments"] != ""
+    assert done[:2] == (0, ""), done.stderr
+    assert f"[cut call to functions.get_weather]\n{cut['arguments']}\n" in done.stderr
+    assert "the call to functions.get_weather was cut, so it is none\n" in done.stderr
+    last = json.loads((tmp_path / "chat.json").read_text())[-1]
+    assert (last["recipient"], last["is_cut"]) == (None, True)
+    assert last["content"][0]["text"] == f"[cut call to functions.get_weather] {cut['arguments']}"
+
+
 def test_text_outside_of_any_message_is_not_lost(folder):
     """Guards refusals without a header, and models that know no harmony: the text is printed, and why is said."""
     done = _generate(folder, "checkpoint", "Grüße!", "--temperature", "0", "--max-new-tokens", "20")

@@ -5,6 +5,7 @@ here. The other files are written by hand after its docs/format.md. Compared are
 openai-harmony with every control string as its token.
 """
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from openai_harmony import (
 )
 
 from gptoss_jax.harmony import render, tokenizer
+from gptoss_jax.harmony.conversation import CutMessage
 from gptoss_jax.harmony.render import apply_history_rules
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
 
@@ -242,6 +244,38 @@ def test_builtin_tools_of_an_old_turn_go_with_the_thoughts(channel):
     assert apply_history_rules(messages) == [messages[0], *messages[3:]]
 
 
+THOUGHT = say("Let me look.", "analysis")
+SEARCH = [THOUGHT, call("browser.search", '{"query": "x"}', "analysis", "code"), bare_result("browser.search", "page")]
+
+
+def cut(message):
+    """The same message, broken off."""
+    return CutMessage(**dict(message))
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        [THOUGHT],
+        SEARCH,
+        [*SEARCH, say("It", "commentary")],
+        [*SEARCH, call("functions.f", "{}")],
+        [*SEARCH, say("It", "final"), THOUGHT],
+        [*SEARCH, cut(say("It", "final"))],
+    ],
+)
+def test_a_turn_that_was_cut_goes_on_from_its_thoughts(turn):
+    """Guards "continue" after a limit or Ctrl-C: thoughts, built-in calls and results are there until an answer is."""
+    messages = [user("a"), *turn, user("continue")]
+    assert apply_history_rules(messages) == messages
+    assert apply_history_rules([user("b"), *messages]) == [user("b"), *messages]
+    earlier = [user("0"), THOUGHT, say("1", "final")]
+    assert apply_history_rules([*earlier, *messages]) == [earlier[0], earlier[2], *messages]
+    whole = apply_history_rules([*messages, THOUGHT, say("It is x.", "final"), user("c")])
+    assert [m.channel for m in whole if m.channel == "analysis"] == []
+    assert whole[-3:] == [user("continue"), say("It is x.", "final"), user("c")]
+
+
 def test_an_unanswered_call_takes_no_later_result_with_it():
     """Guards the pairing: an abandoned call on the analysis channel must not claim a later turn's result."""
     abandoned = call("functions.f", "{}", "analysis")
@@ -259,6 +293,7 @@ MESSAGES = st.sampled_from(
         say("a", "analysis"),
         say("p", "commentary"),
         say("f", "final"),
+        cut(say("f", "final")),
         call("functions.f", "{}"),
         call("functions.f", "{}", "analysis"),
         call("python", "1", "analysis", "code"),
@@ -268,13 +303,23 @@ MESSAGES = st.sampled_from(
 )
 
 
+def answered_until(messages):
+    """Where the last turn ends that ended in an answer and is followed by another."""
+    users = [i for i, message in enumerate(messages) if message.author.role is Role.USER]
+    until = 0
+    for begin, end in itertools.pairwise([0, *users]):
+        spoken = [message for message in messages[begin:end] if message.author.role is Role.ASSISTANT]
+        if spoken and spoken[-1].channel == "final" and not isinstance(spoken[-1], CutMessage):
+            until = end
+    return until
+
+
 @given(messages=st.lists(MESSAGES, max_size=12))
 def test_history_rules_on_any_conversation(messages):
-    """Guards the rules whatever the order: old thoughts go, the last turn stays, what is kept keeps its order."""
+    """Guards the rules whatever the order: thoughts go behind an answer only, what is kept keeps its order."""
     copies = [message.model_copy() for message in messages]  # so that each can be distinguished from its twin
     kept = apply_history_rules(copies)
-    users = [i for i, message in enumerate(copies) if message.author.role is Role.USER]
-    turn = users[-1] if users else 0
+    turn = answered_until(copies)
     assert [id(message) for message in kept[len(kept) - len(copies) + turn :]] == [id(m) for m in copies[turn:]]
     finished = kept[: len(kept) - len(copies) + turn]
     assert all(message.channel != "analysis" for message in finished)
@@ -386,12 +431,13 @@ def test_parts_are_one_text():
     assert render.render([Message.from_role_and_contents(Role.USER, parts)], None) == whole
 
 
-def test_a_message_to_all_calls_nobody():
-    """Guards against openai-harmony's <|call|> after a message that only names `all` as its recipient."""
+@pytest.mark.parametrize("recipient", ["all", "user", "assistant"])
+def test_a_message_to_no_tool_calls_nobody(recipient):
+    """Guards against openai-harmony's <|call|> behind it, and a result that is waited for ever after."""
     spoken = say("hi", "commentary")
-    to_all = spoken.model_copy().with_recipient("all")
-    assert render.render([to_all], None) == render.render([spoken], None)
-    assert render.waiting_calls([to_all]) == []
+    to_nobody = spoken.model_copy().with_recipient(recipient)
+    assert render.render([to_nobody], None) == render.render([spoken], None)
+    assert render.waiting_calls([to_nobody]) == []
 
 
 WRONG_SETTINGS = {

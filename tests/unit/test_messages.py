@@ -9,6 +9,7 @@ from openai_harmony import Conversation as LibraryConversation
 from openai_harmony import Message, Role, SystemContent, TextContent
 
 from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
+from gptoss_jax.harmony.conversation import CutMessage
 from gptoss_jax.harmony.messages import (
     Conversation,
     from_json,
@@ -673,6 +674,26 @@ def test_a_damaged_header_does_not_end_a_chat(encoding, parsed, header):
     """Guards a chat against a header the model got wrong: it is made harmless, not refused."""
     ids = render(from_parsed([parsed]), None, for_completion=False)
     assert encoding.decode(ids).startswith(f"<|start|>{header}<|message|>x<|")
+
+
+def test_a_thought_alone_is_no_answer():
+    """Guards a thought that was cut, as clients keep it, against an empty answer, behind which it is dropped."""
+    for thought in ({"reasoning": "t", "content": ""}, {"reasoning_content": "t", "content": []}, {"thinking": "t"}):
+        conversation = messages.from_json([{"role": "user", "content": "Hi"}, {"role": "assistant", **thought}])
+        assert conversation.messages[1:] == (say("t", "analysis"),)
+
+
+def test_what_was_cut_is_so_when_it_is_read_again(write):
+    """Guards a saved conversation against a turn that was cut and passes for one that ended."""
+    cut = from_parsed([parsed.Message("assistant", "Half an", "final", is_cut=True)])
+    path = write(messages.to_json(cut))
+    assert json.loads(path.read_text())[0]["is_cut"] is True
+    read = read_messages(path).messages
+    assert (list(read), [type(message) for message in read]) == (cut, [CutMessage])
+    whole = from_parsed([parsed.Message("assistant", "Half an", "final")])
+    assert "is_cut" not in messages.to_json(whole)[0]
+    with pytest.raises(ValueError, match=r"message 0, is_cut: got 'yes', expected true or false"):
+        messages.from_json([{"role": "assistant", "channel": "final", "content": "x", "is_cut": "yes"}])
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
