@@ -25,6 +25,7 @@ from openai_harmony import (
 )
 
 from gptoss_jax.harmony import render, tokenizer
+from tests.library import harmony_encoding
 from gptoss_jax.harmony.render import apply_history_rules
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
 
@@ -189,7 +190,7 @@ OUR_CASES = {
 @pytest.fixture(scope="module")
 def encoding():
     """openai-harmony itself."""
-    return tokenizer.harmony_encoding()
+    return harmony_encoding()
 
 
 def golden_ids(encoding, name):

@@ -22,6 +22,7 @@ from gptoss_jax.harmony.messages import (
 )
 from gptoss_jax.harmony.render import call_results, opening, render
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
+from tests.library import harmony_encoding
 from tests.unit.test_harmony import FORGED, LIBRARY_CASES, OUR_CASES, call, golden_ids, result, say, user
 
 CITY = {"type": "string", "description": "The city."}
@@ -67,7 +68,7 @@ CHAT = {
 @pytest.fixture(scope="module")
 def encoding():
     """openai-harmony itself."""
-    return tokenizer.harmony_encoding()
+    return harmony_encoding()
 
 
 @pytest.fixture
