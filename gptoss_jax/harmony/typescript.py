@@ -106,7 +106,7 @@ class _Writer:
         found = self._type(self._root, "", "", described=True)
         return self._named("#", found, "").closed("")
 
-    def _type(self, schema: object, indent: str, place: str, *, described: bool, above: object = None) -> _Type:
+    def _type(self, schema: object, indent: str, place: str, *, described: bool, above: list[str] | None = None) -> _Type:
         """The type of a schema.
 
         Args:
@@ -114,7 +114,7 @@ class _Writer:
             indent: of the lines after the first.
             place: of the parameter, as `point.lat`.
             described: whether its description is to stand before it, whatever it is; that of an object always does.
-            above: the description that stands above it already; None: it is not a field's.
+            above: the description that stands above it already, if any; None: it is not a field's.
         """
         if isinstance(schema, bool):
             return _Type(("any" if schema else "never",))
@@ -138,7 +138,7 @@ class _Writer:
         self._count(found, references, place)
         return found
 
-    def _shape(self, schema: Schema, indent: str, place: str, described: bool, above: object) -> _Type:
+    def _shape(self, schema: Schema, indent: str, place: str, described: bool, above: list[str] | None) -> _Type:
         """What the keywords say together."""
         combining = [key for key in _COMBINING_KEYS if schema.get(key)]
         parts = []
@@ -200,7 +200,7 @@ class _Writer:
         known = {} if isinstance(schema, bool) else self._resolve(schema, place)[0]
         known = {} if isinstance(known, bool) else known
         inner = indent if known.get("oneOf") or known.get("anyOf") else indent + _IN_FIELD
-        found = self._type(schema, inner, place, described=False, above=known.get("description", ""))
+        found = self._type(schema, inner, place, described=False, above=_description(known))
         title = _comments([json_text(known["title"])], indent) + f"{indent}//\n" if known.get("title") else ""
         description, examples = _comments(_description(known), indent), _comments(_examples(known), indent)
         default = _default(known, quote_enum=False)
@@ -209,26 +209,26 @@ class _Writer:
             return f"{head}{indent}{label}:{found.text(indent)}\n{indent},\n"
         return f"{title}{description}{examples}{indent}{label}: {found.text(inner)},{_trailing(default)}\n"
 
-    def _variants(self, key: str, schema: Schema, indent: str, place: str, above: object) -> _Type:
+    def _variants(self, key: str, schema: Schema, indent: str, place: str, above: list[str] | None) -> _Type:
         """The union that `oneOf` or `anyOf` lists."""
+        indent += _IN_VARIANT
         types, comments = [], []
         for variant in self._list(schema, key, place):
             if isinstance(variant, dict) and "type" in schema and not _says_anything(variant):
                 variant = {"type": schema["type"], **variant}
-            found = self._type(variant, indent + _IN_VARIANT, place, described=False)
-            types.append(found.closed(indent + _IN_VARIANT))
-            described_inside = key == "anyOf" and types[-1].lstrip().startswith("//")
+            types.append(self._type(variant, indent, place, described=False))
+            described_inside = key == "anyOf" and types[-1].members[0].lstrip().startswith("//")
             comments.append(self._after_variant(variant, place, above, described_inside))
         if key == "anyOf" and not any(comments):
-            return _Type(tuple(dict.fromkeys(types)))
-        members = tuple(text + comment for text, comment in zip(types, comments, strict=True))
-        return _Type(members, on_lines=True, ends_in_comment=bool(comments[-1]))
+            return _Type(tuple(dict.fromkeys(found.closed(indent) for found in types)))
+        members = tuple(found.text(indent) + comment for found, comment in zip(types, comments, strict=True))
+        return _Type(members, on_lines=True, ends_in_comment=bool(comments[-1]) or types[-1].ends_in_comment)
 
-    def _after_variant(self, variant: object, place: str, above: object, described_inside: bool) -> str:
+    def _after_variant(self, variant: object, place: str, above: list[str] | None, described_inside: bool) -> str:
         known = variant if isinstance(variant, bool) else self._resolve(variant, place)[0]
         if isinstance(known, bool):
             return ""
-        description = [] if described_inside or known.get("description") == above else _description(known)
+        description = [] if described_inside or _description(known) == above else _description(known)
         return _trailing([*description, *_default(known, quote_enum=above is None)])
 
     def _array(self, schema: Schema, indent: str, place: str) -> str:
