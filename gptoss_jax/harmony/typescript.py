@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.json_values import json_text, short
 
-MAX_DEPTH = 64
+MAX_DEPTH = 32
 MAX_CHARACTERS = 2**20  # more than any context holds
 
 _SIMPLE = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean", "null": "null"}
@@ -106,7 +106,9 @@ class _Writer:
         found = self._type(self._root, "", "", described=True)
         return self._named("#", found, "").closed("")
 
-    def _type(self, schema: object, indent: str, place: str, *, described: bool, above: list[str] | None = None) -> _Type:
+    def _type(
+        self, schema: object, indent: str, place: str, *, described: bool, above: list[str] | None = None
+    ) -> _Type:
         """The type of a schema.
 
         Args:
@@ -225,11 +227,11 @@ class _Writer:
         return _Type(members, on_lines=True, ends_in_comment=bool(comments[-1]) or types[-1].ends_in_comment)
 
     def _after_variant(self, variant: object, place: str, above: list[str] | None, described_inside: bool) -> str:
-        known = variant if isinstance(variant, bool) else self._resolve(variant, place)[0]
+        known, references = (variant, []) if isinstance(variant, bool) else self._resolve(variant, place)
         if isinstance(known, bool):
             return ""
-        description = [] if described_inside or _description(known) == above else _description(known)
-        return _trailing([*description, *_default(known, quote_enum=above is None)])
+        said = described_inside or _description(known) == above or any(each in self._open for each in references)
+        return _trailing([*([] if said else _description(known)), *_default(known, quote_enum=above is None)])
 
     def _array(self, schema: Schema, indent: str, place: str) -> str:
         items, place = schema.get("items"), f"{place}[]"
@@ -260,8 +262,9 @@ class _Writer:
             beside = {key: value for key, value in schema.items() if key not in ("type", *combining)}
             if combining == ["$ref"]:
                 reference = schema["$ref"]
-                if reference in references:
-                    raise self._refused(place, f"has the reference {short(reference)}, which leads back to itself")
+                if reference in references or len(references) == MAX_DEPTH:
+                    fault = "leads back to itself" if reference in references else "is one of too many in a row"
+                    raise self._refused(place, f"has the reference {short(reference)}, which {fault}")
                 target = self._target(reference, place)
                 references.append(reference)
             else:
@@ -301,7 +304,9 @@ class _Writer:
         """Refuses what grows beyond all bounds once references to references are written out."""
         self._referred_characters += sum(map(len, found.members)) if references else 0
         if self._referred_characters > MAX_CHARACTERS:
-            raise self._refused(place, f"is longer than {MAX_CHARACTERS} characters once its references are written out")
+            raise self._refused(
+                place, f"is longer than {MAX_CHARACTERS} characters once its references are written out"
+            )
 
     def _list(self, schema: Schema, key: str, place: str) -> list[Any]:
         value = schema.get(key)
