@@ -9,9 +9,12 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony.text_files import decoded
 
 MAX_FILE_BYTES = 64 * 2**20  # a hundred times what the longest context holds
 MAX_DEPTH = 64  # openai-harmony takes no more than 128, each message adding some
+
+MAX_DIGITS = 400  # the largest float has 309
 
 Model = TypeVar("Model", bound=BaseModel)
 Meaning = TypeVar("Meaning")
@@ -29,17 +32,14 @@ def read_file(path: str | Path, parse: Callable[[Any], Meaning]) -> Meaning:
     try:
         if len(data) > MAX_FILE_BYTES:
             raise GptossError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no context holds")
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct, parse_constant=_no_constant)
+        text = decoded(data, "the file")
+        value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant, parse_int=_integer)
     except GptossError as error:
         raise GptossError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         raise GptossError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
-    except UnicodeDecodeError as error:
-        raise GptossError(f"{path}: byte {error.start} is not valid UTF-8; expected JSON in UTF-8") from None
     except RecursionError:
         raise GptossError(f"{path} is nested too deeply, at most {MAX_DEPTH} levels are taken") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise GptossError(f"{path}: {error}") from None
     try:
         check_value(value, "the file")
         return parse(value)
@@ -51,8 +51,19 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise GptossError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise GptossError(f"the key {short(_first_repeated(keys))} stands twice in one object")
     return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise GptossError(f"a number of {len(digits)} digits is out of range")
+    return int(digits)
+
+
+def _first_repeated(keys: Sequence[str]) -> str:
+    seen: set[str] = set()
+    return next(key for key in keys if key in seen or seen.add(key))
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -76,7 +87,7 @@ def check_value(value: object, where: str, depth: int = 0) -> None:
     elif isinstance(value, dict):
         for key, part in value.items():
             check_value(key, f"a key in {where}", depth)
-            check_value(part, f"{where}, {key!r}", depth + 1)
+            check_value(part, f"{where}, {short(key)}", depth + 1)
     elif isinstance(value, list):
         for index, part in enumerate(value):
             check_value(part, f"{where}, [{index}]", depth + 1)
@@ -95,7 +106,7 @@ def known_fields(value: object, known: Sequence[str], where: str) -> dict[str, A
     unknown = [key for key in fields if key not in known]
     if unknown:
         raise GptossError(
-            f"{where} has {', '.join(map(repr, unknown))}, expected only {', '.join(known)}: put what it says in "
+            f"{where} has {', '.join(map(short, unknown[:10]))}, expected only {', '.join(known)}: put what it says in "
             "one of these, or take it out if it does not matter"
         )
     return fields
@@ -139,10 +150,10 @@ def json_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def short(value: object) -> str:
+def short(value: object, characters: int = 60) -> str:
     """A value for an error message: its beginning."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return text if len(text) <= characters else f"{text[:characters]}..."
 
 
 def model_of(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
@@ -155,4 +166,5 @@ def model_of(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         return model.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise GptossError(f"{where}, {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        place = ".".join(map(str, fault["loc"]))
+        raise GptossError(f"{where}, {place[:60]}: {fault['msg']}") from None

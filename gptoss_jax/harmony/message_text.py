@@ -21,7 +21,7 @@ def author(message: Message) -> list[str]:
 
 
 def body(message: Message, *, has_functions: bool) -> str:
-    """The content, as one text: tokens may reach across the seams of its parts (".\n\n" is one).
+    r"""The content, as one text: tokens may reach across the seams of its parts (".\n\n" is one).
 
     Args:
         message: any message.

@@ -38,6 +38,7 @@ _SETTINGS_OF = {
 # like a control token would tempt whoever parses the text rather than the ids.
 _HEADER_WORD = re.compile(r"[^\s<|>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[^\s<|>]+")
+_ASKED_EFFORT = re.compile(r"\breasoning(?:[ _]effort)?\s*[:=]\s*(low|medium|high)\b", re.IGNORECASE)
 _ROLE_OF = {SystemContent: Role.SYSTEM, DeveloperContent: Role.DEVELOPER}
 _ROLES = [role.value for role in Role]
 
@@ -200,6 +201,18 @@ def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None
                 f"the conversation brings its own {role.value} message, so {', '.join(named)} cannot be set; "
                 "change that message or take it out"
             )
+
+
+def effort_remark(messages: Sequence[Message]) -> str | None:
+    """Which effort acts, where the instructions ask for another one; `messages` with those in front."""
+    contents = [part for message in messages for part in message.content]
+    efforts = [part.reasoning_effort for part in contents if isinstance(part, SystemContent)]
+    acting = [effort.value.lower() for effort in efforts if effort]
+    texts = [part.instructions or "" for part in contents if isinstance(part, DeveloperContent)]
+    asked = [found for text in texts for found in _ASKED_EFFORT.finditer(text) if found[1].lower() not in acting]
+    if not acting or not asked:
+        return None
+    return f"the instructions say {asked[0][0]!r}, but the effort that acts is {acting[-1]}"
 
 
 def acting(settings: Settings, messages: Sequence[Message]) -> dict[str, Any]:

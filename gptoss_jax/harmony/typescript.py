@@ -1,9 +1,9 @@
 """JSON schemas of tools -> the TypeScript types that stand in a prompt: as openai-harmony writes them, nothing lost.
 
 Where openai-harmony's renderer (src/encoding.rs, `json_schema_to_typescript`) keeps a schema's shape, the text is the
-same to the letter, since that is what the model knows: titles, descriptions, examples and defaults are comments, and what
-only narrows a value (minimum, pattern, format) is left out. What it drops is written as TypeScript has it: references,
-`anyOf`, `allOf`, `const`, enums of anything, maps, tuples, null, types that are only implied.
+same to the letter, since that is what the model knows: titles, descriptions, examples and defaults are comments, and
+what only narrows a value (minimum, pattern, format) is left out. What it drops is written as TypeScript has it:
+references, `anyOf`, `allOf`, `const`, enums of anything, maps, tuples, null, types that are only implied.
 """
 
 import json
@@ -16,7 +16,7 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.json_values import json_text, short
 
 MAX_DEPTH = 32
-MAX_CHARACTERS = 2**20  # more than any context holds
+MAX_CHARACTERS = 2**19  # more than the longest context holds
 
 _SIMPLE = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean", "null": "null"}
 _TYPES = (*_SIMPLE, "array", "object")

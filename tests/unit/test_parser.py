@@ -27,9 +27,9 @@ from gptoss_jax.harmony.tokenizer import (
     START,
     STARTOFTEXT,
     VOCAB_SIZE,
-    harmony_encoding,
     load_tokenizer,
 )
+from tests.library import harmony_encoding
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 

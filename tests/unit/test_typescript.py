@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_harmony import DeveloperContent, Message, Role, ToolDescription, ToolNamespaceConfig
+from openai_harmony import DeveloperContent, Message, Role, ToolDescription
 
 from gptoss_jax.harmony import typescript
 from gptoss_jax.harmony.message_text import body
@@ -116,21 +116,21 @@ def test_goldens_of_what_openai_harmony_loses(library, name):
 
 
 LOST = [
-    ({"anyOf": [{"type": "string", "description": "by name"}, {"type": "null"}]}, "x?:\n | string // by name\n | null\n"),
+    ({"anyOf": [{"type": "string", "description": "a name"}, {"type": "null"}]}, "x?:\n | string // a name\n | null\n"),
     ({"type": "string", "anyOf": [{"format": "date"}, {"const": "now"}]}, 'x?: string | "now"'),
     ({"oneOf": [{"type": "string"}], "nullable": True}, "x?:\n | string\n | null\n"),
     ({"allOf": [{"type": "object"}, {"type": ["string", "null"]}]}, "x?: {\n    } & (string | null)"),
     ({"type": "object", "properties": {"a": True}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
      "x?: {\na?: any,\n} & ({\n   a: any,\n   } | {\n   b: any,\n   })"),
     ({"type": "array", "items": {"enum": ["a", "b"]}}, 'x?: ("a" | "b")[]'),
-    ({"type": "array", "items": {"type": "array", "items": {"type": "string", "nullable": True}}}, "x?: (string | null)[][]"),
+    ({"items": {"type": "array", "items": {"type": "string", "nullable": True}}}, "x?: (string | null)[][]"),
     ({"type": "array", "items": {"type": "string", "description": "an id"}}, "x?:     // an id\nstring[]"),
     ({"items": [{"type": "string"}, {"const": 1}], "additionalItems": {"type": "null"}}, "x?: [string, 1, ...null[]]"),
     ({"prefixItems": [{"type": "string"}], "items": {"type": "number"}}, "x?: [string, ...number[]]"),
     ({"type": ["object", "null"], "properties": {"a": {"type": "null"}}}, "x?: {\n    a?: null,\n    } | null"),
     ({"type": "object", "nullable": True, "properties": {"a": {"type": "null"}}}, "x?: {\n    a?: null,\n    } | null"),
     ({"type": "object", "required": ["q"]}, "x?: {\n    q: any,\n    }"),
-    ({"patternProperties": {"^x": {"type": "integer"}}}, 'x?: {\n    // keys that match "^x"\n    [key: string]: number,\n    }'),
+    ({"patternProperties": {"^x": {"const": 1}}}, 'x?: {\n    // keys that match "^x"\n    [key: string]: 1,\n    }'),
     ({"type": "object", "properties": [], "required": True}, "x: {\n    }"),
     ({"enum": [{"a": 1}, 1.5, "</|>"]}, 'x?: {"a":1} | 1.5 | "</|>"'),
     ({"not": {"const": 1}}, 'x?:     // not: {"const":1}\nany'),
@@ -183,11 +183,11 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        (chained(20, lambda ref: {"properties": dict.fromkeys("abcdefgh", ref)}), "is longer than 1048576 characters"),
+        (chained(20, lambda ref: {"properties": dict.fromkeys("abcdefgh", ref)}), "is longer than 524288 characters"),
         (chained(100_000, lambda ref: ref), "has the reference '#/$defs/d32', which is one of too many in a row"),
         (chained(10_000, lambda ref: {"items": ref}), "is nested too deeply, at most 32 levels are taken"),
         (nested(200), "is nested too deeply, at most 32 levels are taken"),
-        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "has the reference '#/$defs/a', which leads back"),
+        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "'#/$defs/a', which leads back to itself"),
     ],
 )  # fmt: skip
 def test_schemas_that_would_never_end(schema, text):
@@ -197,7 +197,7 @@ def test_schemas_that_would_never_end(schema, text):
         written(schema)
     assert text in str(error.value)
     assert len(str(error.value)) < 300
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
