@@ -31,8 +31,10 @@ def _tool(document: object, where: str) -> ToolDescription:
         document = needed(known_fields(document, ("type", "function"), where), "function", where)
     fields = known_fields(document, ("type", "name", "description", "parameters", "strict"), where)
     _not_strict(fields, where)
-    fields = {"description": "", "name": needed(fields, "name", where)} | fields
-    tool = model_of(ToolDescription, fields, where)
+    name = needed(fields, "name", where)
+    if isinstance(name, str):
+        name = name.removeprefix("functions.")
+    tool = model_of(ToolDescription, {"description": "", **fields, "name": name}, where)
     if tool.parameters is None or _takes_nothing(tool.parameters):
         return tool.model_copy(update={"parameters": None})
     parameters_type(tool.parameters, f"tool {tool.name!r}")  # refuses what it cannot write

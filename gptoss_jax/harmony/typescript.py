@@ -337,7 +337,7 @@ def _comments(lines: list[str], indent: str) -> str:
 
 
 def _trailing(comments: list[str]) -> str:
-    """A comment behind a type, where the line must not end."""
+    """A comment after a type, where the line must not end."""
     return f" // {' '.join(line for text in comments for line in comment_lines(text))}" if comments else ""
 
 
