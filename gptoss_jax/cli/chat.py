@@ -197,7 +197,7 @@ def _inputs(screen: Screen) -> Iterator[str]:
 
 def _lines() -> Callable[[], str]:
     """Reads a line; bytes that are no UTF-8 come as half characters, which are refused where they would be used."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
 
     def read() -> str:
         line = sys.stdin.readline()

@@ -101,6 +101,8 @@ def _content(message: _ChatMessage) -> str:
 
 def _part_text(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("input_text", "output_text"):  # OpenAI's newer interface
+        kind, part = "text", {**part, "type": "text"}
     if kind not in ("text", "refusal"):
         raise GptossError(
             f"{where} has a content part of type {short(kind)}, expected 'text': the model reads no other"

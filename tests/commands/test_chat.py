@@ -135,7 +135,7 @@ reasoning_effort is 'extreme', expected one of low, medium, high
 unknown command /what: /help lists them (a space in front makes it text)
 > /stats
 answers: 1, of 35 tokens at N tokens/s
-conversation: 99 of 4096 tokens; effort: high
+conversation: 110 of 4096 tokens; effort: high
 > and
   in two lines?
 [reasoning]
@@ -216,14 +216,15 @@ def test_a_prompt_in_a_terminal_shows_progress_and_takes_it_away(folder):
     assert all(not line[79:].strip() or " " not in line[78:] for line in lines)
 
 
-def test_a_chat_can_be_piped(folder):
-    """Guards scripts: answers alone on stdout, a backslash continues a line, no code of any terminal anywhere."""
-    lines = "Hello\n/effort high\none \\\nprompt\n\n/nonsense\n"
+def test_a_chat_can_be_piped(folder, tmp_path):
+    """Guards scripts, of Windows too: answers alone on stdout, a backslash continues a line, no code of a terminal."""
+    lines = "\ufeffHello\n/effort high\none \\\nprompt\n\n/nonsense\n" + f"/save {tmp_path / 'chat.json'}\n"
     environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None}
     asked = ("--checkpoint", folder / "thinker", "--chat", "--max-context-tokens", "180")
     done = processes.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment)
     assert done[:2] == (0, 2 * (scripted.ANSWER + "\n")), done.stderr
     assert "unknown command /nonsense" in done.stderr
+    assert json.loads((tmp_path / "chat.json").read_text())[1]["content"][0]["text"] == "Hello"
     assert "\x1b" not in done.stdout + done.stderr
 
 
