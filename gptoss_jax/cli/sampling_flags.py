@@ -37,12 +37,6 @@ SAMPLING_FLAGS = (*_IN_HELP, *(name for name in OPTIONS if name not in _IN_HELP)
 ENGINE_FLAGS = ("max_context_tokens", "deterministic")
 
 
-_SEED_HELP = (
-    "N: Same seed, prompt and settings: same tokens, so that two runs without this flag answer alike; -1 or random "
-    "draws anew."
-)
-
-
 class _SeedParser(flags.IntegerParser):
     """A whole number; -1 and `random` draw one, which is then the flag's value and is echoed like any other."""
 
@@ -55,7 +49,7 @@ def define_flags() -> None:
     """The flags named in SAMPLING_FLAGS and ENGINE_FLAGS."""
     for name, option in OPTIONS.items():
         if name == "seed":
-            flags.DEFINE(_SeedParser(), name, SamplingParams.seed, _SEED_HELP)
+            flags.DEFINE(_SeedParser(), name, SamplingParams.seed, option.help)
             continue
         define = flags.DEFINE_float if option.dtype == "float32" else flags.DEFINE_integer
         define(name, getattr(SamplingParams, name), option.help)

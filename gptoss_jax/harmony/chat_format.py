@@ -47,20 +47,21 @@ def from_chat(documents: Sequence[object]) -> Conversation:
     """
     chat = [_chat_message(document, f"message {index}") for index, document in enumerate(documents)]
     front = list(itertools.takewhile(lambda message: message.role in _INSTRUCTING, chat))
-    settings = {"instructions": "\n\n".join(map(_content, front))} if front else {}
+    settings = {"instructions": "\n\n".join(filter(None, map(_content, front)))} if front else {}
     messages: list[Message] = []
     call_ids: dict[int, str] = {}
+    silent: list[str] = []
     for is_tool, rest in itertools.groupby(chat[len(front) :], key=lambda message: message.role in _ANSWERING):
         if is_tool:
             _take_results([*rest], messages, call_ids)
             continue
-        for message, call_id in itertools.chain.from_iterable(map(_spoken, rest)):
-            if call_id is not None:
-                call_ids[len(messages)] = call_id
-            messages.append(message)
+        for message in rest:
+            spoken = _spoken(message)
+            call_ids |= {len(messages) + place: id for place, (_, id) in enumerate(spoken) if id is not None}
+            messages += [each for each, _ in spoken]
+            silent += [] if spoken else [message.where]
     for index, message in enumerate(messages):
         render.check_message(message, f"message {index} in harmony's terms")
-    silent = [message.where for message in chat if message.role == "assistant" and not _spoken(message)]
     remarks = (f"left out, since the assistant says nothing there: {', '.join(silent[:20])}",) if silent else ()
     return Conversation(tuple(messages), settings, call_ids, remarks)
 
@@ -111,7 +112,7 @@ def _part_text(part: object, where: str) -> str:
 
 
 def _spoken(message: _ChatMessage) -> list[tuple[Message, str | None]]:
-    """What a user's or assistant's message is in harmony, each with the id if it is a call."""
+    """What a user's or assistant's message is in harmony, each with the id if it is a call; perhaps nothing."""
     if message.role in _INSTRUCTING:
         raise GptossError(
             f"{message.where} has role {message.role!r} after others, expected it in front: move it there, "

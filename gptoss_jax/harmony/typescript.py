@@ -203,7 +203,7 @@ class _Writer:
         known = {} if isinstance(known, bool) else known
         inner = indent if known.get("oneOf") or known.get("anyOf") else indent + _IN_FIELD
         found = self._type(schema, inner, place, described=False, above=_description(known))
-        title = _comments([json_text(known["title"])], indent) + f"{indent}//\n" if known.get("title") else ""
+        title = "".join(_comments([text], indent) + f"{indent}//\n" for text in _said(known, "title"))
         description, examples = _comments(_description(known), indent), _comments(_examples(known), indent)
         default = _default(known, quote_enum=False)
         if found.on_lines:
@@ -341,8 +341,13 @@ def _trailing(comments: list[str]) -> str:
     return f" // {' '.join(line for text in comments for line in comment_lines(text))}" if comments else ""
 
 
+def _said(schema: Schema, key: str) -> list[str]:
+    """The one text under a key, or none."""
+    return [] if schema.get(key) is None else [json_text(schema[key])]
+
+
 def _description(schema: Schema) -> list[str]:
-    return [] if schema.get("description") is None else [json_text(schema["description"])]
+    return _said(schema, "description")
 
 
 def _examples(schema: Schema) -> list[str]:

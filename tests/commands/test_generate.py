@@ -352,6 +352,9 @@ def test_a_seed_can_be_drawn_and_is_always_echoed(folder):
     assert "prompt of 58 tokens; effort medium, date none, seed 17\n" in done.stderr
     done = _generate(folder, *asked, "--seed", "17")
     assert "prompt of 3 tokens; seed 17\n" in done.stderr
+    assert "two runs without it answer alike; -1 or random draws one" in " ".join(
+        _generate(folder, "", "--help").stdout.split()
+    )
     for wrong in ("-2", "1.5", "4294967296"):
         done = _generate(folder, *asked, f"--seed={wrong}")
         assert done.returncode == 2
