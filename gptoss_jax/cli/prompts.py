@@ -122,7 +122,9 @@ def _settings(options: flags.FlagValues, conversation: Conversation, remarks: li
 def _date(options: flags.FlagValues, conversation: Conversation) -> str | None:
     """That of --date; left out, a chat has today's, unless the conversation brings its own system message."""
     brings_system = any(message.author.role is Role.SYSTEM for message in conversation.messages)
-    given = options.date or ("today" if options.chat and not brings_system else "none")
+    given = options.date
+    if given is None:
+        given = "today" if options.chat and not brings_system else "none"
     known = {"none": None, "today": datetime.date.today().isoformat()}
     return known.get(given.lower(), given)
 

@@ -21,6 +21,8 @@ _CHAT_KEYS = {
     "tool": ("content", "tool_call_id", "name", "tool_name"),  # tool_name is Ollama's
     "function": ("content", "name"),  # OpenAI's, before there were tools
 }
+# Type of a content part -> where its text stands; two of them are from OpenAI's newer interface.
+_TEXT_KEYS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 _INSTRUCTING = ("system", "developer")
 _ANSWERING = ("tool", "function")
 
@@ -102,13 +104,12 @@ def _content(message: _ChatMessage) -> str:
 
 def _part_text(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("input_text", "output_text"):  # OpenAI's newer interface
-        kind, part = "text", {**part, "type": "text"}
-    if kind not in ("text", "refusal"):
+    if not isinstance(kind, str) or kind not in _TEXT_KEYS:
         raise GptossError(
             f"{where} has a content part of type {short(kind)}, expected 'text': the model reads no other"
         )
-    return string(needed(known_fields(part, ("type", kind), where), kind, where), f"{where}, {kind}")
+    key = _TEXT_KEYS[kind]
+    return string(needed(known_fields(part, ("type", key), where), key, where), f"{where}, {key}")
 
 
 def _spoken(message: _ChatMessage) -> list[tuple[Message, str | None]]:

@@ -27,7 +27,10 @@ def decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise GptossError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+        raise GptossError(
+            f"{name} is not valid UTF-8 at byte {error.start}; if it is in Windows' older encoding, "
+            "`iconv -f WINDOWS-1252 -t UTF-8` converts it"
+        ) from None
 
 
 def _looks_like_utf_16(data: bytes) -> bool:

@@ -522,7 +522,7 @@ def test_files_that_are_no_text(tmp_path, monkeypatch, write):
     path.write_bytes('["ü"]'.encode("latin-1"))
     with pytest.raises(ValueError) as error:
         read_messages(path)
-    assert str(error.value) == f"{path}: the file is not valid UTF-8 at byte 2"
+    assert str(error.value).startswith(f"{path}: the file is not valid UTF-8 at byte 2; if it is in Windows' older")
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([USER]).encode())
     assert list(read_messages(path).messages) == [user("x")]
     with pytest.raises(FileNotFoundError):
@@ -902,6 +902,14 @@ def test_keys_that_may_change_the_meaning_are_refused(document, key):
     """Guards against words, pictures or settings that never reach the model."""
     with pytest.raises(GptossError, match=f"has '{key}', expected only"):
         from_json(document)
+
+
+def test_parts_of_both_interfaces():
+    """Guards text under OpenAI's newer names for it."""
+    parts = [{"type": "input_text", "text": "x"}]
+    answer = [{"type": "output_text", "text": "y", "annotations": []}]
+    conversation = from_json([{"role": "user", "content": parts}, {"role": "assistant", "content": answer}])
+    assert spoken(conversation) == [ASKED, ("assistant", None, "final", "y")]
 
 
 def test_what_is_said_twice_is_said_once():
