@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import DeveloperContent, Message, Role, ToolDescription
 
+from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import typescript
 from gptoss_jax.harmony.message_text import body
 from tests.library import harmony_encoding
@@ -107,7 +108,7 @@ def test_what_openai_harmony_keeps_is_written_as_there(library, parameters):
 
 @pytest.mark.parametrize("name", ["odd", "top", "pydantic"])
 def test_goldens_of_what_openai_harmony_loses(library, name):
-    """Guards the shape of every field, as the files beside the schemas have it, written and read by hand."""
+    """Guards the shape of every field, as the texts beside the schemas have it, which people have read."""
     functions = [each["function"] for each in json.loads((GOLDENS / f"{name}.json").read_text())["tools"]]
     texts = [f"type {each['name']} = (_: {written(each['parameters'])}) => any;\n" for each in functions]
     assert "\n".join(texts) == (GOLDENS / f"{name}.txt").read_text(encoding="utf-8")
@@ -224,3 +225,36 @@ def test_what_is_no_schema_is_refused_by_name(schema, text):
     with pytest.raises(ValueError) as error:
         written(parameters)
     assert str(error.value).startswith(f"tool 'f': parameter 'spot[]' {text}")
+
+
+# Any keyword with any value: schemas as people mistype them.
+LEAVES = st.sampled_from(
+    [None, True, False, 0, 1.5, "", "string", "object", "null", "#", "#/$defs/a", "#/properties/a", [], {}]
+)
+NAMES = st.sampled_from(["a", "b c", "$defs"])
+KEYWORDS = ["type", "enum", "const", "required", "description", "title", "default", "examples", "nullable", "$ref"]
+KEYWORDS += ["items", "prefixItems", "additionalItems", "additionalProperties", "oneOf", "anyOf", "allOf", "not"]
+
+
+def any_schema(inner):
+    """A schema whose keywords hold anything, above all schemas."""
+    values = inner | st.lists(inner, max_size=2)
+    keywords = dict.fromkeys(KEYWORDS, values)
+    keywords |= dict.fromkeys(
+        ["properties", "patternProperties", "$defs"], st.dictionaries(NAMES, inner, max_size=2) | values
+    )
+    return st.lists(st.sampled_from(sorted(keywords)), max_size=4, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: keywords[name] for name in names})
+    )
+
+
+@given(schema=any_schema(st.recursive(LEAVES, any_schema, max_leaves=8)))
+def test_any_schema_is_written_or_refused(schema):
+    """Guards against a traceback, or a type that does not end, on schemas that are none."""
+    try:
+        text = written(schema)
+    except GptossError as error:
+        assert "\n" not in str(error)
+        return
+    assert text
+    assert all(text.count(left) == text.count(right) for left, right in ("()", "[]", "{}"))
