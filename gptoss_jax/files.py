@@ -4,6 +4,7 @@ Knows nothing of what the files mean. Every JSON file of the product is read her
 come through a pipe.
 """
 
+import codecs
 import json
 import os
 import re
@@ -27,7 +28,6 @@ _SPECIAL = {
 }
 _POINTER = "a Git LFS pointer in place of the file: run `git lfs pull` in its folder, or fetch it with `hf download`"
 _PAGE = "a web page saved under this name: fetch the file again"
-_UTF16 = "text in UTF-16, expected UTF-8: save it as UTF-8"
 _BEGINNINGS = {
     b"version https://git-lfs": _POINTER,
     b"<!doctype html": _PAGE,
@@ -36,10 +36,10 @@ _BEGINNINGS = {
     b"pk\x03\x04": "a zip archive, as PyTorch saves: expected another format",
     b"\x80\x02": "a Python pickle, as PyTorch saves: expected another format",
     b"\x1f\x8b": "packed with gzip: unpack it",
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
 }
 
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins as UTF-16 does
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
@@ -115,22 +115,52 @@ def parse_json(data: bytes, name: str | Path, objects: Callable[[list[tuple[str,
             than Python reads, half characters, deep nesting.
     """
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=objects)
+        value = json.loads(decoded(data, "the file"), object_pairs_hook=objects)
         check_value(value, "the file")
         return value
     except json.JSONDecodeError as error:
         if not (fault := recognize(data)):
             where = f"line {error.lineno}, column {error.colno}"
             raise FileError(name, f"{where}: {error.msg}; expected JSON", joint=", ") from None
-    except UnicodeDecodeError as error:
-        fault = recognize(data) or f"byte {error.start} is not valid UTF-8; expected JSON in UTF-8"
     except RecursionError:
         fault = f"nested too deeply, at most {MAX_DEPTH} levels are taken"
     except GptossError as error:
-        fault = str(error)
+        fault = recognize(data) or str(error)
     except ValueError as error:  # a number of more digits than Python reads
         fault = str(error).partition(";")[0]
     raise FileError(name, fault)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of a file, without a byte order mark.
+
+    Args:
+        data: all of the file.
+        name: what errors call it.
+
+    Raises:
+        GptossError: it is no UTF-8; UTF-16 and UTF-32 are named, with a way to convert them.
+    """
+    for encoding, found in (("UTF-32", data.startswith(_UTF_32)), ("UTF-16", _looks_like_utf_16(data))):
+        if found:
+            raise GptossError(
+                f"{name} is {encoding}, expected UTF-8: convert it with `iconv -f {encoding} -t UTF-8`, or have "
+                "PowerShell write UTF-8 (`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
+            )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GptossError(
+            f"{name} is not valid UTF-8 at byte {error.start}; if it is in Windows' older encoding, "
+            "`iconv -f WINDOWS-1252 -t UTF-8` converts it"
+        ) from None
+
+
+def _looks_like_utf_16(data: bytes) -> bool:
+    """By its mark, or since every other byte of nearly all of it is zero, as in Latin text without a mark."""
+    start = data[:1024]
+    zeros = max(start[0::2].count(0), start[1::2].count(0))
+    return data.startswith(_UTF_16) or (len(start) > 1 and zeros > 0.4 * len(start))
 
 
 def recognize(data: bytes) -> str:

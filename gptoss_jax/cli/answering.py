@@ -61,7 +61,11 @@ def _run(
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen()
     language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
-    screen.say(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    settings = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
+    prompt_tokens = len(prompt.token_ids)
+    screen.say(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {settings}")
+    for remark in prompt.remarks:
+        screen.say(remark)
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
@@ -72,8 +76,7 @@ def _run(
             samples.append(sample)
         if options.save:
             messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
-        compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
-        statistics = answer_report.measure(language_model, compile_seconds, prompt_tokens, samples)
+        statistics = answer_report.measure(language_model, engine.runner.compile_seconds, prompt_tokens, samples)
         if options.json:
             settings = answer_report.settings_document(
                 options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic

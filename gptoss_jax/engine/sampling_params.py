@@ -83,7 +83,13 @@ class SamplingParams:
     top_logprobs: int = _number(
         0, 0, MAX_TOP_LOGPROBS, "N: Report this many of the likeliest at each step, up to 20 (--json).", "int32"
     )
-    seed: int = _number(0, 0, 2**32 - 1, "N: Same seed, prompt and settings: same tokens.", "uint32")
+    seed: int = _number(
+        0,
+        0,
+        2**32 - 1,
+        "N: Same seed, prompt and settings: same tokens, so two runs without it answer alike; -1 or random draws one.",
+        "uint32",
+    )
 
     def __post_init__(self):
         for name, option in OPTIONS.items():

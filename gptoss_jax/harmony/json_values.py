@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from gptoss_jax import files
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.files import check_value  # noqa: F401, for those who look at values here
 
 MAX_FILE_BYTES = 64 * 2**20  # a hundred times what the longest context holds
 
@@ -48,7 +47,7 @@ def known_fields(value: object, known: Sequence[str], where: str) -> dict[str, A
     unknown = [key for key in fields if key not in known]
     if unknown:
         raise GptossError(
-            f"{where} has {', '.join(map(repr, unknown))}, expected only {', '.join(known)}: put what it says in "
+            f"{where} has {', '.join(map(short, unknown[:10]))}, expected only {', '.join(known)}: put what it says in "
             "one of these, or take it out if it does not matter"
         )
     return fields
@@ -102,4 +101,5 @@ def model_of(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         return model.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise GptossError(f"{where}, {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        place = ".".join(map(str, fault["loc"]))
+        raise GptossError(f"{where}, {place[:60]}: {fault['msg']}") from None

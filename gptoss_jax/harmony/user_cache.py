@@ -1,4 +1,4 @@
-"""The user's cache folder: the unpacked vocabulary lies there, and what later runs need not find out again."""
+"""The user's cache folder: what later runs need not find out again."""
 
 import os
 import tempfile

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from pallas_kernels import mxfp4
 ROOT = Path(__file__).parents[2]
 TINY = json.loads((ROOT / "configs" / "tiny.json").read_text())
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-SMALL = with_vocab_size(TINY, 512) | TWO_LAYERS | {"num_local_experts": 8}
+SMALL: dict[str, Any] = with_vocab_size(TINY, 512) | TWO_LAYERS | {"num_local_experts": 8}
 # OpenAI's config.json names no special ids, so its vocabulary must be the published one; hence so narrow a model.
 NARROW = TINY | TWO_LAYERS | {"hidden_size": 32, "intermediate_size": 64}
 SCALES = "model.layers.0.mlp.experts.gate_up_proj_scales"

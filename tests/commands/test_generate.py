@@ -322,10 +322,84 @@ def test_the_settings_reach_the_prompt(folder, tmp_path):
     assert _prompt(again).startswith(prompt.removesuffix("<|start|>assistant"))
 
 
+def test_text_files_from_windows(folder, tmp_path):
+    """Guards prompts, conversations and tools that a Windows editor wrote: no mark, no last carriage return."""
+    mark, windows = b"\xef\xbb\xbf", b"Why is\r\nthe sky blue?\r\n"
+    (tmp_path / "q.txt").write_bytes(mark + windows)
+    chat = [{"role": "user", "content": "Why is\r\nthe sky blue?"}]
+    (tmp_path / "chat.json").write_bytes(mark + json.dumps(chat, indent=1).replace("\n", "\r\n").encode())
+    (tmp_path / "tools.json").write_bytes(mark + json.dumps(TOOLS).encode())
+    ways = [
+        (["--prompt-file", tmp_path / "q.txt"], ""),
+        ([], mark + windows),
+        (["--messages", tmp_path / "chat.json"], ""),
+    ]
+    for arguments, stdin in ways:
+        asked = (*arguments, "--tools", tmp_path / "tools.json", "--max-new-tokens", "1")
+        prompt = _prompt(_document(folder, "thinker", *asked, stdin=stdin))
+        assert prompt.endswith("<|start|>user<|message|>Why is\r\nthe sky blue?<|end|><|start|>assistant")
+        assert "\ufeff" not in prompt
+        assert "type get_weather = " in prompt
+
+
+def test_runs_without_breaks_are_read_or_refused_in_a_line(folder, tmp_path):
+    """Guards base64, DNA and megabytes of spaces: tokens in linear time, or one line, and no panic."""
+    for text, said in (
+        ("ACGT" * 250_000, "exceed the context of 4096 tokens"),
+        ("a" * 1_000_000, "exceed the context of 4096 tokens"),
+        ("a" + " " * 1_000_000 + "b", "its longest run of white space is 1000000, expected fewer than a million"),
+    ):
+        (tmp_path / "q.txt").write_text(text)
+        start = time.monotonic()
+        done = _generate(folder, "thinker", "--prompt-file", tmp_path / "q.txt")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert time.monotonic() - start < 20
+
+
+def test_a_seed_can_be_drawn_and_is_always_echoed(folder):
+    """Guards --seed: -1 and random draw one, and what was drawn can be given again."""
+    asked = ("checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "6")
+    drawn = [_document(folder, *asked, "--seed", word) for word in ("-1", "random", "Random")]
+    seeds = [document["settings"]["seed"] for document in drawn]
+    assert len(set(seeds)) == 3
+    again = _document(folder, *asked, "--seed", seeds[0])
+    assert again["answers"][0]["token_ids"] == drawn[0]["answers"][0]["token_ids"]
+    assert _document(folder, *asked)["settings"]["seed"] == 0
+    done = _generate(folder, "thinker", "Why?", "--seed", "17", "--max-new-tokens", "1")
+    assert "prompt of 58 tokens; effort medium, date none, seed 17\n" in done.stderr
+    done = _generate(folder, *asked, "--seed", "17")
+    assert "prompt of 3 tokens; seed 17\n" in done.stderr
+    assert "two runs without it answer alike; -1 or random draws one" in " ".join(
+        _generate(folder, "", "--help").stdout.split()
+    )
+    for wrong in ("-2", "1.5", "4294967296"):
+        done = _generate(folder, *asked, f"--seed={wrong}")
+        assert done.returncode == 2
+        assert "seed" in done.stderr.splitlines()[-1]
+
+
+def test_what_the_prompt_leaves_out_is_said(folder, tmp_path):
+    """Guards lines on keys that were ignored, in each file, and on an effort in the instructions that does not act."""
+    chat = [{"role": "system", "content": "Reasoning: high"}, {"role": "user", "content": "Hi", "id": "m"}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    (tmp_path / "tools.json").write_text(json.dumps([TOOLS[0] | {"cache_control": {"type": "ephemeral"}}]))
+    asked = ("--messages", tmp_path / "chat.json", "--tools", tmp_path / "tools.json", "--max-new-tokens", "1")
+    lines = _generate(folder, "thinker", *asked).stderr.splitlines()
+    ignored = "ignored, since the prompt has no place for it: "
+    said = [line for line in lines if line.startswith((ignored, "the instructions say"))]
+    effort = "the instructions say 'Reasoning: high', but the effort that acts is medium"
+    assert said == [ignored + "'id'", ignored + "'cache_control'", effort]
+    done = _generate(folder, "thinker", *asked, "--reasoning-effort", "high")
+    assert "the instructions say" not in done.stderr
+
+
 def test_today_is_put_in_when_asked_for_and_only_then(folder):
     """Guards reproducibility: no run takes the day's date by itself."""
     asked = ("thinker", "Why?", "--max-new-tokens", "1")
     assert "Current date" not in _prompt(_document(folder, *asked))
+    assert _document(folder, *asked, "--date", "none")["settings"]["date"] is None
     before = time.strftime("%Y-%m-%d")
     document = _document(folder, *asked, "--date", "today")
     day = document["settings"]["date"]
@@ -505,6 +579,8 @@ BAD = {
     "many stops": (["x", "--stop-ids", "1,2,3,4,5,6"], "9 stop ids, expected at most 8"),
     "empty stop": (["x", "--stop", ""], "a stop string is empty"),
     "bad date": (["x", "--date", "tomorrow"], "--date is 'tomorrow', expected a date as YYYY-MM-DD, or none"),
+    "utf-16": (["--prompt-file", "UTF_16"], "q.txt is UTF-16, expected UTF-8: convert it with `iconv -f UTF-16"),
+    "misspelt type": (["x", "--tools", "MISSPELT"], "tool 'f': parameter 'city' has type 'strnig', expected one of"),
     "bad effort": (["x", "--reasoning-effort", "extreme"], "--reasoning_effort=extreme"),
     "bad tools": (["x", "--tools", "README.md"], "README.md, line 1, column 1: Expecting value; expected JSON"),
     "bad messages": (
@@ -528,7 +604,11 @@ def test_bad_input_is_one_line_and_exit_code_2(name, folder, tmp_path):
     arguments, message = BAD[name]
     (tmp_path / "results.json").write_text('[{"name": "f", "content": "x"}]')
     (tmp_path / "chat.json").write_text('[{"role": "user", "content": "x"}]')
+    (tmp_path / "q.txt").write_bytes("Why is the sky blue?\r\n".encode("utf-16"))
+    misspelt = {"type": "object", "properties": {"city": {"type": "strnig"}}}
+    (tmp_path / "tools.json").write_text(json.dumps([{"name": "f", "parameters": misspelt}]))
     files = {"TOOLS": tmp_path / "results.json", "CHAT": tmp_path / "chat.json"}
+    files |= {"UTF_16": tmp_path / "q.txt", "MISSPELT": tmp_path / "tools.json"}
     model = "checkpoint" if arguments[:1] != [None] else ""
     given = [files.get(argument, argument) for argument in arguments if argument is not None]
     done = _generate(folder, model, *given)

@@ -26,11 +26,11 @@ from gptoss_jax.harmony.tokenizer import (
     START,
     STARTOFTEXT,
     VOCAB_SIZE,
-    harmony_encoding,
     load_tokenizer,
 )
 from tests import broken_streams
 from tests.broken_streams import CALL_WEATHER, FINAL, MUTATIONS, NEXT, THOUGHT, WHICH, mutated, spelled
+from tests.library import harmony_encoding
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 
