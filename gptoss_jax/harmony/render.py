@@ -151,7 +151,7 @@ def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
 def waiting_calls(messages: Sequence[Message]) -> list[int]:
     """Indices of the last turn's tool calls that no message answers yet."""
     start = _last_user(messages)
-    return [call for call, result in call_results(messages).items() if result is None and call >= start]
+    return [start + call for call, result in call_results(messages[start:]).items() if result is None]
 
 
 def calls_without_result(messages: Sequence[Message]) -> list[str]:
@@ -161,7 +161,7 @@ def calls_without_result(messages: Sequence[Message]) -> list[str]:
 
 def _last_user(messages: Sequence[Message]) -> int:
     """Index of the last user message, 0 if there is none."""
-    return max((i for i, message in enumerate(messages) if message.author.role is Role.USER), default=0)
+    return next((i for i in reversed(range(len(messages))) if messages[i].author.role is Role.USER), 0)
 
 
 def check_message(message: Message, where: str) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -810,6 +811,15 @@ def test_calls_may_be_left_without_a_result(order, given, ended):
     assert {call: result for call, result in pairs.items() if result} == {
         1 + place: 1 + len(calls) + place for place in range(len(first))
     }
+
+
+def test_long_conversations_are_read_in_linear_time():
+    """Guards against seconds for every thousand turns: each result looks for its call in its own turn."""
+    turn = [USER, {"role": "assistant", "tool_calls": [CHAT_CALLS["a"]]}]
+    turn += [{"role": "tool", "tool_call_id": "a", "content": "y"}, {"role": "assistant", "content": "z"}]
+    start = time.process_time()
+    assert len(from_json(turn * 1000).messages) == 4000
+    assert time.process_time() - start < 2
 
 
 def test_the_rest_of_the_results_follow():
