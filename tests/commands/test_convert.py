@@ -678,6 +678,10 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
         held["model.norm.weight"] = (dtype, shape, set_bits(content, {3: 0x3F80}))
     (line,) = refusals(capsys, broken, copy)
     assert line.endswith("copy: holds a checkpoint made from something else; remove it or name another folder")
+    changed = json.loads((copy / "config.json").read_text()) | {"swiglu_limit": 8.0}
+    (copy / "config.json").write_text(json.dumps(changed))
+    (line,) = refusals(capsys, broken, copy)
+    assert line == f"convert: {copy / 'config.json'}: not as this source's: convert again, or mend it"
     (tmp_path / "folder").mkdir()
     (line,) = refusals(capsys, broken, tmp_path / "folder")
     assert line.endswith("folder: exists and is no finished checkpoint; remove it or name another folder")
