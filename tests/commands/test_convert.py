@@ -784,6 +784,11 @@ def test_something_in_the_place_of_what_is_written_is_named(small, tmp_path, cap
     (line,) = refusals(capsys, small, tmp_path / "out")
     assert line.endswith("out.partial: in the way: expected nothing there, or what was begun; remove it")
     assert (tmp_path / "out.partial").read_text() == "mine"
+    (line,) = refusals(capsys, small, tmp_path / "out.partial" / "deep" / "out")
+    assert line.endswith(f"out: cannot be made in {tmp_path / 'out.partial'}, which is no folder")
+    (tmp_path / "loop").symlink_to("loop")
+    (line,) = refusals(capsys, tmp_path / "loop", tmp_path / "out")
+    assert line.endswith("loop: a link to loop, which is not there, expected a checkpoint's folder")
 
 
 def test_the_same_fault_in_many_tensors_is_one_line(broken, tmp_path, capsys):
