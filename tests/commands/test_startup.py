@@ -107,7 +107,11 @@ MISTAKES = {
     "bad flag": (GENERATE, "--checkpoint GOOD --temprature 1 Hello", "Unknown command line flag 'temprature'"),
     "bad value": (GENERATE, "--checkpoint GOOD --top-p 2 Hello", "--top-p is 2.0, expected 0 to 1"),
     "bad messages": (GENERATE, "--checkpoint GOOD --messages BROKEN", "broken.json, line 1, column 3: "),
-    "long number": (GENERATE, "--checkpoint GOOD --messages LONG", "long.json: Exceeds the limit (4300 digits)"),
+    "long number": (
+        GENERATE,
+        "--checkpoint GOOD --messages LONG",
+        "long.json: a number of 5000 digits is out of range",
+    ),
     "bad tools": (GENERATE, "--checkpoint GOOD --tools BROKEN Hello", "broken.json, line 1, column 3: "),
     "bad chat": (GENERATE, "--checkpoint GOOD --chat --messages BROKEN", "broken.json, line 1, column 3: "),
     "score missing": (SCORE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
