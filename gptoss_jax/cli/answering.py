@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from gptoss_jax import whole_files
 from gptoss_jax.cli import answer_report, command, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.terminal import Screen, interruptible
@@ -39,7 +40,7 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     if not 1 <= options.n <= MAX_ANSWERS:
         raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
     if options.save:
-        messages.check_can_write(options.save)
+        whole_files.check_can_write(options.save)
     config = model_flags.config(options)
     prompt = prompts.read(options, arguments)
     request = sampling_flags.request(options, config, prompt.token_ids, sampling)

@@ -255,7 +255,7 @@ def _store(vocabulary: bytes, folder: Path) -> None:
     """Puts the file there whole, unless it is there already and intact."""
     path = folder / "o200k_base.tiktoken"  # the name openai-harmony looks for
     if not (path.is_file() and path.read_bytes() == vocabulary):
-        user_cache.write_whole(path, vocabulary)
+        user_cache.write(path, vocabulary)
 
 
 @contextmanager

@@ -99,4 +99,4 @@ def _keep_figures(figures: dict[str, float]) -> None:
     """Keeps the figures for later runs; where nothing can be written, each run measures for itself."""
     with contextlib.suppress(OSError, RuntimeError):
         content = json.dumps(figures, indent=1).encode()
-        user_cache.write_whole(user_cache.cache_folder() / BANDWIDTH_FILE, content)
+        user_cache.write(user_cache.cache_folder() / BANDWIDTH_FILE, content)
