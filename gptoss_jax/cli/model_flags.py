@@ -65,9 +65,10 @@ def load(
         from gptoss_jax.runtime import device, loading  # here, so that a mistake is found before JAX is imported
 
     if options.compilation_cache != "":
-        folder = Path(options.compilation_cache or device.compiled_programs_folder())
-        if not device.keep_compiled_programs(folder):
-            screen.say(f"compiled programs are not kept: cannot write to {folder} (--compilation-cache)")
+        try:
+            device.keep_compiled_programs(Path(options.compilation_cache) if options.compilation_cache else None)
+        except GptossError as error:
+            screen.say(f"compiled programs are not kept: {error} (--compilation-cache)")
     with screen.progress("loading", interrupted) as report:
         language_model = loading.load(
             options.checkpoint,

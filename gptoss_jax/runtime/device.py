@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import user_cache
+from gptoss_jax.runtime import program_cache
 
 BANDWIDTH_FILE = "read_bandwidth.json"
 SAMPLE_BYTES = 1 << 28
@@ -27,18 +29,30 @@ def compiled_programs_folder() -> Path:
     return user_cache.cache_folder() / "xla"
 
 
-def keep_compiled_programs(folder: Path) -> bool:
-    """Lets XLA keep its programs in `folder`; false if nothing can be written there, and then nothing is kept."""
+def keep_compiled_programs(folder: Path | None = None) -> None:
+    """Lets XLA keep its programs in `folder`; None: in `compiled_programs_folder()`, which only its owner may enter.
+
+    A program is code: a folder that is made here is its owner's alone, and one that anyone can write to is not used.
+
+    Raises:
+        GptossError: nothing can be kept there, and why.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    if not os.access(folder, os.W_OK):
-        return False
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return True
+        place = folder or compiled_programs_folder()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder is None:
+            place.chmod(0o700)
+    except (OSError, RuntimeError) as error:  # Path.home raises RuntimeError for a user without an account
+        raise GptossError(f"cannot write to {folder or 'the cache folder'}: {_reason(error)}") from None
+    if place.stat().st_mode & stat.S_IWOTH:
+        raise GptossError(f"anyone can write to {place}, expected a folder of your own (chmod go-w)")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise GptossError(f"cannot write to {place}")
+    program_cache.use(place)
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def read_bandwidth(device: Any, at_least: float = 0.0) -> float:
@@ -92,7 +106,7 @@ def _kept_figures() -> dict[str, float]:
     except (OSError, ValueError, RuntimeError):  # Path.home raises RuntimeError for a user without an account
         return {}
     figures = content.items() if isinstance(content, dict) else ()
-    return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < math.inf}
+    return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < 1e18}
 
 
 def _keep_figures(figures: dict[str, float]) -> None:

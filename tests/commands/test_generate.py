@@ -596,6 +596,20 @@ def test_second_process_compiles_no_large_program(folder):
     assert again["statistics"]["compile_seconds"] < 0.5 * fresh["statistics"]["compile_seconds"]
 
 
+def test_damaged_programs_are_compiled_again_without_a_word(folder):
+    """Guards the cache's folder: programs exchanged, and programs of noise, cost a compilation and nothing else."""
+    asked = ("thinker", "Why is the sky blue?")
+    whole = _generate(folder, *asked, home="damaged")
+    first, second = sorted((folder / "damaged" / "gptoss_jax" / "xla").glob("jit_*-cache"))
+    contents = first.read_bytes(), second.read_bytes()
+    for damage in (reversed(contents), (b"noise" * 1000, contents[1][:-1])):
+        for path, content in zip((first, second), damage, strict=True):
+            path.write_bytes(content)
+        done = _generate(folder, *asked, home="damaged")
+        assert done[:2] == whole[:2] == (0, scripted.ANSWER + "\n"), done.stderr
+        assert len(done.stderr.splitlines()) == len(whole.stderr.splitlines())
+
+
 def test_python_gives_what_the_command_gives(folder):
     """Guards the thin command: `load(...).generate(...)` draws the same tokens, from safetensors as well."""
     document = _document(folder, "checkpoint", "Grüße!", "--temperature", "0", "--max-new-tokens", "20")
