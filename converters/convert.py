@@ -7,6 +7,11 @@ exist. An interrupted run leaves DST.partial, and the same command goes on from 
 (one line per problem), 130 interrupted.
 """
 
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
 import contextlib
 import dataclasses
 import errno
@@ -21,7 +26,7 @@ from absl import flags
 
 from gptoss_jax.checkpoints.orbax.manifest import partial_folder
 from gptoss_jax.checkpoints.published import SourceError, open_source
-from gptoss_jax.cli import command
+from gptoss_jax.cli import command, interrupts, mistakes
 from gptoss_jax.cli.byte_progress import byte_progress, duration, gigabytes
 from gptoss_jax.errors import GptossError
 
@@ -95,7 +100,7 @@ def open_conversion(options: Options) -> "Conversion":
     source = open_source(options.src, quantize_experts=options.quantize_experts)
     remark = f" ({source.remark})" if source.remark else ""
     print(f"{options.src}: format {source.format}{remark}, {len(source.files)} files, {len(source.tensors)} tensors")
-    with command.ended_by_ctrl_c():
+    with interrupts.ended_by_ctrl_c():
         import jax
 
         from gptoss_jax.checkpoints import conversion
@@ -131,10 +136,10 @@ def _resumable(dst: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             command.refuse(f"{dst}: the disk is full: make room and {again}", NAME)
         resumable = f": {again}" if partial_folder(dst).is_dir() else ""
-        command.refuse(f"{error}{resumable}", NAME)
+        command.refuse(f"{mistakes.of_file(error)}{resumable}", NAME)
     except KeyboardInterrupt:
         print(f"\n{NAME}: {dst}: interrupted: {again}", file=sys.stderr)
-        sys.exit(command.INTERRUPTED)
+        sys.exit(interrupts.EXIT_CODE)
 
 
 def cli() -> None:

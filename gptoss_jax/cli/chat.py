@@ -7,17 +7,29 @@ from typing import NamedTuple
 from absl import flags
 from openai_harmony import Message
 
-from gptoss_jax.cli import command, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import interrupts, mistakes, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.chat_session import ChatSession
-from gptoss_jax.cli.terminal import Screen, interruptible
+from gptoss_jax.cli.escapes import raw_stream
+from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
 from gptoss_jax.harmony.tokenizer import START, load_tokenizer
 
-_NOT_IN_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
+_NOT_IN_CHAT = (
+    "prompt",
+    "prompt_file",
+    "tool_results",
+    "token_ids",
+    "json",
+    "raw",
+    "stats",
+    "save",
+    "n",
+    "top_logprobs",
+)
 
 
 def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -27,7 +39,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
         GptossError: flags, files or weights that are not what they should be.
         BrokenPipeError: nobody reads stdout any more.
     """
-    screen = Screen()
+    screen = Screen(quiet=options.quiet)
     session = _session(options, arguments, screen)
     converse(session, screen, show_reasoning=options.show_reasoning)
 
@@ -46,7 +58,7 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
 
 
 def _refuse_what_chat_asks_for(options: flags.FlagValues, arguments: Sequence[str]) -> None:
-    wrong = [command.spelled(flag) for flag in _NOT_IN_CHAT if options[flag].present]
+    wrong = [mistakes.spelled(flag) for flag in _NOT_IN_CHAT if options[flag].present]
     if wrong == ["--save"] and not arguments:
         raise GptossError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
     if wrong or arguments:
@@ -124,10 +136,10 @@ class _Console:
         """An answer to `new` messages."""
         view = AnswerView(self._screen, show_reasoning=self._show_reasoning)
         try:
-            with interruptible(insisting=False) as pressed:
+            with interrupts.noted() as pressed:
                 sample = self._session.answer(new, view.show, lambda: pressed() or self._screen.reader_left)
         except GptossError as error:
-            raise GptossError(f"{command.spell_flags(str(error))} (/reset forgets the conversation)") from None
+            raise GptossError(f"{mistakes.spell_flags(str(error))} (/reset forgets the conversation)") from None
         view.finish(sample.answer)
         for call in map(call_document, sample.answer.parsed.calls):
             self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
@@ -217,7 +229,7 @@ def _editor(screen: Screen) -> Callable[[], str]:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    session: PromptSession[str] = PromptSession(key_bindings=keys, output=create_output(stdout=sys.stderr))
+    session: PromptSession[str] = PromptSession(key_bindings=keys, output=create_output(stdout=raw_stream(sys.stderr)))
 
     def ask() -> str:
         while True:
