@@ -10,6 +10,7 @@ import struct
 import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyte
@@ -81,6 +82,7 @@ class _InTerminal(NamedTuple):
 
     path: str
     folder: str
+    stdout: str | None
 
     def __call__(self) -> None:
         os.chdir(self.folder)
@@ -89,17 +91,26 @@ class _InTerminal(NamedTuple):
         fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
         for stream in range(3):
             os.dup2(descriptor, stream)
+        if self.stdout:
+            os.dup2(os.open(self.stdout, os.O_WRONLY | os.O_CREAT), 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
 
 
 @contextlib.contextmanager
-def run(folder, module: str, *arguments: Any, columns: int = 80, **environment: str | None) -> Iterator[Terminal]:
-    """`python -m module arguments` in `folder`, which holds a home for caches."""
+def run(
+    folder: Path,
+    module: str,
+    *arguments: Any,
+    columns: int = 80,
+    stdout: Path | None = None,
+    **environment: str | None,
+) -> Iterator[Terminal]:
+    """`python -m module arguments` in `folder`, which holds a home for caches; `stdout`: a file in its place."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
     everything = {"XDG_CACHE_HOME": str(folder / "home"), "TERM": "xterm-256color", "NO_COLOR": None, **environment}
     everything |= {"COLUMNS": None, "LINES": None}
-    prepare = _InTerminal(os.ttyname(theirs), str(folder))
+    prepare = _InTerminal(os.ttyname(theirs), str(folder), stdout and str(stdout))
     process = processes.start(module, *arguments, prepare=prepare, environment=everything)
     try:
         yield Terminal(ours, process, columns)

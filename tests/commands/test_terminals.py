@@ -1,0 +1,115 @@
+"""What people see in a real terminal: of any width, without colours, with a model that would like to take it over."""
+
+import json
+
+import pytest
+
+from tests import processes, scripted, terminals
+from tests.gate import TinyModel
+from tests.goldens import make as golden
+
+ESCAPES = b"\x1b]", b"\x9b", b"\x07", b"\x08"
+SHOWN = scripted.CONTROL_ANSWER
+for control in "\x1b\x07\x9b\r":
+    SHOWN = SHOWN.replace(control, f"\\u{ord(control):04x}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models that say what their scripts hold, and a home for caches."""
+    folder = tmp_path_factory.mktemp("terminals")
+    for name in ("thinker", "attacker", "attacking_caller"):
+        scripted.write(folder / name, name)
+    return folder
+
+
+def _generate(folder, model, *arguments, **options):
+    checkpoint = ("--checkpoint", folder / model)
+    return terminals.run(folder, "gptoss_jax.generate", *checkpoint, *arguments, **options)
+
+
+@pytest.mark.parametrize("how", [(), ("--show-reasoning",), ("--raw",), ("--json",), ("--n", "2")])
+def test_an_answers_control_characters_are_shown(folder, how):
+    """Guards titles, clipboards and screens against what a model writes, in every form it is printed in."""
+    with _generate(folder, "attacker", "Why?", *how) as terminal:
+        assert terminal.ended() == 0
+        assert not any(escape in terminal.bytes for escape in ESCAPES)
+        assert SHOWN in terminal.text.replace("\n", "")
+        assert "\\u0008space" in terminal.text or how not in (("--show-reasoning",), ("--raw",), ("--json",))
+
+
+def test_a_calls_control_characters_are_shown(folder):
+    """Guards what a chat says of a call, and the JSON that a program would read."""
+    for how in (("Why?",), ("--chat",)):
+        with _generate(folder, "attacking_caller", *how) as terminal:
+            if "--chat" in how:
+                terminal.wait_for("\n>")
+                terminal.say("Why?\r", "/result answers it\n>")
+                terminal.type("/quit\r")
+            assert terminal.ended() == 0
+            assert not any(escape in terminal.bytes for escape in ESCAPES if escape != b"\x1b]")
+            assert b"\x1b]52" not in terminal.bytes
+            assert "\\u001b]52;c;aGk\\u0007ris" in terminal.text.replace("\n", "")
+
+
+def test_a_pipe_gets_the_answer_exactly(folder):
+    """Guards programs: what a terminal shows escaped goes through a pipe as the model wrote it."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "attacker", "Why?", "--show-reasoning")
+    done = processes.run(*asked, environment=environment)
+    # A file's text is read with universal newlines, which takes \r for \n.
+    assert done.stdout == scripted.CONTROL_ANSWER.replace("\r", "\n") + "\n"
+    assert f"[reasoning]\n{scripted.CONTROL_REASONING}\n" in done.stderr
+
+
+NAMES = "\x1b]0;owned\x07\x9b2J\r"
+
+
+@pytest.mark.parametrize("module", ["gptoss_jax.generate", "gptoss_jax.score", "converters.convert"])
+def test_names_of_files_and_tensors_are_shown(folder, module):
+    """Guards errors and reports: the name of a folder, of a tensor, of a kind of model, in every command."""
+    model = folder / f"model{NAMES}"
+    if not model.exists():
+        TinyModel(golden.tiny_config()).write(model)
+        config = json.loads((model / "published" / "config.json").read_text())
+        (model / "published" / "config.json").write_text(json.dumps(config | {"model_type": f"a{NAMES}"}))
+    given = (model / "published", folder / "dst") if "convert" in module else ("--checkpoint", model / "published", "x")
+    with terminals.run(folder, module, *given) as terminal:
+        assert terminal.ended() == 2
+        assert not any(escape in terminal.bytes for escape in ESCAPES)
+        assert "Traceback" not in terminal.text
+
+
+@pytest.mark.parametrize("columns", [30, 80])
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_a_prompt_and_a_chat_in_any_terminal(folder, columns, environment):
+    """Guards narrow windows and plain terminals: no line is cut, nothing of a bar is left, no codes where none serve."""
+    for how in (("Why?",), ("--chat",)):
+        with _generate(folder, "thinker", *how, columns=columns, **environment) as terminal:
+            if "--chat" in how:
+                terminal.wait_for("> ")
+                terminal.say("Why?\r", "**blue** ✨"[:8])
+                terminal.say("/help\r", "/quit")
+                terminal.type("\x04")
+            assert terminal.ended() == 0
+            words = terminal.text.split()
+        assert {"loaded", "kernels", "**blue**"} <= set(words)
+        assert "━" not in terminal.text
+        if environment.get("TERM") == "dumb":
+            assert b"\x1b" not in terminal.bytes
+        if "NO_COLOR" in environment:
+            assert b"\x1b[3" not in terminal.bytes
+
+
+def test_results_at_a_terminal_go_where_stdout_goes(folder, tmp_path):
+    """Guards `score ... > file` in a terminal, whose progress bar took what was printed to stderr."""
+    out = tmp_path / "out"
+    given = ("--checkpoint", folder / "thinker", "--lines", "One line.\nAnother line.")
+    with terminals.run(folder, "gptoss_jax.score", *given, stdout=out) as terminal:
+        assert terminal.ended() == 0
+        assert "perplexity" not in terminal.text
+    assert [line.split()[0] for line in out.read_text().splitlines()] == ["3", "2", "all:"]
+    with terminals.run(folder, "gptoss_jax.score", *given) as terminal:
+        assert terminal.ended() == 0
+        assert terminal.text.count("perplexity") == 3
+        assert "━" not in terminal.text
