@@ -26,7 +26,8 @@ def inputs(screen: Screen, completions: Mapping[str, Sequence[str]]) -> Iterator
         screen: where hints are shown.
         completions: commands, and the words that may follow each; FILE stands for any file's name.
     """
-    ask = _editor(screen, completions) if sys.stdin.isatty() and sys.stderr.isatty() else _lines()
+    can_edit = sys.stdin.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    ask = _editor(screen, completions) if can_edit else _lines()
     while True:
         try:
             text = ask()
@@ -40,10 +41,13 @@ def inputs(screen: Screen, completions: Mapping[str, Sequence[str]]) -> Iterator
 def _lines() -> Callable[[], str]:
     """Reads a line; bytes that are no UTF-8 come as half characters, which are refused where they would be used."""
     sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+    mark = "> " if sys.stdin.isatty() and sys.stderr.isatty() else ""
 
     def read() -> str:
+        print(mark, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
+            print("\n" if mark else "", end="", file=sys.stderr)
             raise EOFError
         return line.removesuffix("\n")
 

@@ -127,7 +127,7 @@ class Screen:
             *columns,
             console=self._errors,
             transient=True,
-            disable=self._quiet or not self._errors.is_terminal,
+            disable=self._quiet or not self._errors.is_terminal or self._errors.is_dumb_terminal,
             redirect_stdout=False,  # to stderr, even where stdout is a file
             redirect_stderr=False,
         )
