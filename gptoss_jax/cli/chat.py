@@ -136,7 +136,8 @@ class _Console:
         return {name: command.usage.split("|") for name, command in self._commands.items()}
 
     def _hint(self, name: str) -> str:
-        meant = difflib.get_close_matches(name, [*self._commands, *_OTHER_NAMES], n=1)
+        names = [*self._commands, *(other for other in _OTHER_NAMES if len(other) > len("/q"))]
+        meant = difflib.get_close_matches(name, names, n=1)
         return f"did you mean {meant[0]}?" if meant else "/help lists them"
 
     def say_what_waits(self) -> None:
