@@ -132,6 +132,8 @@ def _resumable(dst: Path) -> Iterator[None]:
     again = "run the same command again, it goes on where it stopped"
     try:
         yield
+    except BrokenPipeError:  # of what is printed
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             command.refuse(f"{dst}: the disk is full: make room and {again}", NAME)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptoss_jax.errors import GptossError
 
-_DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # /dev/stdout and its like, where a file may lie behind
+_DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # /dev/stdout and its like, which may name a file
 
 
 class WriteError(GptossError, OSError):
@@ -61,7 +61,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def _target(path: str | Path) -> str:
-    """The file behind links; /dev/stdout and its like stay themselves."""
+    """The file that links lead to; /dev/stdout and its like stay themselves."""
     if "\0" in str(path) or not str(path):
         raise WriteError(f"cannot write {str(path)!r}: expected a file name")
     absolute = os.path.abspath(path)

@@ -38,19 +38,15 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
-
-    def guarded(argv: list[str]) -> None:
-        try:
-            _guard(main, argv[1:], name)
-        finally:  # the exit code is decided, however long a hand insists
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            except KeyboardInterrupt:  # it did while the memory of a model was given back
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-
     open_streams(name)
     parse = functools.partial(_parse, name=name, sections=sections, module=main.__module__)
-    app.run(guarded, flags_parser=parse)
+    try:
+        _guard(lambda: app.run(lambda argv: main(argv[1:]), flags_parser=parse), name)
+    finally:  # the exit code is decided, however long a hand insists
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # it did while the memory of a model was given back
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def refuse(message: str, name: str) -> NoReturn:
@@ -158,10 +154,14 @@ def _as_defined(argument: str) -> str:
     return f"--no{defined[5:]}" if without and without[1] in flags.FLAGS else defined
 
 
-def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -> None:
+def _guard(work: Callable[[], None], name: str) -> None:
+    """Does the work, and says in one line, or by an exit code, what kept it from being done."""
     interrupts.raise_when_pressed()
     try:
-        main(arguments)
+        try:
+            work()
+        finally:
+            _flush()
     except BrokenPipeError:  # `| head` has seen enough
         write_nowhere(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
@@ -172,3 +172,12 @@ def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(interrupts.EXIT_CODE)
+
+
+def _flush() -> None:
+    """Writes what was printed, while a full disk can still be said; at Python's exit it would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        write_nowhere(sys.stdout)
+        raise OSError(error.errno, error.strerror, "stdout") from None

@@ -52,7 +52,7 @@ def guard_terminals() -> None:
 
 
 def raw_stream(stream: Any) -> Any:
-    """What lies behind a guarded stream; any other stream itself."""
+    """The terminal of a guarded stream; any other stream itself."""
     return stream.raw if isinstance(stream, TerminalStream) else stream
 
 

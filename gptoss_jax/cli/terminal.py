@@ -23,11 +23,7 @@ class _Errors(Console):
 
 
 class Screen:
-    """The two streams of a command. Nothing but `answer` and `document` write to stdout.
-
-    Attributes:
-        reader_left: nobody reads stdout any more; what is written from then on goes nowhere.
-    """
+    """The two streams of a command. Nothing but `answer` and `document` write to stdout."""
 
     def __init__(self, *, quiet: bool = False):
         """`quiet`: neither notes nor progress."""
@@ -44,7 +40,7 @@ class Screen:
         self._quiet = quiet
         self._open = ""  # the stream whose last line is unfinished
         self._bars: Progress | None = None  # what an answer must not be written into
-        self.reader_left = False
+        self._lost: OSError | None = None  # why stdout takes no more
 
     def say(self, line: str) -> None:
         """A line on stderr, cut at words to the width of a terminal; elsewhere a line stays a line."""
@@ -95,16 +91,21 @@ class Screen:
             self._errors.print()
         self._open = ""
 
+    @property
+    def reader_left(self) -> bool:
+        """Nobody reads stdout any more, or its disk is full; what is written from then on goes nowhere."""
+        return self._lost is not None
+
     def check_reader(self) -> None:
-        """Raises BrokenPipeError if nobody reads stdout any more, once what had to be kept is kept."""
-        if self.reader_left:
-            raise BrokenPipeError
+        """Raises what kept stdout from being written, BrokenPipeError mostly, once what had to be kept is kept."""
+        if self._lost:
+            raise self._lost
 
     def _write(self, text: str) -> None:
         try:
             print(text, end="", flush=True)
-        except BrokenPipeError:
-            self.reader_left = True
+        except OSError as error:
+            self._lost = OSError(error.errno, error.strerror, "stdout")  # of the same class, by its number
             command.write_nowhere(sys.stdout)
 
     def _note(self, stream: str, text: str) -> None:
@@ -131,7 +132,7 @@ class Screen:
             redirect_stdout=False,  # to stderr, even where stdout is a file
             redirect_stderr=False,
         )
-        with bars, self._kept_apart(bars):
+        with bars, self._separate(bars):
             bar = bars.add_task(what, total=None)
 
             def report(done: int, total: int) -> None:
@@ -142,7 +143,7 @@ class Screen:
             yield report
 
     @contextmanager
-    def _kept_apart(self, bars: Progress) -> Iterator[None]:
+    def _separate(self, bars: Progress) -> Iterator[None]:
         """While the block runs, an answer on the same terminal takes the bar's place, and the bar comes back below."""
         self._bars = bars if sys.stdout.isatty() else None
         try:

@@ -1,6 +1,9 @@
 """What people see in a real terminal: of any width, without colours, with a model that would like to take it over."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -112,3 +115,41 @@ def test_results_at_a_terminal_go_where_stdout_goes(folder, tmp_path):
         assert terminal.ended() == 0
         assert terminal.text.count("perplexity") == 3
         assert "━" not in terminal.text
+
+
+def test_ctrl_c_while_compiling_is_heard_and_a_second_ends_at_once(folder):
+    """Guards the longest wait, in a terminal: a line at the first, the cursor back and no traceback at the second."""
+    with _generate(folder, "thinker", "Why?", XDG_CACHE_HOME=str(folder / "cold")) as terminal:
+        terminal.wait_for("compiling")
+        terminal.type("\x03")
+        terminal.wait_for("stopping (Ctrl-C again ends at once)")
+        terminal.type("\x03")
+        assert terminal.ended() == 130
+        assert "Traceback" not in terminal.text
+        assert terminal.bytes.rindex(b"\x1b[?25h") > terminal.bytes.rindex(b"\x1b[?25l")
+
+
+@pytest.mark.parametrize("unbuffered", [None, "1"])
+def test_a_full_disk_under_stdout_is_one_line_and_saves_the_answer(folder, tmp_path, unbuffered):
+    """Guards `> file` on a full disk: said by name, the conversation kept; help that nobody can read, too."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home"), "PYTHONUNBUFFERED": unbuffered}
+    asked = ("--checkpoint", folder / "thinker", "Why?", "--save", tmp_path / "chat.json")
+    for arguments, last in ((asked, "generate: stdout: No space left on device"), (("--help",), None)):
+        command = [sys.executable, "-m", "gptoss_jax.generate", *map(str, arguments)]
+        everything = {k: v for k, v in (os.environ | environment).items() if v is not None}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                command, cwd=golden.ROOT, env=everything, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        assert last in (None, done.stderr.splitlines()[-1])
+    assert json.loads((tmp_path / "chat.json").read_text())[1]["role"] == "user"
+
+
+def test_a_reader_that_leaves_during_help_is_no_traceback():
+    """Guards `--help | head -1`."""
+    command = f"{sys.executable} -u -m gptoss_jax.generate --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=golden.ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("Answers a prompt, or talks with you.\n", "")

@@ -94,7 +94,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(collects):
             _press()
             reached.append("the callback's end")
 
-    def main(arguments: list[str]) -> None:
+    def main() -> None:
         if collects:
             gc.callbacks.append(callback)
             gc.collect()
@@ -105,7 +105,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(collects):
 
     try:
         with pytest.raises(SystemExit) as ended:
-            command._guard(main, [], "test")
+            command._guard(main, "test")
     finally:
         gc.callbacks[:] = [other for other in gc.callbacks if other is not callback]
     assert ended.value.code == interrupts.EXIT_CODE
@@ -117,7 +117,7 @@ def test_jobs_in_a_scripts_background_ignore_ctrl_c_throughout():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reached = []
 
-    def main(arguments: list[str]) -> None:
+    def main() -> None:
         _press()
         with interrupts.ended_by_ctrl_c():
             _press()
@@ -128,7 +128,7 @@ def test_jobs_in_a_scripts_background_ignore_ctrl_c_throughout():
             _press()
             reached.append(pressed())
 
-    command._guard(main, [], "test")
+    command._guard(main, "test")
     assert reached == [False, False]
 
 
