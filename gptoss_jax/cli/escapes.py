@@ -2,7 +2,7 @@ r"""Control characters on a terminal: shown, not obeyed.
 
 What a model writes, and what files, tensors and configs are called, may hold sequences that set a terminal's title,
 fill its clipboard, clear it or move its cursor. All of them begin with a control character, so it is enough to show
-each of these as \u001b: no state, and a sequence that comes in pieces is caught like a whole one. JSON spells them the
+each of these as \u001b: no state, and a sequence that comes in parts is caught like a whole one. JSON spells them the
 same way, so a document stays one. Tab and newline stay.
 
 Letters stay too, the invisible ones among them: joiners and directional marks are part of Persian, Hindi and emoji, and
