@@ -28,9 +28,10 @@ proofs: $(VENV)/.develops
 
 test-all: test proofs
 
-# 100,000 broken harmony streams through the parser, and as many well-formed ones beside openai-harmony; about 11 minutes.
+# 100,000 broken harmony streams through the parser, as many well-formed ones beside openai-harmony, and 10,000 broken
+# ones up to what people see of them; about 12 minutes.
 mutations: $(VENV)/.develops
-	$(BIN)/python -m pytest tests/unit/test_parser.py -k "mutations or well_formed" --hypothesis-profile=full
+	$(BIN)/python -m pytest tests/unit/test_parser.py tests/unit/test_answer_view.py -k "mutations or well_formed" --hypothesis-profile=full
 
 # What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, and
 # the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.

@@ -79,8 +79,7 @@ def published(folder: Path) -> Leaves:
     """The leaves of a published checkpoint, each read when asked for."""
     source = open_source(folder)
     declared = transformer.declare(source.config, sharding.make()).leaves
-    if faults := source.problems(declared):
-        raise GptossError("\n".join(faults))
+    source.check_headers(declared)
     return Leaves(source.config, _shapes(source.config), lambda path: source.read(path, declared[path]))
 
 

@@ -1,10 +1,12 @@
 """The command that makes an Orbax checkpoint from published safetensors: checks all, then writes, resumes, verifies.
 
     python -m converters.convert SRC DST [--dry-run] [--verify] [--quantize-experts]
+    python -m converters.convert --verify DST
 
 SRC is a folder as published: Hugging Face with MXFP4 experts, OpenAI's original/, or Hugging Face in BF16. DST must not
-exist. An interrupted run leaves DST.partial, and the same command goes on from there. Exit codes: 0 done, 2 refused
-(one line per problem), 130 interrupted.
+exist, nor lie in SRC. An interrupted run leaves DST.partial, and the same command goes on from there. --verify alone
+reads a finished DST and compares it with its own manifest. Exit codes: 0 done, 2 refused (one line per problem), 130
+interrupted.
 """
 
 if __name__ == "__main__":  # before what takes long to import
@@ -18,17 +20,21 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gptoss_jax.checkpoints.orbax.manifest import partial_folder
+from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
+from gptoss_jax.checkpoints.opening import open_weights
+from gptoss_jax.checkpoints.orbax import integrity
+from gptoss_jax.checkpoints.orbax.manifest import Manifest, partial_folder
 from gptoss_jax.checkpoints.published import SourceError, open_source
 from gptoss_jax.cli import command, interrupts, mistakes
 from gptoss_jax.cli.byte_progress import byte_progress, duration, gigabytes
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, one_line, short
+from gptoss_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.conversion import Conversion
@@ -50,16 +56,21 @@ class Options:
 def define_flags() -> None:
     """This command's flags."""
     flags.DEFINE_bool("dry_run", False, "Print what would be done, and touch nothing.")
-    flags.DEFINE_bool("verify", False, "Read both sides again and compare every tensor's sha256.")
+    flags.DEFINE_bool(
+        "verify", False, "Compare every tensor's sha256: SRC's with DST's; of DST alone, with its manifest."
+    )
     flags.DEFINE_bool("quantize_experts", False, "Round bfloat16 experts that are not on the MXFP4 grid to it.")
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command on SRC and DST."""
-    if len(arguments) != 2:
-        raise GptossError(f"expected two folders, SRC DST, got {arguments or 'none'}")
-    src, dst = map(Path, arguments)
+    """Runs the command on SRC and DST, or verifies DST."""
     given = flags.FLAGS
+    if given.verify and len(arguments) == 1 and not given.dry_run and not given.quantize_experts:
+        verify_alone(Path(arguments[0]))
+        return
+    if len(arguments) != 2:
+        raise GptossError(f"expected two folders, SRC DST, got {short(arguments) if arguments else 'none'}")
+    src, dst = map(Path, arguments)
     with _resumable(dst):
         run(Options(src, dst, given.dry_run, given.verify, given.quantize_experts))
 
@@ -77,14 +88,16 @@ def run(options: Options) -> None:
     dst, leaves = options.dst, len(conversion.leaves)
     if os.path.lexists(dst):
         conversion.accept_finished()
-        print(f"{dst}: finished already, from this very source: nothing to convert")
+        print(one_line(f"{dst}: finished already, from this very source: nothing to convert"))
     else:
         started = time.monotonic()
         conversion.run()
-        print(f"{dst}: {leaves} leaves, {conversion.size_bytes:,} bytes, {time.monotonic() - started:.1f} s")
+        took = f"{time.monotonic() - started:.1f} s"
+        print(one_line(f"{dst}: {leaves} leaves, {conversion.size_bytes:,} bytes, {took}"))
     if options.verify:
         conversion.verify()
-        print(f"{dst}: verified: all {leaves} leaves, {conversion.size_bytes:,} bytes, equal the source's by sha256")
+        what = f"all {leaves} leaves, {conversion.size_bytes:,} bytes, equal the source's by sha256"
+        print(one_line(f"{dst}: verified: {what}"))
 
 
 def open_conversion(options: Options) -> "Conversion":
@@ -94,20 +107,53 @@ def open_conversion(options: Options) -> "Conversion":
         SourceError: there is no published checkpoint, or DST lies in its way.
         ConfigError: its config.json is not a gpt-oss model.
     """
-    src, dst = options.src.resolve(), options.dst.resolve()
-    if dst == src or dst in src.parents:
-        raise SourceError(f"DST {dst} is or holds SRC: name a folder of its own for the checkpoint")
+    _check_separate(options.src, options.dst)
     source = open_source(options.src, quantize_experts=options.quantize_experts)
     remark = f" ({source.remark})" if source.remark else ""
-    print(f"{options.src}: format {source.format}{remark}, {len(source.files)} files, {len(source.tensors)} tensors")
+    what = f"{len(source.files)} files, {len(source.tensors)} tensors"
+    print(one_line(f"{options.src}: format {source.format}{remark}, {what}"))
+    leaves = _import_jax()(source.config)
+    from gptoss_jax.checkpoints import conversion
+
+    return conversion.Conversion(source, options.dst, leaves, byte_progress)
+
+
+def _check_separate(src: Path, dst: Path) -> None:
+    """Refuses to write where the source lies, whichever links lead there."""
+    where = Path(os.path.realpath(src))
+    for written in (Path(os.path.realpath(path)) for path in (dst, partial_folder(dst))):
+        if written == where or written in where.parents:
+            raise SourceError(f"DST {dst} is or holds SRC: name a folder of its own for the checkpoint")
+        if where in written.parents:
+            raise SourceError(f"DST {dst} lies in SRC: name a folder outside of it for the checkpoint")
+
+
+def _import_jax() -> Callable[[ModelConfig], dict[str, Leaf]]:
+    """Imports what converts, and leaves accelerators to those who compute; gives what declares a model's leaves."""
     with interrupts.ended_by_ctrl_c():
         import jax
 
         from gptoss_jax.checkpoints import conversion
 
-    jax.config.update("jax_platforms", "cpu")  # only shapes are declared; leave accelerators to those who compute
-    leaves = conversion.declared_leaves(source.config)
-    return conversion.Conversion(source, options.dst, leaves, byte_progress)
+    jax.config.update("jax_platforms", "cpu")  # only shapes are declared
+    return conversion.declared_leaves
+
+
+def verify_alone(dst: Path) -> None:
+    """Compares a finished checkpoint with its own manifest, and says so.
+
+    Raises:
+        CheckpointError: no finished checkpoint, or a damaged one: all faults listed.
+        ConfigError: its config.json is damaged.
+    """
+    Manifest.read(dst)  # raises for what is no checkpoint of ours
+    config = open_weights(dst).config
+    leaves = _import_jax()(config)
+    size_bytes = sum(map(leaf_bytes, leaves.values()))
+    with byte_progress("verifying", size_bytes, 0) as report_bytes:
+        integrity.verify(dst, leaves, report_bytes)
+    what = f"all {len(leaves)} leaves, {size_bytes:,} bytes, have the sha256 that its manifest names"
+    print(one_line(f"{dst}: verified: {what}"))
 
 
 def _plan_text(conversion: "Conversion") -> str:
@@ -123,7 +169,7 @@ def _plan_text(conversion: "Conversion") -> str:
     ]
     if os.path.lexists(dst) or partial_folder(dst).exists():
         lines.append(f"note          {dst} or its .partial is there already, and will not be replaced")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from gptoss_jax.checkpoints.published import INDEX
 from gptoss_jax.checkpoints.recipe import Recipe
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import STARTOFTEXT
+from gptoss_jax.model import config_keys
 from gptoss_jax.model.config import NAMED_TOKEN_IDS, STOP_IDS, ModelConfig, parse_config
 
 SHARD_BYTES = 4_800_000_000  # the published 20b has files of this size
@@ -128,27 +129,17 @@ def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
 
 def generation_config(config: dict[str, Any]) -> dict[str, Any]:
     """The generation_config.json beside a config: the published one's keys, in its order."""
-    stops = {
-        "do_sample": True,
-        "eos_token_id": [config["eos_token_id"]],
-        "pad_token_id": config["pad_token_id"],
-    }
+    parsed = parse_config(config)
+    stops = {"do_sample": True, "eos_token_id": list(parsed.stop_ids), "pad_token_id": parsed.pad_id}
     if config["vocab_size"] >= NAMED_TOKEN_IDS:
         stops |= {"bos_token_id": STARTOFTEXT, "eos_token_id": [_RETURN, _END_OF_TEXT, _CALL]}
-    return stops | {"transformers_version": config["transformers_version"]}
+    return stops | {key: config[key] for key in ("transformers_version",) if key in config}
 
 
 def _openai_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same numbers in the spelling of the published `original/config.json`."""
-    same = "num_hidden_layers experts_per_token vocab_size hidden_size intermediate_size swiglu_limit head_dim"
-    same += " num_attention_heads num_key_value_heads sliding_window initial_context_length rope_theta"
-    yarn = config["rope_scaling"]
-    return {name: config[name] for name in same.split()} | {
-        "num_experts": config["num_local_experts"],
-        "rope_scaling_factor": yarn["factor"],
-        "rope_ntk_alpha": yarn["beta_slow"],
-        "rope_ntk_beta": yarn["beta_fast"],
-    }
+    parsed = parse_config(config)
+    return {key: getattr(parsed, field) for key, field in config_keys.OPENAI.items()}
 
 
 # ---- files ----

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before what takes long to import
 
     interrupts.end_at_once()
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from absl import flags
 from converters.random_checkpoint import FORMATS, SHARD_BYTES, with_vocab_size, write_checkpoint
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
+from gptoss_jax.files import read_json
 from gptoss_jax.model.config import read_config
 
 
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
 def _read_config(path: Path, vocab_size: int | None) -> dict[str, Any]:
     """The raw config, checked by the product's own reader."""
     read_config(path)
-    config = json.loads(path.read_text())
+    config = read_json(path)
     return config if vocab_size is None else with_vocab_size(config, vocab_size)
 
 

@@ -1,8 +1,8 @@
 """gpt-oss in JAX: published weights in, sharded and streamed tokens out.
 
     model = gptoss_jax.load("path/to/checkpoint")
-    for event in model.generate(token_ids, temperature=0.0):
-        print(event.token_ids)
+    for answer in model.answers(["Why is the sky blue?", "Name three primes."]):
+        print(answer.final)
 
 Axis letters, here and in every docstring: B batch, T query tokens, S cache positions, D hidden, N query heads, K key
 and value heads, G = N / K, H head size, F expert hidden, E experts, X experts per token, V vocabulary, L layers.
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from gptoss_jax.engine.request import EngineConfig, Request
     from gptoss_jax.engine.sampling_params import SamplingParams
     from gptoss_jax.errors import GptossError
+    from gptoss_jax.harmony.settings import Settings
     from gptoss_jax.runtime.language_model import LanguageModel
     from gptoss_jax.runtime.loading import load
 
-__all__ = ["EngineConfig", "GptossError", "LanguageModel", "Request", "SamplingParams", "load"]
+__all__ = ["EngineConfig", "GptossError", "LanguageModel", "Request", "SamplingParams", "Settings", "load"]
 
 _HOMES = {
     "EngineConfig": "gptoss_jax.engine.request",
@@ -26,8 +27,13 @@ _HOMES = {
     "LanguageModel": "gptoss_jax.runtime.language_model",
     "Request": "gptoss_jax.engine.request",
     "SamplingParams": "gptoss_jax.engine.sampling_params",
+    "Settings": "gptoss_jax.harmony.settings",
     "load": "gptoss_jax.runtime.loading",
 }
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

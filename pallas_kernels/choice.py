@@ -1,7 +1,7 @@
 """Which implementation of an op was taken, and why: what each kind of kernel needs, and how the answer looks."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple, TypeVar
 
 import cpu_kernels
 
@@ -10,6 +10,43 @@ HOPPER = 9  # the major compute capability whose tensor cores the GPU kernels ar
 
 class KernelError(ValueError):
     """An implementation was asked for by name that is unknown, or cannot run on these devices."""
+
+
+T = TypeVar("T")
+
+
+class Implementations(MutableMapping[str, T]):
+    """The implementations of an op by name, each made when it is first taken.
+
+    Importing Pallas's compilers takes a quarter of a second, which nobody should wait for whose devices need none.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], T]]):
+        """`makers`: name -> what imports an implementation and gives it."""
+        self._makers = dict(makers)
+        self._made: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __setitem__(self, name: str, implementation: T) -> None:
+        self._makers[name] = lambda: implementation
+        self._made[name] = implementation
+
+    def __delitem__(self, name: str) -> None:
+        del self._makers[name]
+        self._made.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class Hardware(NamedTuple):

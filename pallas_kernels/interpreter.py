@@ -1,7 +1,13 @@
-"""Pallas's interpreter for GPU kernels, which runs them on a CPU and finds races; JAX 0.10 does not export it yet."""
+"""Pallas's interpreters, which run kernels for GPUs and TPUs on a CPU; JAX 0.10 does not export the GPU's yet."""
 
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas.tpu import InterpretParams as InterpretTPUParams
+
+# TMA fills with zeros what lies beyond an array; in JAX 0.10 the interpreter does so by this setting only.
+ZERO_FILLING = InterpretGPUParams(
+    out_of_bounds_reads="uninitialized", uninitialized_memory="zero", num_tma_threads_per_device=16
+)
 
 
 def races_found() -> bool:
@@ -9,4 +15,4 @@ def races_found() -> bool:
     return gpu_callbacks.get_races().races_found
 
 
-__all__ = ["InterpretGPUParams", "races_found"]
+__all__ = ["ZERO_FILLING", "InterpretGPUParams", "InterpretTPUParams", "races_found"]

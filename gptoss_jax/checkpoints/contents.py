@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from gptoss_jax.checkpoints import packing
 from gptoss_jax.checkpoints.recipe import Recipe
-from gptoss_jax.checkpoints.safetensors_reader import Entry
+from gptoss_jax.checkpoints.safetensors_reader import Entry, tensor_fault
+from gptoss_jax.errors import Fault
 
 _BF16_INFINITY = 0x7F80
 
@@ -20,12 +22,25 @@ class FileReport:
     Attributes:
         sha256: of the whole file; "" where its header is at fault.
         rounding: tensor -> relative RMS error of those of its experts that packing rounds; exact tensors are left out.
-        faults: one line each.
+        faults: of its tensors.
     """
 
     sha256: str
     rounding: dict[str, float]
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+    def note(self) -> dict[str, Any]:
+        """What is to be remembered of a report without faults."""
+        return {"sha256": self.sha256, "rounding": self.rounding}
+
+    @classmethod
+    def from_note(cls, note: Any) -> "FileReport | None":
+        """The report that `note` was made of; None if it was of none: it lay in a file, and files get damaged."""
+        match note:
+            case {"sha256": str(digest), "rounding": dict(rounding), **others} if not others:
+                return cls(digest, rounding, ()) if all(type(x) is float for x in rounding.values()) else None
+            case _:
+                return None
 
 
 class ContentCheck:
@@ -78,20 +93,17 @@ class ContentCheck:
         self._power += packed.power
         return packed
 
-    def faults(self, quantize_experts: bool) -> list[str]:
+    def faults(self, quantize_experts: bool) -> list[Fault]:
         """What was seen that may not be, once all chunks were."""
-        where = f"{self._entry.file}: {self._entry.name}"
-        found = [f"{where}: {count:,} {what}" for what, count in self._counts.items() if count]
-        if found or not self.off_grid:
-            return found
-        if self._is_transposed:
-            return [
-                f"{where}: on the MXFP4 grid when read untransposed, off it as [E, in, out]: "
+        found = [f"{count:,} {what}" for what, count in self._counts.items() if count]
+        if self._is_transposed and not found:
+            found = [
+                "on the MXFP4 grid when read untransposed, off it as [E, in, out]: "
                 "a wrongly transposed export, make it again"
             ]
-        if quantize_experts:
-            return []
-        return [
-            f"{where}: {self.off_grid} of {self._entry.shape[0]} experts are not on the MXFP4 grid; "
-            f"converters.convert --quantize-experts rounds them (relative RMS error {self.rounding:.3g})"
-        ]
+        elif self.off_grid and not found and not quantize_experts:
+            found = [
+                f"{self.off_grid} of {self._entry.shape[0]} experts are not on the MXFP4 grid; "
+                f"converters.convert --quantize-experts rounds them (relative RMS error {self.rounding:.3g})"
+            ]
+        return [tensor_fault(self._entry.file, self._entry.name, what) for what in found]

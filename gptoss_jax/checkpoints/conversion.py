@@ -17,6 +17,7 @@ from gptoss_jax.checkpoints.orbax import integrity, manifest, writer
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer
 from gptoss_jax.checkpoints.published import HUGGINGFACE_BF16, Source, SourceError
+from gptoss_jax.errors import Fault, listed
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import ModelConfig, to_huggingface
 
@@ -73,8 +74,7 @@ class Conversion:
         Raises:
             SourceError: headers are at fault: all listed.
         """
-        if faults := self.source.problems(self.leaves):
-            raise SourceError("\n".join(faults))
+        self.source.check_headers(self.leaves)
         sizes = {path: leaf_bytes(leaf) for path, leaf in self.leaves.items()}
         largest = max(sizes, key=lambda path: sizes[path])
         free = shutil.disk_usage(_existing_parent(self.dst)).free
@@ -89,7 +89,8 @@ class Conversion:
         """
         source, faults = self.source, self.source.problems(self.leaves)
         notes = writer.notes if writer else {}
-        reports = {name: FileReport(**notes[name] | {"faults": ()}) for name in source.files if name in notes}
+        noted = {name: FileReport.from_note(notes.get(name)) for name in source.files}
+        reports = {name: report for name, report in noted.items() if report}
         left = [name for name in source.files if name not in reports]
         if left:
             with self.progress("checking", sum(source.files[name].size_bytes for name in left), 0) as report_bytes:
@@ -97,9 +98,9 @@ class Conversion:
                     report = reports[name] = source.check_file(name, report_bytes)
                     faults += report.faults
                     if writer and not faults:
-                        writer.note(name, {"sha256": report.sha256, "rounding": report.rounding})
+                        writer.note(name, report.note())
         if faults:
-            raise SourceError("\n".join(faults))
+            raise SourceError(listed(faults))
         return reports
 
     def run(self) -> None:
@@ -110,6 +111,8 @@ class Conversion:
             CheckpointError: something is in the way at `dst`.
             OSError: as the file system raises it; a later run goes on.
         """
+        if self.source.problems(self.leaves):
+            self.check()  # which raises, and says what is wrong with the contents as well
         identity = {"source": self.source.identity(), "config": to_huggingface(self.source.config)}
         with Writer(self.dst, identity) as writer:
             if writer.finished:
@@ -144,7 +147,7 @@ class Conversion:
         if not manifest.is_checkpoint(self.dst):
             raise CheckpointError(f"{self.dst}: exists and is no finished checkpoint; remove it or name another folder")
         if faults := integrity.problems(self.dst, self.leaves):
-            raise CheckpointError("\n".join(faults))
+            raise CheckpointError(listed(faults))
         recorded = manifest.read_provenance(self.dst)
         of_source = {key: value for key, value in recorded.items() if key not in ("tool", "layout")}
         if of_source != self.source.provenance(self.check()):
@@ -167,13 +170,11 @@ class Conversion:
                 expected = writer.sha256(self.source.read(path, leaf))
                 stored = integrity.stored_sha256(self.dst, records[path])
                 if not expected == stored == records[path].sha256:
-                    faults.append(
-                        f"{self.dst}: leaf {path}: sha256 {stored} on disk, {records[path].sha256} in the manifest, "
-                        f"{expected} from the source"
-                    )
+                    hashes = f"{stored} on disk, {records[path].sha256} in the manifest, {expected} from the source"
+                    faults.append(Fault(f"{self.dst}: leaf {path}", f"sha256 {hashes}"))
                 report_bytes(leaf_bytes(leaf))
         if faults:
-            raise CheckpointError("\n".join(faults))
+            raise CheckpointError(listed(faults))
 
 
 def _existing_parent(path: Path) -> Path:

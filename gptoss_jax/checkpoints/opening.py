@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.checkpoints import published
+from gptoss_jax.checkpoints import huggingface, published
 from gptoss_jax.checkpoints.leaf import Leaf
 from gptoss_jax.checkpoints.orbax import manifest
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
+from gptoss_jax.errors import Fault, listed
 from gptoss_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ def open_weights(path: Path) -> StoredWeights:
     """The weights at `path`.
 
     Raises:
-        CheckpointError: a checkpoint that is unfinished or damaged.
-        SourceError: nothing that holds weights.
+        CheckpointError: a checkpoint that is unfinished, damaged, or not of the model in its config.json.
+        SourceError: nothing that holds weights, or headers that are at fault.
         ConfigError: its config.json is not a gpt-oss model.
     """
     if manifest.is_checkpoint(path) or manifest.is_unfinished(path):
         return _open_checkpoint(path)
     source = published.open_source(path)
+    source.check_headers()
     metadata = [file.metadata for file in source.files.values()]
 
     def read(leaves: Mapping[str, Leaf], sharding: "gptoss_jax.model.sharding.Sharding") -> Iterator[tuple[str, Any]]:
@@ -53,7 +55,9 @@ def open_weights(path: Path) -> StoredWeights:
 
 
 def _open_checkpoint(path: Path) -> StoredWeights:
-    Manifest.read(path)  # raises for an unfinished one, and says what to do
+    stored = Manifest.read(path)  # raises for an unfinished one, and says what to do
+    config = manifest.read_config(path)
+    _check_names(path, stored, config)
     provenance = manifest.read_provenance(path)
     try:
         are_random = any(_says_random(file["metadata"]) for file in provenance.get("source", {}).get("files", []))
@@ -65,7 +69,17 @@ def _open_checkpoint(path: Path) -> StoredWeights:
 
         return reader.read(path, leaves, sharding)
 
-    return StoredWeights(manifest.read_config(path), "Orbax checkpoint", are_random, read)
+    return StoredWeights(config, "Orbax checkpoint", are_random, read)
+
+
+def _check_names(path: Path, stored: Manifest, config: ModelConfig) -> None:
+    """Refuses a config.json whose model has other leaves than are stored, before anything is made of its numbers."""
+    wanted = huggingface.mxfp4_recipes(config).keys()
+    faults = [Fault(f"{path}: leaf {name}", "missing") for name in sorted(wanted - stored.leaves.keys())]
+    unexpected = f"unexpected, the model in {manifest.CONFIG} has none of that name"
+    faults += [Fault(f"{path}: leaf {name}", unexpected) for name in sorted(stored.leaves.keys() - wanted)]
+    if faults:
+        raise CheckpointError(listed(faults))
 
 
 def _says_random(metadata: Mapping[str, str] | None) -> bool:

@@ -6,24 +6,26 @@ Nothing is held but headers; a leaf is read when asked for. Conversion and loadi
 import dataclasses
 import functools
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax.checkpoints import host_memory, huggingface, openai, packing
+from gptoss_jax.checkpoints import foreign, host_memory, huggingface, openai, packing
 from gptoss_jax.checkpoints.contents import ContentCheck, FileReport
 from gptoss_jax.checkpoints.leaf import Leaf
 from gptoss_jax.checkpoints.orbax import manifest
 from gptoss_jax.checkpoints.recipe import Recipe
-from gptoss_jax.checkpoints.safetensors_reader import CHUNK_BYTES, Entry, SafetensorsFile, SourceError, open_file
+from gptoss_jax.checkpoints.safetensors_reader import CHUNK_BYTES, Entry, SafetensorsFile, SourceError, tensor_fault
+from gptoss_jax.checkpoints.shards import INDEX, open_files
+from gptoss_jax.errors import Fault, listed
 from gptoss_jax.model.config import ModelConfig, read_config
 
-INDEX = "model.safetensors.index.json"
 # Format -> its table. The names are what people read, and what provenance.json keeps.
 FORMATS: Mapping[str, Callable[[ModelConfig], dict[str, Recipe]]] = {
     "Hugging Face, MXFP4 experts": huggingface.mxfp4_recipes,
@@ -32,11 +34,26 @@ FORMATS: Mapping[str, Callable[[ModelConfig], dict[str, Recipe]]] = {
 }
 HUGGINGFACE, OPENAI, HUGGINGFACE_BF16 = FORMATS
 
+_CAST = ": cast it, as transformers does: from_pretrained(SRC, dtype=torch.bfloat16), then save_pretrained"
+_HOW_TO_CAST = {(dtype, "BF16"): _CAST for dtype in ("F16", "F32", "F64")}
+_LAYER = re.compile(r"(?:model\.layers|block)\.(\d{1,6})\.")
 _NUMPY = {"BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}
 
 
 def _silent(_: int) -> None:
     pass
+
+
+class ContentError(SourceError):
+    """Faults of a published checkpoint, each of them at hand.
+
+    Attributes:
+        faults: all that were found.
+    """
+
+    def __init__(self, faults: Sequence[Fault]):
+        super().__init__(listed(faults))
+        self.faults = faults
 
 
 @dataclasses.dataclass
@@ -60,7 +77,7 @@ class Source:
     files: dict[str, SafetensorsFile]
     recipes: dict[str, Recipe]
     quantize_experts: bool
-    _faults: list[str]
+    _faults: list[Fault]
     _absent: set[str]  # tensors that some fault already explains
     _scales: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -81,8 +98,8 @@ class Source:
 
     # ---- headers ----
 
-    def problems(self, leaves: Mapping[str, Leaf]) -> list[str]:
-        """Faults of headers and index for which `leaves` cannot be read from here: one line each."""
+    def problems(self, leaves: Iterable[str] = ()) -> list[Fault]:
+        """Faults of headers and index for which `leaves` cannot be read from here."""
         tensors = self.tensors
         wanted = {recipe.tensor: recipe for recipe in self.recipes.values()}
         faults = list(self._faults)
@@ -90,18 +107,27 @@ class Source:
             if name in tensors:
                 faults += _entry_faults(tensors[name], recipe)
             elif name not in self._absent and not self._unreadable_files():
-                faults.append(f"{self.folder}: {name}: missing from all files")
+                faults.append(tensor_fault(self.folder, name, "missing from all files"))
+        unknown = f"unknown, the format ({self.format}) has no such tensor"
         faults += [
-            f"{entry.file}: {name}: unknown, the format ({self.format}) has no such tensor"
-            for name, entry in sorted(tensors.items())
-            if name not in wanted
+            tensor_fault(entry.file, name, unknown) for name, entry in sorted(tensors.items()) if name not in wanted
         ]
-        faults += [f"{self.folder}: no tensor is known for {leaf}" for leaf in sorted(leaves.keys() - self.recipes)]
+        faults += [
+            Fault(str(self.folder), f"no tensor is known for {leaf}") for leaf in sorted({*leaves} - {*self.recipes})
+        ]
         return faults
 
     def _unreadable_files(self) -> bool:
         """Whether any tensor may lie in a file whose header cannot be read."""
         return not (self.folder / INDEX).is_file() and any(not file.names for file in self.files.values())
+
+    def check_headers(self, leaves: Iterable[str] = ()) -> None:
+        """Raises what `problems` finds.
+
+        Raises:
+            SourceError: all of it.
+        """
+        _raise(self.problems(leaves))
 
     # ---- contents ----
 
@@ -119,9 +145,9 @@ class Source:
             recipe = wanted.get(entry.name)
             sound = recipe is not None and not _entry_faults(entry, recipe)
             check = ContentCheck(entry, recipe if sound else None)
-            between = _read_file(file.path, end, entry.offset)
-            digest.update(between)
-            report(len(between))
+            if not file.faults:  # else there may be gigabytes between two tensors
+                digest.update(_read_file(file.path, end, entry.offset))
+                report(entry.offset - end)
             end = entry.offset + entry.size_bytes
             for chunk in check.chunks():
                 digest.update(chunk.data)
@@ -160,18 +186,18 @@ class Source:
         Raises:
             SourceError: headers or contents are at fault: all listed.
         """
-        _raise(self.problems(leaves))
+        self.check_headers(leaves)
         faults = []
         for path, leaf in leaves.items():
             try:
                 array = self.read(path, leaf)
-            except SourceError as error:
-                faults.append(str(error))
+            except ContentError as error:
+                faults += error.faults
                 continue
             if not faults:
                 yield path, array
             del array  # while the next one is read
-        _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor have the same faults
+        _raise(list(dict.fromkeys(faults)))  # blocks and scales of one tensor have the same
 
     def _read_packed(self, path: str, entry: Entry, recipe: Recipe) -> np.ndarray:
         """Blocks or scales of a bfloat16 tensor; the scales that fall off while packing blocks are kept for later."""
@@ -224,15 +250,15 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return host_memory.empty(math.prod(shape)).reshape(shape)
 
 
-def _entry_faults(entry: Entry, recipe: Recipe) -> list[str]:
-    faults = []
+def _entry_faults(entry: Entry, recipe: Recipe) -> list[Fault]:
+    found = []
     if entry.dtype != recipe.dtype:
-        faults.append(f"{entry.file}: {entry.name}: dtype {entry.dtype}, expected {recipe.dtype}")
+        found.append(f"dtype {entry.dtype}, expected {recipe.dtype}{_HOW_TO_CAST.get((entry.dtype, recipe.dtype), '')}")
     if entry.shape != recipe.shape:
         turned = recipe.pack and entry.shape == (recipe.shape[0], recipe.shape[2], recipe.shape[1])
         hint = ": transposed, this format has [E, in, out]" if turned else ""
-        faults.append(f"{entry.file}: {entry.name}: shape {list(entry.shape)}, expected {list(recipe.shape)}{hint}")
-    return faults
+        found.append(f"shape {list(entry.shape)}, expected {list(recipe.shape)}{hint}")
+    return [tensor_fault(entry.file, entry.name, what) for what in found]
 
 
 def _read_file(path: Path, start: int, end: int) -> bytes:
@@ -244,9 +270,9 @@ def _read_file(path: Path, start: int, end: int) -> bytes:
         return file.read(end - start)
 
 
-def _raise(faults: list[str]) -> None:
+def _raise(faults: Sequence[Fault]) -> None:
     if faults:
-        raise SourceError("\n".join(faults))
+        raise ContentError(faults)
 
 
 # ---- opening ----
@@ -260,22 +286,33 @@ def open_source(path: str | Path, *, quantize_experts: bool = False) -> Source:
         quantize_experts: as in Source.
 
     Raises:
-        SourceError: there is no published checkpoint.
+        SourceError: there is no published checkpoint, or none that agrees with its config.json.
         ConfigError: its config.json is not a gpt-oss model.
     """
     folder, remark = _locate(Path(path))
     config = read_config(folder / "config.json")
-    files, faults, absent = _open_files(folder)
+    files, faults, absent = open_files(folder)
     names = {name for file in files.values() for name in file.names} | absent
+    if kind := foreign.quantization(names):
+        _raise([Fault(str(folder), kind)])
     name = _format(names)
+    _check_layers(folder, config, names, complete=not faults)
     recipes = FORMATS[name](config)
     return Source(folder, name, remark, config, files, recipes, quantize_experts, faults, absent)
+
+
+def _check_layers(folder: Path, config: ModelConfig, names: Iterable[str], *, complete: bool) -> None:
+    """Refuses a config.json whose number of layers is not the files', before anything is made of that number."""
+    layers = 1 + max((int(found[1]) for found in map(_LAYER.match, names) if found), default=config.num_layers - 1)
+    if layers > config.num_layers or (complete and layers < config.num_layers):
+        fault = f"num_hidden_layers is {config.num_layers}, but the safetensors hold {layers} layers: of another model"
+        _raise([Fault(str(folder / "config.json"), fault)])
 
 
 def _locate(path: Path) -> tuple[Path, str]:
     """The folder that holds the files, and a remark where there was a choice."""
     if not path.is_dir():
-        raise SourceError(f"{path}: {'a file' if path.exists() else 'no such folder'}, expected a checkpoint's folder")
+        raise SourceError(foreign.no_folder(path))
     inner = path / "original"
     if _holds_safetensors(path):
         return path, "its original/ is not read" if _holds_safetensors(inner) else ""
@@ -283,13 +320,20 @@ def _locate(path: Path) -> tuple[Path, str]:
         return inner, "found in original/"
     if manifest.is_checkpoint(path):
         raise SourceError(f"{path}: converted already (it holds {manifest.MANIFEST}), expected published safetensors")
+    if (path / "config.json").is_file():
+        read_config(path / "config.json")  # another model's is to be refused for that
     raise SourceError(
-        f"{path}: no *.safetensors and no {INDEX}, neither here nor in original/: expected a checkpoint as published"
+        foreign.no_checkpoint(path)
+        or f"{path}: no *.safetensors and no {INDEX}, neither here nor in original/: expected a checkpoint as published"
     )
 
 
 def _holds_safetensors(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+    return os.path.lexists(folder / INDEX) or any(map(_is_of_the_model, folder.glob("*.safetensors")))
+
+
+def _is_of_the_model(path: Path) -> bool:
+    return path.name not in foreign.ADAPTER_FILES
 
 
 def _format(names: set[str]) -> str:
@@ -298,63 +342,3 @@ def _format(names: set[str]) -> str:
     whole = any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in names)
     packed = any(name.endswith(("_proj_blocks", "_proj_scales")) for name in names)
     return HUGGINGFACE_BF16 if whole and not packed else HUGGINGFACE
-
-
-def _open_files(folder: Path) -> tuple[dict[str, SafetensorsFile], list[str], set[str]]:
-    """Files by name; faults of headers, of the index, and between files; tensors whose file cannot be read."""
-    weight_map, faults = _read_index(folder / INDEX)
-    present = {path.name for path in folder.glob("*.safetensors")}
-    files = {name: open_file(folder / name) for name in sorted(present)}
-    if weight_map:
-        faults += [
-            f"{folder / name}: not named in {INDEX}: remove it, or name it there"
-            for name in sorted(present - set(weight_map.values()))
-        ]
-    absent = set()
-    for name in sorted(set(weight_map.values()) - present):
-        held = {tensor for tensor, file in weight_map.items() if file == name}
-        faults.append(f"{folder / name}: missing, and with it {len(held)} tensors that {INDEX} places there")
-        absent |= held
-    for name, file in files.items():
-        faults += file.faults
-        absent |= file.names - file.tensors.keys()
-        if not file.names:
-            absent |= {tensor for tensor, place in weight_map.items() if place == name}
-    return files, faults + _index_faults(folder, weight_map, files) + _duplicates(files), absent
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
-    if not path.is_file():
-        return {}, []  # one file needs none, and OpenAI's format has none
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        if not all(Path(file).name == file for file in weight_map.values()):
-            raise TypeError("a file outside the folder")
-        return weight_map, []
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"{path}: no index of safetensors ({error!r}); fetch it again"]
-
-
-def _index_faults(folder: Path, weight_map: dict[str, str], files: dict[str, SafetensorsFile]) -> list[str]:
-    """Where index and headers disagree."""
-    faults = []
-    for tensor, name in sorted(weight_map.items()):
-        if name in files and files[name].names and tensor not in files[name].names:
-            faults.append(f"{folder / name}: {tensor}: not in this file, though {INDEX} places it there")
-    for name, file in files.items() if weight_map else ():
-        faults += [
-            f"{file.path}: {tensor}: {INDEX} places it in {weight_map.get(tensor, 'no file')}"
-            for tensor in sorted(file.names)
-            if name in weight_map.values() and weight_map.get(tensor) != name
-        ]
-    return faults
-
-
-def _duplicates(files: dict[str, SafetensorsFile]) -> list[str]:
-    faults, seen = [], {}
-    for name, file in files.items():
-        for tensor in sorted(file.names):
-            if tensor in seen:
-                faults.append(f"{file.path}: {tensor}: duplicate, also in {seen[tensor]}")
-            seen[tensor] = name
-    return faults

@@ -4,7 +4,6 @@ Not the safetensors package: that maps files into memory, and mapped pages count
 which the converter promises to bound; and it stops at the first fault, where all are wanted.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from gptoss_jax.checkpoints import host_memory
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import Fault, GptossError, short, shortened
+from gptoss_jax.files import MAX_BYTES, FileError, check_regular, parse_json, recognize
 
-HEADER_BYTES_LIMIT = 100_000_000  # the format's own limit
+MAX_AXES = 8
+MAX_SIZE = 1 << 63  # of an axis, or of a file
 CHUNK_BYTES = 16 << 20
 
 
@@ -71,7 +72,7 @@ class SafetensorsFile:
         metadata: its `__metadata__`.
         tensors: entries that can be read, by name.
         names: of all tensors in the header, those included that cannot be read.
-        faults: what is wrong with the header, one line each.
+        faults: what is wrong with the file or its header.
     """
 
     path: Path
@@ -80,51 +81,65 @@ class SafetensorsFile:
     metadata: dict[str, str]
     tensors: dict[str, Entry]
     names: frozenset[str]
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
 
 
 def open_file(path: Path) -> SafetensorsFile:
-    """Reads and checks a header; what is wrong with it is in `faults`."""
-    stat = path.stat()
+    """Reads and checks a header; what is wrong with it, or with the file, is in `faults`."""
+    size_bytes = mtime_ns = 0
     try:
-        raw, data_start = _header(path, stat.st_size)
-    except GptossError as error:
-        return SafetensorsFile(path, stat.st_size, stat.st_mtime_ns, {}, {}, frozenset(), (f"{path}: {error}",))
-    faults = []
-    metadata, tensors = {}, {}
-    for name, value in raw:
-        if name == "__metadata__":
-            metadata = value if isinstance(value, dict) else {}
-        elif name in tensors:
-            faults.append(f"{path}: {name}: duplicate in this file's header")
-        elif isinstance(entry := _entry(path, name, value, data_start), Entry):
-            tensors[name] = entry
-        else:
-            faults.append(f"{path}: {name}: {entry}")
+        stat = check_regular(path)
+        size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+        raw, data_start = _header(path, size_bytes)
+    except FileError as error:
+        return SafetensorsFile(path, size_bytes, mtime_ns, {}, {}, frozenset(), (Fault(str(path), error.what),))
+    metadata, tensors, faults = _tensors(path, raw, data_start)
     if all(name in tensors for name, _ in raw if name != "__metadata__"):  # else what is malformed explains the holes
-        faults += _extent_faults(path, list(tensors.values()), data_start, stat.st_size)
-    readable = {name: entry for name, entry in tensors.items() if entry.offset + entry.size_bytes <= stat.st_size}
+        faults += _extent_faults(path, list(tensors.values()), data_start, size_bytes)
+    readable = {name: entry for name, entry in tensors.items() if entry.offset + entry.size_bytes <= size_bytes}
     names = frozenset(name for name, _ in raw) - {"__metadata__"}
-    return SafetensorsFile(path, stat.st_size, stat.st_mtime_ns, metadata, readable, names, tuple(faults))
+    return SafetensorsFile(path, size_bytes, mtime_ns, metadata, readable, names, tuple(faults))
 
 
 def _header(path: Path, size_bytes: int) -> tuple[list[tuple[str, Any]], int]:
     """The header's pairs, duplicates included, and where the data starts."""
     with open(path, "rb") as file:
-        length_bytes = file.read(8)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > HEADER_BYTES_LIMIT or 8 + length > size_bytes:
-            raise GptossError(
-                f"{size_bytes:,} bytes, a header of {length:,} does not fit: truncated, or not safetensors"
-            )
+        beginning = file.read(64)
+        length = int.from_bytes(beginning[:8], "little")
+        if len(beginning) < 8 or length > MAX_BYTES or 8 + length > size_bytes:
+            fault = f"{size_bytes:,} bytes, a header of {length:,} does not fit: truncated, or not safetensors"
+            raise FileError(path, recognize(beginning) or fault)
+        file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise GptossError(f"the header is not JSON ({error}): corrupt, or not safetensors") from None
+        header = parse_json(text, path, objects=_Pairs)
+    except FileError as error:
+        raise FileError(path, f"its header is corrupt, or not safetensors: {error.what}") from None
     if not isinstance(header, _Pairs):
-        raise GptossError("the header is not a JSON object: corrupt, or not safetensors")
+        raise FileError(path, "its header is no JSON object: corrupt, or not safetensors")
     return [(name, dict(value) if isinstance(value, _Pairs) else value) for name, value in header], 8 + length
+
+
+def _tensors(
+    path: Path, raw: list[tuple[str, Any]], data_start: int
+) -> tuple[dict[str, str], dict[str, Entry], list[Fault]]:
+    """Metadata and entries of a header, and what is wrong with single ones."""
+    metadata, tensors, faults = {}, {}, []
+    for name, value in raw:
+        if name == "__metadata__":
+            metadata = {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+        elif name in tensors:
+            faults.append(tensor_fault(path, name, "duplicate in this file's header"))
+        elif isinstance(entry := _entry(path, name, value, data_start), Entry):
+            tensors[name] = entry
+        else:
+            faults.append(tensor_fault(path, name, entry))
+    return metadata, tensors, faults
+
+
+def tensor_fault(path: Path, name: str, what: str) -> Fault:
+    """What is wrong with one tensor of a file."""
+    return Fault(f"{path}: {shortened(name)}", what)
 
 
 class _Pairs(list):
@@ -137,9 +152,9 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry | str:
         return "its header entry is malformed, expected dtype, shape and data_offsets"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
-        return f"unknown dtype {dtype!r}"
+        return f"unknown dtype {short(dtype)}"
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        return f"malformed shape {shape!r} or data_offsets {offsets!r}"
+        return f"malformed shape {short(shape)} or data_offsets {short(offsets)}"
     size = math.prod(shape) * _ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != size:
         return f"data_offsets {offsets} span {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {size:,}"
@@ -147,24 +162,24 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry | str:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    right = isinstance(values, list) and len(values) <= MAX_AXES
+    return right and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
-def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> list[str]:
+def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> Iterator[Fault]:
     """Tensors that overlap, leave holes or reach beyond the file, and bytes after the last of them."""
-    faults, end, before = [], data_start, "the header"
+    end, before = data_start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
         if entry.offset < end:
-            faults.append(f"{path}: {entry.name}: overlaps {before}")
+            yield tensor_fault(path, entry.name, f"overlaps {before}")
         elif entry.offset > end:
-            faults.append(f"{path}: {entry.offset - end:,} bytes between {before} and {entry.name} belong to no tensor")
+            hole = f"{entry.offset - end:,} bytes between {before} and {shortened(entry.name)} belong to no tensor"
+            yield Fault(str(path), hole)
         if entry.offset + entry.size_bytes > end:
-            end, before = entry.offset + entry.size_bytes, entry.name
+            end, before = entry.offset + entry.size_bytes, shortened(entry.name)
     if end > size_bytes:
         cut = sum(entry.offset + entry.size_bytes > size_bytes for entry in entries)
-        faults.append(
-            f"{path}: {size_bytes:,} bytes, expected {end:,}: truncated, {cut} tensors are cut off; fetch it again"
-        )
+        fault = f"{size_bytes:,} bytes, expected {end:,}: truncated, {cut} tensors are cut off; fetch it again"
+        yield Fault(str(path), fault)
     elif end < size_bytes:
-        faults.append(f"{path}: {size_bytes - end:,} bytes after {before} belong to no tensor")
-    return faults
+        yield Fault(str(path), f"{size_bytes - end:,} bytes after {before} belong to no tensor")

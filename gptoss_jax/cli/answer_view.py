@@ -19,6 +19,7 @@ class AnswerView:
         self._screen, self._show_reasoning, self._print_calls = screen, show_reasoning, print_calls
         self._aside = ""  # the kind of text that is being shown, where it is no answer
         self._answered = False
+        self._raw = False
 
     def show(self, deltas: list[Delta]) -> None:
         """What came next. Calls are shown when they are complete."""
@@ -27,13 +28,17 @@ class AnswerView:
                 self._begin("")
                 self._screen.answer(delta.text)
                 self._answered = True
-            elif delta.channel == REASONING:
-                if self._show_reasoning:
-                    self._begin("reasoning")
-                    self._screen.aside(delta.text, REASONING_STYLE)
-            elif delta.role != "assistant" or delta.recipient is None:  # a preamble, or text of another role
-                self._begin(delta.channel or delta.role)
-                self._screen.aside(delta.text, "")
+                self._raw |= delta.channel == RAW
+            elif delta.kind in ("call", "cut_call"):
+                continue
+            elif delta.channel != REASONING:  # a preamble, or text of another role
+                self._aside_text(delta.channel or delta.role, delta.text)
+            elif self._show_reasoning:
+                self._aside_text("reasoning", delta.text, REASONING_STYLE)
+
+    def _aside_text(self, label: str, text: str, style: str = "") -> None:
+        self._begin(label)
+        self._screen.aside(text, style)
 
     def _begin(self, aside: str) -> None:
         """Marks text that is no answer: a label before it, an empty line after it."""
@@ -43,12 +48,23 @@ class AnswerView:
             self._aside = aside
 
     def finish(self, answer: Answer) -> None:
-        """Ends the line; if the model came to no answer, shows what it wrote outside of any message in its place."""
+        """Ends the line; if the model came to no answer, shows what it wrote outside of any message in its place.
+
+        Beside an answer such text stands on stderr, and so does what came of a call that was cut: no program reads it.
+        """
         if not self._answered:
             self._screen.answer(answer.stray_text if answer.final is None else answer.final)
+        if not self._raw:
+            self._finish_asides(answer)
         self._screen.finish_line()
         for call in answer.parsed.calls if self._print_calls else ():
             self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
+
+    def _finish_asides(self, answer: Answer) -> None:
+        if answer.stray_text and answer.final is not None:
+            self._aside_text("outside of any message", answer.stray_text)
+        for call in answer.parsed.cut_calls:
+            self._aside_text(f"cut call to {call.recipient}", call.content)
 
 
 def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
@@ -57,6 +73,7 @@ def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
     `to_see_reasoning`: what to type for it, where it is hidden.
     """
     parsed = answer.parsed
+    called = parsed.calls or parsed.cut_calls
     lines: list[str] = []
     if answer.finish_reason == "error":
         lines.append(f"the answer ended at step {len(parsed.token_ids)}: {NOT_FINITE}")
@@ -66,11 +83,12 @@ def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
         lines.append(f"the answer was interrupted after {len(parsed.token_ids)} tokens")
     if answer.final is None and answer.stray_text:
         lines.append("no final answer: this is text that the model wrote outside of any message")
-    elif answer.final is None and parsed.reasoning and not parsed.calls:
+    elif answer.final is None and parsed.reasoning and not called:
         hint = f" ({to_see_reasoning} shows it)" if to_see_reasoning else ""
         lines.append(f"no final answer: the model was still reasoning{hint}")
-    elif answer.final is None and parsed.token_ids and not parsed.calls:
+    elif answer.final is None and parsed.token_ids and not called:
         lines.append("no final answer: the model had not come to one")
+    lines += [f"the call to {call.recipient} was cut, so it is none" for call in parsed.cut_calls]
     if parsed.faults:
         first, *others = parsed.faults
         more = f" (and {len(others)} more)" if others else ""

@@ -62,7 +62,11 @@ def _run(
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen(quiet=options.quiet)
     language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
-    screen.note(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {len(prompt.token_ids)} tokens")
+    settings = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
+    prompt_tokens = len(prompt.token_ids)
+    screen.note(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {settings}")
+    for remark in prompt.remarks:
+        screen.say(remark)
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
@@ -71,10 +75,9 @@ def _run(
         for sample in collect(engine, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
             shown.finish(sample)
             samples.append(sample)
-        compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
         at_length = options.json or options.stats
         statistics = answer_report.measure(
-            language_model, compile_seconds, prompt_tokens, samples, with_bandwidth=at_length
+            language_model, engine.runner.compile_seconds, prompt_tokens, samples, with_bandwidth=at_length
         )
         if options.json:
             settings = answer_report.settings_document(

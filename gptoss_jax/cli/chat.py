@@ -15,7 +15,7 @@ from gptoss_jax.cli.chat_session import ChatSession
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import RequestError
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import messages
+from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
 from gptoss_jax.harmony.tokenizer import START, load_tokenizer
@@ -50,13 +50,16 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     """The conversation that --messages holds, and the model that goes on with it."""
     _refuse_what_chat_asks_for(options, arguments)
     sampling, config = sampling_flags.sampling(options), model_flags.config(options)
-    before = prompts.read_conversation(options)
-    settings = prompts.merge(prompts.settings(options), before, options)
+    opening = prompts.opening(options)
     request = sampling_flags.request(options, config, [START], sampling)
     tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)
     AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for
     _, engine = model_flags.load_for_answers(options, screen, slots=1)
-    return ChatSession(engine, tokenizer, request, stop_strings, settings, list(before.messages), options.vocab)
+    messages, settings = list(opening.conversation.messages), opening.settings
+    screen.note(prompts.settings_line(render.acting(settings, messages), sampling.seed))
+    for remark in opening.all_remarks():
+        screen.say(remark)
+    return ChatSession(engine, tokenizer, request, stop_strings, settings, messages, options.vocab)
 
 
 def _refuse_what_chat_asks_for(options: flags.FlagValues, arguments: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ def inputs(screen: Screen, completions: Mapping[str, Sequence[str]]) -> Iterator
 
 def _lines() -> Callable[[], str]:
     """Reads a line; bytes that are no UTF-8 come as half characters, which are refused where they would be used."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
     mark = "> " if sys.stdin.isatty() and sys.stderr.isatty() else ""
 
     def read() -> str:
@@ -130,4 +130,4 @@ def _prepare(path: Path) -> None:
         if os.fstat(descriptor).st_size > HISTORY_BYTES:
             file.seek(-HISTORY_BYTES // 2, os.SEEK_END)
             end = file.read().partition(b"\n\n")[2]
-            user_cache.write(path, b"\n" + end)
+            user_cache.write_whole(path, b"\n" + end)

@@ -10,6 +10,7 @@ from absl import flags
 
 from gptoss_jax.cli.mistakes import spell_flags, spelled
 from gptoss_jax.errors import GptossError
+from gptoss_jax.files import decoded
 
 
 def refuse_together(options: flags.FlagValues, *pairs: tuple[str, str]) -> None:
@@ -59,20 +60,17 @@ def only_source(
 
 
 def read_text(path: str) -> str:
-    """The text in a file, - being stdin, without the newline at its end.
+    """The text in a file, - being stdin, without a byte order mark and the newline at its end.
 
     Raises:
         OSError: the file cannot be read.
         GptossError: it is no UTF-8, or holds white space only.
     """
     name = "stdin" if path == "-" else path
-    try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
-    except UnicodeDecodeError as error:
-        raise GptossError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+    text = decoded(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), name)
     if not text.strip():
         raise GptossError(f"{name} holds no text (--help lists the ways to give one)")
-    return text.removesuffix("\n")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @contextmanager

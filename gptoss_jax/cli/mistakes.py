@@ -2,11 +2,11 @@
 
 import difflib
 import re
-import reprlib
-import textwrap
 from collections.abc import Mapping
 
 from absl import flags
+
+from gptoss_jax.errors import short, shortened
 
 # What other programs call things -> flags here, of which a command has one or none.
 _ELSEWHERE = {
@@ -70,7 +70,7 @@ def of_flag(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         name, meant = error.flagname, _meant(error.flagname)
-        typed = f"-{name}" if len(name) == 1 else spelled(textwrap.shorten(name, 60))
+        typed = f"-{name}" if len(name) == 1 else spelled(shortened(name))
         return f"unknown flag {typed}" + (f": did you mean {spelled(meant)}?" if meant else "")
     if isinstance(error.__context__, OSError):
         return f"--flagfile: {of_file(error.__context__)}"
@@ -85,7 +85,7 @@ def of_flag(error: Exception) -> str:
 def _of_value(flag: flags.Flag, value: str) -> str:
     if flag.value is None and value == "None":  # a flag that is needed
         return f"{spelled(flag.name)} is missing, expected {flag.help}"
-    return f"{spelled(flag.name)} is {reprlib.repr(value)}, expected {_expected(flag)}"
+    return f"{spelled(flag.name)} is {short(value)}, expected {_expected(flag)}"
 
 
 def _expected(flag: flags.Flag) -> str:

@@ -57,13 +57,9 @@ def load(
         KeyboardInterrupt: Ctrl-C.
     """
     with interrupts.ended_by_ctrl_c():
-        from gptoss_jax.runtime import device, loading  # here, so that a mistake is found before JAX is imported
+        from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 
-    if options.compilation_cache != "":
-        try:
-            device.keep_compiled_programs(Path(options.compilation_cache) if options.compilation_cache else None)
-        except GptossError as error:
-            screen.say(f"compiled programs are not kept: {error} (--compilation-cache)")
+    programs_folder = _programs_folder(options, screen)
     with interrupts.stopping(screen.say) as pressed, screen.progress("loading", pressed) as report:
         language_model = loading.load(
             options.checkpoint,
@@ -71,6 +67,7 @@ def load(
             dtype=options.dtype,
             dense=options.dense,
             kernels=options.kernels,
+            programs_folder=programs_folder,
             report=report,
         )
     screen.note(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
@@ -78,6 +75,23 @@ def load(
     if language_model.weights_are_random:
         screen.say(f"these weights are RANDOM: {if_random}")
     return language_model
+
+
+def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> Path | None:
+    """The folder of --compilation-cache; None where nothing is to be kept, or cannot be, which is said."""
+    from gptoss_jax.runtime import kept_programs
+
+    if options.compilation_cache == "":
+        return None
+    try:
+        folder = Path(options.compilation_cache or kept_programs.default_folder())
+        reason = kept_programs.why_not(folder)
+    except RuntimeError as error:  # a user without a home
+        folder, reason = None, str(error)
+    if reason:
+        screen.say(f"compiled programs are not kept: {reason} (--compilation-cache names another folder)")
+        return None
+    return folder
 
 
 def load_for_answers(

@@ -18,10 +18,14 @@ FLAG_OF = {"instructions": "system", "current_date": "date"}
 
 
 def define_flags() -> None:
-    """The flags named in PROMPT_FLAGS; `prompts.settings` reads them."""
+    """The flags named in PROMPT_FLAGS; `prompts.opening` reads them."""
     flags.DEFINE_string("system", None, "TEXT: Instructions: the developer message, or system prompt.")
     flags.DEFINE_enum("reasoning_effort", "medium", REASONING_EFFORTS, "How long the model is asked to think.")
-    flags.DEFINE_string("date", None, "DATE: The date in its prompt: YYYY-MM-DD, or today; left out: none.")
+    flags.DEFINE_string(
+        "date",
+        None,
+        "DATE: The date in its prompt: YYYY-MM-DD, today or none; left out: today with --chat, else none.",
+    )
     flags.DEFINE_string("knowledge_cutoff", DEFAULT_KNOWLEDGE_CUTOFF, "MONTH: The end of its knowledge: YYYY-MM.")
     flags.DEFINE_string("tools", None, "FILE: Functions that it may call: a JSON list in OpenAI's form.")
     flags.DEFINE_list("builtin_tools", [], "NAMES: Tools that it was trained with: browser, python.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from openai_harmony import Message
+from openai_harmony import Message, Role
 
 from gptoss_jax.cli import command
 from gptoss_jax.cli.flag_values import naming_flags, only_source, read_text, token_ids
@@ -29,12 +29,14 @@ class Prompt(NamedTuple):
         text: the user's message, if there is one beside the conversation's file.
         conversation: the messages that were rendered, with those that the settings put in front; None: plain ids.
         settings: those fields of `Settings` that acted.
+        remarks: what people should know of it, a line each.
     """
 
     token_ids: list[int]
     text: str | None = None
     conversation: list[Message] | None = None
     settings: Mapping[str, Any] = {}
+    remarks: Sequence[str] = ()
 
     def conversation_with(self, answer: Answer) -> list[Message]:
         """The prompt's messages and the answer's; none where the prompt is plain ids."""
@@ -50,44 +52,35 @@ class Prompt(NamedTuple):
         return dict.fromkeys(PROMPT_FLAGS) | {FLAG_OF.get(field, field): value for field, value in values.items()}
 
 
-def settings(options: flags.FlagValues) -> Settings:
-    """The settings that the flags give.
+class Opening(NamedTuple):
+    """What flags and files say before anybody speaks.
+
+    Attributes:
+        settings: of the flags and the conversation's file.
+        conversation: that of --messages; without that flag an empty one.
+        remarks: what of the files has no place in a prompt, a line each.
+    """
+
+    settings: Settings
+    conversation: Conversation
+    remarks: list[str]
+
+    def all_remarks(self) -> list[str]:
+        """Those, and one where the instructions ask for another effort than the one that acts."""
+        effort = render.effort_remark(render.with_opening(self.conversation.messages, self.settings))
+        return [*self.remarks, *([effort] if effort else [])]
+
+
+def opening(options: flags.FlagValues) -> Opening:
+    """The settings of the flags, and what the conversation's file sets beside its messages.
 
     Raises:
-        GptossError: a value that cannot be, or a file that is not what it should be.
+        GptossError: a value that cannot be, a file that is not what it should be, or a flag that was given and says
+            something else than the file, or belongs in a message that the file brings.
     """
-    date = datetime.date.today().isoformat() if options.date == "today" else options.date
-    if options.system:
-        messages.check_text(options.system, "--system")
-    tools = messages.read_tools(options.tools) if options.tools else ()
-    response_format = messages.read_response_format(options.response_format) if options.response_format else None
-    with naming_flags(FLAG_OF):
-        return Settings(
-            reasoning_effort=options.reasoning_effort,
-            knowledge_cutoff=options.knowledge_cutoff,
-            current_date=date,
-            instructions=options.system,
-            tools=tools,
-            builtin_tools=tuple(options.builtin_tools),
-            response_format=response_format,
-        )
-
-
-def read_conversation(options: flags.FlagValues) -> Conversation:
-    """The one in --messages; without that flag an empty one.
-
-    Raises:
-        GptossError: the file holds none.
-    """
-    return messages.read_messages(options.messages) if options.messages else Conversation(())
-
-
-def merge(settings: Settings, conversation: Conversation, options: flags.FlagValues) -> Settings:
-    """`settings` of the flags, and what the conversation's file sets beside its messages.
-
-    Raises:
-        GptossError: a flag that was given says something else than the file, or belongs in a message that it brings.
-    """
+    conversation = messages.read_messages(options.messages) if options.messages else Conversation(())
+    remarks = list(conversation.remarks)
+    settings = _settings(options, conversation, remarks)
     flag_of = {field: FLAG_OF.get(field, field) for field in vars(settings)}
     with naming_flags(FLAG_OF):
         given = [field for field, flag in flag_of.items() if options[flag].present]
@@ -98,7 +91,42 @@ def merge(settings: Settings, conversation: Conversation, options: flags.FlagVal
             raise GptossError(
                 f"{command.spelled(flag)} and the conversation's file say different things: leave one of them out"
             )
-    return dataclasses.replace(settings, **conversation.settings)
+    return Opening(dataclasses.replace(settings, **conversation.settings), conversation, remarks)
+
+
+def settings_line(acting: Mapping[str, Any], seed: int) -> str:
+    """For people: the settings that act and that they may not have set themselves."""
+    line = f"seed {seed}"
+    if "current_date" in acting:
+        line = f"effort {acting['reasoning_effort']}, date {acting['current_date'] or 'none'}, {line}"
+    return line
+
+
+def _settings(options: flags.FlagValues, conversation: Conversation, remarks: list[str]) -> Settings:
+    if options.system:
+        messages.check_text(options.system, "--system")
+    tools = messages.read_tools(options.tools, remarks) if options.tools else ()
+    response_format = messages.read_response_format(options.response_format) if options.response_format else None
+    with naming_flags(FLAG_OF):
+        return Settings(
+            reasoning_effort=options.reasoning_effort,
+            knowledge_cutoff=options.knowledge_cutoff,
+            current_date=_date(options, conversation),
+            instructions=options.system,
+            tools=tools,
+            builtin_tools=tuple(options.builtin_tools),
+            response_format=response_format,
+        )
+
+
+def _date(options: flags.FlagValues, conversation: Conversation) -> str | None:
+    """That of --date; left out, a chat has today's, unless the conversation brings its own system message."""
+    brings_system = any(message.author.role is Role.SYSTEM for message in conversation.messages)
+    given = options.date
+    if given is None:
+        given = "today" if options.chat and not brings_system else "none"
+    known = {"none": None, "today": datetime.date.today().isoformat()}
+    return known.get(given.lower(), given)
 
 
 def read(options: flags.FlagValues, arguments: Sequence[str]) -> Prompt:
@@ -130,14 +158,14 @@ def _plain_ids(options: flags.FlagValues) -> list[int]:
 
 def _render(options: flags.FlagValues, text: str | None) -> Prompt:
     """The conversation in --messages, the results of its calls, and the user's `text`."""
-    from_flags, before = settings(options), read_conversation(options)
-    conversation = list(before.messages)
+    before = opening(options)
+    conversation = list(before.conversation.messages)
     if options.tool_results:
-        conversation += messages.read_tool_results(options.tool_results, before)
+        conversation += messages.read_tool_results(options.tool_results, before.conversation, before.remarks)
     if text is not None:
         conversation.append(messages.user(text))
     if not conversation:
         raise GptossError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
-    merged = merge(from_flags, before, options)
-    ids = render.render(conversation, merged, vocab_path=options.vocab)
-    return Prompt(ids, text, render.with_opening(conversation, merged), render.acting(merged, conversation))
+    ids = render.render(conversation, before.settings, vocab_path=options.vocab)
+    whole, acting = render.with_opening(conversation, before.settings), render.acting(before.settings, conversation)
+    return Prompt(ids, text, whole, acting, before.all_remarks())

@@ -3,6 +3,7 @@
 Those of numbers follow from `SamplingParams`, where each option has its default, range and help.
 """
 
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -36,9 +37,20 @@ SAMPLING_FLAGS = (*_IN_HELP, *(name for name in OPTIONS if name not in _IN_HELP)
 ENGINE_FLAGS = ("max_context_tokens", "deterministic")
 
 
+class _SeedParser(flags.IntegerParser):
+    """A whole number; -1 and `random` draw one, which is then the flag's value and is echoed like any other."""
+
+    def parse(self, argument: str | int) -> int:
+        drawn = str(argument).lower() in ("-1", "random")
+        return secrets.randbelow(2**32) if drawn else super().parse(argument)
+
+
 def define_flags() -> None:
     """The flags named in SAMPLING_FLAGS and ENGINE_FLAGS."""
     for name, option in OPTIONS.items():
+        if name == "seed":
+            flags.DEFINE(_SeedParser(), name, SamplingParams.seed, option.help)
+            continue
         define = flags.DEFINE_float if option.dtype == "float32" else flags.DEFINE_integer
         define(name, getattr(SamplingParams, name), option.help)
     flags.DEFINE_integer("max_new_tokens", None, "N: Length of an answer at most; left out: what the context holds.")

@@ -15,6 +15,7 @@ from gptoss_jax.engine.sampling import Draw, Sampling
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.invariant_sum import row_sum
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params, step
@@ -82,7 +83,8 @@ class ModelStep(NamedTuple):
     ) -> tuple[Draw, KVCache, SlotState]:
         """The chunks go into the cache, and slots with a budget draw the token that follows."""
         logits, cache = step(self.model, params, chunks.tokens, chunks.counts, cache)
-        draw = sampling.sample(logits, options.sampling, state.drawn, cache.lengths, self.config.num_token_ids)
+        total = row_sum(self.sharding.mesh.size)
+        draw = sampling.sample(logits, options.sampling, state.drawn, cache.lengths, self.config.num_token_ids, total)
         draws = chunks.budget > 0
         ended = sampling.is_stop(draw.token, options.stop_ids) | (draw.token == sampling.FAULTY)
         state = SlotState(

@@ -4,14 +4,13 @@ Knows no JAX, so that a request is checked before JAX is imported.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from gptoss_jax.engine.sampling_params import SamplingParams, check_whole
+from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
 from gptoss_jax.errors import GptossError
-from gptoss_jax.model.config import ModelConfig
-
-MAX_STOP_IDS = 8
+from gptoss_jax.model.config import MAX_STOP_IDS, ModelConfig
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
 
@@ -20,6 +19,18 @@ FinishReason = Literal["stop", "length", "error"]
 
 class RequestError(GptossError):
     """A request that this engine can never serve."""
+
+
+def to_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Ids in any sequence, of any whole type, NumPy's too, as a request holds them.
+
+    Raises:
+        RequestError: something else, called `name`.
+    """
+    try:
+        return whole_numbers(name, ids)
+    except GptossError as error:
+        raise RequestError(str(error)) from None
 
 
 class NumericsError(GptossError):
@@ -50,10 +61,15 @@ class EngineConfig:
     def __post_init__(self):
         for name in ("slots", "max_context_tokens", "pool_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if name == "pool_tokens" and value is None:
+                continue
+            if check_whole(name, value) < 1:
                 raise GptossError(f"{name} is {value}, expected at least 1")
-        if not self.prefill_widths or min(self.prefill_widths) < 1:
-            raise GptossError(f"prefill_widths is {self.prefill_widths}, expected widths of at least 1")
+        widths = whole_numbers("prefill_widths", self.prefill_widths)
+        if not widths or min(widths) < 1:
+            raise GptossError(f"prefill_widths is {widths}, expected widths of at least 1")
+        if self.deterministic not in (None, False, True):
+            raise GptossError(f"deterministic is {self.deterministic!r}, expected True, False or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +83,9 @@ class Request:
         sampling: how tokens are drawn.
         ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
             only the caller's text can show). One request, one such function: it may keep state, and must not raise.
+
+    Raises:
+        RequestError: a field of another type. Ids may be of any whole type, and in any sequence, NumPy's too.
     """
 
     token_ids: tuple[int, ...]
@@ -76,11 +95,17 @@ class Request:
     ends_at: Callable[[int], bool] | None = None
 
     def __post_init__(self):
-        for name, values in (("token_ids", self.token_ids), ("stop_ids", self.stop_ids)):
-            for value in values:
-                check_whole(f"an id in {name}", value)
-        if self.max_new_tokens is not None:
-            check_whole("max_new_tokens", self.max_new_tokens)
+        for name in ("token_ids", "stop_ids"):
+            object.__setattr__(self, name, to_ids(name, getattr(self, name)))
+        try:
+            if self.max_new_tokens is not None:
+                check_whole("max_new_tokens", self.max_new_tokens)
+        except GptossError as error:
+            raise RequestError(str(error)) from None
+        if not isinstance(self.sampling, SamplingParams):
+            raise RequestError(f"sampling is {reprlib.repr(self.sampling)}, expected SamplingParams")
+        if self.ends_at is not None and not callable(self.ends_at):
+            raise RequestError(f"ends_at is {reprlib.repr(self.ends_at)}, expected a function of a token id, or None")
 
     def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
         """How many tokens the answer may have at most.

@@ -36,6 +36,16 @@ class Chunk(NamedTuple):
     budget: int
 
 
+CompileProgram = Callable[[str, Any, tuple[Any, ...]], Any]
+"""Compiles the program of this name, a jitted function, for these arguments."""
+
+
+def compile_anew(name: str, program: Any, arguments: tuple[Any, ...]) -> Any:
+    """Traces and compiles, whatever was compiled before."""
+    del name
+    return program.lower(*arguments).compile()
+
+
 class Compiled(NamedTuple):
     """The programs of an engine, compiled for its shapes."""
 
@@ -66,6 +76,7 @@ class ModelRunner:
         engine_config: EngineConfig,
         *,
         compiled: Compiled | None = None,
+        compile_program: CompileProgram = compile_anew,
         report: Callable[[int, int], object] = lambda done, total: None,
     ):
         """`compiled` are the programs of a runner just like this one; `report` hears how many of all are compiled."""
@@ -89,7 +100,7 @@ class ModelRunner:
         )()
         self._options, self._state = self._empty_slots()
         began = time.perf_counter()
-        self.compiled = compiled or self._compile(report)
+        self.compiled = compiled or self._compile(compile_program, report)
         self.compile_seconds = time.perf_counter() - began
 
     # ---- set-up ----
@@ -113,14 +124,14 @@ class ModelRunner:
         """A host array with a leading slot axis, each slot on its data shard."""
         return jax.device_put(array, self._sharding.named(("batch", *(None,) * (array.ndim - 1))))
 
-    def _compile(self, report: Callable[[int, int], object]) -> Compiled:
+    def _compile(self, compile_program: CompileProgram, report: Callable[[int, int], object]) -> Compiled:
         cache, options, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._options, self._state))
         draws = self._sharding.named_tree(programs.DRAWS_AXES)
         widths = sorted(set(self._engine_config.prefill_widths))
         done = itertools.count(1)
 
-        def build(program: Any, *arguments: Any) -> Any:
-            compiled = program.lower(*arguments).compile()
+        def build(name: str, program: Any, *arguments: Any) -> Any:
+            compiled = compile_program(name, program, arguments)
             report(next(done), len(widths) + 2)
             return compiled
 
@@ -130,11 +141,12 @@ class ModelRunner:
         decode = jax.jit(decode, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         slots = (self._options, self._state)
         return Compiled(
-            admit=build(admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
+            admit=build("admit", admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
             prefill={
-                width: build(prefill, self._params, self._cache, *slots, *self._chunks(width, {})) for width in widths
+                width: build(f"prefill-{width}", prefill, self._params, self._cache, *slots, *self._chunks(width, {}))
+                for width in widths
             },
-            decode=build(decode, self._params, self._cache, *slots, np.int32(1)),
+            decode=build("decode", decode, self._params, self._cache, *slots, np.int32(1)),
         )
 
     @property

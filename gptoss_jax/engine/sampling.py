@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
-from gptoss_jax.model.invariant_sum import invariant_sum
+from gptoss_jax.model.invariant_sum import RowSum, invariant_sum
 
 KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a slot's neighbours
 FAULTY = -1  # in place of a token: the slot's logits were not finite
@@ -93,6 +93,7 @@ def sample(
     drawn: Int32[Array, "B V"],
     positions: Int32[Array, "B"],
     num_token_ids: int,
+    total: RowSum = invariant_sum,
 ) -> Draw:
     """Each slot's token, with log probabilities.
 
@@ -102,25 +103,30 @@ def sample(
         drawn: how often each slot's answer holds each id.
         positions: where the token will stand in its sequence.
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
+        total: how sums over the vocabulary are taken.
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     logits = _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling, drawn)
     greedy = _largest(scores)
     draws = sampling.options["temperature"] > 0
-    random = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions), lambda: greedy)
+    random = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions, total), lambda: greedy)
     token = jnp.where(draws, random, greedy)
-    reported = report_logprobs(logits, token, jnp.any(sampling.options["top_logprobs"] > 0), num_token_ids)
+    reported = report_logprobs(logits, token, jnp.any(sampling.options["top_logprobs"] > 0), num_token_ids, total)
     return Draw(jnp.where(finite, token, FAULTY), *reported)
 
 
 def report_logprobs(
-    logits: Float[Array, "*rows V"], token: Int32[Array, "*rows"], with_top: Bool[Array, ""], num_token_ids: int
+    logits: Float[Array, "*rows V"],
+    token: Int32[Array, "*rows"],
+    with_top: Bool[Array, ""],
+    num_token_ids: int,
+    total: RowSum = invariant_sum,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
     shifted = _named(logits, num_token_ids)
     shifted = shifted - jnp.max(shifted, axis=-1, keepdims=True)
-    logprobs = shifted - jnp.log(invariant_sum(jnp.exp(shifted)))[..., None]
+    logprobs = shifted - jnp.log(total(jnp.exp(shifted)))[..., None]
     logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
     return logprob, *jax.lax.cond(with_top, _top, _no_top, logprobs)
 
@@ -148,13 +154,15 @@ def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling, drawn: Int32[
     return jnp.where(unpack_mask(sampling.allowed, logits.shape[-1]), scores, -jnp.inf)
 
 
-def filter_logits(scores: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def filter_logits(
+    scores: Float[Array, "B V"], sampling: Sampling, total: RowSum = invariant_sum
+) -> Float[Array, "B V"]:
     """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
     temperature = jnp.maximum(sampling.options["temperature"], jnp.finfo(jnp.float32).tiny)[:, None]
     scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
     by_count, by_weight = sampling.options["top_k"] > 0, sampling.options["top_p"] < 1
     scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.options["top_k"]), lambda: scores)
-    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"]), lambda: scores)
+    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"], total), lambda: scores)
     return jnp.where(scores >= jnp.log(sampling.options["min_p"][:, None]), scores, -jnp.inf)  # the largest score is 0
 
 
@@ -164,10 +172,10 @@ def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array
     return _keep_likeliest(scores, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.float32), enough)
 
 
-def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
+def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"], total: RowSum) -> Float[Array, "B V"]:
     weights = jnp.exp(scores)
-    enough = top_p * invariant_sum(weights)
-    filtered = _keep_likeliest(scores, lambda kept: invariant_sum(jnp.where(kept, weights, 0.0)), enough)
+    enough = top_p * total(weights)
+    filtered = _keep_likeliest(scores, lambda kept: total(jnp.where(kept, weights, 0.0)), enough)
     return jnp.where((top_p < 1)[:, None], filtered, scores)
 
 
@@ -191,7 +199,9 @@ def _keep_likeliest(
     return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
 
 
-def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+def _draw(
+    scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Array, "B"], total: RowSum
+) -> Int32[Array, "B"]:
     """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
 
     def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
@@ -199,7 +209,7 @@ def _draw(scores: Float[Array, "B V"], sampling: Sampling, positions: Int32[Arra
         return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
 
     noises = jax.vmap(noise)(sampling.options["seed"], positions)
-    return _largest(filter_logits(scores, sampling) + noises)
+    return _largest(filter_logits(scores, sampling, total) + noises)
 
 
 def _largest(scores: Float[Array, "B V"]) -> Int32[Array, "B"]:

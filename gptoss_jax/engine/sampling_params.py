@@ -8,7 +8,8 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gptoss_jax.errors import GptossError
@@ -82,7 +83,13 @@ class SamplingParams:
     top_logprobs: int = _number(
         0, 0, MAX_TOP_LOGPROBS, "N: Report this many of the likeliest at each step, up to 20 (--json).", "int32"
     )
-    seed: int = _number(0, 0, 2**32 - 1, "N: Same seed, prompt and settings: same tokens.", "uint32")
+    seed: int = _number(
+        0,
+        0,
+        2**32 - 1,
+        "N: Same seed, prompt and settings: same tokens, so two runs without it answer alike; -1 or random draws one.",
+        "uint32",
+    )
 
     def __post_init__(self):
         for name, option in OPTIONS.items():
@@ -90,9 +97,10 @@ class SamplingParams:
             (check_number if option.dtype == "float32" else check_whole)(name, value)
             if not option.low <= value <= option.high:
                 raise GptossError(f"{name} is {value}, expected {option.low:.10g} to {option.high:.10g}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise GptossError(f"logit_bias is {reprlib.repr(self.logit_bias)}, expected a mapping from ids to numbers")
         for name in ("logit_bias", "banned_ids"):
-            for token in getattr(self, name):
-                check_whole(f"an id in {name}", token)
+            whole_numbers(name, getattr(self, name))
         for token, bias in self.logit_bias.items():
             check_number(f"logit_bias of id {token}", bias)
             if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
@@ -128,9 +136,16 @@ def check_number(name: str, value: Any) -> None:
         raise GptossError(f"{name} is {value!r}, expected a number")
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Raises GptossError for what is no whole number."""
+def check_whole(name: str, value: Any) -> int:
+    """The number, of any whole type, NumPy's too; raises GptossError for what is no whole number."""
     try:
-        operator.index(value)
+        return operator.index(value)
     except TypeError:
-        raise GptossError(f"{name} is {value!r}, expected a whole number") from None
+        raise GptossError(f"{name} is {reprlib.repr(value)}, expected a whole number") from None
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """The numbers; raises GptossError for what is no list of whole numbers."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise GptossError(f"{name} is {reprlib.repr(values)}, expected a list of whole numbers")
+    return tuple(check_whole(f"an id in {name}", value) for value in values)

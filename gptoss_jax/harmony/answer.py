@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony.parsed import CHANNELS, Delta, Message, Parsed
+from gptoss_jax.harmony.parsed import CHANNELS, NO_TOOLS, Delta, Message, Parsed
 from gptoss_jax.harmony.parser import StreamParser
 from gptoss_jax.harmony.tokenizer import StreamDecoder, Tokenizer
 
@@ -66,26 +66,32 @@ class Answer:
     @property
     def stray_text(self) -> str:
         """What the model wrote outside of any message."""
-        return "".join(part.text for part in self.parsed.parts if part.kind == "unparsed").strip()
+        return self.parsed.stray_text.strip()
 
     def history(self) -> list[Message]:
-        """The messages that a conversation goes on from; stray text in place of an answer becomes one.
+        """The messages that a conversation goes on from: all text that came, and no call but those that are whole.
 
-        What the model put into the mouths of others is left out, lest it instruct itself. A role that is garbled, on
-        a channel of the assistant's, is read as the assistant.
+        Stray text stands in place of an answer, or in front of it as a preamble; what came of a call that was cut is
+        text which says so. What the model put into the mouths of others is left out, lest it instruct itself. A role
+        that is garbled, on a channel of the assistant's, is read as the assistant.
         """
-        known = [m for m in self.messages if m.role == "assistant" or (m.role == "tool" and m.channel in CHANNELS)]
-        stray = [Message("assistant", self.stray_text, FINAL)] if self.stray_text and self.final is None else []
-        spoken = [m for m in known if m.recipient != "assistant"]  # a tool's result is not the model's to write
-        return [*(replace(m, role="assistant", name=None) for m in spoken), *stray]
+        messages = [_remembered(message) for message in self.messages if _is_own(message)]
+        aside = [_remembered(call) for call in self.parsed.announced_calls]
+        if self.stray_text:
+            channel = FINAL if self.final is None else "commentary"
+            aside.append(Message("assistant", self.stray_text, channel, is_cut=self.finish_reason != "stop"))
+        at = len(messages) - int(bool(messages) and messages[-1].is_answer)  # what ended in an answer still does
+        return [*messages[:at], *aside, *messages[at:]]
 
     def document(self) -> dict[str, Any]:
         """All of it for JSON."""
         parsed = self.parsed
         return {
             "final": self.final,
+            "preambles": list(parsed.preambles),
             "reasoning": parsed.reasoning,
             "tool_calls": [call_document(call) for call in parsed.calls],
+            "cut_calls": [call_document(call) for call in parsed.cut_calls],
             "unparsed_text": self._cut.unparsed_text,
             "parse_status": parsed.parse_status,
             "faults": list(parsed.faults),
@@ -102,6 +108,24 @@ class Answer:
 def call_document(call: Message) -> dict[str, Any]:
     """A tool call for JSON: the function's name as the tools' file has it, the arguments as the model wrote them."""
     return {"name": (call.recipient or "").removeprefix("functions."), "arguments": call.content}
+
+
+def _is_own(message: Message) -> bool:
+    """Whether the model may have said it, if anything: a tool's result is not the model's to write."""
+    said_nothing = not message.content and (message.is_cut or message.recipient == "assistant")
+    if said_nothing and message.kind != "cut_call":
+        return False  # so that a conversation goes on from the thoughts before it
+    garbled = message.role == "tool" and message.channel in CHANNELS and message.recipient != "assistant"
+    return message.role == "assistant" or garbled
+
+
+def _remembered(message: Message) -> Message:
+    """What a conversation keeps of a message: no recipient but a tool's, no call but a whole one of the assistant's."""
+    if message.recipient in NO_TOOLS or message.kind == "call":
+        recipient = message.recipient if message.kind == "call" else None
+        return replace(message, role="assistant", name=None, recipient=recipient)
+    channel = "analysis" if message.channel == "analysis" else "commentary"
+    return Message("assistant", f"[cut call to {message.recipient}] {message.content}", channel, is_cut=True)
 
 
 class AnswerStream:
@@ -137,7 +161,8 @@ class AnswerStream:
 
     def finish(self) -> tuple[Answer, list[Delta]]:
         """The answer, and what is still to be shown; without a last event it was cancelled."""
-        deltas = self._parser.flush(stopped=self._stop.found is not None)
+        # A stop string ends an answer on purpose; in raw text it may cut a call.
+        deltas = self._parser.flush(stopped=self._stop.found is not None and not self._raw)
         if self._raw:
             deltas = [Delta(0, "assistant", RAW, None, self._raw.flush())]
         for delta in deltas:

@@ -6,21 +6,23 @@ from typing import Any, NamedTuple
 
 from openai_harmony import Author, Message, Role
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import render
 from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
-from gptoss_jax.harmony.json_values import json_text, known_fields, model_of, needed, nonempty_list, short, string
-from gptoss_jax.harmony.tool_results import ToolResult, answer_calls
+from gptoss_jax.harmony.json_values import json_text, known_fields, model_of, needed, nonempty_list, string
+from gptoss_jax.harmony.tool_results import ToolResult, find_calls, result_message
 
 _REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")  # OpenRouter's and vLLM's, DeepSeek's, Ollama's
 _CHAT_KEYS = {
     "system": ("content",),
     "developer": ("content",),
     "user": ("content", "name"),
-    "assistant": ("content", "refusal", *_REASONING_KEYS, "tool_calls", "function_call"),
+    "assistant": ("content", "refusal", *_REASONING_KEYS, "reasoning_details", "tool_calls", "function_call"),
     "tool": ("content", "tool_call_id", "name", "tool_name"),  # tool_name is Ollama's
     "function": ("content", "name"),  # OpenAI's, before there were tools
 }
+# Type of a content part -> where its text stands; two of them are from OpenAI's newer interface.
+_TEXT_KEYS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 _INSTRUCTING = ("system", "developer")
 _ANSWERING = ("tool", "function")
 
@@ -47,21 +49,40 @@ def from_chat(documents: Sequence[object]) -> Conversation:
     """
     chat = [_chat_message(document, f"message {index}") for index, document in enumerate(documents)]
     front = list(itertools.takewhile(lambda message: message.role in _INSTRUCTING, chat))
-    settings = {"instructions": "\n\n".join(map(_content, front))} if front else {}
+    settings = {"instructions": "\n\n".join(filter(None, map(_content, front)))} if front else {}
     messages: list[Message] = []
     call_ids: dict[int, str] = {}
+    silent: list[str] = []
     for is_tool, rest in itertools.groupby(chat[len(front) :], key=lambda message: message.role in _ANSWERING):
         if is_tool:
-            results = [ToolResult(message.where, message.fields, _content(message)) for message in rest]
-            messages += answer_calls(results, messages, call_ids)
+            _take_results([*rest], messages, call_ids)
             continue
-        for message, call_id in itertools.chain.from_iterable(map(_spoken, rest)):
-            if call_id is not None:
-                call_ids[len(messages)] = call_id
-            messages.append(message)
+        for message in rest:
+            spoken = _spoken(message)
+            call_ids |= {len(messages) + place: id for place, (_, id) in enumerate(spoken) if id is not None}
+            messages += [each for each, _ in spoken]
+            silent += [] if spoken else [message.where]
     for index, message in enumerate(messages):
         render.check_message(message, f"message {index} in harmony's terms")
-    return Conversation(tuple(messages), settings, call_ids)
+    remarks = (f"left out, since the assistant says nothing there: {', '.join(silent[:20])}",) if silent else ()
+    return Conversation(tuple(messages), settings, call_ids, remarks)
+
+
+def _take_results(results: Sequence[_ChatMessage], messages: list[Message], call_ids: dict[int, str]) -> None:
+    """Adds results to the conversation. Some calls may be left without one: the user went on."""
+    found = find_calls(
+        [ToolResult(result.where, result.fields, _content(result)) for result in results], messages, call_ids
+    )
+    # Harmony has no ids and reads results as those of the first calls: the calls without one go to the end.
+    start = len(messages)
+    while start and messages[start - 1].recipient and messages[start - 1].author.role is Role.ASSISTANT:
+        start -= 1
+    calls = sorted(range(start, len(messages)), key=lambda call: call not in found)
+    place_of = dict(zip(calls, itertools.count(start)))
+    messages[start:] = [messages[call] for call in calls]
+    call_ids |= {place_of[call]: call_ids.pop(call) for call in calls if call in call_ids}
+    for place, text in sorted((place_of.get(call, call), text) for call, text in found.items()):
+        messages.append(result_message(messages[place], text))
 
 
 def _chat_message(document: object, where: str) -> _ChatMessage:
@@ -72,8 +93,10 @@ def _chat_message(document: object, where: str) -> _ChatMessage:
 
 
 def _content(message: _ChatMessage) -> str:
-    """Text, or a list of parts that are text."""
-    content = needed(message.fields, "content", message.where)
+    """Text, or a list of parts that are text. Users say something; a tool may give nothing."""
+    content = message.fields.get("content", "")
+    if message.role == "user":
+        content = needed(message.fields, "content", message.where)
     if isinstance(content, list):
         return "".join(_part_text(part, message.where) for part in content)
     return string(content, f"{message.where}, content")
@@ -81,15 +104,16 @@ def _content(message: _ChatMessage) -> str:
 
 def _part_text(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "refusal"):
+    if not isinstance(kind, str) or kind not in _TEXT_KEYS:
         raise GptossError(
             f"{where} has a content part of type {short(kind)}, expected 'text': the model reads no other"
         )
-    return string(needed(known_fields(part, ("type", kind), where), kind, where), f"{where}, {kind}")
+    key = _TEXT_KEYS[kind]
+    return string(needed(known_fields(part, ("type", key), where), key, where), f"{where}, {key}")
 
 
 def _spoken(message: _ChatMessage) -> list[tuple[Message, str | None]]:
-    """What a user's or assistant's message is in harmony, each with the id if it is a call."""
+    """What a user's or assistant's message is in harmony, each with the id if it is a call; perhaps nothing."""
     if message.role in _INSTRUCTING:
         raise GptossError(
             f"{message.where} has role {message.role!r} after others, expected it in front: move it there, "
@@ -102,24 +126,33 @@ def _spoken(message: _ChatMessage) -> list[tuple[Message, str | None]]:
 
 
 def _assistant(message: _ChatMessage) -> list[tuple[Message, str | None]]:
+    """Reasoning, text and calls, in this order; nothing where there is none of these."""
     fields, where = message.fields, message.where
     documents = nonempty_list(fields["tool_calls"], f"{where}, tool_calls") if "tool_calls" in fields else []
-    if "function_call" in fields:
-        documents = [*documents, {"function": fields["function_call"]}]
     calls = [_call(call, f"{where}, tool call {index}") for index, call in enumerate(documents)]
-    reasoning = {string(fields[key], f"{where}, {key}") for key in _REASONING_KEYS if fields.get(key)}
-    if len(reasoning) > 1:
+    if "function_call" in fields:
+        legacy = _call({"function": fields["function_call"]}, f"{where}, function_call")
+        calls += [] if legacy[0] in [call for call, _ in calls] else [legacy]
+    messages = [_say(text, "analysis") for text in _reasoning(message)]
+    content = _content(message) + string(fields.get("refusal", ""), f"{where}, refusal")
+    if content:
+        messages.append(_say(content, "commentary" if calls else "final"))
+    return [(message, None) for message in messages] + calls
+
+
+def _reasoning(message: _ChatMessage) -> set[str]:
+    """The one text under several keys, or none."""
+    fields, where = message.fields, message.where
+    found = {string(fields[key], f"{where}, {key}") for key in _REASONING_KEYS if fields.get(key)}
+    parts = nonempty_list(fields.get("reasoning_details", [{}]), f"{where}, reasoning_details")
+    details = [part.get("text") or part.get("summary") or "" for part in parts if isinstance(part, dict)]
+    found.add("".join(string(text, f"{where}, reasoning_details") for text in details))
+    found.discard("")
+    if len(found) > 1:
         raise GptossError(
             f"{where} has several keys for reasoning that differ, expected one of {', '.join(_REASONING_KEYS)}"
         )
-    messages = [_say(text, "analysis") for text in reasoning if text]
-    content = _content(message) if "content" in fields else ""
-    content += string(fields.get("refusal", ""), f"{where}, refusal")
-    if content or ("content" in fields and not calls):
-        messages.append(_say(content, "commentary" if calls else "final"))
-    if not messages and not calls:
-        raise GptossError(f"{where} says nothing, expected content, reasoning or tool_calls")
-    return [(message, None) for message in messages] + calls
+    return found
 
 
 def _say(text: str, channel: str) -> Message:
@@ -131,8 +164,8 @@ def _call(call: object, where: str) -> tuple[Message, str | None]:
     if fields.get("type", "function") != "function":
         raise GptossError(f"{where} has type {short(fields['type'])}, expected 'function'")
     function = known_fields(needed(fields, "function", where), ("name", "arguments"), where)
-    name = string(needed(function, "name", where), f"{where}, name")
-    arguments = json_text(needed(function, "arguments", where))
+    name = string(needed(function, "name", where), f"{where}, name").removeprefix("functions.")
+    arguments = json_text(function.get("arguments") or {})  # null, missing and empty are no arguments
     message = _say(arguments, "commentary").with_recipient(f"functions.{name}").with_content_type(f"{CONSTRAIN}json")
     render.check_message(message, where)
     return message, None if "id" not in fields else string(fields["id"], f"{where}, id")

@@ -2,7 +2,7 @@
 
 import re
 
-from gptoss_jax.harmony.parsed import CHANNELS, ROLES, Message, PartKind
+from gptoss_jax.harmony.parsed import CHANNELS, NO_TOOLS, ROLES, Message, PartKind, names_no_tool
 from gptoss_jax.harmony.tokenizer import CHANNEL, CONSTRAIN, START
 
 _UNOPENED = 0  # stands for START as a section's opener if the role is known beforehand or <|start|> is missing
@@ -83,6 +83,8 @@ class Header:
             self._flag(f"no word right after {_SPELLED[opener]}", not fields or text[0].isspace())
         if opener == CONSTRAIN:
             fields["type"] = _SPELLED[CONSTRAIN] + fields.get("type", "")
+        if opener == CHANNEL and "channel" in fields:
+            self._drop_stray(fields["channel"])
         for kind, word in fields.items():
             self._note(kind, word)
         self._flag(f"no <|channel|> before {fields.get('channel')!r}", opener != CHANNEL and "channel" in fields)
@@ -110,6 +112,19 @@ class Header:
                 return i
         return len(words)
 
+    def _drop_stray(self, channel: str) -> None:
+        """Forgets a header of the assistant's before its real one, as the 20b writes it (llama.cpp#21286).
+
+        `commentary to=assistant<|channel|>final`: where a channel follows another, and what was read so far names no
+        tool, the later header stands.
+        """
+        role, _ = self.author or _author(self.fields) or ("assistant", None)
+        stray = self.fields.get("channel")
+        if stray and role == "assistant" and self.fields.get("recipient") in NO_TOOLS:
+            self.faults.append(f"stray channel {stray!r} before {channel!r}")
+            for kind in ("channel", "recipient", "type"):
+                self.fields.pop(kind, None)
+
     def _note(self, kind: str, word: str) -> None:
         """Notes a word; of a kind, the first stands."""
         self._flag(f"to= without a {kind}", not word)
@@ -127,6 +142,8 @@ class Header:
         self._flag(f"unknown channel {channel!r}", channel not in (None, *CHANNELS))
         role, name = self.author = author or ("assistant", None)
         self._flag("no channel in a header", role == "assistant" and channel is None)
+        self._flag("the assistant addresses itself", role == recipient == "assistant")
+        self._flag(f"recipient that names no tool: {recipient!r}", role == "assistant" and names_no_tool(recipient))
         return Message(role, "", channel, recipient, self.fields.get("type"), name)
 
     def _flag(self, fault: str, found: object) -> None:

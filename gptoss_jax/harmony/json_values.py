@@ -1,17 +1,16 @@
 """JSON that must be just what is expected: read strictly from files, and looked at with errors that say where."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax import files
+from gptoss_jax.errors import GptossError, short
 
 MAX_FILE_BYTES = 64 * 2**20  # a hundred times what the longest context holds
-MAX_DEPTH = 64  # openai-harmony takes no more than 128, each message adding some
 
 Model = TypeVar("Model", bound=BaseModel)
 Meaning = TypeVar("Meaning")
@@ -26,60 +25,13 @@ def read_file(path: str | Path, parse: Callable[[Any], Meaning]) -> Meaning:
     """
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise GptossError(f"{path}: the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no context holds")
+    value = files.parse_json(data, path)
     try:
-        if len(data) > MAX_FILE_BYTES:
-            raise GptossError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no context holds")
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except GptossError as error:
-        raise GptossError(f"{path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise GptossError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; expected JSON") from None
-    except UnicodeDecodeError as error:
-        raise GptossError(f"{path}: byte {error.start} is not valid UTF-8; expected JSON in UTF-8") from None
-    except RecursionError:
-        raise GptossError(f"{path} is nested too deeply, at most {MAX_DEPTH} levels are taken") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise GptossError(f"{path}: {error}") from None
-    try:
-        check_value(value, "the file")
         return parse(value)
     except GptossError as error:
         raise GptossError(f"{path}: {error}") from None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise GptossError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise GptossError(f"{name} is no JSON")
-
-
-def check_value(value: object, where: str, depth: int = 0) -> None:
-    """Refuses what passes as JSON and breaks later.
-
-    Raises:
-        GptossError: half characters, infinities, deep nesting.
-    """
-    if depth > MAX_DEPTH:
-        raise GptossError(f"the value is nested too deeply, at most {MAX_DEPTH} levels are taken")
-    if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise GptossError(f"{where} holds half a surrogate pair, which is no text")
-    elif isinstance(value, int | float):
-        if abs(value) > sys.float_info.max:  # Python reads 1e999 as infinity, which the library does not take
-            raise GptossError(f"{where} is a number out of range")
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            check_value(key, f"a key in {where}", depth)
-            check_value(part, f"{where}, {key!r}", depth + 1)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            check_value(part, f"{where}, [{index}]", depth + 1)
 
 
 def known_fields(value: object, known: Sequence[str], where: str) -> dict[str, Any]:
@@ -95,7 +47,7 @@ def known_fields(value: object, known: Sequence[str], where: str) -> dict[str, A
     unknown = [key for key in fields if key not in known]
     if unknown:
         raise GptossError(
-            f"{where} has {', '.join(map(repr, unknown))}, expected only {', '.join(known)}: put what it says in "
+            f"{where} has {', '.join(map(short, unknown[:10]))}, expected only {', '.join(known)}: put what it says in "
             "one of these, or take it out if it does not matter"
         )
     return fields
@@ -139,12 +91,6 @@ def json_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def short(value: object) -> str:
-    """A value for an error message: its beginning."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def model_of(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """One of openai-harmony's own types.
 
@@ -155,4 +101,5 @@ def model_of(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         return model.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise GptossError(f"{where}, {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        place = ".".join(map(str, fault["loc"]))
+        raise GptossError(f"{where}, {place[:60]}: {fault['msg']}") from None

@@ -1,5 +1,6 @@
 """Conversations from JSON and to JSON: OpenAI-style chat and harmony's own; tools, tool results, response formats."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,25 +12,25 @@ from openai_harmony import Author, DeveloperContent, Message, Role, SystemConten
 from openai_harmony import ToolNamespaceConfig as Namespace
 
 from gptoss_jax import whole_files
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.files import check_value
 from gptoss_jax.harmony import json_values, parsed, render, tool_schemas
 from gptoss_jax.harmony.chat_format import from_chat
-from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
+from gptoss_jax.harmony.client_keys import results_without_harmless, without_harmless
+from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation, CutMessage
 from gptoss_jax.harmony.json_values import (
-    check_value,
     json_text,
     known_fields,
     model_of,
     needed,
     nonempty_list,
-    short,
     string,
 )
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
 from gptoss_jax.harmony.tool_results import ToolResult, answer_calls
 
 _DOCUMENT_KEYS = ("messages", "tools", "response_format", "reasoning_effort")
-_HARMONY_KEYS = ("role", "name", "content", "channel", "recipient", "content_type")
+_HARMONY_KEYS = ("role", "name", "content", "channel", "recipient", "content_type", "is_cut")
 _ONLY_HARMONY_KEYS = {"channel", "recipient", "content_type"}
 _PARTS = {"text": TextContent, "system_content": SystemContent, "developer_content": DeveloperContent}
 
@@ -44,14 +45,25 @@ def read_messages(path: str | Path) -> Conversation:
     return json_values.read_file(path, from_json)
 
 
-def read_tools(path: str | Path) -> tuple[ToolDescription, ...]:
+def read_tools(path: str | Path, remarks: list[str] | None = None) -> tuple[ToolDescription, ...]:
     """The function tools in a JSON file: a list in OpenAI's form, `{"type": "function", "function": {...}}` or bare.
+
+    Args:
+        path: the file.
+        remarks: gets a line that names what was ignored.
 
     Raises:
         OSError: the file cannot be read.
         GptossError: it holds something else; the error names the file and the tool.
     """
-    return json_values.read_file(path, tool_schemas.tools)
+
+    def parse(document: object) -> tuple[ToolDescription, ...]:
+        document, ignored = without_harmless(document)
+        if remarks is not None:
+            remarks.extend(ignored)
+        return tool_schemas.tools(document)
+
+    return json_values.read_file(path, parse)
 
 
 def read_response_format(path: str | Path) -> ResponseFormat | None:
@@ -64,31 +76,35 @@ def read_response_format(path: str | Path) -> ResponseFormat | None:
     return json_values.read_file(path, tool_schemas.response_format)
 
 
-def read_tool_results(path: str | Path, conversation: Conversation) -> list[Message]:
+def read_tool_results(path: str | Path, conversation: Conversation, remarks: list[str] | None = None) -> list[Message]:
     """`tool_results` of what a JSON file holds.
 
     Raises:
         OSError: the file cannot be read.
         GptossError: as `tool_results`; the error names the file.
     """
-    return json_values.read_file(path, functools.partial(tool_results, conversation=conversation))
+    return json_values.read_file(path, functools.partial(tool_results, conversation=conversation, remarks=remarks))
 
 
-def tool_results(documents: object, conversation: Conversation) -> list[Message]:
+def tool_results(documents: object, conversation: Conversation, remarks: list[str] | None = None) -> list[Message]:
     """Messages that answer the conversation's waiting calls, in the calls' order.
 
     Args:
         documents: a list of `{"name": ..., "content": ...}`, with `tool_call_id` in place of or beside the name; a
             single waiting call needs neither. Content that is not text is written as JSON.
         conversation: the one that waits.
+        remarks: gets a line that names what was ignored.
 
     Raises:
         GptossError: a result that no call waits for, or a call left without one.
     """
+    documents, ignored = results_without_harmless(documents)
+    if remarks is not None:
+        remarks.extend(ignored)
     results = []
     for index, document in enumerate(nonempty_list(documents, "tool results")):
         where = f"result {index}"
-        fields = known_fields(document, ("tool_call_id", "name", "content"), where)
+        fields = known_fields(document, ("tool_call_id", "name", "tool_name", "content"), where)
         content = document.get("content") if isinstance(document, dict) else None  # an empty list is a result
         if content is None:
             raise GptossError(f"{where} has no 'content'")
@@ -109,22 +125,27 @@ def from_json(document: object) -> Conversation:
     recipient or content_type, or by system or developer content.
 
     Raises:
-        GptossError: anything else. Nothing is ignored that would change the meaning.
+        GptossError: anything else. Nothing is ignored that would change the meaning; what is, `remarks` names.
     """
     check_value(document, "the file")
     if isinstance(document, dict) and "conversation" in document:
         if "messages" in document:
             raise GptossError("the file holds both 'conversation' and 'messages', expected one of them")
         document = document["conversation"]
+    document, ignored = without_harmless(document)
     is_list = isinstance(document, list)
     fields = {"messages": document} if is_list else known_fields(document, _DOCUMENT_KEYS, "the file")
     documents = nonempty_list(needed(fields, "messages", "the file"), "messages")
     settings = _settings(fields)
     if any(map(_is_harmony, documents)):
         messages = [_harmony_message(each, f"message {index}") for index, each in enumerate(documents)]
-        return Conversation(tuple(messages), settings)
+        return Conversation(tuple(messages), settings, remarks=tuple(ignored))
     conversation = from_chat(documents)
-    return Conversation(conversation.messages, settings | dict(conversation.settings), conversation.call_ids)
+    return dataclasses.replace(
+        conversation,
+        settings=settings | dict(conversation.settings),
+        remarks=(*ignored, *conversation.remarks),
+    )
 
 
 def to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -140,6 +161,7 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
             "recipient": message.recipient,
             "content_type": message.content_type,
             "content": [{"type": part.to_dict()["type"], **part.model_dump(mode="json")} for part in message.content],
+            **({"is_cut": True} if isinstance(message, CutMessage) else {}),
         }
         for message in messages
     ]
@@ -183,7 +205,8 @@ def _from_parsed(message: parsed.Message) -> Message:
     mark = CONSTRAIN if message.role == "assistant" and content_type.startswith(CONSTRAIN) else ""
     kind = _header_word(content_type.removeprefix(mark))
     name = _header_word(message.name and message.name.replace(":", "_"))  # `user:me` would be a user
-    return Message(
+    message_type = CutMessage if message.is_cut else Message
+    return message_type(
         author=Author(role=Role(message.role), name=name or ("unnamed" if message.role == "tool" else None)),
         content=[TextContent(text=message.content)],
         channel=_header_word(message.channel),
@@ -229,10 +252,17 @@ def _harmony_message(document: object, where: str) -> Message:
         raise GptossError(f"{where}, content: got {short(parts)}, expected text or a list")
     author = model_of(Author, {key: fields.get(key) for key in ("role", "name")}, where)
     header = {key: fields.get(key) for key in sorted(_ONLY_HARMONY_KEYS)}
-    message = model_of(Message, {"author": author, **header}, where)
+    message = model_of(CutMessage if _is_cut(fields, where) else Message, {"author": author, **header}, where)
     message.content = [_harmony_part(part, where) for part in parts]
     render.check_message(message, where)
     return message
+
+
+def _is_cut(fields: Mapping[str, Any], where: str) -> bool:
+    is_cut = fields.get("is_cut", False)
+    if not isinstance(is_cut, bool):
+        raise GptossError(f"{where}, is_cut: got {short(is_cut)}, expected true or false")
+    return is_cut
 
 
 def _harmony_part(part: object, where: str) -> TextContent | SystemContent | DeveloperContent:

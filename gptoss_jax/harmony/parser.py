@@ -57,6 +57,7 @@ class StreamParser:
         self._content: list[str] = []
         self._ids: list[int] = []
         self._messages: list[Message] = []
+        self._announced_calls: list[Message] = []
         self._parts: list[Part] = []
         self._faults: list[str] = []
         self._truncated: bool | None = None  # None until the stream has ended
@@ -89,7 +90,7 @@ class StreamParser:
         deltas = self._write(self._decoder.flush())
         under_way = self._message is not None or self._header.started or len(self._header.sections) > 1
         if self._message is not None or not self._header.empty:
-            deltas += self._close(terminated=False)
+            deltas += self._close(terminated=False, is_cut=not stopped)
         self._truncated = (under_way and not stopped) or (self._is_completion and not self._messages)
         return deltas
 
@@ -102,7 +103,15 @@ class StreamParser:
         if self._truncated is None:
             raise GptossError("the stream has not ended: call flush() before result()")
         ids, text = tuple(self._ids), self._tokenizer.decode(self._ids)
-        return Parsed(ids, text, tuple(self._messages), tuple(self._parts), self._status(), tuple(self._faults))
+        return Parsed(
+            token_ids=ids,
+            text=text,
+            messages=tuple(self._messages),
+            announced_calls=tuple(self._announced_calls),
+            parts=tuple(self._parts),
+            parse_status=self._status(),
+            faults=tuple(self._faults),
+        )
 
     def _check_open(self) -> None:
         if self._truncated is not None:
@@ -181,31 +190,33 @@ class StreamParser:
             self._faults.append(f"{spelled} ends no message")
         return self._close(terminated=True)
 
-    def _close(self, *, terminated: bool) -> list[Delta]:
+    def _close(self, *, terminated: bool, is_cut: bool = False) -> list[Delta]:
         """End the message or the header under way; what comes next should be `<|start|>`."""
         deltas = []
         if self._message is None:
-            deltas = self._close_header(self._header, terminated=terminated)
+            deltas = self._close_header(self._header, terminated=terminated, is_cut=is_cut)
         else:
             content = "".join(self._content)
             self._add([("content", content)], len(self._messages))
-            self._messages.append(replace(self._message, content=content))
+            self._messages.append(replace(self._message, content=content, is_cut=is_cut))
         self._message, self._header = None, Header()
         return deltas
 
-    def _close_header(self, header: Header, *, terminated: bool) -> list[Delta]:
+    def _close_header(self, header: Header, *, terminated: bool, is_cut: bool) -> list[Delta]:
         """End a header without `<|message|>`: what it leaves over is content if it says on which channel or to whom."""
         message = header.read(before_message=False)
         content = "".join(text for kind, text in header.texts if kind == "content")
         if header.started or not header.empty:
             self._faults.append("header without <|message|>" if header.started else "text between messages")
-        if (message.channel is None and message.recipient is None) or not (content or terminated):
+        calls = message.kind in ("call", "cut_call")
+        if (message.channel is None and message.recipient is None) or not (content or (terminated and not calls)):
+            self._announced_calls += [replace(message, is_cut=True)] if calls else []
             self._add([("header" if kind == "header" else "unparsed", text) for kind, text in header.texts], None)
             return []
         self._faults += header.faults
         self._add(header.texts, len(self._messages))
         deltas = [self._delta(message, content)] if content else []
-        self._messages.append(replace(message, content=content))
+        self._messages.append(replace(message, content=content, is_cut=is_cut))
         return deltas
 
 

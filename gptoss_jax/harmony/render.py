@@ -1,31 +1,31 @@
-"""Conversations -> token ids, by openai-harmony, with the history rules that the format demands. Knows no JAX.
+"""Conversations -> token ids, with the history rules that the format demands. Knows no JAX.
 
-The format is openai/harmony's docs/format.md. The library renders each message; which messages the model gets to see
-again is decided here, since the library forgets to drop an old chain of thought while tools are in flight
-(vllm#45048).
+The format is openai/harmony's docs/format.md, and the ids are openai-harmony's. They are made here, since the library
+takes time that grows with the square of a word's length, and forgets to drop an old chain of thought while tools are in
+flight (vllm#45048).
 """
 
-import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from openai_harmony import (
     DeveloperContent,
-    HarmonyEncoding,
     Message,
     ReasoningEffort,
-    RenderOptions,
     Role,
     SystemContent,
     TextContent,
     ToolNamespaceConfig,
 )
 
-from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import tokenizer
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony import message_text, tokenizer
+from gptoss_jax.harmony.conversation import CONSTRAIN, CutMessage
+from gptoss_jax.harmony.parsed import NO_TOOLS
 from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 
 _BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
 
@@ -38,6 +38,7 @@ _SETTINGS_OF = {
 # like a control token would tempt whoever parses the text rather than the ids.
 _HEADER_WORD = re.compile(r"[^\s<|>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[^\s<|>]+")
+_ASKED_EFFORT = re.compile(r"\breasoning(?:[ _]effort)?\s*[:=]\s*(low|medium|high)\b", re.IGNORECASE)
 _ROLE_OF = {SystemContent: Role.SYSTEM, DeveloperContent: Role.DEVELOPER}
 _ROLES = [role.value for role in Role]
 
@@ -68,10 +69,10 @@ def render(
     conversation = with_opening(messages, settings)
     if drop_old_analysis:
         conversation = apply_history_rules(conversation)
-    encoding = _encoding(vocab_path)
-    options = RenderOptions(conversation_has_function_tools=any(map(_has_functions, conversation)))
-    ids = [token for message in conversation for token in _render_message(message, encoding, options)]
-    return ids + encoding.encode("<|start|>assistant", allowed_special="all") if for_completion else ids
+    words = load_tokenizer(vocab_path)
+    has_functions = any(map(message_text.has_functions, conversation))
+    ids = [token for message in conversation for token in _message_ids(message, words, has_functions)]
+    return [*ids, tokenizer.START, *words.encode("assistant")] if for_completion else ids
 
 
 def opening(settings: Settings) -> list[Message]:
@@ -99,17 +100,35 @@ def with_opening(messages: Sequence[Message], settings: Settings | None) -> list
 
 
 def apply_history_rules(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the chain of thought of finished turns.
+    """The messages without the chain of thought that led to an answer.
 
-    A turn is finished once a later user message begins another. What stands on its analysis channel is dropped,
-    calls of built-in tools included, since the model makes them while it thinks; and with a call the result that
-    answers it, on whichever channel. In the last turn everything is kept: tools may be in flight.
+    Once a later user message follows a turn that ended in an answer, what stands on the analysis channel up to there is
+    dropped, calls of built-in tools included, since the model makes them while it thinks; and with a call the result
+    that answers it, on whichever channel. After the last such turn everything is kept: tools may be in flight, and
+    a turn that was cut goes on from its thoughts.
     """
-    finished = messages[: _last_user(messages)]
-    thoughts = {i for i, message in enumerate(finished) if message.channel == "analysis"}
+    answered = messages[: _last_answered(messages)]
+    thoughts = {i for i, message in enumerate(answered) if message.channel == "analysis"}
     results = call_results(messages)
     dropped = thoughts | {results.get(i) for i in thoughts}
     return [message for i, message in enumerate(messages) if i not in dropped]
+
+
+def _last_answered(messages: Sequence[Message]) -> int:
+    """Index of the last user message that follows a turn which ended in an answer, 0 if there is none."""
+    end, is_answer = 0, False
+    for index, message in enumerate(messages):
+        if message.author.role is Role.USER:
+            end = index if is_answer else end
+            is_answer = False
+        elif message.author.role is Role.ASSISTANT:
+            is_answer = _is_answer(message)
+    return end
+
+
+def _is_answer(message: Message) -> bool:
+    is_final = message.channel in ("final", None) and message.recipient in NO_TOOLS
+    return is_final and not isinstance(message, CutMessage)
 
 
 def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
@@ -118,7 +137,7 @@ def call_results(messages: Sequence[Message]) -> dict[int, int | None]:
     for index, message in enumerate(messages):
         if message.author.role is Role.USER:
             waiting = []
-        elif message.author.role is Role.ASSISTANT and message.recipient not in (None, "all"):
+        elif message.author.role is Role.ASSISTANT and message.recipient not in NO_TOOLS:
             results[index] = None
             waiting.append(index)
         elif message.author.role is Role.TOOL:
@@ -163,17 +182,18 @@ def check_message(message: Message, where: str) -> None:
             raise GptossError(
                 f"{where} has role {message.author.role.value!r}, but its content is a {role.value} message's"
             )
-    whole = "".join(part.text for part in message.content if isinstance(part, TextContent))
-    for text in [*_strings(message.to_dict()), whole]:
+    try:
+        body = message_text.body(message, has_functions=True)
+    except GptossError as error:
+        raise GptossError(f"{where}: {error}") from None
+    header = (message.author.name, message.recipient, message.channel, message.content_type)
+    for text in [*filter(None, header), body]:
         try:
             text.encode()
-            tokenizer.check_white_space(text)
         except UnicodeEncodeError as error:
             raise GptossError(
                 f"{where} holds half a surrogate pair ({text[error.start]!r}), which is no text"
             ) from None
-        except GptossError as error:
-            raise GptossError(f"{where}: {error}") from None
 
 
 def _check_header(message: Message, where: str) -> None:
@@ -183,22 +203,10 @@ def _check_header(message: Message, where: str) -> None:
         constrains = field == "content_type" and role is Role.ASSISTANT
         pattern = _CONTENT_TYPE if constrains else _HEADER_WORD
         if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
-            raise GptossError(f"{where}: {field} is {value!r}, expected one word without <, | and >")
+            raise GptossError(f"{where}: {field} is {short(value)}, expected one word without <, | and >")
     # A tool's name stands where other messages have their role.
     if role is Role.TOOL and (name is None or name.partition(":")[0] in _ROLES):
-        raise GptossError(f"{where}: the tool's name is {name!r}, expected one such as 'functions.get_weather'")
-
-
-def _strings(value: object) -> Iterator[str]:
-    """All text in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value))
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _strings(part)
+        raise GptossError(f"{where}: the tool's name is {short(name)}, expected one such as 'functions.get_weather'")
 
 
 def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None:
@@ -211,6 +219,18 @@ def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None
                 f"the conversation brings its own {role.value} message, so {', '.join(named)} cannot be set; "
                 "change that message or take it out"
             )
+
+
+def effort_remark(messages: Sequence[Message]) -> str | None:
+    """Which effort acts, where the instructions ask for another one; `messages` with those in front."""
+    contents = [part for message in messages for part in message.content]
+    efforts = [part.reasoning_effort for part in contents if isinstance(part, SystemContent)]
+    acting = [effort.value.lower() for effort in efforts if effort]
+    texts = [part.instructions or "" for part in contents if isinstance(part, DeveloperContent)]
+    asked = [found for text in texts for found in _ASKED_EFFORT.finditer(text) if found[1].lower() not in acting]
+    if not acting or not asked:
+        return None
+    return f"the instructions say {asked[0][0]!r}, but the effort that acts is {acting[-1]}"
 
 
 def acting(settings: Settings, messages: Sequence[Message]) -> dict[str, Any]:
@@ -243,23 +263,25 @@ def _developer_messages(settings: Settings) -> list[Message]:
     return [Message.from_role_and_contents(Role.DEVELOPER, parts)] if parts else []
 
 
-def _has_functions(message: Message) -> bool:
-    namespaces = [part.tools or {} for part in message.content if isinstance(part, DeveloperContent)]
-    return any("functions" in tools and tools["functions"].tools for tools in namespaces)
+def _message_ids(message: Message, words: Tokenizer, has_functions: bool) -> list[int]:
+    """Header and body; each part of the header is encoded by itself, as the library does."""
+    nobody = NO_TOOLS if message.author.role is Role.ASSISTANT else (None, "all")  # the library would call them
+    calls = message.recipient not in nobody
+    try:
+        ids = [tokenizer.START, *(token for part in message_text.author(message) for token in words.encode(part))]
+        if calls:
+            ids += words.encode(f" to={message.recipient}")
+        if message.channel is not None:
+            ids += [tokenizer.CHANNEL, *words.encode(message.channel)]
+        if message.content_type is not None:
+            ids += _content_type_ids(message.content_type, words)
+        ids += [tokenizer.MESSAGE, *words.encode(message_text.body(message, has_functions=has_functions))]
+    except GptossError as error:
+        raise GptossError(f"a message of role {message.author.role.value}: {error}") from None
+    return [*ids, tokenizer.CALL if calls and message.author.role is Role.ASSISTANT else tokenizer.END]
 
 
-def _render_message(message: Message, encoding: HarmonyEncoding, options: RenderOptions) -> list[int]:
-    if message.recipient == "all":  # which the library would end with <|call|>, though nobody is called
-        message = message.model_copy(update={"recipient": None})
-    ids = encoding.render(message, options)
-    if len(message.content) > 1:
-        # The library encodes part by part; as one text, tokens may reach across the seams (".\n\n" is one).
-        body = ids.index(tokenizer.MESSAGE) + 1
-        ids[body:-1] = encoding.encode(encoding.decode_utf8(ids[body:-1]), disallowed_special=())
-    return ids
-
-
-@functools.cache
-def _encoding(vocab_path: str | Path | None) -> HarmonyEncoding:
-    """Loaded once per vocabulary: it takes half a second."""
-    return tokenizer.harmony_encoding(vocab_path)
+def _content_type_ids(content_type: str, words: Tokenizer) -> list[int]:
+    if content_type.startswith(CONSTRAIN):
+        return [*words.encode(" "), tokenizer.CONSTRAIN, *words.encode(content_type.removeprefix(CONSTRAIN))]
+    return words.encode(f" {content_type}")

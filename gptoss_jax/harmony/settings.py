@@ -101,8 +101,8 @@ def _check_names(field: str, names: Sequence[str]) -> None:
         if not _NAME.fullmatch(name):
             raise _refused(f"a name in {field}", name, "letters, digits, and _ . - only")
         if count > 1:
-            raise GptossError(f"{field} holds {name!r} {count} times, expected once")
+            raise GptossError(f"{field} holds {name[:80]!r} {count} times, expected once")
 
 
 def _refused(field: str, value: object, expected: str) -> GptossError:
-    return GptossError(f"{field} is {value!r}, expected {expected}")
+    return GptossError(f"{field} is {repr(value)[:80]}, expected {expected}")

@@ -2,25 +2,17 @@
 
 import binascii
 import codecs
+import functools
 import hashlib
 import lzma
-import os
 import re
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tiktoken
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import user_cache
-
-if TYPE_CHECKING:
-    import openai_harmony
 
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 """Of the uncompressed `o200k_base.tiktoken`, whichever way it is stored."""
@@ -68,13 +60,7 @@ _PATTERN = "|".join(
     ]
 )
 
-# tiktoken's regular expressions (fancy-regex) step back through white space on a stack of a million entries;
-# when it is full they panic, which no `except Exception` catches.
-_LONGEST_WHITE_SPACE = 990_000
 _XZ_MAGIC = b"\xfd7zXZ\x00"
-_HARMONY_FOLDER_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
-# The environment belongs to the whole process: two threads loading at once would restore each other's value.
-_ENVIRONMENT_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,11 +81,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control strings such as `<|end|>` in it are ordinary text: no user can forge one.
 
+        The time grows with the length of the text, whatever it holds.
+
         Raises:
-            GptossError: a run of white space longer than tiktoken can match.
+            GptossError: a run of white space longer than tiktoken can match, about a million characters.
         """
-        check_white_space(text)
-        return self.encoding.encode_ordinary(text)
+        try:
+            return self.encoding.encode(text, disallowed_special=())  # `encode_ordinary` would panic
+        except ValueError:
+            longest = max(map(len, re.findall(r"\s+", text)), default=0)
+            raise GptossError(
+                f"the tokenizer cannot take the text of {len(text)} characters; its longest run of white space is "
+                f"{longest}, expected fewer than a million: shorten the run"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, control tokens spelled out, bytes that are no UTF-8 as U+FFFD.
@@ -141,8 +135,11 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+@functools.cache
 def load_tokenizer(vocab_path: str | Path | None = None) -> Tokenizer:
     """The gpt-oss tokenizer from the vocabulary in this package; nothing is ever downloaded.
+
+    It takes a third of a second, once.
 
     Args:
         vocab_path: another copy of `o200k_base.tiktoken`, plain or xz-compressed.
@@ -162,41 +159,9 @@ def load_tokenizer(vocab_path: str | Path | None = None) -> Tokenizer:
     return Tokenizer(encoding)
 
 
-def harmony_encoding(vocab_path: str | Path | None = None) -> "openai_harmony.HarmonyEncoding":
-    """openai-harmony's gpt-oss encoding, working offline from the same vocabulary as `load_tokenizer`.
-
-    openai-harmony would download the vocabulary; it reads a folder instead if an environment variable names
-    one, which is set around the load only.
-
-    Args:
-        vocab_path: as for `load_tokenizer`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        GptossError: the file is truncated or altered; the text names both sha256.
-    """
-    import openai_harmony  # here, since its pydantic models take as long to import as the vocabulary to load
-
-    vocabulary = _read_vocabulary(vocab_path)
-    with _vocabulary_folder(vocabulary) as folder, _environment(_HARMONY_FOLDER_VARIABLE, str(folder)):
-        return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
-
-
 def _check_id(token_id: int) -> None:
     if not 0 <= token_id < VOCAB_SIZE:
         raise GptossError(f"token id {token_id} is outside the vocabulary: ids run from 0 to {VOCAB_SIZE - 1}")
-
-
-def check_white_space(text: str) -> None:
-    """Raises GptossError for a run of white space that tiktoken and openai-harmony cannot match."""
-    if len(text) <= _LONGEST_WHITE_SPACE:
-        return
-    longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
-    if longest > _LONGEST_WHITE_SPACE:
-        raise GptossError(
-            f"the text holds {longest} white-space characters in a row, "
-            f"at most {_LONGEST_WHITE_SPACE} can be encoded; shorten the run"
-        )
 
 
 def _read_vocabulary(vocab_path: str | Path | None) -> bytes:
@@ -233,41 +198,3 @@ def _parse_ranks(vocabulary: bytes) -> dict[bytes, int]:
     fields = vocabulary.split()
     # In this file, whose hash was checked, a token's rank is its line number: no integer needs to be parsed.
     return dict(zip(map(binascii.a2b_base64, fields[::2]), range(len(fields) // 2), strict=True))
-
-
-@contextmanager
-def _vocabulary_folder(vocabulary: bytes) -> Iterator[Path]:
-    """A folder holding the uncompressed file: the user's cache folder, or a passing one."""
-    try:
-        folder = user_cache.cache_folder()
-        _store(vocabulary, folder)
-    except (OSError, RuntimeError):
-        # A read-only or full home, or none at all (containers run under user ids without an account, for
-        # which Path.home raises RuntimeError), must stop no one: the file is read only while loading.
-        with tempfile.TemporaryDirectory(prefix="gptoss_jax-") as passing:
-            _store(vocabulary, Path(passing))
-            yield Path(passing)
-    else:
-        yield folder
-
-
-def _store(vocabulary: bytes, folder: Path) -> None:
-    """Puts the file there whole, unless it is there already and intact."""
-    path = folder / "o200k_base.tiktoken"  # the name openai-harmony looks for
-    if not (path.is_file() and path.read_bytes() == vocabulary):
-        user_cache.write(path, vocabulary)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set one environment variable for a while."""
-    with _ENVIRONMENT_LOCK:
-        before = os.environ.get(name)
-        os.environ[name] = value
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before

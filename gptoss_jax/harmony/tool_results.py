@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from openai_harmony import Author, Message, Role
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import render
-from gptoss_jax.harmony.json_values import short
 
 
 class ToolResult(NamedTuple):
@@ -40,16 +39,29 @@ def answer_calls(
     Raises:
         GptossError: a result that no call waits for, or a call left without one.
     """
+    found = find_calls(results, messages, call_ids)
+    waiting = [call for call in render.waiting_calls(messages) if call not in found]
+    if waiting:
+        names = _call_names(waiting, messages, call_ids)
+        raise GptossError(f"without a result: {names}; give one for each call")
+    return [result_message(messages[call], found[call]) for call in sorted(found)]
+
+
+def find_calls(
+    results: Sequence[ToolResult], messages: Sequence[Message], call_ids: Mapping[int, str]
+) -> dict[int, str]:
+    """Index of a call which waits at the end of `messages` -> its result; arguments as for `answer_calls`.
+
+    Raises:
+        GptossError: a result that no call waits for.
+    """
     waiting = render.waiting_calls(messages)
     found: dict[int, str] = {}
     for result in results:
         call = _find_call(result, waiting, messages, call_ids)
         waiting.remove(call)
         found[call] = result.text
-    if waiting:
-        names = _call_names(waiting, messages, call_ids)
-        raise GptossError(f"without a result: {names}; give one for each call")
-    return [_tool_message(messages[call], found[call]) for call in sorted(found)]
+    return found
 
 
 def _find_call(
@@ -76,8 +88,8 @@ def _call_names(calls: Sequence[int], messages: Sequence[Message], call_ids: Map
     return ", ".join(f"{messages[call].recipient}{ids.get(call, '')}" for call in calls)
 
 
-def _tool_message(call: Message, text: str) -> Message:
-    """A result goes to commentary; that of a built-in tool to where it was called, mostly the chain of thought."""
+def result_message(call: Message, text: str) -> Message:
+    """The message that answers a call: on commentary; that of a built-in tool where it was called."""
     is_function = (call.recipient or "").startswith("functions.")
     author = Author(role=Role.TOOL, name=call.recipient)
     message = Message.from_author_and_content(author, text).with_recipient("assistant")

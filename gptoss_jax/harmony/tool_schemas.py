@@ -5,9 +5,10 @@ from typing import Any
 
 from openai_harmony import ToolDescription
 
-from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony.json_values import known_fields, model_of, needed, nonempty_list, short, string
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony.json_values import known_fields, model_of, needed, nonempty_list, string
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
+from gptoss_jax.harmony.typescript import parameters_type
 
 
 def tools(value: object) -> tuple[ToolDescription, ...]:
@@ -30,9 +31,14 @@ def _tool(document: object, where: str) -> ToolDescription:
         document = needed(known_fields(document, ("type", "function"), where), "function", where)
     fields = known_fields(document, ("type", "name", "description", "parameters", "strict"), where)
     _not_strict(fields, where)
-    fields = {"description": "", "name": needed(fields, "name", where)} | fields
-    tool = model_of(ToolDescription, fields, where)
-    return tool.model_copy(update={"parameters": None}) if _takes_nothing(tool.parameters or {}) else tool
+    name = needed(fields, "name", where)
+    if isinstance(name, str):
+        name = name.removeprefix("functions.")
+    tool = model_of(ToolDescription, {"description": "", **fields, "name": name}, where)
+    if tool.parameters is None or _takes_nothing(tool.parameters):
+        return tool.model_copy(update={"parameters": None})
+    parameters_type(tool.parameters, f"tool {tool.name!r}")  # refuses what it cannot write
+    return tool
 
 
 def _takes_nothing(parameters: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The user's cache folder: the unpacked vocabulary lies there, and what later runs need not find out again."""
+"""The user's cache folder: what later runs need not find out again."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "gptoss_jax"
 
 
-def write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Keeps `content`; the folder is made, for its owner only.
 
     Raises:

@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         return self.kernel(q, PagedKV(k_pages, v_pages, table), positions, sinks).out
 
     def _own_ring(self, q, k, v, positions, sinks):
-        sequences, _, *heads = k.shape
-        nothing = jnp.zeros((sequences, self.config.sliding_window, *heads), k.dtype)
+        sequences, tokens, *heads = k.shape
+        nothing = jnp.zeros((sequences, min(self.config.sliding_window, tokens), *heads), k.dtype)
         start = jnp.zeros(sequences, jnp.int32)
         return self.kernel(q, RingKV(nothing, nothing, k, v, start), positions, sinks).out

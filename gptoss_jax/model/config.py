@@ -1,22 +1,50 @@
 """The numbers that the weights fix, read from a checkpoint's own config.json, and what follows from them in bytes.
 
 Knows no arrays, no devices and no files but config.json. Two spellings are published: Hugging Face's and the one in
-OpenAI's `original/` folder. Either is read; a key that is unknown, missing, or set to something this model family does
-not do is refused, all of them in one message.
+OpenAI's `original/` folder (`config_keys.py` has both). Either is read; a key that is unknown, missing, or set to
+something this model family does not do is refused, all of them in one message; the config of another family by that
+alone.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, one_line, short, shortened
+from gptoss_jax.files import FileError, read_json
+from gptoss_jax.model import config_keys as keys
 
 MXFP4_BLOCK = 32  # weights that share one E8M0 scale (OCP Microscaling Formats v1.0, section 5.3)
 NAMED_TOKEN_IDS = 200_019  # o200k_harmony names the ids below; the published embedding has 201,088 rows
 STOP_IDS = (200_002, 200_012, 199_999)  # <|return|>, <|call|>, <|endoftext|>; never <|end|> (200,007)
+MAX_STOP_IDS = 8  # that an engine holds for a request
+
+# Field -> lowest and highest value: what memory and the number formats allow, far beyond what was ever published.
+RANGES: Mapping[str, tuple[int | float, int | float]] = {
+    "num_layers": (1, 1024),
+    "hidden_size": (MXFP4_BLOCK, 1 << 16),
+    "num_heads": (1, 4096),
+    "num_kv_heads": (1, 4096),
+    "head_dim": (2, 1024),
+    "num_experts": (1, 4096),
+    "experts_per_token": (1, 4096),
+    "intermediate_size": (MXFP4_BLOCK, 1 << 16),
+    "vocab_size": (2, 1 << 22),
+    "sliding_window": (1, 1 << 24),
+    "swiglu_limit": (1e-3, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "rope_theta": (10.0, 1e12),  # its logarithm divides
+    "rope_scaling_factor": (1.0, 1e4),
+    "rope_beta_fast": (1e-3, 1e6),
+    "rope_beta_slow": (1e-3, 1e6),
+    "initial_context_length": (1, 1 << 24),
+    "max_context_tokens": (2, 1 << 24),  # float32, in which positions are turned into angles, holds no more exactly
+}
+_NAMED = 5  # of unknown keys
+LEAST_BETA_RATIO = 1.01  # fast over slow: YaRN divides by the logarithm of it
 
 
 class ConfigError(GptossError):
@@ -72,31 +100,8 @@ class ModelConfig:
     pad_id: int
 
     def __post_init__(self):
-        faults = [
-            f"{field.name} is {value!r}, expected a number above 0"
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), (int, float)) and field.name != "pad_id" and not value > 0
-        ]
-        if not faults:
-            faults = self._shape_faults()
-        if faults:
+        if faults := list(number_faults(vars(self))):
             raise ConfigError("; ".join(faults))
-
-    def _shape_faults(self) -> list[str]:
-        faults = []
-        if self.num_heads % self.num_kv_heads:
-            faults.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            faults.append(f"head_dim {self.head_dim} is odd, but rotary embedding turns pairs")
-        if self.experts_per_token > self.num_experts:
-            faults.append(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % MXFP4_BLOCK:
-                faults.append(f"{name} {getattr(self, name)} is not a multiple of the MXFP4 block of {MXFP4_BLOCK}")
-        for stop in (*self.stop_ids, self.pad_id):
-            if not 0 <= stop < self.vocab_size:
-                faults.append(f"special token id {stop} is outside the vocabulary of {self.vocab_size}")
-        return faults
 
     def has_sliding_window(self, layer: int) -> bool:
         """Whether `layer` sees only the last `sliding_window` keys: the even layers, counted from 0."""
@@ -159,168 +164,200 @@ class ModelConfig:
         return 2 * held * self.num_kv_heads * self.head_dim * itemsize
 
 
+# ---- checks ----
+
+
+def number_faults(values: Mapping[str, Any], spelled: Mapping[str, str] = {}) -> Iterator[str]:
+    """What is wrong with the numbers of a config, each by itself and then together; nothing if it is a model.
+
+    Args:
+        values: by field of ModelConfig; stop_ids and pad_id may be left out.
+        spelled: fields -> how the file calls them, where that differs.
+    """
+    wrong = [_range_fault(values[name], name, spelled) for name in RANGES]
+    if any(wrong):
+        yield from filter(None, wrong)
+    else:
+        yield from _shape_faults(values, spelled)
+        yield from _special_id_faults(values)
+
+
+def _range_fault(value: Any, name: str, spelled: Mapping[str, str]) -> str:
+    low, high = RANGES[name]
+    whole = isinstance(low, int)
+    if (type(value) is int or (type(value) is float and not whole)) and low <= value <= high:
+        return ""
+    limits = f"{low:,} to {high:,}" if whole else f"{low:g} to {high:g}"
+    kind = "a whole number" if whole else "a number"
+    return f"{spelled.get(name, name)} is {short(value)}, expected {kind} from {limits}"
+
+
+def _shape_faults(values: Mapping[str, Any], spelled: Mapping[str, str]) -> Iterator[str]:
+    def at(name: str) -> str:
+        return f"{spelled.get(name, name)} {values[name]}"
+
+    if values["num_heads"] % values["num_kv_heads"]:
+        yield f"{at('num_heads')} is not a multiple of {at('num_kv_heads')}"
+    if values["head_dim"] % 2:
+        yield f"{at('head_dim')} is odd, but rotary embedding turns pairs"
+    if values["experts_per_token"] > values["num_experts"]:
+        yield f"{at('experts_per_token')} exceeds {at('num_experts')}"
+    for name in ("hidden_size", "intermediate_size"):
+        if values[name] % MXFP4_BLOCK:
+            yield f"{at(name)} is not a multiple of the MXFP4 block of {MXFP4_BLOCK}"
+    if values["rope_beta_fast"] < LEAST_BETA_RATIO * values["rope_beta_slow"]:
+        yield f"{at('rope_beta_fast')} is not above {at('rope_beta_slow')} by 1 % at least"
+
+
+def _special_id_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    stop_ids, pad_id, vocab_size = values.get("stop_ids", ()), values.get("pad_id", 0), values["vocab_size"]
+    if len(stop_ids) > MAX_STOP_IDS:
+        yield f"{len(stop_ids):,} ids end an answer, expected at most {MAX_STOP_IDS}"
+    for token in (*stop_ids[:MAX_STOP_IDS], pad_id):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            yield f"special token id {short(token)} is outside the vocabulary of {vocab_size}"
+
+
 # ---- reading and writing config.json ----
 
-# Hugging Face key -> field. rope_scaling's own keys are handled beside it.
-_HUGGINGFACE = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "experts_per_token",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "sliding_window": "sliding_window",
-    "swiglu_limit": "swiglu_limit",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "max_position_embeddings": "max_context_tokens",
-}
-_HUGGINGFACE_ROPE = {
-    "factor": "rope_scaling_factor",
-    "beta_fast": "rope_beta_fast",
-    "beta_slow": "rope_beta_slow",
-    "original_max_position_embeddings": "initial_context_length",
-}
-# Keys whose value this model family fixes: anything else is another model.
-_HUGGINGFACE_FIXED = {
-    "model_type": "gpt_oss",
-    "attention_bias": True,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-# Keys that say nothing about the forward pass (training, bookkeeping, or repeated elsewhere).
-_HUGGINGFACE_IGNORED = frozenset(
-    """architectures attention_dropout bos_token_id dtype torch_dtype experts_per_token initial_context_length
-    initializer_range output_router_logits quantization_config router_aux_loss_coef transformers_version use_cache
-    unsloth_fixed unsloth_version _name_or_path""".split()
-)
-_OPENAI = {
-    "num_hidden_layers": "num_layers",
-    "num_experts": "num_experts",
-    "experts_per_token": "experts_per_token",
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "swiglu_limit": "swiglu_limit",
-    "head_dim": "head_dim",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "sliding_window": "sliding_window",
-    "initial_context_length": "initial_context_length",
-    "rope_theta": "rope_theta",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "rope_ntk_alpha": "rope_beta_slow",
-    "rope_ntk_beta": "rope_beta_fast",
-}
-_OPENAI_RMS_NORM_EPS = 1e-5  # a literal in openai/gpt-oss torch/model.py, not a key of its config
 
-
-def read_config(path: Path) -> ModelConfig:
+def read_config(path: str | Path) -> ModelConfig:
     """The model that `path` (a config.json) describes.
 
     Raises:
         ConfigError: the file is absent, is not JSON, or has keys that are unknown, missing or of another model.
     """
     try:
-        raw = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a checkpoint's folder holds its config.json") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # json's errors, and a number of more digits than Python reads
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    try:
-        return parse_config(raw)
+        return parse_config(read_json(path))
+    except FileError as error:
+        absent = "" if os.path.lexists(path) else "; a checkpoint's folder holds its config.json"
+        raise ConfigError(f"{error}{absent}") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(one_line(f"{path}: {error}")) from None
 
 
 def parse_config(raw: Any) -> ModelConfig:
-    """The model that `raw`, a parsed config.json in either published spelling, describes."""
+    """The model that `raw`, a parsed config.json in either published spelling, describes.
+
+    Raises:
+        ConfigError: it is of another family, which is then all that is said; or what else is wrong with it.
+    """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"expected an object of keys and values, got {type(raw).__name__}")
-    return _from_openai(raw) if "rope_ntk_beta" in raw else _from_huggingface(raw)
+    if stranger := _other_family(raw):
+        raise ConfigError(stranger)
+    said = {key: value for key, value in raw.items() if value is not None}  # null is how transformers says nothing
+    return _from_openai(said) if any(key in said for key in keys.OPENAI_ONLY) else _from_huggingface(said)
+
+
+def _other_family(raw: Mapping[str, Any]) -> str:
+    """What says that a config is another model family's; "" if nothing does."""
+    wanted, found = keys.HUGGINGFACE_FIXED["model_type"], raw.get("model_type")
+    if found is not None:
+        same = found == wanted
+        return "" if same else f"model_type is {short(found)}, expected {wanted!r}: another model family, not read here"
+    names = raw.get("architectures")
+    if isinstance(names, list) and names and not any(str(name).startswith("GptOss") for name in names):
+        return f"architectures is {short(names)}, expected GptOssForCausalLM: another model family, not read here"
+    return ""
 
 
 def _from_openai(raw: Mapping[str, Any]) -> ModelConfig:
-    faults = _unknown(raw, _OPENAI) + _missing(raw, _OPENAI)
-    if faults:
-        raise ConfigError("; ".join(faults))
-    values = _typed({field: raw[key] for key, field in _OPENAI.items()})
-    stop_ids, pad_id = _special_ids(raw["vocab_size"], None, None)
-    return ModelConfig(
-        **values,
-        rms_norm_eps=_OPENAI_RMS_NORM_EPS,
-        max_context_tokens=round(values["initial_context_length"] * values["rope_scaling_factor"]),
-        stop_ids=stop_ids,
-        pad_id=pad_id,
-    )
+    _raise(_key_faults(raw, keys.OPENAI, keys.OPENAI))
+    values = {field: raw[key] for key, field in keys.OPENAI.items()} | {"rms_norm_eps": keys.OPENAI_RMS_NORM_EPS}
+    spelled = {field: key for key, field in keys.OPENAI.items()}
+    least = {"max_context_tokens": RANGES["max_context_tokens"][0]}
+    _raise(number_faults(values | least, spelled))  # before two of them are multiplied
+    longest = round(values["initial_context_length"] * values["rope_scaling_factor"])
+    return _model(values | {"max_context_tokens": longest}, spelled, None, None)
 
 
 def _from_huggingface(raw: Mapping[str, Any]) -> ModelConfig:
     rope_key = "rope_parameters" if "rope_parameters" in raw else "rope_scaling"
-    rope = raw.get(rope_key) or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{rope_key} is {rope!r}, expected an object of keys and values")
-    flat = {k: v for k, v in raw.items() if k != rope_key}
-    if "rope_theta" in rope:  # transformers 5 moved it there
-        flat["rope_theta"] = rope["rope_theta"]
-    known = _HUGGINGFACE | _HUGGINGFACE_FIXED | dict.fromkeys(("layer_types", "eos_token_id", "pad_token_id"))
-    faults = _unknown(flat, known | dict.fromkeys(_HUGGINGFACE_IGNORED))
-    faults += _missing(flat, _HUGGINGFACE) + _missing(rope, _HUGGINGFACE_ROPE, f"{rope_key}.")
-    faults += [
-        f"{key} is {flat[key]!r}, expected {want!r}"
-        for key, want in _HUGGINGFACE_FIXED.items()
-        if key in flat and flat[key] != want
-    ]
-    faults += _rope_faults(rope, rope_key)
-    if faults:
-        raise ConfigError("; ".join(faults))
-    values = _typed(
-        {field: flat[key] for key, field in _HUGGINGFACE.items()}
-        | {field: rope[key] for key, field in _HUGGINGFACE_ROPE.items()}
-    )
-    stop_ids, pad_id = _special_ids(flat["vocab_size"], flat.get("eos_token_id"), flat.get("pad_token_id"))
-    config = ModelConfig(**values, stop_ids=stop_ids, pad_id=pad_id)
-    if flat.get("layer_types", config.layer_types) != config.layer_types:
-        raise ConfigError(
-            f"layer_types is {flat['layer_types']!r}, expected {config.num_layers}, sliding_attention on the even ones"
-        )
+
+    def as_written(fault: str) -> str:
+        return fault.replace("rope.", f"{rope_key}.")
+
+    flat = _flattened(raw, rope_key)
+    fields = keys.HUGGINGFACE | {f"rope.{key}": field for key, field in keys.HUGGINGFACE_ROPE.items()}
+    faults = [*_key_faults(flat, {*fields, *keys.HUGGINGFACE_OTHERS}, fields), *_fixed_faults(flat)]
+    _raise(map(as_written, [*faults, *_repeated_faults(flat), *_quantization_faults(flat)]))
+    values = {field: flat[key] for key, field in fields.items()}
+    spelled = {field: as_written(key) for key, field in fields.items()}
+    config = _model(values, spelled, flat.get("eos_token_id"), flat.get("pad_token_id"))
+    _raise(map(as_written, _derived_faults(flat, config)))
     return config
 
 
-def _rope_faults(rope: Mapping[str, Any], name: str) -> list[str]:
-    fixed = {"rope_type": "yarn", "truncate": False}
-    known = _HUGGINGFACE_ROPE | fixed | {"rope_theta": None}
-    return _unknown(rope, known, f"{name}.") + [
-        f"{name}.{key} is {rope.get(key)!r}, expected {want!r}" for key, want in fixed.items() if rope.get(key) != want
-    ]
+def _flattened(raw: Mapping[str, Any], rope_key: str) -> dict[str, Any]:
+    """The keys of a config and, after `rope.`, those of what it says of rotary embedding."""
+    rope = raw.get(rope_key, {})
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{rope_key} is {short(rope)}, expected an object of keys and values")
+    if strange := [key for key in raw if key.startswith("rope.")]:
+        raise ConfigError(f"unknown key {shortened(strange[0])}")
+    if raw.get("rope_scaling", rope) != rope:
+        raise ConfigError("rope_scaling and rope_parameters say different things: delete the one that is wrong")
+    flat = {key: value for key, value in raw.items() if key not in (rope_key, "rope_scaling")}
+    flat |= {f"rope.{key}": value for key, value in rope.items() if value is not None}
+    if "rope.rope_theta" in flat:  # transformers 5 moved it there
+        flat.setdefault("rope_theta", flat["rope.rope_theta"])
+    return flat
 
 
-def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as their fields' types: JSON writes 7 for 7.0, but 2880.5 heads or "2880" are mistakes."""
-    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-    faults = [
-        f"{name} is {value!r}, expected {'a whole number' if types[name] is int else 'a number'}"
-        for name, value in values.items()
-        if isinstance(value, bool)
-        or not isinstance(value, int if types[name] is int else (int, float))
-        or not math.isfinite(value)
-    ]
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return {name: float(value) if types[name] is float else value for name, value in values.items()}
+def _key_faults(raw: Mapping[str, Any], known: Iterable[str], wanted: Iterable[str]) -> Iterator[str]:
+    if unknown := sorted(raw.keys() - set(known)):
+        named = ", ".join(shortened(key, 60) for key in unknown[:_NAMED])
+        more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        each = "those that say" if len(unknown) > 1 else "it if it says"
+        yield f"unknown key{'s' * (len(unknown) > 1)} {named}{more} (delete {each} nothing about what is computed)"
+    yield from (f"missing key {key}" for key in sorted(set(wanted) - raw.keys()))
 
 
-def _unknown(raw: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[str]:
-    return [f"unknown key {prefix}{key}" for key in sorted(raw.keys() - known.keys())]
+def _fixed_faults(flat: Mapping[str, Any]) -> Iterator[str]:
+    """Values that this model family does not have."""
+    needed = {f"rope.{key}": want for key, want in keys.ROPE_FIXED.items()}  # transformers' own defaults are others
+    for key, want in {**keys.HUGGINGFACE_FIXED, **keys.HUGGINGFACE_ALSO_FIXED, **needed}.items():
+        found = flat.get(key)
+        if (key in flat or key in needed) and (found != want or isinstance(found, bool) != isinstance(want, bool)):
+            yield f"{key} is {short(found)}, expected {want!r}"
 
 
-def _missing(raw: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    return [f"missing key {prefix}{key}" for key in sorted(wanted.keys() - raw.keys())]
+def _repeated_faults(flat: Mapping[str, Any]) -> Iterator[str]:
+    for key, other in keys.HUGGINGFACE_REPEATED.items():
+        if key in flat and other in flat and flat[key] != flat[other]:
+            repeated = f"{key} is {short(flat[key])}, but {other} is {short(flat[other])}"
+            yield f"{repeated}: expected the same number (delete {key} if it is the wrong one)"
+
+
+def _quantization_faults(flat: Mapping[str, Any]) -> Iterator[str]:
+    advice = "weights that other tools quantised are not read; take the model as OpenAI published it, or in bfloat16"
+    for key in keys.QUANTIZATION:
+        found = flat.get(key, {"quant_method": "mxfp4"})
+        method = found.get("quant_method", found) if isinstance(found, Mapping) else found
+        if method != "mxfp4":
+            yield f"{key}.quant_method is {short(method)}, expected 'mxfp4': {advice}"
+
+
+def _derived_faults(flat: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    """Values that follow from the numbers, and are given all the same."""
+    if flat.get("layer_types", config.layer_types) != config.layer_types:
+        expected = f"{config.num_layers}, sliding_attention on the even ones"
+        yield f"layer_types is {short(flat['layer_types'])}, expected {expected}"
+    factor = 0.1 * math.log(config.rope_scaling_factor) + 1
+    given = flat.get("rope.attention_factor", factor)
+    if type(given) not in (int, float) or not math.isclose(given, factor, rel_tol=1e-6):
+        yield f"rope.attention_factor is {short(given)}, expected {factor:.7f}, which follows from the factor"
+
+
+def _model(values: Mapping[str, Any], spelled: Mapping[str, str], eos: Any, pad: Any) -> ModelConfig:
+    """The model of these numbers, by field, and of the ids that config.json names as ends and padding."""
+    _raise(number_faults(values, spelled))
+    stop_ids, pad_id = _special_ids(values["vocab_size"], eos, pad)
+    as_fields: dict[str, Any] = {
+        name: float(value) if isinstance(RANGES[name][0], float) else value for name, value in values.items()
+    }
+    return ModelConfig(**as_fields, stop_ids=stop_ids, pad_id=pad_id)
 
 
 def _special_ids(vocab_size: int, eos: Any, pad: Any) -> tuple[tuple[int, ...], int]:
@@ -331,25 +368,29 @@ def _special_ids(vocab_size: int, eos: Any, pad: Any) -> tuple[tuple[int, ...], 
     """
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for name, ids in (("eos_token_id", listed), ("pad_token_id", [] if pad is None else [pad])):
-        if not all(isinstance(token, int) for token in ids):
-            raise ConfigError(f"{name} is {ids!r}, expected token ids")
+        if not all(type(token) is int for token in ids):
+            raise ConfigError(f"{name} is {short(ids)}, expected token ids")
     if vocab_size > max(STOP_IDS):
         return STOP_IDS, pad if pad is not None else 199_999
     return tuple(listed), pad if pad is not None else vocab_size - 1
+
+
+def _raise(faults: Iterable[str]) -> None:
+    if found := list(faults):
+        raise ConfigError("; ".join(found))
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     """`config` as a config.json in Hugging Face's spelling: `parse_config` reads back the same model."""
     return {
         "architectures": ["GptOssForCausalLM"],
-        **_HUGGINGFACE_FIXED,
-        **{key: getattr(config, field) for key, field in _HUGGINGFACE.items()},
+        **keys.HUGGINGFACE_FIXED,
+        **{key: getattr(config, field) for key, field in keys.HUGGINGFACE.items()},
         "layer_types": config.layer_types,
         "eos_token_id": list(config.stop_ids),
         "pad_token_id": config.pad_id,
         "rope_scaling": {
-            "rope_type": "yarn",
-            "truncate": False,
-            **{key: getattr(config, field) for key, field in _HUGGINGFACE_ROPE.items()},
+            **keys.ROPE_FIXED,
+            **{key: getattr(config, field) for key, field in keys.HUGGINGFACE_ROPE.items()},
         },
     }

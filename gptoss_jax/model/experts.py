@@ -61,21 +61,22 @@ class MixtureOfExperts(nnx.Module):
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         logits = self.router(x)
         tap("router", logits)
-        ids, weights = route(logits, self.config.experts_per_token)
-        ids = jnp.where(is_token[..., None], ids, -1)
         leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
         packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
         axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
         packed_axes = op.packed_axes(self.kernel.layout, axes)
         tokens = ("batch", None, None)
-        run = self.sharding.map(self._run_local, in_axes=(tokens, tokens, tokens, packed_axes), out_axes=tokens)
-        return run(x.astype(self.dtype), ids, weights, packed)
+        run = self.sharding.map(
+            self._run_local, in_axes=(tokens, tokens, ("batch", None), packed_axes), out_axes=tokens
+        )
+        return run(x.astype(self.dtype), logits, is_token, packed)
 
-    def _run_local(self, x, ids, weights, packed):
+    def _run_local(self, x, logits, is_token, packed):
         """This device's experts, and its part of their width, summed over the devices that hold the rest."""
-        ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
+        ids, weights = route(logits, self.config.experts_per_token)
+        ids = jnp.where(is_token[..., None], ids, -1) - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
         flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
         y = self.kernel.run(flat_x, ids, weights, packed, limit=self.config.swiglu_limit)
-        return self.sharding.sum_over(self.sharding.sum_over(y, "experts"), "expert_hidden").reshape(x.shape)
+        return self.sharding.sum_over(y, "experts", "expert_hidden").reshape(x.shape)

@@ -2,12 +2,30 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 FOLD = 8
+
+RowSum = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows"]]
+"""The sum of each row."""
+
+
+def row_sum(num_devices: int) -> RowSum:
+    """How to sum over an axis that a mesh of so many devices may cut, such as the vocabulary.
+
+    Over several devices it is XLA's sum: `invariant_sum` would send slices from device to device. The order of a sum
+    then follows from its shape, and a deterministic engine runs one shape whatever the batch (`engine.programs`).
+    """
+    return invariant_sum if num_devices == 1 else plain_sum
+
+
+def plain_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    """The sum of each row, in the order that XLA likes."""
+    return jnp.sum(x, axis=-1)
 
 
 def invariant_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:

@@ -1,7 +1,7 @@
 """The keys and values of each slot's sequence so far, as a pytree that steps take and give back.
 
 Full-attention layers share a pool of pages, so that memory follows the tokens that are there; sliding-window layers
-keep a ring of the last `sliding_window` tokens per slot, whatever the context. Knows no attention.
+keep a ring of the last `sliding_window` tokens per slot, or of the context where that is shorter. Knows no attention.
 """
 
 import functools
@@ -46,9 +46,10 @@ def num_pages(tokens: int) -> int:
 
 def empty(config: ModelConfig, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `slots` empty slots over a pool of `pages` pages, each sequence at most `max_context_tokens` long."""
+    ring = min(config.sliding_window, max_context_tokens)  # a window wider than the context sees all of it
 
     def layer(i: int) -> jax.Array:
-        first = (slots, config.sliding_window) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
+        first = (slots, ring) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
         return jnp.zeros((*first, config.num_kv_heads * config.head_dim), dtype)
 
     return KVCache(
@@ -107,7 +108,7 @@ def write_ring(
 
 def by_heads(stored: Float[Array, "Z Y KH"], kv_heads: int) -> Float[Array, "Z Y K H"]:
     """Keys or values as the attention op takes them: the same bytes."""
-    return stored.reshape(*stored.shape[:2], kv_heads, -1)
+    return einops.rearrange(stored, "z y (k h) -> z y k h", k=kv_heads)
 
 
 def as_pages(new: Float[Array, "B T K H"]) -> tuple[Float[Array, "P S K H"], Int32[Array, "B M"]]:
@@ -119,7 +120,7 @@ def as_pages(new: Float[Array, "B T K H"]) -> tuple[Float[Array, "P S K H"], Int
 
 
 def _flat(new: Float[Array, "B T K H"]) -> Float[Array, "B T KH"]:
-    return new.reshape(*new.shape[:2], -1)
+    return einops.rearrange(new, "b t k h -> b t (k h)")
 
 
 @jax.custom_vjp

@@ -157,6 +157,4 @@ class Product:
         tokens, out = x.shape[:2], w.shape[: len(self.out_axes)]
         inputs = math.prod(w.shape[len(self.out_axes) :])
         y = self.kernel(x.reshape(-1, inputs), w.reshape(-1, inputs)).reshape(*tokens, *out)
-        for logical in filter(None, self.in_axes):  # each device summed over its shard of the inputs
-            y = self.sharding.sum_over(y, logical)
-        return y
+        return self.sharding.sum_over(y, *filter(None, self.in_axes))  # each device summed over its own inputs

@@ -5,7 +5,6 @@ devices. A cut that does not come out even is refused, with the sizes that would
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.files import FileError, read_json
 from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
 
 MESH_AXES = ("data", "expert", "tensor")
@@ -53,10 +53,10 @@ class Sharding:
     def __post_init__(self):
         for logical, axes in self.rules.items():
             if logical not in RULES:
-                raise MeshError(f"unknown logical axis {logical!r} in rules, expected one of {', '.join(RULES)}")
+                raise MeshError(f"unknown logical axis {short(logical)} in rules, expected one of {', '.join(RULES)}")
             for axis in axes:
                 if axis not in self.mesh.axis_names:
-                    raise MeshError(f"rule {logical}: unknown mesh axis {axis!r}, expected {self.mesh.axis_names}")
+                    raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {self.mesh.axis_names}")
         if self.mesh_axes("pages") != self.mesh_axes("batch"):
             raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
         for logical in ("heads", "experts", "expert_hidden", "vocab"):
@@ -79,7 +79,9 @@ class Sharding:
         """
         used = [axis for logical in axes if logical for axis in self.mesh_axes(logical)]
         if len(set(used)) < len(used):
-            raise MeshError(f"array axes {axes} are cut by mesh axes {used}: a mesh axis can cut one of them only")
+            raise MeshError(
+                f"array axes {axes} are cut by mesh axes {short(used)}: a mesh axis can cut one of them only"
+            )
         return PartitionSpec(*(self.mesh_axes(logical) if logical else None for logical in axes))
 
     def named(self, axes: Axes) -> NamedSharding:
@@ -109,9 +111,10 @@ class Sharding:
         in_specs, out_specs = (jax.tree.map(self.spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def sum_over(self, x: jax.Array, logical: str) -> jax.Array:
-        """Inside `map`: the sum of every shard's x, over the mesh axes that cut `logical`."""
-        return x if self.mesh.size == 1 else jax.lax.psum(x, self.mesh_axes(logical))
+    def sum_over(self, x: jax.Array, *logical: str) -> jax.Array:
+        """Inside `map`: the sum of every shard's x, over the mesh axes that cut any of `logical`, in one collective."""
+        cut = [axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1]
+        return jax.lax.psum(x, cut) if cut else x
 
     def index(self, logical: str) -> jax.Array | int:
         """Inside `map`: which shard of `logical` this device holds."""
@@ -179,7 +182,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
 
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
-            with the axes of MESH_AXES; or None for a single device.
+            with some of the axes of MESH_AXES; or None for a single device.
         devices: all that JAX has by default.
 
     Raises:
@@ -188,8 +191,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     if isinstance(mesh, Sharding):
         return mesh
     if isinstance(mesh, Mesh):
-        # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
-        return Sharding(Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim))
+        return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
         return _build({}, {}, (devices or jax.devices())[:1])
     if str(mesh).endswith(".json"):
@@ -199,36 +201,59 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     return _build(axes, rules, devices or jax.devices())
 
 
+def _with_all_axes(mesh: Mesh) -> Mesh:
+    """`mesh` with those of MESH_AXES that it lacks, of size 1, and the axis types that the model is written for."""
+    for name in mesh.axis_names:
+        if name not in MESH_AXES:
+            raise _unknown_axis(name)
+    names = (*mesh.axis_names, *(name for name in MESH_AXES if name not in mesh.axis_names))
+    devices = mesh.devices.reshape(mesh.devices.shape + (1,) * (len(names) - mesh.devices.ndim))
+    # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _unknown_axis(name: Any) -> MeshError:
+    return MeshError(f"unknown mesh axis {short(name)}, expected {', '.join(MESH_AXES)}")
+
+
 def _parse(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not (number.isascii() and number.isdigit()) for _, _, number in pairs):
-        raise MeshError(f"mesh {text!r}, expected for example data=1,expert=4,tensor=2, or a .json file")
+    if any(not (number.isascii() and number.isdigit() and len(number) < 10) for _, _, number in pairs):
+        raise MeshError(f"mesh {short(text)}, expected for example data=1,expert=4,tensor=2, or a .json file")
     axes = {name.strip(): int(number) for name, _, number in pairs}
     if len(axes) < len(pairs):
-        raise MeshError(f"mesh {text!r} names an axis twice")
+        raise MeshError(f"mesh {short(text)} names an axis twice")
     return axes
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise MeshError(f"mesh file {path}: {error}") from None
+        raw = read_json(path)
+    except FileError as error:
+        raise MeshError(f"mesh file {error}") from None
     right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
     right = right and all(isinstance(part, dict) for part in raw.values())
-    if not right or not all(isinstance(axes, list) for axes in raw.get("rules", {}).values()):
+    rules = raw.get("rules", {}).values() if right else ()
+    if not right or not all(isinstance(axes, list) and all(isinstance(a, str) for a in axes) for axes in rules):
         raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
     return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
+
+
+def _too_few(wanted: int, devices: Sequence[Any]) -> str:
+    message = f"a mesh of {wanted} devices, but there are {len(devices)}"
+    if devices[0].platform != "cpu":
+        return message
+    return f"{message}; to simulate them on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
 
 
 def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
     for name, size in axes.items():
         if name not in MESH_AXES:
-            raise MeshError(f"unknown mesh axis {name!r}, expected {', '.join(MESH_AXES)}")
-        if type(size) is not int or size < 1:
-            raise MeshError(f"mesh axis {name}={size!r}, expected a whole number of at least 1")
+            raise _unknown_axis(name)
+        if type(size) is not int or not 1 <= size < 1 << 31:
+            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number of at least 1")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
-        raise MeshError(f"a mesh of {math.prod(shape)} devices, but there are {len(devices)}")
+        raise MeshError(_too_few(math.prod(shape), devices))
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
     return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})

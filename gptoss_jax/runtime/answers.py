@@ -26,8 +26,8 @@ def collect(
     engine: "gptoss_jax.engine.engine.Engine",
     requests: Sequence[Request],
     streams: Sequence[AnswerStream],
-    show: Callable[[list[Delta]], None],
-    interrupted: Callable[[], bool],
+    show: Callable[[list[Delta]], None] = lambda deltas: None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Sample]:
     """Runs the requests to their ends, or until interrupted, and gives their answers in order, each as soon as it can.
 

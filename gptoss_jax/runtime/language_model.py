@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,24 +13,30 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
-from gptoss_jax.engine.runner import Compiled, ModelRunner
+from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError, to_ids
+from gptoss_jax.engine.runner import Compiled, CompileProgram, ModelRunner, compile_anew
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony.answer import Answer, AnswerStream
+from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.model import kv_cache, transformer
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.invariant_sum import row_sum
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DtypePolicy, Model, Params
 from gptoss_jax.runtime import device
+from gptoss_jax.runtime.answers import collect
+from gptoss_jax.runtime.kept_programs import KeptPrograms
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from gptoss_jax.runtime.scoring import Scores, check_named
 
 LOGITS_CHUNK_TOKENS = 256
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LanguageModel:
     """A gpt-oss model with its weights, sharded over a mesh. `gptoss_jax.load` makes one.
 
@@ -45,6 +51,7 @@ class LanguageModel:
         source: what the weights were read from, in words.
         weights_are_random: whether the files say that nobody trained them.
         load_seconds: from the call of `load` to weights on the devices.
+        programs_folder: where the programs of engines are kept for later runs; None: nowhere.
     """
 
     config: ModelConfig
@@ -57,9 +64,23 @@ class LanguageModel:
     source: str
     weights_are_random: bool
     load_seconds: float
+    programs_folder: Path | None = None
     _engine: Engine | None = None
     _allocators: dict[int, Callable[[], kv_cache.KVCache]] = dataclasses.field(default_factory=dict)
+    _programs: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
     _tapped: dict[tuple[str, ...], Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Two lines: what it is, and how it is computed. Its arrays are gathered by nobody who only looks."""
+        config, devices = self.config, self.mesh.devices
+        held_bytes = sum(array.nbytes for array in jax.tree.leaves(self.params))
+        trained = "random weights" if self.weights_are_random else "weights"
+        where = f"{devices.size} x {devices.flat[0].device_kind}, {dict(self.mesh.shape)}"
+        return (
+            f"LanguageModel({config.num_layers} layers, {config.num_experts} experts, {held_bytes / 1e9:.1f} GB of "
+            f"{trained} from {self.source}, on {where})\n"
+            f"  activations {self.policy.activations}, dense weights {self.dense}, {self.kernels}"
+        )
 
     def decode_bytes(self, slots: int, context_tokens: int) -> int:
         """`ModelConfig.decode_bytes` with the number formats that hold weights and cache here."""
@@ -100,13 +121,14 @@ class LanguageModel:
             self.policy.cache,
             engine_config,
             compiled=compiled,
+            compile_program=self._compiler(str(engine_config)),
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
 
     def generate(
         self,
-        token_ids: Sequence[int],
+        prompt: str | Sequence[int],
         *,
         max_new_tokens: int | None = 256,
         temperature: float | None = None,
@@ -115,12 +137,13 @@ class LanguageModel:
         stop_ids: Sequence[int] | None = None,
         max_context_tokens: int = 4096,
     ) -> Iterator[Event]:
-        """Events with the tokens that follow `token_ids`, as they come; the last one says why it ended.
+        """Events with the tokens that follow `prompt`, as they come; the last one says why it ended.
 
         The engine is compiled at the first call and kept; it is compiled anew for another `max_context_tokens`.
 
         Args:
-            token_ids: the prompt.
+            prompt: what a user says, which becomes a conversation as `harmony.settings.Settings` has it by default; or
+                token ids, as they are.
             max_new_tokens: length of the answer at most; None: as far as the context goes.
             temperature: 1 where left out; a short way to `sampling`, and so is `seed`, 0 where left out.
             seed: see `SamplingParams`.
@@ -134,17 +157,61 @@ class LanguageModel:
         """
         engine_config = EngineConfig(slots=self.sharding.size("batch"), max_context_tokens=max_context_tokens)
         request = Request(
-            tuple(map(operator.index, token_ids)),
-            tuple(map(operator.index, self.config.stop_ids if stop_ids is None else stop_ids)),
+            _ids(prompt, None),
+            self.config.stop_ids if stop_ids is None else to_ids("stop_ids", stop_ids),
             max_new_tokens,
             _sampling(sampling, temperature, seed),
         )
         request.check(self.config, engine_config)
+        return _run_one(self._idle_engine(engine_config), request)
+
+    def answers(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        settings: Settings | None = None,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        max_context_tokens: int = 4096,
+        slots: int = 8,
+    ) -> Iterator[Answer]:
+        """The answer to each prompt, in order, each as soon as it can be given; `Answer.final` is its text.
+
+        Several run at once. On CPUs an answer's tokens are those that its prompt gets alone.
+
+        Args:
+            prompts: what users say, each in a conversation of its own; or token ids, as they are.
+            settings: what the system and developer messages say; None: the defaults.
+            sampling: how tokens are drawn, of each answer alike; None: the defaults.
+            max_new_tokens: length of an answer at most, its reasoning included; None: as far as the context goes.
+            max_context_tokens: prompt and answer at most; memory grows with it.
+            slots: answers that run at once; rounded up to a multiple of the mesh's data shards.
+
+        Raises:
+            GptossError: a prompt that cannot be said, or none of this model's; none has been run then.
+            NumericsError: the model gave logits that are not finite.
+        """
+        shards = self.sharding.size("batch")
+        engine_config = EngineConfig(slots=-(-slots // shards) * shards, max_context_tokens=max_context_tokens)
+        tokenizer, requests, streams = load_tokenizer(), [], []
+        for prompt in prompts:
+            streams.append(AnswerStream(tokenizer))
+            ids, ends_at = _ids(prompt, settings), streams[-1].ends_at
+            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling or SamplingParams(), ends_at)
+            request.check(self.config, engine_config)
+            requests.append(request)
+        for sample in collect(self._idle_engine(engine_config), requests, streams):
+            if sample.answer.finish_reason == "error":
+                raise NumericsError(NOT_FINITE)
+            yield sample.answer
+
+    def _idle_engine(self, engine_config: EngineConfig) -> Engine:
+        """The engine that was used last, if it is like this and has nothing to do; else a new one, which is kept."""
         if self._engine is None or self._engine.engine_config != engine_config:
             self._engine = self.engine(engine_config)
         elif not self._engine.is_idle:  # an iterator that is still held keeps its slots
             self._engine = self.engine(engine_config, compiled=self._engine.runner.compiled)
-        return _run_one(self._engine, request)
+        return self._engine
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """The logits that follow each of `token_ids`, teacher-forced, float32 on the host.
@@ -156,7 +223,7 @@ class LanguageModel:
             RequestError: ids outside the vocabulary.
         """
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
-        for at, logits in self._chunks(self._all_logits, token_ids):
+        for at, logits in self._chunks("logits", self._all_logits, token_ids):
             result[at] = np.asarray(logits)[0, : at.stop - at.start]
         return result
 
@@ -179,7 +246,7 @@ class LanguageModel:
         check_named(token_ids, self.config)
         targets = np.roll(np.asarray(token_ids), -1)  # the last has no target: what is there is not read
         chunks = []
-        for at, reports in self._chunks(self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
+        for at, reports in self._chunks("reports", self._all_reports, token_ids, targets, np.bool_(top_logprobs > 0)):
             chunks.append([np.asarray(report)[0, : at.stop - at.start] for report in reports])
         logprobs, ids, tops, finite = (np.concatenate(chunk)[:-1] for chunk in zip(*chunks, strict=True))
         if not finite.all():
@@ -210,6 +277,17 @@ class LanguageModel:
     def _forward(self, taps: tuple[str, ...], params: Params, tokens: Any, counts: Any) -> dict[str, jax.Array]:
         return transformer.forward(self.model, params, tokens, counts=counts, taps=taps)[1]
 
+    def _compiler(self, described: str) -> CompileProgram:
+        """Compiles programs that depend on `described` and on this model, or takes them from `programs_folder`.
+
+        Where JAX's own cache is on, it keeps them: what XLA:CPU has read from there it cannot write a second time.
+        """
+        of_jax = jax.config.values["jax_compilation_cache_dir"]
+        if self.programs_folder is None or of_jax or jax.process_count() > 1:
+            return compile_anew
+        of_model = (self.config, self.sharding.rules, self.mesh.shape, self.policy, self.dense, self.kernels)
+        return KeptPrograms(self.programs_folder, self.mesh.devices.flat, f"{of_model} {described}").compile
+
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray:
         """The ids as an array, of which each is within the vocabulary, and which the context holds."""
         ids = np.asarray(token_ids)
@@ -221,15 +299,19 @@ class LanguageModel:
             raise RequestError(f"{ids.size} tokens, the model has {self.config.max_context_tokens} at most")
         return ids
 
-    def _chunks(self, program: Any, token_ids: Sequence[int], *arguments: Any) -> Iterator[tuple[slice, Any]]:
+    def _chunks(
+        self, name: str, program: Any, token_ids: Sequence[int], *arguments: Any
+    ) -> Iterator[tuple[slice, Any]]:
         """What `program` gives for each chunk of `token_ids`, and which tokens those are: one sequence per data shard.
 
-        Of `arguments`, arrays are cut like the tokens, and scalars are passed as they are.
+        It is compiled once for each capacity of the cache, under its name. Of `arguments`, arrays are cut like the
+        tokens, and scalars are passed as they are.
         """
         ids = self._checked(token_ids)
         width, slots = LOGITS_CHUNK_TOKENS, self.sharding.size("batch")  # one slot per data shard, all alike
         chunks = -(-ids.size // width)
-        cache = self._cache(slots, width << (chunks - 1).bit_length())
+        capacity = width << (chunks - 1).bit_length()
+        cache = self._cache(slots, capacity)
 
         def cut(array: np.ndarray, at: slice) -> np.ndarray:
             chunk = np.zeros(width, np.int32)
@@ -240,7 +322,10 @@ class LanguageModel:
             at = slice(first, min(first + width, ids.size))
             counts = np.full(slots, at.stop - at.start, np.int32)
             others = [cut(x, at) if np.ndim(x) else x for x in arguments]
-            results, cache = program(self.params, cut(ids, at), counts, cache, *others)
+            inputs = (self.params, cut(ids, at), counts, cache, *others)
+            if (name, capacity) not in self._programs:
+                self._programs[name, capacity] = self._compiler(str(capacity))(name, program, inputs)
+            results, cache = self._programs[name, capacity](*inputs)
             yield at, results
 
     def _cache(self, slots: int, tokens: int) -> kv_cache.KVCache:
@@ -269,10 +354,20 @@ class LanguageModel:
         def all_reports(params, tokens, counts, cache, targets, with_top):
             logits, cache = transformer.all_logits(self.model, params, tokens, counts, cache)
             finite = jnp.all(jnp.isfinite(logits), axis=-1)
-            return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids), finite), cache
+            total = row_sum(self.mesh.size)
+            return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids, total), finite), cache
 
         shardings = None, kv_cache.layout(self.config, self.sharding)
         return jax.jit(all_reports, donate_argnums=3, out_shardings=shardings)
+
+
+def _ids(prompt: str | Sequence[int], settings: Settings | None) -> tuple[int, ...]:
+    """Token ids; a text becomes a user's message after what the settings say."""
+    if not isinstance(prompt, str):
+        return to_ids("token_ids", prompt)
+    from gptoss_jax.harmony import messages, render  # here, so that who has ids need not wait for openai-harmony
+
+    return tuple(render.render([messages.user(prompt)], settings or Settings()))
 
 
 def _sampling(sampling: SamplingParams | None, temperature: float | None, seed: int | None) -> SamplingParams:

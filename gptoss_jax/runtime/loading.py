@@ -30,6 +30,7 @@ def load(
     dtype: str = "bfloat16",
     dense: str = "bfloat16",
     kernels: str = "auto",
+    programs_folder: Path | None = None,
     report: Report = lambda done_bytes, total_bytes: None,
 ) -> LanguageModel:
     """The model at `path`, ready to run.
@@ -41,13 +42,16 @@ def load(
         dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
             longer exact (docs/numerics.md has its cost); experts stay as they are.
         kernels: "auto", or implementations by name, which then run or raise: see `layers.choose_kernels`.
+        programs_folder: where the compiled programs of engines are kept for later runs, yours alone; None: nowhere. A
+            program is found again by this package's version and sources, not by what your code changed in them.
         report: called with the bytes of weights that are loaded, and of all.
 
     Raises:
-        ConfigError: the checkpoint's config.json is not a gpt-oss model.
+        GptossError: what all of these are, and an unknown dtype, dense or kernel.
+        SourceError: there is no such folder, or what is published in it is incomplete or damaged.
+        ConfigError: its config.json is not a gpt-oss model's.
+        CheckpointError: it is a converted checkpoint that is unfinished, damaged, or not of this model.
         MeshError: the mesh does not fit the devices or the model.
-        CheckpointError: the checkpoint is absent, incomplete, or not of this model.
-        GptossError: an unknown dtype, dense or kernel.
     """
     began = time.perf_counter()
     _check_known("dtype", dtype, transformer.DTYPE_POLICIES)
@@ -76,6 +80,7 @@ def load(
         source=weights.described,
         weights_are_random=weights.are_random,
         load_seconds=time.perf_counter() - began,
+        programs_folder=programs_folder,
     )
 
 

@@ -57,6 +57,7 @@ def to_weight_layout(model: Model, layout: expert_op.WeightLayout, sharding: Sha
     The transform raises GptossError for a value that the kernel cannot read.
     """
     rearrangements = model.rearrangements(layout)
+    compiled: dict[Any, Callable[[Any], jax.Array]] = {}  # once for all layers
 
     def rearrange(path: str, array: Any) -> Any:
         way = rearrangements[path]
@@ -67,7 +68,10 @@ def to_weight_layout(model: Model, layout: expert_op.WeightLayout, sharding: Sha
                 f"{path} holds the byte {found}, and the chosen kernel reads up to {way.greatest}: "
                 "--kernels expert_mlp=reference reads any"
             )
-        return rearrange_experts(way, model.leaves[path].axes, sharding)(array)
+        kind = (way, model.leaves[path].axes)
+        if kind not in compiled:
+            compiled[kind] = rearrange_experts(*kind, sharding)
+        return compiled[kind](array)
 
     return rearrange
 

@@ -10,25 +10,60 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from cpu_kernels import attention as cpu
-from pallas_kernels.attention import gpu, reference, tpu
+from pallas_kernels.attention import reference
 from pallas_kernels.attention.contract import Attend, Attended, PagedKV, RingKV, merge
 from pallas_kernels.attention.gradient import differentiable
-from pallas_kernels.choice import Choice, Hardware, KernelError, best, by_name
-from pallas_kernels.interpreter import InterpretGPUParams
+from pallas_kernels.choice import Choice, Hardware, Implementations, KernelError, best, by_name
+
+
+def _reference() -> Attend:
+    return differentiable(reference.attend)
+
+
+def _cpu() -> Attend:
+    return differentiable(cpu.attend)
+
 
 # Kernels for devices are jitted, so that all layers of a program share one: lowering it takes Python half a second.
-IMPLEMENTATIONS: dict[str, Attend] = {
-    "reference": differentiable(reference.attend),
-    "cpu": differentiable(cpu.attend),
-    "gpu": differentiable(jax.jit(gpu.attend)),
-    "gpu-interpreted": differentiable(functools.partial(gpu.attend, interpret=InterpretGPUParams())),
-    "tpu": differentiable(jax.jit(tpu.attend)),
-    "tpu-interpreted": differentiable(functools.partial(tpu.attend, interpret=pltpu.InterpretParams())),
-}
+def _gpu() -> Attend:
+    from pallas_kernels.attention import gpu
+
+    return differentiable(jax.jit(gpu.attend))
+
+
+def _gpu_interpreted() -> Attend:
+    from pallas_kernels.attention import gpu
+    from pallas_kernels.interpreter import InterpretGPUParams
+
+    return differentiable(functools.partial(gpu.attend, interpret=InterpretGPUParams()))
+
+
+def _tpu() -> Attend:
+    from pallas_kernels.attention import tpu
+
+    return differentiable(jax.jit(tpu.attend))
+
+
+def _tpu_interpreted() -> Attend:
+    from pallas_kernels.attention import tpu
+    from pallas_kernels.interpreter import InterpretTPUParams
+
+    return differentiable(functools.partial(tpu.attend, interpret=InterpretTPUParams()))
+
+
+IMPLEMENTATIONS = Implementations[Attend](
+    {
+        "reference": _reference,
+        "cpu": _cpu,
+        "gpu": _gpu,
+        "gpu-interpreted": _gpu_interpreted,
+        "tpu": _tpu,
+        "tpu-interpreted": _tpu_interpreted,
+    }
+)
 
 
 def choose(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Choice:

@@ -7,6 +7,7 @@ gradient of the log-sum-exp, whose derivative by a logit is that logit's probabi
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -79,7 +80,7 @@ def _paged(
 
 
 def _by_head(x: Float[Array, "B T N"], kv_heads: int) -> Float[Array, "B K G T"]:
-    return reference.grouped(x, kv_heads).transpose(0, 2, 3, 1)
+    return einops.rearrange(x, "b t (k g) -> b k g t", k=kv_heads)
 
 
 def _sliding_window(

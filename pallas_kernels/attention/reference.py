@@ -5,6 +5,7 @@ Portable and right rather than fast; the kernels are tested against it.
 
 from typing import NamedTuple
 
+import einops
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
@@ -59,15 +60,14 @@ class Softmax(NamedTuple):
 
     def attended(self, positions: Int32[Array, "B T"]) -> Attended:
         """The weighted means of the values taken in, the sink's share going to none."""
-        b, k, g, t, h = self.value.shape
-        out = (self.value / self.total[..., None]).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
-        lse = (self.top + jnp.log(self.total)).transpose(0, 3, 1, 2).reshape(b, t, k * g)
+        out = einops.rearrange(self.value / self.total[..., None], "b k g t h -> b t (k g) h")
+        lse = einops.rearrange(self.top + jnp.log(self.total), "b k g t -> b t (k g)")
         return Attended(out, jnp.where(positions[..., None] < 0, -jnp.inf, lse))
 
 
 def grouped(q: Float[Array, "B T N *H"], num_kv_heads: int) -> Float[Array, "B T K G *H"]:
     """Query heads beside the others of their key/value head."""
-    return q.reshape(*q.shape[:2], num_kv_heads, -1, *q.shape[3:])
+    return einops.rearrange(q, "b t (k g) ... -> b t k g ...", k=num_kv_heads)
 
 
 def logits_of(

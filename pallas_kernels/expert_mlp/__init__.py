@@ -5,17 +5,15 @@ A back end is one file beside this one, or in cpu_kernels, with a function of th
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
-from pallas_kernels.choice import Choice, Hardware, best, by_name
-from pallas_kernels.expert_mlp import gpu, reference, tpu
+from pallas_kernels.choice import Choice, Hardware, Implementations, best, by_name
+from pallas_kernels.expert_mlp import reference
 from pallas_kernels.expert_mlp.gradient import differentiable
-from pallas_kernels.expert_mlp.tpu_forms import FORMS, Form, form_for
 from pallas_kernels.expert_mlp.weights import (
     AS_PUBLISHED,
     PUBLISHED,
@@ -27,7 +25,6 @@ from pallas_kernels.expert_mlp.weights import (
     packed_axes,
     published,
 )
-from pallas_kernels.interpreter import InterpretGPUParams
 
 
 @runtime_checkable
@@ -65,38 +62,58 @@ def _with_gradient(run: RunExperts, layout: WeightLayout = PUBLISHED) -> ExpertM
     return ExpertMlp(differentiable(run, layout), layout)
 
 
-# TMA fills with zeros what lies beyond an array; in JAX 0.10 the interpreter does so by this setting only.
-GPU_INTERPRETER = InterpretGPUParams(
-    out_of_bounds_reads="uninitialized", uninitialized_memory="zero", num_tma_threads_per_device=16
-)
-
-
 def _for_device(run: RunExperts, layout: WeightLayout) -> ExpertMlp:
     """A kernel that all layers of a program share: lowering it takes Python half a second."""
     return _with_gradient(jax.jit(run, static_argnames="limit"), layout)
 
 
-def _on_tpu(form: Form) -> ExpertMlp:
+def _reference() -> ExpertMlp:
+    return _with_gradient(reference.expert_mlp)
+
+
+def _cpu() -> ExpertMlp:
+    return _with_gradient(cpu_expert_mlp)
+
+
+def _gpu() -> ExpertMlp:
+    from pallas_kernels.expert_mlp import gpu
+
+    return _for_device(gpu.expert_mlp, gpu.LAYOUT)
+
+
+def _gpu_interpreted() -> ExpertMlp:
+    from pallas_kernels.expert_mlp import gpu
+    from pallas_kernels.interpreter import ZERO_FILLING
+
+    return _with_gradient(functools.partial(gpu.expert_mlp, interpret=ZERO_FILLING), gpu.LAYOUT)
+
+
+def _tpu(device: str = "TPU") -> ExpertMlp:
+    """The form for a device of this name; for "TPU" the one that runs on all."""
+    from pallas_kernels.expert_mlp import tpu, tpu_forms
+
+    form = tpu_forms.form_for(device)
     return _for_device(functools.partial(tpu.expert_mlp, form=form), form.layout)
 
 
-def _interpreted(run: Any, layout: WeightLayout, interpreter: Any) -> ExpertMlp:
-    return _with_gradient(functools.partial(run, interpret=interpreter), layout)
+def _tpu_interpreted() -> ExpertMlp:
+    from pallas_kernels.expert_mlp import tpu, tpu_forms
+    from pallas_kernels.interpreter import InterpretTPUParams
+
+    form = tpu_forms.FORMS["words, by selection"]
+    return _with_gradient(functools.partial(tpu.expert_mlp, form=form, interpret=InterpretTPUParams()), form.layout)
 
 
-TPU_INTERPRETED = FORMS["words, by selection"]
-
-
-IMPLEMENTATIONS: dict[str, ExpertMlp] = {
-    "reference": _with_gradient(reference.expert_mlp),
-    "cpu": _with_gradient(cpu_expert_mlp),
-    "gpu": _for_device(gpu.expert_mlp, gpu.LAYOUT),
-    "gpu-interpreted": _interpreted(gpu.expert_mlp, gpu.LAYOUT, GPU_INTERPRETER),
-    "tpu": _on_tpu(form_for("TPU")),  # what runs on all; `choose` takes the generation's own
-    "tpu-interpreted": _interpreted(
-        functools.partial(tpu.expert_mlp, form=TPU_INTERPRETED), TPU_INTERPRETED.layout, pltpu.InterpretParams()
-    ),
-}
+IMPLEMENTATIONS = Implementations[ExpertMlp](
+    {
+        "reference": _reference,
+        "cpu": _cpu,
+        "gpu": _gpu,
+        "gpu-interpreted": _gpu_interpreted,
+        "tpu": _tpu,
+        "tpu-interpreted": _tpu_interpreted,
+    }
+)
 
 
 def choose(name: str, hardware: Hardware) -> Choice:
@@ -105,13 +122,12 @@ def choose(name: str, hardware: Hardware) -> Choice:
     Raises:
         KernelError: no implementation has that name, or it cannot run here.
     """
-    implementations = IMPLEMENTATIONS
-    if hardware.platform == "tpu":
-        implementations = {**IMPLEMENTATIONS, "tpu": _on_tpu(form_for(hardware.name))}
     if name == "auto":
-        otherwise = Choice("reference", implementations["reference"], "portable jnp")
-        return best(implementations, hardware, otherwise)
-    return by_name("expert_mlp", implementations, name, hardware)
+        otherwise = Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp")
+        choice = best(IMPLEMENTATIONS, hardware, otherwise)
+    else:
+        choice = by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+    return choice._replace(implementation=_tpu(hardware.name)) if choice.name == "tpu" else choice
 
 
 __all__ = [

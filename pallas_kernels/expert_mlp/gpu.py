@@ -26,6 +26,7 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,15 +98,13 @@ def _from_words(words: UInt32[Array, "E R W"]) -> UInt8[Array, "E R B 16"]:
     return lax.bitcast_convert_type(published, jnp.uint8).reshape(*words.shape[:2], -1, BLOCK // 2)
 
 
-def _split(array: Array, axis: int = 1) -> Array:
+def _split(array: Array) -> Array:
     """Of each 16 rows the 8 gates before the 8 linear ones, so that one thread gets a gate and its linear part."""
-    pairs = array.reshape(*array.shape[:axis], -1, 8, 2, *array.shape[axis + 1 :])
-    return pairs.swapaxes(axis + 1, axis + 2).reshape(array.shape)
+    return einops.rearrange(array, "e (rows gate kind) ... -> e (rows kind gate) ...", gate=8, kind=2)
 
 
-def _interleave(array: Array, axis: int = 1) -> Array:
-    halves = array.reshape(*array.shape[:axis], -1, 2, 8, *array.shape[axis + 1 :])
-    return halves.swapaxes(axis + 1, axis + 2).reshape(array.shape)
+def _interleave(array: Array) -> Array:
+    return einops.rearrange(array, "e (rows kind gate) ... -> e (rows gate kind) ...", gate=8, kind=2)
 
 
 def _words(before: Any, after: Any, described: str) -> Rearrangement:

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import einops
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -111,16 +112,14 @@ class Form(NamedTuple):
 
 def _in_parts(outputs: Array, parts: int) -> Array:
     """Interleaved gate and linear rows, [E, 2 F, ...], as [E, P, 2, ..., F / P]."""
-    experts, rows, *rest = outputs.shape
-    split = outputs.reshape(experts, rows // 2 // BLOCK, parts, BLOCK // parts, 2, *rest)
-    return jnp.moveaxis(split, (2, 4, 1, 3), (1, 2, -2, -1)).reshape(experts, parts, 2, *rest, rows // 2 // parts)
+    to = "e (block part size kind) ... -> e part kind ... (block size)"
+    return einops.rearrange(outputs, to, part=parts, size=BLOCK // parts, kind=2)
 
 
 def _out_of_parts(packed: Array) -> Array:
     """The inverse of `_in_parts`."""
-    experts, parts, _, *rest, size = packed.shape
-    split = packed.reshape(experts, parts, 2, *rest, size * parts // BLOCK, BLOCK // parts)
-    return jnp.moveaxis(split, (1, 2, -2, -1), (2, 4, 1, 3)).reshape(experts, 2 * parts * size, *rest)
+    size = BLOCK // packed.shape[1]
+    return einops.rearrange(packed, "e part kind ... (block size) -> e (block part size kind) ...", size=size)
 
 
 def _layout(

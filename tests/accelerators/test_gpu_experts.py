@@ -15,11 +15,12 @@ from pallas_kernels import interpreter, mxfp4
 from pallas_kernels.expert_mlp import gpu
 from pallas_kernels.expert_mlp import reference as plain
 from pallas_kernels.expert_mlp.tiles import TiledRows
+from pallas_kernels.interpreter import ZERO_FILLING
 from tests.unit.test_kernels import random_experts
 
 
 def _with(**settings):
-    return dataclasses.replace(op.GPU_INTERPRETER, **settings)
+    return dataclasses.replace(ZERO_FILLING, **settings)
 
 
 # ---- how the weights lie ----
@@ -126,7 +127,7 @@ def test_every_code_under_every_scale():
     packed = [way.pack(jnp.asarray(array)) for way, array in zip(gpu.LAYOUT[3:5], (blocks, scales), strict=True)]
     tiles = TiledRows.of(jnp.zeros((inputs, 1), jnp.int32), 1, 32)
     x = gpu._in_fragment_order(tiles.gather(jnp.eye(inputs, dtype=jnp.bfloat16)))[None]
-    run = functools.partial(gpu._product, tiles, 32, interpret=op.GPU_INTERPRETER)
+    run = functools.partial(gpu._product, tiles, 32, interpret=ZERO_FILLING)
     found = np.asarray(jax.jit(run)(x, *packed, jnp.zeros((1, 64), jnp.bfloat16)))[:, :64].T
     normal = (expected == 0) | (np.abs(expected) >= 2.0**-126)
     np.testing.assert_array_equal(found[normal], expected[normal])
@@ -166,7 +167,7 @@ def test_prefill_in_its_own_form(monkeypatch):
     tilings, of = [], gpu._Tiling.of
     monkeypatch.setattr(gpu._Tiling, "of", lambda *sizes: tilings.append(of(*sizes)) or tilings[-1])
     arguments, expected = _call(hidden=32 * 9, inner=160, tokens=70)  # five units of down, two blocks of four
-    found = np.asarray(jax.jit(functools.partial(gpu.expert_mlp, limit=7.0, interpret=op.GPU_INTERPRETER))(*arguments))
+    found = np.asarray(jax.jit(functools.partial(gpu.expert_mlp, limit=7.0, interpret=ZERO_FILLING))(*arguments))
     assert {tiling.warpgroups for tiling in tilings} == {4}
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max())
 

@@ -44,7 +44,7 @@ effort is high (low, medium, high)
 unknown command /rest: did you mean /reset? (a space in front makes it text)
 > /stats
 answers: 1, of 35 tokens at N tokens/s
-conversation: 99 of 4096 tokens; effort: high
+conversation: 110 of 4096 tokens; effort: high
 > and
   in two lines?
 [reasoning]
@@ -128,15 +128,43 @@ def test_a_prompt_in_a_terminal_shows_progress_and_takes_it_away(folder):
     assert all(not line[79:].strip() or " " not in line[78:] for line in lines)
 
 
-def test_a_chat_can_be_piped(folder):
-    """Guards scripts: answers alone on stdout, a backslash continues a line, no code of any terminal anywhere."""
-    lines = "Hello\n/effort high\none \\\nprompt\n\n/nonsense\n"
+def test_a_chat_can_be_piped(folder, tmp_path):
+    """Guards scripts, of Windows too: answers alone on stdout, a backslash continues a line, no code of a terminal."""
+    lines = "\ufeffHello\n/effort high\none \\\nprompt\n\n/nonsense\n" + f"/save {tmp_path / 'chat.json'}\n"
     environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None}
     asked = ("--checkpoint", folder / "thinker", "--chat", "--max-context-tokens", "180")
     done = processes.run("gptoss_jax.generate", *asked, stdin=lines, environment=environment)
     assert done[:2] == (0, 2 * (scripted.ANSWER + "\n")), done.stderr
     assert "unknown command /nonsense" in done.stderr
+    assert json.loads((tmp_path / "chat.json").read_text())[1]["content"][0]["text"] == "Hello"
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_chat_has_the_days_date_unless_told(folder, tmp_path):
+    """Guards --date in a chat: today's, as in other runtimes; none and a date of one's own are echoed and saved."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "1")
+    before = time.strftime("%Y-%m-%d")
+    for flags, date in (((), None), (("--date", "none"), "none"), (("--date", "2025-01-31"), "2025-01-31")):
+        lines = f"Hello\n/save {tmp_path / 'chat.json'}\n"
+        done = processes.run(*asked, *flags, stdin=lines, environment=environment)
+        dates = (before, time.strftime("%Y-%m-%d")) if date is None else (date,)
+        assert any(f"effort medium, date {each}, seed 0\n" in done.stderr for each in dates), done.stderr
+        system = json.loads((tmp_path / "chat.json").read_text())[0]["content"][0]
+        assert (system["conversation_start_date"] or "none") in dates
+    done = processes.run(*asked, "--messages", tmp_path / "chat.json", stdin="Hello\n", environment=environment)
+    assert done.returncode == 0, done.stderr  # its own system message has its own date
+    assert "\nseed 0\n" in done.stderr
+
+
+def test_a_chat_survives_runs_without_breaks(folder):
+    """Guards a conversation against a paste of a million letters or spaces: a line, and the session goes on."""
+    lines = "Hello\n" + "ACGT" * 250_000 + "\na" + " " * 1_000_000 + "b\nHello\n"
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat")
+    done = processes.run(*asked, stdin=lines, environment={"XDG_CACHE_HOME": str(folder / "home")})
+    assert done[:2] == (0, 2 * (scripted.ANSWER + "\n")), done.stderr
+    assert "exceed the context of 4096 tokens" in done.stderr
+    assert "its longest run of white space is 1000000" in done.stderr
 
 
 def test_a_full_context_is_said_and_the_session_goes_on(folder):
@@ -192,7 +220,9 @@ def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
     scripted.write(folder / "spoilt", "thinker", spoilt=" short")
     environment = {"XDG_CACHE_HOME": str(folder / "home")}
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "spoilt", "--chat", "--max-new-tokens", "30")
-    done = processes.run(*asked, stdin=b"Hell\xff\nHello\nHello\n/stats\n/quit\n/help\n", environment=environment)
+    done = processes.run(
+        *asked, stdin=b"Hell\xff\nHello\n/reset\nHello\n/stats\n/quit\n/help\n", environment=environment
+    )
     assert done[:2] == (0, 2 * "Because air scatters short\n"), done.stderr
     assert "what was entered is not valid UTF-8" in done.stderr
     assert done.stderr.count("the answer ended at step 26: logits are not finite") == 2
@@ -204,7 +234,7 @@ def test_hidden_reasoning_is_shown_by_a_command(folder):
     """Guards the hint after an answer that was cut while reasoning: in a session it names the session's command."""
     environment = {"XDG_CACHE_HOME": str(folder / "home")}
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--max-new-tokens", "8")
-    done = processes.run(*asked, stdin="Hello\n/reasoning\nHello\n", environment=environment)
+    done = processes.run(*asked, stdin="Hello\n/reset\n/reasoning\nHello\n", environment=environment)
     assert done.stderr.count("no final answer: the model was still reasoning") == 2
     assert done.stderr.count("still reasoning (/reasoning shows it)") == 1
 
@@ -291,3 +321,24 @@ def test_a_long_history_keeps_its_end(tmp_path):
     assert len(kept) <= chat_input.HISTORY_BYTES // 2
     assert kept == "".join(entries[-len(kept) // len(entries[-1]) :])[-len(kept) :]
     assert kept.startswith("\n# some day\n+x")
+
+
+def test_a_cut_turn_goes_on_from_its_thoughts(folder, tmp_path):
+    """Guards "continue" in a session and from a file: the model, which thinks once, must see what it had thought."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--max-new-tokens")
+    lines = f"Hello\n/save {tmp_path / 'thought.json'}\ncontinue\n/save {tmp_path / 'answer.json'}\n"
+    done = processes.run(*asked, "12", "--chat", stdin=lines, environment=environment)
+    begun = scripted.ANSWER[: len(done.stdout) - 1]
+    assert done[:2] == (0, begun + "\n"), done.stderr
+    assert begun
+    for name, answer in (("thought.json", scripted.ANSWER), ("answer.json", scripted.ANSWER)):
+        done = processes.run(*asked, "40", "--messages", tmp_path / name, "continue", environment=environment)
+        assert done[:2] == (0, answer + "\n"), done.stderr
+    said = json.loads((tmp_path / "answer.json").read_text())
+    assert [(m["role"], m["channel"], m.get("is_cut")) for m in said[1:]] == [
+        ("user", None, None),
+        ("assistant", "analysis", True),
+        ("user", None, None),
+        ("assistant", "final", True),
+    ]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import gptoss_jax
 from converters import convert
 from converters.random_checkpoint import with_vocab_size, write_checkpoint
 from gptoss_jax.checkpoints import conversion, packing, published
@@ -30,12 +32,13 @@ from gptoss_jax.checkpoints.orbax.writer import Writer
 from gptoss_jax.cli import byte_progress, interrupts
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
+from gptoss_jax.model.config import MAX_STOP_IDS
 from pallas_kernels import mxfp4
 
 ROOT = Path(__file__).parents[2]
 TINY = json.loads((ROOT / "configs" / "tiny.json").read_text())
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-SMALL = with_vocab_size(TINY, 512) | TWO_LAYERS | {"num_local_experts": 8}
+SMALL: dict[str, Any] = with_vocab_size(TINY, 512) | TWO_LAYERS | {"num_local_experts": 8}
 # OpenAI's config.json names no special ids, so its vocabulary must be the published one; hence so narrow a model.
 NARROW = TINY | TWO_LAYERS | {"hidden_size": 32, "intermediate_size": 64}
 SCALES = "model.layers.0.mlp.experts.gate_up_proj_scales"
@@ -101,7 +104,7 @@ def command(*arguments: object) -> int:
     with flagsaver.flagsaver():
         try:
             positional = command_line._parse(["convert", *map(str, arguments)], "convert")[1:]
-            command_line._guard(convert.main, positional, "convert")
+            command_line._guard(lambda: convert.main(positional), "convert")
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -443,7 +446,8 @@ def wrong_dtype(folder: Path) -> list[str]:
     name = "model.layers.0.mlp.router.bias"
     with edited(folder, name) as held:
         held[name] = ("F16", *held[name][1:])
-    return [f"{file_of(folder, name)}: {name}: dtype F16, expected BF16"]
+    cast = "cast it, as transformers does: from_pretrained(SRC, dtype=torch.bfloat16), then save_pretrained"
+    return [f"{file_of(folder, name)}: {name}: dtype F16, expected BF16: {cast}"]
 
 
 def duplicate(folder: Path) -> list[str]:
@@ -495,7 +499,7 @@ def index_disagrees(folder: Path) -> list[str]:
 def index_broken(folder: Path) -> list[str]:
     """An index that is none."""
     (folder / published.INDEX).write_text("[]")
-    return [f"{folder / published.INDEX}: no index of safetensors (TypeError("]
+    return [f"{folder / published.INDEX}: no index of safetensors: fetch it again"]
 
 
 def truncated(folder: Path) -> list[str]:
@@ -511,14 +515,14 @@ def header_corrupt(folder: Path) -> list[str]:
     path = file_of(folder, SCALES)
     raw = path.read_bytes()
     path.write_bytes(raw[:8] + b"\x00" + raw[9:])
-    return [f"{path}: the header is not JSON ("]
+    return [f"{path}: its header is corrupt, or not safetensors: "]
 
 
 def not_safetensors(folder: Path) -> list[str]:
     """A web page saved under the name."""
     path = file_of(folder, SCALES)
     path.write_bytes(b"<html>Not found</html>")
-    return [f"{path}: 22 bytes, a header of "]
+    return [f"{path}: a web page saved under this name: fetch the file again"]
 
 
 def overlapping(folder: Path) -> list[str]:
@@ -627,6 +631,33 @@ def test_config_faults_are_one_line(broken, tmp_path, capsys):
     assert "config.json: model_type is 'llama', expected 'gpt_oss'" in line
 
 
+EDGES = {  # the narrowest and the widest of what config.json may say; a mixture of both where they exclude each other
+    "narrow": {"sliding_window": 1, "max_position_embeddings": 2, "rope_theta": 10, "swiglu_limit": 1e-3}
+    | {"rms_norm_eps": 1e-12, "head_dim": 2, "num_experts_per_tok": 1, "eos_token_id": list(range(MAX_STOP_IDS))},
+    "wide": {"sliding_window": 1 << 24, "max_position_embeddings": 1 << 24, "rope_theta": 1e12, "swiglu_limit": 1e12}
+    | {"rms_norm_eps": 0.1, "head_dim": 256, "num_experts_per_tok": 8, "eos_token_id": None},
+}
+ROPES = {
+    "narrow": {"factor": 1.0, "beta_fast": 0.00102, "beta_slow": 1e-3, "original_max_position_embeddings": 1},
+    "wide": {"factor": 1e4, "beta_fast": 1e6, "beta_slow": 9e5, "original_max_position_embeddings": 1 << 24},
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_what_converts_also_runs(edge, tmp_path):
+    """Guards against ranges so wide that a checkpoint is written which nobody can run."""
+    config = SMALL | EDGES[edge] | {"rope_scaling": SMALL["rope_scaling"] | ROPES[edge]}
+    config = {key: value for key, value in config.items() if key not in ("experts_per_token", "initial_context_length")}
+    write_checkpoint(tmp_path / "published", config)
+    convert.run(options(tmp_path / "published", tmp_path / "out", verify=True))
+    model = gptoss_jax.load(tmp_path / "out")
+    request = gptoss_jax.Request((1,), model.config.stop_ids, max_new_tokens=1)
+    engine = model.engine(gptoss_jax.EngineConfig(max_context_tokens=min(model.config.max_context_tokens, 200)))
+    engine.submit(request)
+    (event,) = engine.run()
+    assert len(event.token_ids) == 1 and event.finish_reason in ("length", "stop")
+
+
 # ---- the destination ----
 
 
@@ -658,10 +689,27 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
 
 def test_destination_may_not_be_or_hold_the_source(broken, capsys):
     """Guards against a message that says of the only copy of the weights: remove it."""
-    for destination in (broken, broken.parent):
+    links = broken.parent.parent / "links"
+    links.mkdir()
+    (links / "published").symlink_to(broken)
+    (links / "parent").symlink_to(broken.parent)
+    before = hashes(broken)
+    for destination in (broken, broken.parent, links / "published", links / "parent"):
         (line,) = refusals(capsys, broken, destination)
         assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
-    assert command(broken, broken / "checkpoint") == 0
+    for source in (broken, links / "published"):
+        for folder in (broken, links / "published", links / "parent" / "published"):
+            for destination in (folder / "checkpoint", folder / "deep" / "out"):
+                (line,) = refusals(capsys, source, destination)
+                assert line == f"convert: DST {destination} lies in SRC: name a folder outside of it for the checkpoint"
+    assert hashes(broken) == before
+
+
+def test_what_is_being_written_may_not_be_the_source(broken, capsys):
+    """Guards against SRC named like the folder in which DST grows: a message says of it, remove it."""
+    source = broken.rename(broken.with_name("out.partial"))
+    (line,) = refusals(capsys, source, source.with_name("out"))
+    assert line.endswith("is or holds SRC: name a folder of its own for the checkpoint")
 
 
 def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, broken, tmp_path, capsys):
@@ -680,6 +728,76 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
         file.write(b"\x11")
     with pytest.raises(CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
         conversion_of(opened, small_converted).verify()
+
+
+def test_verify_of_the_checkpoint_alone(small, small_converted, tmp_path, capsys):
+    """Guards data that rots after its source is gone: loading reads sizes and indices, and no hash."""
+    assert command("--verify", small_converted) == 0
+    said = r"checkpoint: verified: all 41 leaves, [\d,]+ bytes, have the sha256 that its manifest names"
+    assert re.search(said, capsys.readouterr().out)
+    copy = Path(shutil.copytree(small_converted, tmp_path / "copy"))
+    file = copy / Manifest.read(copy).leaves["embedding"].file
+    content = bytearray(file.read_bytes())
+    content[9] ^= 1
+    file.write_bytes(content)
+    (line,) = refusals(capsys, copy, "--verify")
+    damaged = r"sha256 \w{64}, expected \w{64}: the checkpoint is damaged, convert again"
+    assert re.fullmatch(rf"convert: {re.escape(str(file))}: {damaged}", line)
+    shutil.rmtree(file.parent)
+    (line,) = refusals(capsys, copy, "--verify")
+    assert line == f"convert: {file}: missing: the checkpoint is damaged, convert again"
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"hidden_size": 128}))
+    assert all("expected" in line for line in refusals(capsys, copy, "--verify"))
+    for folder, text in {
+        small: "has no manifest.json, so it is no finished",
+        tmp_path / "no": "no such folder",
+    }.items():
+        (line,) = refusals(capsys, "--verify", folder)
+        assert text in line
+    for flags_beside in (["--dry-run"], ["--quantize-experts"]):
+        (line,) = refusals(capsys, "--verify", small_converted, *flags_beside)
+        assert "expected two folders, SRC DST, got [" in line
+
+
+def test_what_contradicts_comes_before_the_disk(broken, tmp_path, capsys, monkeypatch):
+    """Guards against `make room first` where the config is of another model, and a folder left behind for it."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    (broken / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 36, "layer_types": None}))
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert line.endswith("num_hidden_layers is 36, but the safetensors hold 2 layers: of another model")
+    (broken / "config.json").write_text(json.dumps(SMALL | {"num_local_experts": 9}))
+    lines = refusals(capsys, broken, tmp_path / "deep" / "out")
+    assert lines and all(": shape [8" in line for line in lines)
+    (broken / "config.json").write_text(json.dumps(SMALL))
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert re.search(r"out: [\d,]+ bytes more are needed, 0 are free: make room first$", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_something_in_the_place_of_what_is_written_is_named(small, tmp_path, capsys):
+    """Guards against `[Errno 20] Not a directory` for a name that nobody typed."""
+    (tmp_path / "out.partial").write_text("mine")
+    (line,) = refusals(capsys, small, tmp_path / "out")
+    assert line.endswith("out.partial: in the way: expected nothing there, or what was begun; remove it")
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+def test_the_same_fault_in_many_tensors_is_one_line(broken, tmp_path, capsys):
+    """Guards against ten thousand lines for a header that was written by another tool."""
+    path = file_of(broken, SCALES)
+
+    def add(header: dict):
+        header |= {f"model.extra.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
+
+    with edited(broken, SCALES, add):
+        pass
+    (broken / published.INDEX).unlink()
+    (line,) = refusals(capsys, broken, tmp_path / "out")
+    assert line == (
+        f"convert: {path}: model.extra.0: unknown, the format (Hugging Face, MXFP4 experts) has no such tensor "
+        "(and 9,999 more like it)"
+    )
 
 
 @pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run"])

@@ -193,6 +193,25 @@ def test_a_call_is_kept_and_printed_as_json(folder, tmp_path):
     )
 
 
+def test_a_call_that_was_cut_is_not_printed_as_one(folder, tmp_path):
+    """Guards the programs that read stdout: half a call is none, in text, in JSON, and in what is saved."""
+    begun = scripted.SCRIPTS["caller"].partition("<|message|>{")[0] + "<|message|>"
+    limit = len(TOKENIZER.encoding.encode(begun, allowed_special="all")) + 3
+    asked = ("Umbrella?", "--max-new-tokens", limit, "--save", tmp_path / "chat.json")
+    done = _generate(folder, "caller", *asked)
+    (answer,) = _document(folder, "caller", *asked)["answers"]
+    (cut,) = answer["cut_calls"]
+    assert (cut["name"], answer["tool_calls"]) == ("get_weather", [])
+    assert scripted.CALL.startswith(cut["arguments"])
+    assert answer["unparsed_text"] == cut["arguments"] != ""
+    assert done[:2] == (0, ""), done.stderr
+    assert f"[cut call to functions.get_weather]\n{cut['arguments']}\n" in done.stderr
+    assert "the call to functions.get_weather was cut, so it is none\n" in done.stderr
+    last = json.loads((tmp_path / "chat.json").read_text())[-1]
+    assert (last["recipient"], last["is_cut"]) == (None, True)
+    assert last["content"][0]["text"] == f"[cut call to functions.get_weather] {cut['arguments']}"
+
+
 def test_text_outside_of_any_message_is_not_lost(folder):
     """Guards refusals without a header, and models that know no harmony: the text is printed, and why is said."""
     done = _generate(folder, "checkpoint", "Grüße!", "--temperature", "0", "--max-new-tokens", "20")
@@ -315,10 +334,84 @@ def test_the_settings_reach_the_prompt(folder, tmp_path):
     assert _prompt(again).startswith(prompt.removesuffix("<|start|>assistant"))
 
 
+def test_text_files_from_windows(folder, tmp_path):
+    """Guards prompts, conversations and tools that a Windows editor wrote: no mark, no last carriage return."""
+    mark, windows = b"\xef\xbb\xbf", b"Why is\r\nthe sky blue?\r\n"
+    (tmp_path / "q.txt").write_bytes(mark + windows)
+    chat = [{"role": "user", "content": "Why is\r\nthe sky blue?"}]
+    (tmp_path / "chat.json").write_bytes(mark + json.dumps(chat, indent=1).replace("\n", "\r\n").encode())
+    (tmp_path / "tools.json").write_bytes(mark + json.dumps(TOOLS).encode())
+    ways = [
+        (["--prompt-file", tmp_path / "q.txt"], ""),
+        ([], mark + windows),
+        (["--messages", tmp_path / "chat.json"], ""),
+    ]
+    for arguments, stdin in ways:
+        asked = (*arguments, "--tools", tmp_path / "tools.json", "--max-new-tokens", "1")
+        prompt = _prompt(_document(folder, "thinker", *asked, stdin=stdin))
+        assert prompt.endswith("<|start|>user<|message|>Why is\r\nthe sky blue?<|end|><|start|>assistant")
+        assert "\ufeff" not in prompt
+        assert "type get_weather = " in prompt
+
+
+def test_runs_without_breaks_are_read_or_refused_in_a_line(folder, tmp_path):
+    """Guards base64, DNA and megabytes of spaces: tokens in linear time, or one line, and no panic."""
+    for text, said in (
+        ("ACGT" * 250_000, "exceed the context of 4096 tokens"),
+        ("a" * 1_000_000, "exceed the context of 4096 tokens"),
+        ("a" + " " * 1_000_000 + "b", "its longest run of white space is 1000000, expected fewer than a million"),
+    ):
+        (tmp_path / "q.txt").write_text(text)
+        start = time.monotonic()
+        done = _generate(folder, "thinker", "--prompt-file", tmp_path / "q.txt")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert time.monotonic() - start < 20
+
+
+def test_a_seed_can_be_drawn_and_is_always_echoed(folder):
+    """Guards --seed: -1 and random draw one, and what was drawn can be given again."""
+    asked = ("checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "6")
+    drawn = [_document(folder, *asked, "--seed", word) for word in ("-1", "random", "Random")]
+    seeds = [document["settings"]["seed"] for document in drawn]
+    assert len(set(seeds)) == 3
+    again = _document(folder, *asked, "--seed", seeds[0])
+    assert again["answers"][0]["token_ids"] == drawn[0]["answers"][0]["token_ids"]
+    assert _document(folder, *asked)["settings"]["seed"] == 0
+    done = _generate(folder, "thinker", "Why?", "--seed", "17", "--max-new-tokens", "1")
+    assert "prompt of 58 tokens; effort medium, date none, seed 17\n" in done.stderr
+    done = _generate(folder, *asked, "--seed", "17")
+    assert "prompt of 3 tokens; seed 17\n" in done.stderr
+    assert "two runs without it answer alike; -1 or random draws one" in " ".join(
+        _generate(folder, "", "--help").stdout.split()
+    )
+    for wrong in ("-2", "1.5", "4294967296"):
+        done = _generate(folder, *asked, f"--seed={wrong}")
+        assert done.returncode == 2
+        assert "seed" in done.stderr.splitlines()[-1]
+
+
+def test_what_the_prompt_leaves_out_is_said(folder, tmp_path):
+    """Guards lines on keys that were ignored, in each file, and on an effort in the instructions that does not act."""
+    chat = [{"role": "system", "content": "Reasoning: high"}, {"role": "user", "content": "Hi", "id": "m"}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    (tmp_path / "tools.json").write_text(json.dumps([TOOLS[0] | {"cache_control": {"type": "ephemeral"}}]))
+    asked = ("--messages", tmp_path / "chat.json", "--tools", tmp_path / "tools.json", "--max-new-tokens", "1")
+    lines = _generate(folder, "thinker", *asked).stderr.splitlines()
+    ignored = "ignored, since the prompt has no place for it: "
+    said = [line for line in lines if line.startswith((ignored, "the instructions say"))]
+    effort = "the instructions say 'Reasoning: high', but the effort that acts is medium"
+    assert said == [ignored + "'id'", ignored + "'cache_control'", effort]
+    done = _generate(folder, "thinker", *asked, "--reasoning-effort", "high")
+    assert "the instructions say" not in done.stderr
+
+
 def test_today_is_put_in_when_asked_for_and_only_then(folder):
     """Guards reproducibility: no run takes the day's date by itself."""
     asked = ("thinker", "Why?", "--max-new-tokens", "1")
     assert "Current date" not in _prompt(_document(folder, *asked))
+    assert _document(folder, *asked, "--date", "none")["settings"]["date"] is None
     before = time.strftime("%Y-%m-%d")
     document = _document(folder, *asked, "--date", "today")
     day = document["settings"]["date"]
@@ -390,7 +483,7 @@ def test_ctrl_c_before_the_first_token_ends_the_command(folder, during):
     with subprocess.Popen(command, cwd=golden.ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         said = process.stderr.readline() if during == "compiling" else ""
-        time.sleep(0 if said else 4)  # imports take some seconds
+        time.sleep(0 if said else 1)  # amid imports
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=120)
     assert process.returncode in ((130,) if said else (130, -signal.SIGINT)), said + rest
@@ -499,6 +592,8 @@ BAD = {
     "many stops": (["x", "--stop-ids", "1,2,3,4,5,6"], "9 stop ids, expected at most 8"),
     "empty stop": (["x", "--stop", ""], "a stop string is empty"),
     "bad date": (["x", "--date", "tomorrow"], "--date is 'tomorrow', expected a date as YYYY-MM-DD, or none"),
+    "utf-16": (["--prompt-file", "UTF_16"], "q.txt is UTF-16, expected UTF-8: convert it with `iconv -f UTF-16"),
+    "misspelt type": (["x", "--tools", "MISSPELT"], "tool 'f': parameter 'city' has type 'strnig', expected one of"),
     "bad effort": (
         ["x", "--reasoning-effort", "extreme"],
         "--reasoning-effort is 'extreme', expected one of low, medium, high",
@@ -525,7 +620,11 @@ def test_bad_input_is_one_line_and_exit_code_2(name, folder, tmp_path):
     arguments, message = BAD[name]
     (tmp_path / "results.json").write_text('[{"name": "f", "content": "x"}]')
     (tmp_path / "chat.json").write_text('[{"role": "user", "content": "x"}]')
+    (tmp_path / "q.txt").write_bytes("Why is the sky blue?\r\n".encode("utf-16"))
+    misspelt = {"type": "object", "properties": {"city": {"type": "strnig"}}}
+    (tmp_path / "tools.json").write_text(json.dumps([{"name": "f", "parameters": misspelt}]))
     files = {"TOOLS": tmp_path / "results.json", "CHAT": tmp_path / "chat.json"}
+    files |= {"UTF_16": tmp_path / "q.txt", "MISSPELT": tmp_path / "tools.json"}
     model = "checkpoint" if arguments[:1] != [None] else ""
     given = [files.get(argument, argument) for argument in arguments if argument is not None]
     done = _generate(folder, model, *given)
@@ -593,38 +692,34 @@ def _defined_flags(module: str) -> set[str]:
 # ---- the cache, and Python ----
 
 
-def test_second_process_compiles_no_large_program(folder):
-    """Guards the persistent cache: the second start takes its programs from the user's cache folder."""
-    asked = ("checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "3", "--json")
-
-    def large_programs() -> set[str]:
-        kept = (folder / "other" / "gptoss_jax" / "xla").iterdir()
-        return {
-            path.name for path in kept if path.name.startswith(("jit_prefill", "jit_decode")) and "-cache" in path.name
-        }
-
-    fresh = json.loads(_generate(folder, *asked, home="other").stdout)
-    before = large_programs()
-    assert len(before) == 2
-    again = json.loads(_generate(folder, *asked, home="other").stdout)
-    assert large_programs() == before
-    assert again["answers"] == fresh["answers"]
-    assert again["statistics"]["compile_seconds"] < 0.5 * fresh["statistics"]["compile_seconds"]
+def _compiled_in(said: str) -> set[str]:
+    """Of the engine's programs, those that JAX says it traced."""
+    return {name for name in ("admit", "prefill", "decode") if f"tracing {name} " in said}
 
 
-def test_damaged_programs_are_compiled_again_without_a_word(folder):
-    """Guards the cache's folder: programs exchanged, and programs of noise, cost a compilation and nothing else."""
-    asked = ("thinker", "Why is the sky blue?")
-    whole = _generate(folder, *asked, home="damaged")
-    paths = sorted((folder / "damaged" / "gptoss_jax" / "xla").glob("jit_*-cache"))
-    contents = [path.read_bytes() for path in paths]
-    assert len(paths) >= 2
-    for damage in (reversed(contents), [b"noise" * 1000, *(content[:-1] for content in contents[1:])]):
-        for path, content in zip(paths, damage, strict=True):
-            path.write_bytes(content)
-        done = _generate(folder, *asked, home="damaged")
-        assert done[:2] == whole[:2] == (0, scripted.ANSWER + "\n"), done.stderr
-        assert len(done.stderr.splitlines()) == len(whole.stderr.splitlines())
+def test_kept_programs_are_not_compiled_again_and_garbled_ones_are(folder):
+    """Guards the second start, and a cache whose files were damaged or changed places: the same answer."""
+    asked = ("--checkpoint", folder / "checkpoint", "--token-ids", "1,2,3", "--max-new-tokens", "3", "--json")
+    command = [sys.executable, "-m", "gptoss_jax.generate", *asked]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "other"), "JAX_LOG_COMPILES": "1"}
+    programs = folder / "other" / "gptoss_jax" / "programs"
+
+    def answers() -> tuple[set[str], object]:
+        done = subprocess.run(command, cwd=golden.ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return _compiled_in(done.stderr), json.loads(done.stdout)["answers"]
+
+    everything, fresh = answers()
+    assert everything == {"admit", "prefill", "decode"}
+    assert answers() == (set(), fresh)
+    admit, decode, prefill = sorted(programs.iterdir())
+    exchanged = admit.read_bytes(), prefill.read_bytes()
+    for path, content in zip((prefill, admit), exchanged, strict=True):
+        path.write_bytes(content)
+    whole = decode.read_bytes()
+    decode.write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
+    assert answers() == (everything, fresh)
+    assert answers() == (set(), fresh)
 
 
 def test_python_gives_what_the_command_gives(folder):
@@ -636,6 +731,30 @@ def test_python_gives_what_the_command_gives(folder):
         events = list(model.generate(document["prompt_token_ids"], max_new_tokens=20, temperature=0.0))
         assert [token for event in events for token in event.token_ids] == document["answers"][0]["token_ids"]
         assert [event.finish_reason for event in events][-1] == "length"
+
+
+def test_python_answers_texts_as_the_command_does(folder):
+    """Guards text in, text out: the prompts are rendered and the answers parsed as the command does it."""
+    model = gptoss_jax.load(folder / "thinker")
+    ids = _document(folder, "thinker", "Hi")["prompt_token_ids"]
+    answers = list(model.answers(["Why is the sky blue?", "And the sea?", ids], slots=2))
+    for prompt, answer in zip(("Why is the sky blue?", "And the sea?", "Hi"), answers, strict=True):
+        (expected,) = _document(folder, "thinker", prompt)["answers"]
+        assert (answer.final, answer.parsed.reasoning) == (expected["final"], expected["reasoning"])
+        assert answer.final
+    events = list(model.generate("Hi"))
+    assert [token for event in events for token in event.token_ids] == list(answers[2].parsed.token_ids)
+    with pytest.raises(RequestError, match="context"):
+        next(model.answers(["Hi", ids * 1000]))
+
+
+def test_a_model_is_shown_in_two_lines(folder):
+    """Guards notebooks and debuggers, which show whatever they meet: gathering every array would take gigabytes."""
+    shown = repr(gptoss_jax.load(folder / "published"))
+    assert shown.count("\n") == 1
+    assert len(shown) < 500
+    assert "2 layers, 7 experts" in shown
+    assert "random weights from safetensors" in shown
 
 
 def test_python_takes_all_sampling_options_once(folder):

@@ -1,6 +1,7 @@
 """Meshes: the same numbers on eight devices as on one, and refusals that name the way out."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -60,6 +61,31 @@ def test_sharded_equals_unsharded(mesh, folder, expected):
     assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
 
 
+PRESETS = sorted(str(path) for path in (golden.ROOT / "configs" / "meshes").glob("*.json"))
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, *PRESETS])
+def test_a_decoding_step_has_few_collectives(mesh, folder):
+    """Guards the wires: one sum after attention and one after the experts, where they are cut, and no slices moved.
+
+    Beside the layers: the embedding's rows, and the sampler's reductions over the vocabulary and over slots.
+    """
+    model = gptoss_jax.load(folder, mesh=mesh)
+    cut = {logical: model.sharding.size(logical) > 1 for logical in ("heads", "experts", "expert_hidden")}
+    engine = model.engine(EngineConfig(slots=model.sharding.size("batch")))
+    found = [
+        (kind[1], "/layer_" in line)
+        for line in engine.runner.compiled.decode.as_text().splitlines()
+        if (kind := COLLECTIVE.search(line))
+    ]
+    in_layers = [kind for kind, is_in_layer in found if is_in_layer]
+    expected = cut["heads"] + (cut["experts"] or cut["expert_hidden"])
+    assert in_layers == ["all-reduce"] * expected * model.config.num_layers
+    assert {kind for kind, _ in found} <= {"all-reduce", "all-gather"}
+    assert len(found) - len(in_layers) <= 20
+
+
 def test_sharded_equals_unsharded_with_dense_int8(folder):
     """Guards scales: of whole rows of the inputs, wherever those are cut, and each with its own output."""
     one = gptoss_jax.load(folder, dtype="float32", dense="int8").logits(TOKENS)
@@ -106,8 +132,12 @@ def _joined(events) -> dict[int, list[int]]:
 
 def test_a_mesh_as_jax_makes_it(folder, expected):
     """Guards the public form: jax.make_mesh's axes are Explicit by default."""
-    model = gptoss_jax.load(folder, mesh=jax.make_mesh((1, 4, 2), sharding.MESH_AXES), dtype="float32")
-    assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+    for mesh in (jax.make_mesh((1, 4, 2), sharding.MESH_AXES), jax.make_mesh((2, 4), ("tensor", "expert"))):
+        model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
+        assert model.mesh.size == 8
+        assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(MeshError, match="unknown mesh axis 'model', expected data, expert, tensor"):
+        gptoss_jax.load(folder, mesh=jax.make_mesh((8,), ("model",)))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +181,7 @@ def test_rules_from_a_file(folder, expected, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("tensor=16", "a mesh of 16 devices, but there are 8"),
+        ("tensor=16", "16 devices, but there are 8; .* CPU: XLA_FLAGS=--xla_force_host_platform_device_count=16"),
         ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor"),
         ("tensor=two", "mesh 'tensor=two', expected for example data=1,expert=4,tensor=2"),
         ("tensor=0", "mesh axis tensor=0, expected a whole number of at least 1"),

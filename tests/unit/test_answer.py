@@ -129,14 +129,16 @@ def test_the_document_holds_every_field():
     assert document["tool_calls"] == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}]
     assert document["final"] is None
     assert document["reasoning"] == "Hm."
-    assert document["unparsed_text"]
+    assert (document["preambles"], document["cut_calls"], document["unparsed_text"]) == ([], [], "")
     assert document["parse_status"] == "ok"
     assert document["token_ids"][-1] == tokenizer.CALL
     assert document["messages"][1]["recipient"] == "functions.get_weather"
     assert set(document) == {
         "final",
+        "preambles",
         "reasoning",
         "tool_calls",
+        "cut_calls",
         "unparsed_text",
         "parse_status",
         "faults",
@@ -210,17 +212,19 @@ def test_only_the_answer_is_searched_for_stop_strings():
 
 
 def test_a_stop_string_at_once_leaves_no_answer_but_loses_no_text():
-    """Guards `final or unparsed_text`: an answer that is cut to nothing still shows what was said."""
+    """Guards an answer that is cut to nothing: it is one, thoughts do not take its place, and `text` has it all."""
     document = _stream(WELL_FORMED + "STOP and on", stop=("STOP",))[0].document()
-    assert document["final"] == ""
-    assert "STOP" in document["unparsed_text"]
+    assert (document["final"], document["unparsed_text"]) == ("", "")
+    assert document["text"].endswith("STOP")
 
 
 def test_raw_stop_strings_cut_no_message():
-    """Guards --raw with --stop: what is shown ends before the string, the messages are as they were parsed."""
+    """Guards --raw with --stop: what is shown ends before the string, messages are as parsed, half a call is none."""
     answer, _ = _stream(WELL_FORMED + "One two", raw=True, stop=("wo",))
     assert answer.messages == answer.parsed.messages
     assert answer.messages[-1].content == "One two"
+    answer, _ = _stream('<|channel|>commentary to=functions.f<|message|>{"a": STOP', raw=True, stop=("STOP",))
+    assert (answer.parsed.calls, len(answer.parsed.cut_calls)) == ((), 1)
 
 
 class _Runner(Engine):

@@ -248,10 +248,10 @@ def test_mismatches_are_refused_all_of_them_in_one_error(saved):
     with pytest.raises(CheckpointError) as error:
         restore(saved, wanted, sharding.make())
     assert str(error.value).splitlines() == [
-        f"{saved}: leaf layers/0/attention/sinks is unexpected: the model has none of that name",
-        f"{saved}: leaf layers/1/moe/norm has shape (96,), expected (95,)",
-        f"{saved}: leaf layers/2/norm is missing",
-        f"{saved}: leaf norm has dtype bfloat16, expected float32",
+        f"{saved}: leaf layers/0/attention/sinks: unexpected, the model has none of that name",
+        f"{saved}: leaf layers/1/moe/norm: shape (96,), expected (95,)",
+        f"{saved}: leaf layers/2/norm: missing",
+        f"{saved}: leaf norm: dtype bfloat16, expected float32",
     ]
 
 
@@ -295,14 +295,17 @@ DAMAGES = {
     "a hole": (cut_and_padded, "{data}: its index, the last 20 bytes, is not as written: the checkpoint is damaged"),
     "zarr.json": (zarr_json_changed, "zarr.json: missing, or not as written: the checkpoint is damaged"),
     "_METADATA": (lambda folder: (folder / "_METADATA").unlink(), "_METADATA: missing, or not what manifest.json"),
-    "manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: damaged (JSONDecodeError"),
+    "manifest": (
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        "manifest.json: damaged (line 1, column 2: ",
+    ),
     "digits": (
         lambda folder: (folder / "manifest.json").write_text(f'{{"format_version": {"1" * 5000}}}'),
-        "manifest.json: damaged (ValueError",
+        "manifest.json: damaged (Exceeds the limit (4300 digits)",
     ),
     "nesting": (
         lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
-        "manifest.json: damaged (Recursion",
+        "manifest.json: damaged (nested too deeply",
     ),
     "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: damaged (a list, expected"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, so it is no finished"),
@@ -311,6 +314,50 @@ DAMAGES = {
         "manifest.json: format version 0, expected 1: convert again",
     ),
 }
+
+
+def with_record(folder: Path, **changes: object):
+    """The manifest with other values in one leaf's record."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    record = next(leaf for leaf in content["leaves"] if leaf["path"] == BLOCKS)
+    record |= changes
+    path.write_text(json.dumps(content))
+
+
+RECORDS = {
+    "an endless axis": ({"shape": [10**12]}, f"leaf {BLOCKS}: shape "),
+    "an endless product": ({"shape": [2**62] * 8}, "manifest.json: damaged (no record of a leaf: "),
+    "a long shape": ({"shape": [1] * 10_000}, "manifest.json: damaged (no record of a leaf: "),
+    "a negative size": ({"file_bytes": -1}, "manifest.json: damaged (no record of a leaf: "),
+    "a truth": ({"file_bytes": True}, "manifest.json: damaged (no record of a leaf: "),
+    "no shape": ({"shape": None}, "manifest.json: damaged (no record of a leaf: "),
+    "another dtype": ({"dtype": "float64"}, "manifest.json: damaged (no record of a leaf: "),
+    "a path out of the folder": ({"path": "../../../etc"}, "manifest.json: damaged (no record of a leaf: "),
+    "a leaf twice": ({"path": "norm"}, "manifest.json: damaged (a leaf is listed twice)"),
+    "a long path": ({"path": "x" * 10_000}, "manifest.json: damaged (no record of a leaf: "),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_cannot_be_are_refused_at_once(name, copy):
+    """Guards against a shape of 10^12 whose parts are counted, file by file, before anybody compares it."""
+    changes, text = RECORDS[name]
+    if name == "an endless axis":
+        changes = changes | {"file_bytes": 10**12 + 20}
+    with_record(copy, **changes)
+    for call in (lambda: restore(copy, LEAVES, sharding.make()), lambda: integrity.verify(copy, LEAVES)):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        assert text in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_config_of_another_depth_is_refused_before_anything_is_declared(copy):
+    """Guards against a thousand layers made of one number, and a line for each leaf of them."""
+    raw = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1000, "layer_types": None}
+    (copy / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"leaf layers/10/\S+: missing \(and \d\d,\d\d\d more like it\)$"):
+        open_weights(copy)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -330,20 +377,20 @@ def test_all_damaged_files_are_listed(copy):
     for record in records[:5]:
         (copy / record.file).unlink()
     with pytest.raises(CheckpointError) as error:
-        integrity.verify(copy)
+        integrity.verify(copy, LEAVES)
     assert len(str(error.value).splitlines()) == 5
 
 
 def test_verify_finds_one_flipped_bit(copy):
     """Guards against a checker that believes sizes."""
     read = []
-    assert integrity.verify(copy, read.append) == len(LEAVES)
+    integrity.verify(copy, LEAVES, read.append)
     assert sum(read) == sum(record.size_bytes for record in Manifest.read(copy).leaves.values())
     content = bytearray(data_file(copy).read_bytes())
     content[77] ^= 4
     data_file(copy).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"layers\.0\.moe\.gate_up\.blocks/c\S*: sha256 \w{64}, expected \w{64}"):
-        integrity.verify(copy)
+        integrity.verify(copy, LEAVES)
 
 
 def test_absent_checkpoints_are_explained(tmp_path):
@@ -489,11 +536,11 @@ def test_other_dtypes_and_scalars(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "damaged (JSONDecodeError"),
+        ("{", "damaged (line 1, column 2: "),
         ("[]", "damaged (a list, expected an object): convert again"),
         ('{"source": []}', "damaged, convert again"),
         ('{"source": {"files": [1]}}', "damaged, convert again"),
-        (None, "missing: the checkpoint is damaged, convert again"),
+        (None, "damaged (no such file): convert again"),
     ],
 )
 def test_a_damaged_provenance_is_refused(content, text, copy):

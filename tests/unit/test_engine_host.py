@@ -214,6 +214,19 @@ def test_context_beyond_the_models_is_refused():
         ("Request((1, '2'), ())", "an id in token_ids is '2', expected a whole number"),
         ("Request((1,), (None,))", "an id in stop_ids is None, expected a whole number"),
         ("Request((1,), (), 1.5)", "max_new_tokens is 1.5, expected a whole number"),
+        ("Request((numpy.float32(1),), ())", "an id in token_ids is np.float32(1.0), expected a whole number"),
+        ("Request(None, ())", "token_ids is None, expected a list of whole numbers"),
+        ("Request('12', ())", "token_ids is '12', expected a list of whole numbers"),
+        ("Request((1,), 2)", "stop_ids is 2, expected a list of whole numbers"),
+        ("Request((1,), (), sampling={'seed': 1})", "sampling is {'seed': 1}, expected SamplingParams"),
+        ("Request((1,), (), ends_at=3)", "ends_at is 3, expected a function of a token id, or None"),
+        ("EngineConfig(slots=1.5)", "slots is 1.5, expected a whole number"),
+        ("EngineConfig(slots=None)", "slots is None, expected a whole number"),
+        ("EngineConfig(max_context_tokens='4096')", "max_context_tokens is '4096', expected a whole number"),
+        ("EngineConfig(prefill_widths=128)", "prefill_widths is 128, expected a list of whole numbers"),
+        ("EngineConfig(deterministic='no')", "deterministic is 'no', expected True, False or None"),
+        ("SamplingParams(logit_bias=None)", "logit_bias is None, expected a mapping from ids to numbers"),
+        ("SamplingParams(banned_ids=None)", "banned_ids is None, expected a list of whole numbers"),
         ("SamplingParams(temperature='1')", "temperature is '1', expected a number"),
         ("SamplingParams(top_p=None)", "top_p is None, expected a number"),
         ("SamplingParams(logit_bias={3: '1'})", "logit_bias of id 3 is '1', expected a number"),
@@ -224,6 +237,7 @@ def test_wrong_types_are_refused_where_a_request_is_made(wrong, message):
 
     In a process of its own, since this one's type checks come first.
     """
-    code = f"from gptoss_jax import Request, SamplingParams; {wrong}"
+    code = f"import numpy; from gptoss_jax import EngineConfig, Request, SamplingParams; {wrong}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.stderr.splitlines()[-1] == f"gptoss_jax.errors.GptossError: {message}"
+    kind = "engine.request.RequestError" if wrong.startswith("Request") else "errors.GptossError"
+    assert done.stderr.splitlines()[-1] == f"gptoss_jax.{kind}: {message}"

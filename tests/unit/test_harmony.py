@@ -5,6 +5,7 @@ here. The other files are written by hand after its docs/format.md. Compared are
 openai-harmony with every control string as its token.
 """
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_harmony import (
     Author,
+    ChannelConfig,
     Conversation,
     DeveloperContent,
     Message,
     ReasoningEffort,
+    RenderOptions,
     Role,
     SystemContent,
     TextContent,
     ToolDescription,
+    ToolNamespaceConfig,
 )
 
-from gptoss_jax.harmony import render, tokenizer
+from gptoss_jax.harmony import parsed, render, tokenizer
+from gptoss_jax.harmony.conversation import CutMessage
 from gptoss_jax.harmony.render import apply_history_rules
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
+from tests.library import harmony_encoding
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 OF_THE_PARSER = {"simple_reasoning_response", "simple_tool_call", "streamable_parser", "tool_response_parsing"}
@@ -63,6 +69,7 @@ def own_system(**fields):
     return Message.from_role_and_content(Role.SYSTEM, content)
 
 
+NO_TOOLS = ToolNamespaceConfig(name="functions", tools=[])
 TODAY = "2025-06-28"
 CAPITAL = [user("What is the capital of the largest country in the world?")]
 ROBOT = "Answer the user's questions like a robot."
@@ -189,7 +196,7 @@ OUR_CASES = {
 @pytest.fixture(scope="module")
 def encoding():
     """openai-harmony itself."""
-    return tokenizer.harmony_encoding()
+    return harmony_encoding()
 
 
 def golden_ids(encoding, name):
@@ -242,6 +249,38 @@ def test_builtin_tools_of_an_old_turn_go_with_the_thoughts(channel):
     assert apply_history_rules(messages) == [messages[0], *messages[3:]]
 
 
+THOUGHT = say("Let me look.", "analysis")
+SEARCH = [THOUGHT, call("browser.search", '{"query": "x"}', "analysis", "code"), bare_result("browser.search", "page")]
+
+
+def cut(message):
+    """The same message, broken off."""
+    return CutMessage(**dict(message))
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        [THOUGHT],
+        SEARCH,
+        [*SEARCH, say("It", "commentary")],
+        [*SEARCH, call("functions.f", "{}")],
+        [*SEARCH, say("It", "final"), THOUGHT],
+        [*SEARCH, cut(say("It", "final"))],
+    ],
+)
+def test_a_turn_that_was_cut_goes_on_from_its_thoughts(turn):
+    """Guards "continue" after a limit or Ctrl-C: thoughts, built-in calls and results are there until an answer is."""
+    messages = [user("a"), *turn, user("continue")]
+    assert apply_history_rules(messages) == messages
+    assert apply_history_rules([user("b"), *messages]) == [user("b"), *messages]
+    earlier = [user("0"), THOUGHT, say("1", "final")]
+    assert apply_history_rules([*earlier, *messages]) == [earlier[0], earlier[2], *messages]
+    whole = apply_history_rules([*messages, THOUGHT, say("It is x.", "final"), user("c")])
+    assert [m.channel for m in whole if m.channel == "analysis"] == []
+    assert whole[-3:] == [user("continue"), say("It is x.", "final"), user("c")]
+
+
 def test_an_unanswered_call_takes_no_later_result_with_it():
     """Guards the pairing: an abandoned call on the analysis channel must not claim a later turn's result."""
     abandoned = call("functions.f", "{}", "analysis")
@@ -259,6 +298,7 @@ MESSAGES = st.sampled_from(
         say("a", "analysis"),
         say("p", "commentary"),
         say("f", "final"),
+        cut(say("f", "final")),
         call("functions.f", "{}"),
         call("functions.f", "{}", "analysis"),
         call("python", "1", "analysis", "code"),
@@ -268,13 +308,23 @@ MESSAGES = st.sampled_from(
 )
 
 
+def answered_until(messages):
+    """Where the last turn ends that ended in an answer and is followed by another."""
+    users = [i for i, message in enumerate(messages) if message.author.role is Role.USER]
+    until = 0
+    for begin, end in itertools.pairwise([0, *users]):
+        spoken = [message for message in messages[begin:end] if message.author.role is Role.ASSISTANT]
+        if spoken and spoken[-1].channel == "final" and not isinstance(spoken[-1], CutMessage):
+            until = end
+    return until
+
+
 @given(messages=st.lists(MESSAGES, max_size=12))
 def test_history_rules_on_any_conversation(messages):
-    """Guards the rules whatever the order: old thoughts go, the last turn stays, what is kept keeps its order."""
+    """Guards the rules whatever the order: thoughts go behind an answer only, what is kept keeps its order."""
     copies = [message.model_copy() for message in messages]  # so that each can be distinguished from its twin
     kept = apply_history_rules(copies)
-    users = [i for i, message in enumerate(copies) if message.author.role is Role.USER]
-    turn = users[-1] if users else 0
+    turn = answered_until(copies)
     assert [id(message) for message in kept[len(kept) - len(copies) + turn :]] == [id(m) for m in copies[turn:]]
     finished = kept[: len(kept) - len(copies) + turn]
     assert all(message.channel != "analysis" for message in finished)
@@ -362,13 +412,15 @@ def test_a_tool_is_not_named_as_a_role(name):
 
 
 def test_text_that_no_tokenizer_takes():
-    """Guards against a library error without the message's number, and a panic that passes `except Exception`."""
+    """Guards against a library error that does not say which message, and a panic that passes `except Exception`."""
     with pytest.raises(ValueError, match=r"^message 1 holds half a surrogate pair \('\\ud800'\), which is no text$"):
         render.render([user("a"), user("b\ud800")], None)
-    with pytest.raises(ValueError, match=r"^message 0: the text holds 1000000 white-space characters in a row"):
+    with pytest.raises(ValueError, match=r"^message 0 holds half a surrogate pair \('\\ud800'\), which is no text$"):
+        render.render([call("functions.f\ud800", "{}")], None)
+    with pytest.raises(ValueError, match=r"^a message of role user: the tokenizer cannot take the text of 1000000 ch"):
         render.render([user(" " * 1_000_000)], None)
     parts = [TextContent(text=" " * 600_000)] * 2
-    with pytest.raises(ValueError, match=r"the text holds 1200000 white-space characters in a row"):
+    with pytest.raises(ValueError, match=r"its longest run of white space is 1200000, expected fewer than a million"):
         render.render([Message.from_role_and_contents(Role.USER, parts)], None)
     with pytest.raises(ValueError, match=r"^the developer message made from the settings holds half a surrogate pair"):
         render.render([], Settings(instructions="\udfff"))
@@ -379,6 +431,75 @@ def test_text_that_no_tokenizer_takes():
         render.render([Message.from_role_and_content(Role.USER, SystemContent())], None)
 
 
+HEADER_WORDS = st.sampled_from(["all", "assistant", "bob", "functions.get_weather", "python", "ünïcode", "a" * 50])
+CONTENT_TYPES = st.sampled_from([None, "json", "code", "<|constrain|>json"])
+BUILTINS = {"python": ToolNamespaceConfig.python(), "browser": ToolNamespaceConfig.browser()}
+SYSTEMS = st.builds(
+    SystemContent,
+    model_identity=st.sampled_from([None, "", "You are a robot."]),
+    reasoning_effort=st.sampled_from([None, *ReasoningEffort]),
+    conversation_start_date=st.sampled_from([None, "2025-06-28"]),
+    knowledge_cutoff=st.sampled_from([None, "2024-06"]),
+    channel_config=st.builds(
+        ChannelConfig,
+        valid_channels=st.lists(st.sampled_from(["analysis", "final"]), unique=True),
+        channel_required=st.booleans(),
+    )
+    | st.none(),
+    tools=st.sampled_from([None, {}, BUILTINS]),
+)
+NAMESPACES = st.dictionaries(
+    st.sampled_from(["functions", "extra"]),
+    st.builds(
+        ToolNamespaceConfig,
+        name=st.sampled_from(["functions", "extra"]),
+        description=st.sampled_from([None, "", "One.\nTwo.\n"]),
+        tools=st.lists(
+            st.builds(
+                ToolDescription,
+                name=st.just("f"),
+                description=st.sampled_from(["", "One.\r\n\nTwo.\n\n"]),
+                parameters=st.sampled_from([None, {}, {"type": "object", "properties": CITY}]),
+            ),
+            max_size=2,
+        ),
+    ),
+)
+DEVELOPERS = st.builds(
+    DeveloperContent, instructions=st.sampled_from([None, "", "Be brief."]), tools=st.none() | NAMESPACES
+)
+
+
+@st.composite
+def any_message(draw):
+    """A message of any role, with any header and content that the library takes."""
+    role = draw(st.sampled_from(list(Role)))
+    content = {Role.SYSTEM: SYSTEMS, Role.DEVELOPER: DEVELOPERS}.get(role, st.nothing())
+    parts = draw(st.lists(content | st.text(max_size=20).map(lambda text: TextContent(text=text)), max_size=1))
+    name = draw(HEADER_WORDS if role is Role.TOOL else HEADER_WORDS | st.none())
+    message = Message(author=Author(role=role, name=name), content=parts)
+    message.channel = draw(st.none() | HEADER_WORDS)
+    message.recipient = draw(st.none() | HEADER_WORDS)
+    message.content_type = draw(CONTENT_TYPES if role is Role.ASSISTANT else st.sampled_from([None, "json"]))
+    return message
+
+
+@given(message=any_message())
+def test_every_message_has_openai_harmonys_ids(encoding, message):
+    """Guards our own writing of headers, system and developer messages: to the last id the library's."""
+    if message.author.role is Role.TOOL and message.author.name == "assistant":
+        message.author.name = "functions.f"  # a role's name is refused
+    has_functions = any(
+        (part.tools or {}).get("functions", NO_TOOLS).tools
+        for part in message.content
+        if isinstance(part, DeveloperContent)
+    )
+    calls_nobody = message.author.role is Role.ASSISTANT and message.recipient in parsed.NO_TOOLS
+    judged = message.model_copy(update={"recipient": None}) if calls_nobody else message
+    theirs = encoding.render(judged, RenderOptions(conversation_has_function_tools=has_functions))
+    assert render.render([message], None, for_completion=False, drop_old_analysis=False) == theirs
+
+
 def test_parts_are_one_text():
     """Guards tokens that reach across the seam of two parts: the model never saw them split."""
     parts = [TextContent(text=text) for text in ("One.", "\n\nTw", "o <|end|>")]
@@ -386,12 +507,13 @@ def test_parts_are_one_text():
     assert render.render([Message.from_role_and_contents(Role.USER, parts)], None) == whole
 
 
-def test_a_message_to_all_calls_nobody():
-    """Guards against openai-harmony's <|call|> after a message that only names `all` as its recipient."""
+@pytest.mark.parametrize("recipient", ["all", "user", "assistant"])
+def test_a_message_to_no_tool_calls_nobody(recipient):
+    """Guards against openai-harmony's <|call|> behind it, and a result that is waited for ever after."""
     spoken = say("hi", "commentary")
-    to_all = spoken.model_copy().with_recipient("all")
-    assert render.render([to_all], None) == render.render([spoken], None)
-    assert render.waiting_calls([to_all]) == []
+    to_nobody = spoken.model_copy().with_recipient(recipient)
+    assert render.render([to_nobody], None) == render.render([spoken], None)
+    assert render.waiting_calls([to_nobody]) == []
 
 
 WRONG_SETTINGS = {
@@ -454,17 +576,6 @@ def test_settings_fill_in_the_message_that_is_missing():
     whole = render.render([system, developer, user("a")], None)
     assert render.render([system, user("a")], settings) == whole
     assert render.render([developer, user("a")], Settings()) == whole
-
-
-def test_the_vocabulary_is_loaded_once(monkeypatch):
-    """Guards half a second for each prompt."""
-    loads = []
-    load = tokenizer.harmony_encoding
-    monkeypatch.setattr(tokenizer, "harmony_encoding", lambda path: loads.append(path) or load(path))
-    render._encoding.cache_clear()
-    assert render.render([user("a")], None) == render.render([user("a")], None)
-    render.render([user("a")], None, vocab_path=tokenizer.PACKAGED_VOCABULARY)
-    assert loads == [None, tokenizer.PACKAGED_VOCABULARY]
 
 
 @pytest.mark.parametrize("module", ["render", "messages", "parser", "answer"])

@@ -1,15 +1,54 @@
 """Loading: leaves go one by one through a list of transforms; names of number formats are known without JAX."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gptoss_jax
 from gptoss_jax.checkpoints.orbax import reader
+from gptoss_jax.checkpoints.orbax.manifest import CheckpointError
 from gptoss_jax.checkpoints.orbax.writer import save
+from gptoss_jax.checkpoints.safetensors_reader import SourceError
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model import sharding, transformer
-from gptoss_jax.model.config import parse_config
+from gptoss_jax.model.config import ConfigError, parse_config
+from gptoss_jax.model.sharding import MeshError
 from gptoss_jax.runtime import number_formats, weight_transforms
+from tests.gate import TinyModel
 from tests.goldens.make import tiny_config
+
+
+def _published(folder: Path, name: str, **changed: Any) -> Path:
+    """A published checkpoint whose config.json says something else than its files, or that lacks them."""
+    path = TinyModel(tiny_config()).write(folder / name)
+    (path / "config.json").write_text(json.dumps(tiny_config() | changed))
+    return path
+
+
+def test_load_raises_what_it_says(tmp_path):
+    """Guards `except` clauses: each kind of fault by its own name, and all of them by GptossError."""
+    good = _published(tmp_path, "good")
+    converted = save(tmp_path / "converted", {}, parse_config(tiny_config()))
+    faults: list[tuple[type[Exception], Path, dict[str, Any]]] = [
+        (SourceError, tmp_path / "absent", {}),
+        (SourceError, _published(tmp_path, "other", hidden_size=128), {}),
+        (ConfigError, _published(tmp_path, "llama", model_type="llama"), {}),
+        (CheckpointError, converted, {}),
+        (MeshError, good, {"mesh": "expert=2"}),
+        (MeshError, good, {"mesh": "tensor=100"}),
+        (GptossError, good, {"dtype": "float16"}),
+        (GptossError, good, {"dense": "int4"}),
+        (GptossError, good, {"kernels": "attention=none"}),
+    ]
+    for kind, path, options in faults:
+        with pytest.raises(GptossError) as raised:
+            gptoss_jax.load(path, **options)
+        assert raised.type is kind, (path, options)
+        assert kind is GptossError or kind.__name__ in str(gptoss_jax.load.__doc__)
 
 
 def test_names_known_without_jax_are_those_of_the_model():

@@ -1,5 +1,6 @@
 """Conversations from JSON: both dialects mean the same ids, nothing is ignored, and every error says where."""
 
+import codecs
 import json
 
 import pytest
@@ -8,7 +9,11 @@ from hypothesis import strategies as st
 from openai_harmony import Conversation as LibraryConversation
 from openai_harmony import Message, Role, SystemContent, TextContent
 
+from gptoss_jax.errors import GptossError
+from gptoss_jax.files import decoded
 from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
+from gptoss_jax.harmony import render as render_module
+from gptoss_jax.harmony.conversation import CutMessage
 from gptoss_jax.harmony.messages import (
     Conversation,
     from_json,
@@ -22,6 +27,7 @@ from gptoss_jax.harmony.messages import (
 )
 from gptoss_jax.harmony.render import call_results, opening, render
 from gptoss_jax.harmony.settings import ResponseFormat, Settings
+from tests.library import harmony_encoding
 from tests.unit.test_harmony import FORGED, LIBRARY_CASES, OUR_CASES, call, golden_ids, result, say, user
 
 CITY = {"type": "string", "description": "The city."}
@@ -67,7 +73,7 @@ CHAT = {
 @pytest.fixture(scope="module")
 def encoding():
     """openai-harmony itself."""
-    return tokenizer.harmony_encoding()
+    return harmony_encoding()
 
 
 @pytest.fixture
@@ -238,9 +244,9 @@ def test_functions_from_json(encoding, write, wrap):
         ({}, "a?: any,"),
         ({"type": ["string", "null"]}, "a?: string | null,"),
         ({"type": "array"}, "a?: Array<any>,"),
-        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "a?: any,"),
-        ({"type": "integer", "enum": [1, 2], "default": 1}, "a?: number, // default: 1"),
-        ({"type": "string", "description": "für\nspäter"}, "// für\nspäter\na?: string,"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "a?: string | null,"),
+        ({"type": "integer", "enum": [1, 2], "default": 1}, "a?: 1 | 2, // default: 1"),
+        ({"type": "string", "description": "für\nspäter"}, "// für\n// später\na?: string,"),
         ({"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}, "größe: number,"),
         ({"type": "string", "default": FORGED}, f'// default: "{FORGED}"'),
         (True, "a?: any,"),
@@ -325,7 +331,7 @@ REFUSED = [
     ({"messages": "x"}, "messages: got 'x', expected a list that is not empty"),
     ({"conversation": [USER], "messages": [USER]}, "the file holds both 'conversation' and 'messages', expected one"),
     (
-        {"messages": [USER], "tool_choice": "auto", "temperature": 0.0},
+        {"messages": [USER], "tool_choice": "required", "temperature": 0.0},
         "the file has 'tool_choice', 'temperature', expected only messages, tools, response_format, reasoning_effort: "
         "put what it says in one of these, or take it out if it does not matter",
     ),
@@ -352,7 +358,6 @@ REFUSED = [
         one({"role": "assistant", "content": "x", "audio": {"id": "1"}}),
         "message 1 has 'audio', expected only role, content, refusal, reasoning, reasoning_content, thinking,",
     ),
-    (one({"role": "assistant", "content": None}), "message 1 says nothing, expected content, reasoning or tool_calls"),
     (
         one({"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}),
         "message 1 has several keys for reasoning that differ, expected one of reasoning, reasoning_content, thinking",
@@ -371,10 +376,6 @@ REFUSED = [
     (
         one({"role": "assistant", "tool_calls": [chat_call("f<|end|>", "{}", "1")]}),
         "message 1, tool call 0: recipient is 'functions.f<|end|>', expected one word without <, | and >",
-    ),
-    (
-        one({"role": "assistant", "tool_calls": [chat_call("f", None, "1")]}),
-        "message 1, tool call 0 has no 'arguments'",
     ),
     (
         one({"role": "system", "content": "x"}),
@@ -401,10 +402,6 @@ REFUSED = [
     (
         [USER, CALLING, *[{"role": "tool", "tool_call_id": "1", "content": "x"}] * 2],
         "message 3 answers id '1', but waiting for a result: functions.g (2)",
-    ),
-    (
-        [USER, CALLING, {"role": "tool", "tool_call_id": "2", "content": "x"}],
-        "without a result: functions.f (1); give one for each call",
     ),
     ([USER, CALLING, USER, {"role": "tool", "name": "f", "content": "x"}], "message 3 answers name 'f', but waiting"),
     # harmony's own
@@ -499,11 +496,20 @@ def test_what_is_refused(write, document, text):
     [
         ('{"messages": [\n  {"role": }]}', ", line 2, column 12: Expecting value; expected JSON"),
         ("", ", line 1, column 1: Expecting value; expected JSON"),
-        ("[" * 100_000, " is nested too deeply, at most 64 levels are taken"),
+        ("[" * 100_000, ": nested too deeply, at most 64 levels are taken"),
         ('{"a":' * 70 + "1" + "}" * 70, ": the value is nested too deeply, at most 64 levels are taken"),
         ('[{"role": "user", "role": "tool"}]', ": the key 'role' stands twice in one object"),
         ('{"tools": [1e999]}', ": the file, 'tools', [0] is a number out of range"),
-        ('[{"role": "user", "content": NaN}]', ": NaN is no JSON"),
+        ('[{"role": "user", "content": NaN}]', ": the file, [0], 'content' is NaN"),
+        (
+            '{"tools": [' + "9" * 5000 + "]}",
+            ": Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
+        ),
+        (
+            '[{"role": "user", "' + "k" * 9999 + '": 1e999}]',
+            f": the file, [0], '{'k' * 59}... is a number out of range",
+        ),
+        ('{"' + "k" * 9999 + '": 1, "' + "k" * 9999 + '": 1}', f": the key '{'k' * 59}... stands twice in one object"),
     ],
 )
 def test_broken_json(write, content, text):
@@ -520,7 +526,7 @@ def test_files_that_are_no_text(tmp_path, monkeypatch, write):
     path.write_bytes('["ü"]'.encode("latin-1"))
     with pytest.raises(ValueError) as error:
         read_messages(path)
-    assert str(error.value) == f"{path}: byte 2 is not valid UTF-8; expected JSON in UTF-8"
+    assert str(error.value).startswith(f"{path}: the file is not valid UTF-8 at byte 2; if it is in Windows' older")
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([USER]).encode())
     assert list(read_messages(path).messages) == [user("x")]
     with pytest.raises(FileNotFoundError):
@@ -618,7 +624,7 @@ def test_a_single_call_needs_no_name_and_any_json_will_do(write):
             [{"name": "g", "content": "x", "is_error": True}],
             "result 0 has 'is_error', expected only tool_call_id, name,",
         ),
-        (["x"], "result 0 is 'x', expected an object with some of tool_call_id, name, content"),
+        (["x"], "result 0 is 'x', expected an object with some of tool_call_id, name, tool_name, content"),
     ],
 )
 def test_tool_results_that_fit_no_call(write, results, text):
@@ -682,6 +688,26 @@ def test_what_is_written_is_read_back(tmp_path):
     assert list(messages.read_messages(tmp_path / "chat.json").messages) == said
 
 
+def test_a_thought_alone_is_no_answer():
+    """Guards a thought that was cut, as clients keep it, against an empty answer, behind which it is dropped."""
+    for thought in ({"reasoning": "t", "content": ""}, {"reasoning_content": "t", "content": []}, {"thinking": "t"}):
+        conversation = messages.from_json([{"role": "user", "content": "Hi"}, {"role": "assistant", **thought}])
+        assert conversation.messages[1:] == (say("t", "analysis"),)
+
+
+def test_what_was_cut_is_so_when_it_is_read_again(write):
+    """Guards a saved conversation against a turn that was cut and passes for one that ended."""
+    cut = from_parsed([parsed.Message("assistant", "Half an", "final", is_cut=True)])
+    path = write(messages.to_json(cut))
+    assert json.loads(path.read_text())[0]["is_cut"] is True
+    read = read_messages(path).messages
+    assert (list(read), [type(message) for message in read]) == (cut, [CutMessage])
+    whole = from_parsed([parsed.Message("assistant", "Half an", "final")])
+    assert "is_cut" not in messages.to_json(whole)[0]
+    with pytest.raises(ValueError, match=r"message 0, is_cut: got 'yes', expected true or false"):
+        messages.from_json([{"role": "assistant", "channel": "final", "content": "x", "is_cut": "yes"}])
+
+
 def test_what_clients_write_around_an_answer_is_taken():
     """Guards common client JSON: a refusal is the answer, legacy and Ollama's calls, empty extras, unused keys."""
     asked = {"role": "user", "content": "Hi"}
@@ -709,3 +735,264 @@ def test_what_clients_write_around_an_answer_is_taken():
         assert conversation.messages[2].author.name == "functions.f"
     with pytest.raises(ValueError, match="several keys for reasoning that differ"):
         messages.from_json([asked, {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}])
+
+
+def spoken(conversation):
+    """Author, recipient, channel and text of each message."""
+    rows = json.loads(json.dumps(to_json(conversation.messages)))
+    return [
+        (row["name"] or row["role"], row["recipient"], row["channel"], "".join(part["text"] for part in row["content"]))
+        for row in rows
+    ]
+
+
+ASKED = ("user", None, None, "x")
+SPOKEN_CALLS = {
+    "a": ("assistant", "functions.f", "commentary", '{"a": 1}'),
+    "b": ("assistant", "functions.f", "commentary", '{"b": 2}'),
+}
+SPOKEN_CALLS |= {"c": ("assistant", "functions.g", "commentary", "{}")}
+CHAT_CALLS = {"a": chat_call("f", {"a": 1}, "a"), "b": chat_call("f", {"b": 2}, "b"), "c": chat_call("g", None, "c")}
+
+
+def answered(call_id, name="functions.f"):
+    """A result as harmony has it."""
+    return (name, "assistant", "commentary", f"result of {call_id}")
+
+
+@pytest.mark.parametrize(
+    "ended", [[], [USER], [{"role": "assistant", "content": "hm"}]], ids=["open", "user", "assistant"]
+)
+@pytest.mark.parametrize("order", ["abc", "ba", "cab"])
+@pytest.mark.parametrize("given", ["", "a", "b", "c", "ab", "bc"])
+def test_calls_may_be_left_without_a_result(order, given, ended):
+    """Guards a user who goes on before all tools have answered, and results read as those of another call."""
+    results = [
+        {"role": "tool", "tool_call_id": each, "content": f"result of {each}"} for each in given if each in order
+    ]
+    calling = {"role": "assistant", "content": None, "tool_calls": [CHAT_CALLS[each] for each in order]}
+    conversation = from_json([USER, calling, *results, *ended])
+    first = [each for each in order if each in given]
+    calls = [*first, *(each for each in order if each not in given)] if first else list(order)
+    names = {"c": "functions.g"}
+    expected = [
+        ASKED,
+        *(SPOKEN_CALLS[each] for each in calls),
+        *(answered(e, names.get(e, "functions.f")) for e in first),
+    ]
+    found = spoken(conversation)
+    assert found[: len(expected)] == expected
+    assert len(found) == len(expected) + len(ended)
+    assert conversation.call_ids == {1 + place: each for place, each in enumerate(calls)}
+    pairs = call_results(conversation.messages)
+    assert {call: result for call, result in pairs.items() if result} == {
+        1 + place: 1 + len(calls) + place for place in range(len(first))
+    }
+
+
+def test_the_rest_of_the_results_follow():
+    """Guards --tool-results on a file that holds some of the results already."""
+    calling = {"role": "assistant", "tool_calls": [CHAT_CALLS["a"], CHAT_CALLS["b"]]}
+    conversation = from_json([USER, calling, {"role": "tool", "tool_call_id": "b", "content": "result of b"}])
+    rest = tool_results([{"tool_call_id": "a", "content": "result of a"}], conversation)
+    assert spoken(Conversation((*conversation.messages, *rest)))[1:] == [
+        SPOKEN_CALLS["b"],
+        SPOKEN_CALLS["a"],
+        answered("b"),
+        answered("a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": []}]
+)
+def test_no_arguments(arguments):
+    """Guards calls of functions that take nothing, however a client writes that."""
+    call_document = {"id": "1", "function": {"name": "f", **arguments}}
+    conversation = from_json([USER, {"role": "assistant", "tool_calls": [call_document]}])
+    assert spoken(conversation)[1:] == [("assistant", "functions.f", "commentary", "{}")]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}])
+def test_a_tool_may_give_nothing(content):
+    """Guards the result of a command without output."""
+    calling = {"role": "assistant", "tool_calls": [CHAT_CALLS["a"]]}
+    conversation = from_json([USER, calling, {"role": "tool", "tool_call_id": "a", **content}])
+    assert spoken(conversation)[2:] == [("functions.f", "assistant", "commentary", "")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "channels"),
+    [
+        ({"content": ""}, []),
+        ({"content": None}, []),
+        ({}, []),
+        ({"content": "", "reasoning": "t"}, ["analysis"]),
+        ({"content": None, "thinking": "t"}, ["analysis"]),
+        ({"content": "a", "reasoning": "t"}, ["analysis", "final"]),
+        ({"content": "", "tool_calls": [CHAT_CALLS["a"]]}, ["commentary"]),
+    ],
+)
+def test_an_assistant_that_says_little(answer, channels):
+    """Guards against an empty final where a thought was cut, and a refusal where nothing was said."""
+    conversation = from_json([USER, {"role": "assistant", **answer}, USER])
+    assert [message.channel for message in conversation.messages[1:-1]] == channels
+    left_out = () if channels else ("left out, since the assistant says nothing there: message 1",)
+    assert conversation.remarks == left_out
+
+
+@pytest.mark.parametrize("name", ["functions.get_weather", "get_weather"])
+def test_a_name_with_its_namespace(name):
+    """Guards against `functions.functions.get_weather`, in calls, results and tools."""
+    calling = {"role": "assistant", "tool_calls": [chat_call(name, "{}", "1")]}
+    conversation = from_json(
+        {
+            "messages": [USER, calling, {"role": "tool", "name": name, "content": "3"}],
+            "tools": [WEATHER | {"name": name}],
+        }
+    )
+    assert [row[:2] for row in spoken(conversation)[1:]] == [
+        ("assistant", "functions.get_weather"),
+        ("functions.get_weather", "assistant"),
+    ]
+    assert conversation.settings["tools"][0].name == "get_weather"
+
+
+def test_keys_that_change_nothing_are_named_once():
+    """Guards clients that send what they keep, and against a line for each of a thousand messages."""
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    function = {"index": 0, "name": "f", "arguments": {"id": 1, "model": "kept", "_x": 2}}
+    calling = {"id": "m1", "role": "assistant", "tool_calls": [{"id": "c", "index": 0, "function": function}]}
+    answer = {"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}, "text": '{"a": 1}', "created_at": 5}
+    document = {
+        "model": "m",
+        "tool_choice": "auto",
+        "messages": [
+            {"role": "user", "content": [part], "type": "message", "parts": [{"text": "x"}]},
+            calling,
+            {"role": "tool", "tool_call_id": "c", "content": [part], "metadata": {}},
+            answer,
+        ],
+        "tools": [{"type": "function", "function": WEATHER, "cache_control": {}, "x-order": 1}],
+    }
+    conversation = from_json(document)
+    assert spoken(conversation) == [
+        ASKED,
+        ("assistant", "functions.f", "commentary", '{"id": 1, "model": "kept", "_x": 2}'),
+        ("functions.f", "assistant", "commentary", "x"),
+        ("assistant", None, "final", '{"a": 1}'),
+    ]
+    assert conversation.call_ids == {1: "c"}
+    assert conversation.remarks == (
+        "ignored, since the prompt has no place for it: 'model', 'tool_choice', 'cache_control', 'type', 'parts', "
+        "'id', 'index', 'parsed', 'text', 'created_at', 'x-order'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [
+        ([USER | {"text": "y"}], "text"),
+        ([USER | {"parts": [{"text": "y"}]}], "parts"),
+        ([USER, {"role": "assistant", "content": "[1]", "parsed": [2]}], "parsed"),
+        ([USER | {"prefix": True}], "prefix"),
+        ([USER | {"type": "reasoning"}], "type"),
+        ([USER | {"images": ["aGk="]}], "images"),
+        ({"messages": [USER], "tool_choice": "none"}, "tool_choice"),
+        ({"messages": [USER], "options": {"temperature": 0}}, "options"),
+        ({"messages": [USER], "think": "high"}, "think"),
+        ([USER | {"content": [{"type": "text", "text": "x", "image": "y"}]}], "image"),
+    ],
+)
+def test_keys_that_may_change_the_meaning_are_refused(document, key):
+    """Guards against words, pictures or settings that never reach the model."""
+    with pytest.raises(GptossError, match=f"has '{key}', expected only"):
+        from_json(document)
+
+
+def test_parts_of_both_interfaces():
+    """Guards text under OpenAI's newer names for it."""
+    parts = [{"type": "input_text", "text": "x"}]
+    answer = [{"type": "output_text", "text": "y", "annotations": []}]
+    conversation = from_json([{"role": "user", "content": parts}, {"role": "assistant", "content": answer}])
+    assert spoken(conversation) == [ASKED, ("assistant", None, "final", "y")]
+
+
+def test_what_is_said_twice_is_said_once():
+    """Guards legacy calls beside the new ones, and OpenRouter's reasoning details."""
+    called = {"name": "f", "arguments": "{}"}
+    twice = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "function": called}],
+        "function_call": called,
+    }
+    assert len(from_json([USER, twice]).messages) == 2
+    details = [{"type": "reasoning.text", "text": "th"}, {"type": "reasoning.summary", "summary": "ink"}]
+    for reasoning in ({}, {"reasoning": "think"}):
+        answer = {"role": "assistant", "content": "a", "reasoning_details": details, **reasoning}
+        assert spoken(from_json([USER, answer]))[1] == ("assistant", None, "analysis", "think")
+    with pytest.raises(GptossError, match="several keys for reasoning that differ"):
+        from_json([USER, {"role": "assistant", "content": "a", "reasoning_details": details, "reasoning": "b"}])
+
+
+def test_remarks_on_tools_and_results(write):
+    """Guards the lines that name what was ignored in the other two files."""
+    remarks = []
+    read_tools(write([{"type": "function", "function": WEATHER, "id": "t"}]), remarks)
+    waiting = Conversation((user("x"), call("functions.f", "{}")))
+    result_document = {"role": "tool", "timestamp": 5, "content": [{"id": "kept"}]}
+    assert read_tool_results(write([result_document]), waiting, remarks) == [result("functions.f", '[{"id": "kept"}]')]
+    ignored = "ignored, since the prompt has no place for it: "
+    assert remarks == [ignored + "'id'", ignored + "'role', 'timestamp'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "effort", "line"),
+    [
+        ("You are a helper. Reasoning: high", "medium", "'Reasoning: high', but the effort that acts is medium"),
+        ("reasoning_effort=LOW", "high", "'reasoning_effort=LOW', but the effort that acts is high"),
+        ("Reasoning: medium", "medium", None),
+        ("Reasoning: highlight it", "medium", None),
+        ("Explain your reasoning.", "low", None),
+    ],
+)
+def test_which_effort_acts(text, effort, line):
+    """Guards against an effort in the instructions that people think acts: the system message's does."""
+    found = render_module.effort_remark(opening(Settings(reasoning_effort=effort, instructions=text)))
+    assert found == (line and f"the instructions say {line}")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\xef\xbb\xbfWhy?\r\n", "Why?\r\n"),
+        ("Why? ü".encode("utf-16"), "UTF-16"),
+        (codecs.BOM_UTF16_BE + "Why? 天".encode("utf-16-be"), "UTF-16"),
+        ("Why is the sky blue?".encode("utf-16-le"), "UTF-16"),
+        ("Why is the sky blue?".encode("utf-16-be"), "UTF-16"),
+        ("Why?".encode("utf-32"), "UTF-32"),
+        (b"a\0b", "a\0b"),
+        (b"", ""),
+    ],
+)
+def test_text_files_of_other_systems(data, text):
+    """Guards against marks that reach the model, and UTF-16 that is refused without a remedy."""
+    if not text.startswith("UTF-"):
+        assert decoded(data, "q.txt") == text
+        return
+    with pytest.raises(GptossError) as error:
+        decoded(data, "q.txt")
+    assert str(error.value) == (
+        f"q.txt is {text}, expected UTF-8: convert it with `iconv -f {text} -t UTF-8`, or have PowerShell write UTF-8 "
+        "(`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
+    )
+
+
+def test_json_in_utf_16_is_refused_with_a_remedy(tmp_path):
+    """Guards conversations and tools that PowerShell wrote."""
+    path = tmp_path / "chat.json"
+    path.write_bytes(json.dumps([USER]).encode("utf-16"))
+    for read in (read_messages, read_tools, read_response_format):
+        with pytest.raises(GptossError, match=r"chat.json: the file is UTF-16, expected UTF-8: convert it with"):
+            read(path)

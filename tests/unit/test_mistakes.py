@@ -36,7 +36,7 @@ TYPED = {
     "--temperature=hot": "--temperature is 'hot', expected a number",
     "--reasoning-effort=extreme": "--reasoning-effort is 'extreme', expected one of low, medium, high",
     "--flagfile=absent": "--flagfile: absent: No such file or directory",
-    "--n=" + "9" * 5000: "--n is '999999999999...9999999999999', expected an integer",
+    "--n=" + "9" * 5000: f"--n is '{'9' * 59}..., expected an integer",
 }
 SAY_ALL = """
 import contextlib, io, json, sys

@@ -1,5 +1,6 @@
 """What the model declares, and what a step of it takes of memory."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -45,6 +46,38 @@ def test_cache_size_at_full_context(name, gib):
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert size / 2**30 == pytest.approx(gib, rel=0.01)
     assert config.cache_bytes(tokens) / 2**30 == pytest.approx(gib, rel=0.001)
+
+
+@pytest.mark.parametrize(("window", "context", "ring"), [(128, 4096, 128), (128, 40, 40), (1 << 24, 100, 100)])
+def test_the_ring_is_no_longer_than_window_and_context(window, context, ring):
+    """Guards the memory of a config whose window is wider than any context: 10^9 tokens for each slot and layer."""
+    config = dataclasses.replace(read_config(CONFIGS / "tiny.json"), sliding_window=window)
+    make = functools.partial(
+        kv_cache.empty, config, slots=3, pages=2, max_context_tokens=context, dtype=jnp.dtype(jnp.bfloat16)
+    )
+    cache: KVCache = jax.eval_shape(make)
+    rings = [cache.k[i].shape for i in range(config.num_layers) if config.has_sliding_window(i)]
+    assert set(rings) == {(3, ring, config.num_kv_heads * config.head_dim)}
+
+
+@pytest.fixture(scope="module")
+def logits_by_window(small, tmp_path_factory) -> dict[int, list[np.ndarray]]:
+    """Of 24 tokens, with a cache and without one, by the width of the sliding window."""
+    tokens, found = golden.token_ids(24, seed=5), {}
+    for window in (64, 1 << 24):
+        folder = small._replace(config=small.config | {"sliding_window": window}).write(tmp_path_factory.mktemp("w"))
+        model = gptoss_jax.load(folder, dtype="float32")
+        alone, _ = transformer.forward(model.model, model.params, jnp.asarray(tokens, jnp.int32)[None])
+        found[window] = [model.logits(tokens.tolist()), np.asarray(alone[0])]
+    return found
+
+
+def test_a_window_wider_than_the_context_sees_all_of_it(logits_by_window):
+    """Guards the shorter ring, and sequences without a cache, against tokens that fall out of it."""
+    narrow, wide = logits_by_window.values()
+    for ours, theirs in zip(narrow, wide, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert np.abs(wide[0]).max() > 0.1
 
 
 @pytest.mark.parametrize(

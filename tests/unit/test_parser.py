@@ -5,6 +5,7 @@ The count of mutations that the product promises, and as many well-formed stream
 """
 
 import time
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -18,27 +19,22 @@ from gptoss_jax.harmony.parser import StreamParser, parse
 from gptoss_jax.harmony.tokenizer import (
     CALL,
     CHANNEL,
-    CONSTRAIN,
     END,
     ENDOFPROMPT,
-    ENDOFTEXT,
     MESSAGE,
     RETURN,
     START,
     STARTOFTEXT,
     VOCAB_SIZE,
-    harmony_encoding,
     load_tokenizer,
 )
+from tests import broken_streams
+from tests.broken_streams import CALL_WEATHER, FINAL, MUTATIONS, NEXT, THOUGHT, WHICH, mutated, spelled
+from tests.library import harmony_encoding
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "harmony"
 
 FEW = settings(max_examples=200)  # whatever the profile: the full count is for mutations and well-formed streams
-
-THOUGHT = "<|channel|>analysis<|message|>hm<|end|>"
-NEXT = "<|start|>assistant"
-FINAL = "<|channel|>final<|message|>Answer<|return|>"
-CALL_WEATHER = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Bern"}<|call|>'
 
 HM = Message("assistant", "hm", "analysis")
 ANSWER = Message("assistant", "Answer", "final")
@@ -67,11 +63,6 @@ def read(ours):
         return parse(spelled(ours, text), ours, **options)
 
     return read
-
-
-def spelled(tokenizer, text):
-    """Ids of text in which control strings are control tokens, unlike `Tokenizer.encode`."""
-    return tokenizer.encoding.encode(text, allowed_special="all")
 
 
 def library_messages(theirs, ids, role):
@@ -266,7 +257,7 @@ def test_more_answers_without_message_token(read):
     """Guards replays B: prose on the channel, nothing at all, and a call whose arguments follow at once."""
     assert read(f"{THOUGHT}{NEXT}<|channel|>final The answer is 4.<|return|>").final == "The answer is 4."
     empty = read(f"{THOUGHT}{NEXT}<|channel|>final<|return|>")
-    assert (empty.final, empty.unparsed_text, empty.parse_status) == ("", "analysishmassistantfinal", "repaired")
+    assert (empty.final, empty.unparsed_text, empty.parse_status) == ("", "", "repaired")
     (call,) = read(CALL_WEATHER.replace("<|message|>", "")).calls
     assert call == WEATHER
     (call,) = read("<|channel|>commentary to=python code print(1)<|call|>").calls
@@ -359,6 +350,130 @@ def test_two_channels_in_one_header(read):
     assert (parsed.parse_status, parsed.faults) == ("repaired", ("second channel in one header: 'analysis'",))
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "<|channel|>commentary to=assistant",
+        "<|channel|>commentary to=assistant ",
+        "<|channel|>commentary to=assistant <|constrain|>json",
+        "<|channel|>commentary to=assistant json",
+        "<|channel|>commentary to=user",
+        "<|channel|>commentary to=",
+        "<|channel|>commentary",
+        "<|channel|>analysis",
+        "<|channel|>final",
+        "<|channel|>comment",
+        "<|channel|>analysis<|channel|>commentary to=assistant",
+        "<|channel|>commentary to=assistant<|channel|>commentary to=assistant",
+        "<|start|>assistant<|channel|>commentary to=assistant",
+        "<|start|>assistantcommentary to=assistant",
+        "<|channel|>commentary to=assistant<|start|>assistant",
+        "<|channel|>commentary to=assistant<|start|>assistant<|channel|>analysis",
+        " to=assistant<|channel|>commentary",
+        "assistant<|channel|>commentary to=assistant",
+    ],
+)
+@pytest.mark.parametrize(
+    ("real", "message"),
+    [
+        ("<|channel|>final<|message|>Answer<|return|>", ANSWER),
+        ("<|channel|>final Answer<|return|>", ANSWER),
+        ("<|channel|>analysis<|message|>hm<|end|>", HM),
+        (CALL_WEATHER, WEATHER),
+        ("<|channel|>commentary<|message|>Let me see.<|end|>", Message("assistant", "Let me see.", "commentary")),
+    ],
+)
+def test_a_stray_header_before_the_real_one(ours, stray, real, message):
+    """Guards llama.cpp#21286: an answer that vanishes, a thought that is shown, a call that calls nobody."""
+    ids = spelled(ours, stray + real)
+    parsed, _ = streamed(ours, ids, "assistant")
+    assert (parsed.messages, parsed.parse_status, parsed.unparsed_text) == ((message,), "repaired", "")
+    assert [m.kind for m in parsed.messages] == [message.kind]
+    check_nothing_is_lost(ours, parsed)
+    for cut in range(len(ids)):
+        parsed, _ = streamed(ours, ids[:cut], "assistant")
+        assert {m.kind for m in (*parsed.messages, *parsed.cut_calls)} <= {message.kind, "cut_call"}
+        assert all(message.content.startswith(m.content) for m in parsed.messages)
+        check_nothing_is_lost(ours, parsed)
+
+
+@pytest.mark.parametrize(
+    ("header", "channel"),
+    [
+        ("<|channel|>commentary to=functions.x<|channel|>commentary", "commentary"),
+        ("<|channel|>commentary to=functions.x<|channel|>final", "commentary"),
+        (" to=functions.x<|channel|>commentary<|channel|>final", "commentary"),
+        ("<|channel|>commentary to=assistant<|channel|>analysis to=functions.x<|channel|>final", "analysis"),
+        ("<|channel|>final<|channel|>to=functions.x", "final"),
+    ],
+)
+def test_a_header_that_names_a_tool_is_not_stray(read, header, channel):
+    """Guards replay K: what comes behind a call's header does not take the call away."""
+    parsed = read(f"{header}<|message|>{{}}<|call|>")
+    assert parsed.calls == (Message("assistant", "{}", channel, recipient="functions.x"),)
+
+
+def test_a_tools_header_is_not_stray(read):
+    """Guards a tool's result, which is to the assistant, against passing for the assistant's answer."""
+    for header in (" to=assistant<|channel|>commentary", "<|channel|>commentary to=assistant"):
+        parsed = read(f"<|start|>functions.x{header}<|channel|>final<|message|>r<|end|>", role=None)
+        assert parsed.messages == (Message("tool", "r", "commentary", recipient="assistant", name="functions.x"),)
+
+
+@pytest.mark.parametrize("channel", ["final", "analysis", "commentary", "finale"])
+def test_what_the_assistant_tells_itself_is_seen(ours, read, channel):
+    """Guards a message to nobody else, which was in neither answer, reasoning, calls nor unparsed text."""
+    for header in (f"<|channel|>{channel} to=assistant", f" to=assistant<|channel|>{channel}"):
+        parsed = read(f"{header}<|message|>Hello!<|return|>")
+        found = (parsed.final, parsed.reasoning, parsed.preambles, parsed.unparsed_text)
+        places = {"final": 0, "analysis": 1, "commentary": 2, "finale": 3}
+        assert [bool(text) for text in found] == [place == places[channel] for place in range(4)]
+        assert "the assistant addresses itself" in parsed.faults
+        assert (parsed.calls, parsed.parse_status) == ((), "repaired")
+        check_nothing_is_lost(ours, parsed)
+
+
+@pytest.mark.parametrize("recipient", ["functions.", "functions", "browser.", "a.b."])
+def test_a_call_without_a_name_is_none(ours, read, recipient):
+    """Guards against a call of a tool named by nothing; its text is kept."""
+    for header in (f"<|channel|>commentary to={recipient}", f" to={recipient}<|channel|>commentary"):
+        parsed = read(f"{header}<|message|>{{}}<|call|>")
+        assert (parsed.calls, [call.recipient for call in parsed.cut_calls]) == ((), [recipient])
+        assert (parsed.unparsed_text, parsed.parse_status) == ("{}", "repaired")
+        assert parsed.faults == (f"recipient that names no tool: {recipient!r}",)
+        check_nothing_is_lost(ours, parsed)
+
+
+@pytest.mark.parametrize("end", ["", "<|call|>", "<|end|>", "<|return|>", f"{NEXT}{FINAL}"])
+@pytest.mark.parametrize("header", [" to=functions.f", "<|channel|>commentary to=functions.f <|constrain|>json"])
+def test_a_header_that_broke_off_is_no_call(read, header, end):
+    """Guards against a call with empty arguments, made of a header alone; that it was begun is not forgotten."""
+    parsed = read(THOUGHT + NEXT + header + end)
+    assert (parsed.calls, [call.recipient for call in parsed.cut_calls]) == ((), ["functions.f"])
+    assert parsed.messages == ((HM, ANSWER) if FINAL in end else (HM,))
+    assert "header without <|message|>" in parsed.faults
+    assert read(f"{header}<|message|><|call|>").calls[0].content == ""  # well-formed: a call without arguments
+
+
+@pytest.mark.parametrize("content", ['{"city":"Ber', '{"a":1}}', "12", "print(1)", "", "[1]", "[" * 5_000])
+def test_a_call_that_was_cut_is_none(read, content):
+    """Guards against half a call that passes for a whole one: of a number or of a program, more may have come."""
+    text = f"{THOUGHT}{NEXT}<|channel|>commentary to=functions.f<|message|>{content}"
+    parsed = read(text)
+    assert (parsed.calls, [call.content for call in parsed.cut_calls]) == ((), [content])
+    assert (parsed.unparsed_text, parsed.parse_status) == (content, "truncated")
+    assert [message.is_cut for message in parsed.messages] == [False, True]
+    for whole in (read(text, stopped=True), read(f"{text}<|call|>"), read(f"{text}{NEXT}{FINAL}")):
+        assert ([call.content for call in whole.calls], whole.cut_calls, whole.unparsed_text) == ([content], (), "")
+        assert not any(message.is_cut for message in whole.messages)
+
+
+def test_a_call_whose_arguments_are_whole_is_one(read):
+    """Guards against a call lost for want of `<|call|>` alone, when the limit fell between: an object is complete."""
+    parsed = read(CALL_WEATHER.removesuffix("<|call|>"))
+    assert (parsed.calls, parsed.cut_calls, parsed.parse_status) == ((WEATHER,), (), "truncated")
+
+
 def test_unknown_channel(read):
     """Guards case 4 (llama.cpp#27720), replayed as G: the library takes it without a word."""
     parsed = read("<|channel|>commentary?<|message|>x<|end|>")
@@ -390,7 +505,7 @@ def test_refusal_before_a_message(read):
     assert (parsed.messages, parsed.unparsed_text) == ((HM, ANSWER), "I'm sorry.")
     assert parsed.parse_status == "unparsed"
     parsed = read(f"{THOUGHT}{NEXT}I'm sorry.<|return|>")
-    assert (parsed.messages, parsed.unparsed_text) == ((HM,), "analysishmassistantI'm sorry.")
+    assert (parsed.messages, parsed.unparsed_text) == ((HM,), "I'm sorry.")
     assert Part("unparsed", "I'm sorry.", None) in parsed.parts
 
 
@@ -419,7 +534,7 @@ def test_cut_inside_a_header(read, cut):
     parsed = read(THOUGHT + NEXT + cut)
     assert (parsed.messages, parsed.parse_status, parsed.final) == ((HM,), "truncated", None)
     assert {part.kind for part in parsed.parts[2:]} == {"header"}
-    assert parsed.unparsed_text.startswith("analysishmassistant")
+    assert (parsed.reasoning, parsed.unparsed_text, parsed.calls) == ("hm", "", ())
     assert read(cut).parse_status == "truncated"
     assert read(f"{THOUGHT}<|channel|>fin").parse_status == "truncated"
 
@@ -432,7 +547,7 @@ def test_cut_inside_the_body(read):
     stopped = read(text, stopped=True)
     assert (stopped.final, stopped.parse_status, stopped.faults) == ("Answ", "ok", ())
     thought = read("<|channel|>analysis<|message|>hm")
-    assert (thought.final, thought.unparsed_text, thought.parse_status) == (None, "analysishm", "truncated")
+    assert (thought.final, thought.unparsed_text, thought.parse_status) == (None, "", "truncated")
 
 
 def test_cut_inside_an_answer_without_message_token(read):
@@ -516,7 +631,7 @@ def test_tool_call_keeps_its_end(read):
     parsed = read(THOUGHT + NEXT + CALL_WEATHER)
     assert (parsed.messages, parsed.calls, parsed.parse_status) == ((HM, WEATHER), (WEATHER,), "ok")
     assert (parsed.token_ids[-1], parsed.text) == (CALL, THOUGHT + NEXT + CALL_WEATHER)
-    assert (parsed.final, parsed.unparsed_text[:10]) == (None, "analysishm")
+    assert (parsed.final, parsed.unparsed_text) == (None, "")
 
 
 def test_tool_call_on_analysis(read):
@@ -649,7 +764,7 @@ def test_what_is_an_answer_and_what_a_call(ours, role, channel, recipient):
     parser = StreamParser(ours, role=role)
     deltas = [delta for i in spelled(ours, text) for delta in parser.feed(i)] + parser.flush()
     parsed = parser.result()
-    answers = role == "assistant" and channel in (None, "final") and recipient in (None, "all", "user")
+    answers = role == "assistant" and channel in (None, "final") and recipient != "functions.x"
     assert [d.is_answer for d in deltas] == [m.is_answer for m in parsed.messages] == [answers]
     assert parsed.final == ("x" if answers else None)
     assert bool(parsed.calls) == (role == "assistant" and recipient == "functions.x")
@@ -659,7 +774,7 @@ def test_unparsed_text_of_many_messages(ours):
     """Guards against a look for the answer for each part of the text: minutes for a long stream of small messages."""
     parsed = parse(spelled(ours, "<|start|>user<|message|>x<|end|>") * 7_000, ours, role=None)
     began = time.monotonic()
-    assert len(parsed.unparsed_text) == 35_000
+    assert parsed.unparsed_text == "\n\n".join(7_000 * "x")
     assert time.monotonic() - began < 2
 
 
@@ -696,56 +811,14 @@ def test_use_out_of_order(ours):
 
 # Any stream whatever.
 
-SEEDS = [
-    THOUGHT + NEXT + FINAL,
-    THOUGHT + NEXT + CALL_WEATHER,
-    '<|channel|>commentary to=browser.search code<|message|>{"query": 1}<|call|><|start|>browser.search to=assistant'
-    f"<|channel|>commentary<|message|>Zürich 🦩<|end|>{NEXT} to=python<|channel|>analysis code<|message|>1<|call|>",
-    NEXT + '<|channel|>final <|constrain|>json<|message|>{"a": "🦩"}<|return|>',
-    "<|channel|>analysis I think<|channel|>final It is 4.<|return|>",
-    "I'm sorry, but I can't help with that.<|return|>",
-    "<|channel|>to=functions.f<|message|>{}<|call|>",
-    "<|channel|>commentary<|constrain|>json to=functions.f<|message|>{}<|end|><|start|>user:ann<|message|>x<|end|>",
-]
-HEADER_WORDS = "to=x to= assistant user functions final analysis commentary to code json = . { 🦩\n"
-CONTROL = [START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL, ENDOFTEXT, STARTOFTEXT, ENDOFPROMPT, VOCAB_SIZE - 1]
-EDITS = ("delete", "duplicate", "swap", "control", "header", "byte", "any", "truncate", "splice")
-WHICH = st.integers(0, len(SEEDS) - 1)
-MUTATIONS = st.lists(st.integers(0, 2**32), min_size=1, max_size=6)  # integers are drawn faster than tuples
-
-
-def mutated(ids, edits, header_ids, other):
-    """Apply edits, each a number that says what is done, where, and with how many ids or with which."""
-    ids = list(ids)
-    for edit in edits:
-        rest, kind = divmod(edit, len(EDITS))
-        number, at = divmod(rest, len(ids) + 1)
-        match EDITS[kind]:
-            case "delete":
-                del ids[at : at + 1 + number % 3]
-            case "duplicate":
-                ids[at:at] = ids[at : at + 1 + number % 3]
-            case "swap":
-                ids[at : at + 2] = ids[at : at + 2][::-1]
-            case "truncate":
-                del ids[at:]
-            case "splice":
-                ids[at:] = other[number % len(other) :]
-            case "control":
-                ids.insert(at, CONTROL[number % len(CONTROL)])
-            case "header":
-                ids.insert(at, header_ids[number % len(header_ids)])
-            case "byte":
-                ids.insert(at, number % 256)
-            case "any":
-                ids.insert(at, number % VOCAB_SIZE)
-    return ids
-
 
 @pytest.fixture(scope="module")
 def seeds(ours):
-    """Ids of `SEEDS`, and of words that mean something in headers."""
-    return [spelled(ours, seed) for seed in SEEDS], spelled(ours, HEADER_WORDS)
+    """Ids of the seeds, and of words that mean something in headers."""
+    return broken_streams.seeds(ours)
+
+
+NEW_LINES = Counter({"\n": 10**6})
 
 
 def check_nothing_is_lost(ours, parsed):
@@ -759,10 +832,11 @@ def check_nothing_is_lost(ours, parsed):
         assert message.content == "".join(p.text for p in parsed.parts if p.kind == "content" and p.message == i)
     assert all(part.message is not None for part in parsed.parts if part.kind == "content")
     assert all(part.message is None for part in parsed.parts if part.kind == "unparsed")
-    unparsed = "".join(part.text for part in parsed.parts if part.kind == "unparsed")
-    assert parsed.unparsed_text == (unparsed if parsed.final else said)
-    assert bool(parsed.final or parsed.unparsed_text) == bool(runs)
-    assert (parsed.parse_status == "unparsed") == bool(unparsed)
+    places = [parsed.final or "", parsed.reasoning, *parsed.preambles, *(call.content for call in parsed.calls)]
+    spoken = "".join(part.text for part in parsed.parts if part.kind != "header")
+    # Each letter in one place, and no word of a header beside what was said. Paragraphs are joined by new lines.
+    assert Counter("".join([*places, parsed.unparsed_text])) - NEW_LINES == Counter(spoken or said) - NEW_LINES
+    assert (parsed.parse_status == "unparsed") == any(part.kind == "unparsed" for part in parsed.parts)
     if parsed.parse_status in ("ok", "repaired"):
         assert (parsed.parse_status == "repaired") == bool(parsed.faults)
 

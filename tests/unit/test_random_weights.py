@@ -211,7 +211,7 @@ def test_command(checkpoints, tmp_path):
     [
         (["--config", "configs/tiny.json"], "expected one folder to write, DST, got none"),
         (["DST", "--config", "absent.json"], "absent.json: no such file"),
-        (["DST", "--config", "README.md"], "README.md: "),
+        (["DST", "--config", "README.md"], "README.md, line 1, column 1: Expecting value; expected JSON"),
         (
             ["DST", "--config", "configs/tiny.json", "--layout", "onnx"],
             "<huggingface|openai|huggingface-bf16>",

@@ -2,69 +2,73 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gptoss_jax.checkpoints.leaf import Leaf
 from gptoss_jax.checkpoints.orbax import zarr
 from gptoss_jax.checkpoints.orbax.manifest import MANIFEST, ORBAX_METADATA, CheckpointError, LeafRecord, Manifest
+from gptoss_jax.errors import Fault, listed
 
 CHUNK_BYTES = 8 << 20  # bytes read and hashed at a time
+_AGAIN = "the checkpoint is damaged, convert again"
 
 
-def problems(path: str | Path, leaves: Mapping[str, Leaf]) -> list[str]:
-    """What speaks against restoring `leaves` from the checkpoint at `path`: one line per fault, none if all is well.
+def problems(path: str | Path, leaves: Mapping[str, Leaf]) -> list[Fault]:
+    """What speaks against restoring `leaves` from the checkpoint at `path`; nothing if all is well.
 
-    Compares the manifest with the leaves, and the files with the manifest: presence, size, zarr.json and the index.
-    The tensors' own bytes are `verify`'s business.
+    Compares the manifest with the leaves and, once they agree, the files with the manifest: presence, size, zarr.json
+    and the index. The tensors' own bytes are `verify`'s business.
     """
     path, manifest = Path(path), Manifest.read(path)
-    return _manifest_problems(path, manifest, leaves) + _file_problems(path, manifest)
+    return _manifest_problems(path, manifest, leaves) or _file_problems(path, manifest)
 
 
-def _manifest_problems(path: Path, manifest: Manifest, leaves: Mapping[str, Leaf]) -> list[str]:
+def _manifest_problems(path: Path, manifest: Manifest, leaves: Mapping[str, Leaf]) -> list[Fault]:
     faults = []
     for name in sorted(manifest.leaves.keys() | leaves.keys()):
-        record, leaf = manifest.leaves.get(name), leaves.get(name)
+        record, leaf, where = manifest.leaves.get(name), leaves.get(name), f"{path}: leaf {name}"
         if record is None:
-            faults.append(f"{path}: leaf {name} is missing")
+            faults.append(Fault(where, "missing"))
         elif leaf is None:
-            faults.append(f"{path}: leaf {name} is unexpected: the model has none of that name")
+            faults.append(Fault(where, "unexpected, the model has none of that name"))
         else:
             if record.dtype != leaf.dtype.name:
-                faults.append(f"{path}: leaf {name} has dtype {record.dtype}, expected {leaf.dtype.name}")
+                faults.append(Fault(where, f"dtype {record.dtype}, expected {leaf.dtype.name}"))
             if record.shape != tuple(leaf.shape):
-                faults.append(f"{path}: leaf {name} has shape {record.shape}, expected {tuple(leaf.shape)}")
+                faults.append(Fault(where, f"shape {record.shape}, expected {tuple(leaf.shape)}"))
     return faults
 
 
-def _file_bytes(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _file_problems(path: Path, manifest: Manifest) -> list[str]:
-    again = "the checkpoint is damaged, convert again"
+def _file_problems(path: Path, manifest: Manifest) -> list[Fault]:
     faults = []
     shapes = {name: record.shape for name, record in manifest.leaves.items()}
     if not _has_text(path / ORBAX_METADATA, zarr.orbax_metadata(shapes)):
-        faults.append(f"{path / ORBAX_METADATA}: missing, or not what {MANIFEST} describes: {again}")
+        faults.append(Fault(str(path / ORBAX_METADATA), f"missing, or not what {MANIFEST} describes: {_AGAIN}"))
     for record in manifest.leaves.values():
-        file = path / record.file
-        tail = zarr.index(record.shape, record.dtype)
-        size, expected = _file_bytes(file), record.size_bytes + len(tail)
-        if size is None:
-            faults.append(f"{file}: missing: {again}")
-        elif size != expected:
-            faults.append(f"{file}: {size:,} bytes, expected {expected:,}: {again}")
-        elif _read(file, record.size_bytes, len(tail)) != tail:
-            faults.append(f"{file}: its index, the last {len(tail)} bytes, is not as written: {again}")
-        if not _has_text(file.with_name("zarr.json"), zarr.zarr_json(record.shape, record.dtype)):
-            faults.append(f"{file.with_name('zarr.json')}: missing, or not as written: {again}")
+        faults += _leaf_problems(path / record.file, record)
     return faults
 
 
+def _leaf_problems(file: Path, record: LeafRecord) -> Iterator[Fault]:
+    size_bytes = file.stat().st_size if file.is_file() else None
+    if size_bytes is None:
+        yield Fault(str(file), f"missing: {_AGAIN}")
+        return
+    if size_bytes != record.file_bytes:  # asked first: what a file must hold beside the tensor takes time to work out
+        yield Fault(str(file), f"{size_bytes:,} bytes, expected {record.file_bytes:,}: {_AGAIN}")
+        return
+    tail = zarr.index(record.shape, record.dtype)
+    if size_bytes != record.size_bytes + len(tail) or _read(file, record.size_bytes, len(tail)) != tail:
+        yield Fault(str(file), f"its index, the last {len(tail)} bytes, is not as written: {_AGAIN}")
+    metadata = file.with_name("zarr.json")
+    if not _has_text(metadata, zarr.zarr_json(record.shape, record.dtype)):
+        yield Fault(str(metadata), f"missing, or not as written: {_AGAIN}")
+
+
 def _has_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_bytes() == text.encode()
+    content = text.encode()
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -89,24 +93,21 @@ def stored_sha256(path: str | Path, record: LeafRecord, report: Callable[[int], 
     return digest.hexdigest()
 
 
-def verify(path: str | Path, report: Callable[[int], object] = lambda _: None) -> int:
+def verify(path: str | Path, leaves: Mapping[str, Leaf], report: Callable[[int], object] = lambda _: None) -> None:
     """Reads every leaf of a checkpoint and compares its sha256 with the manifest's.
 
-    Returns:
-        Number of leaves.
+    Args:
+        path: the checkpoint.
+        leaves: what its model needs.
+        report: called with the number of bytes that were read since its last call.
 
     Raises:
-        CheckpointError: files are missing or damaged, or hashes differ: all listed.
+        CheckpointError: leaves are missing, of another shape, or damaged, or hashes differ: all listed.
     """
-    manifest = Manifest.read(path)
-    faults = _file_problems(Path(path), manifest)
-    for record in manifest.leaves.values() if not faults else ():
+    faults = problems(path, leaves)
+    for record in Manifest.read(path).leaves.values() if not faults else ():
         digest = stored_sha256(path, record, report)
         if digest != record.sha256:
-            faults.append(
-                f"{Path(path) / record.file}: sha256 {digest}, expected {record.sha256}: "
-                "the checkpoint is damaged, convert again"
-            )
+            faults.append(Fault(str(Path(path) / record.file), f"sha256 {digest}, expected {record.sha256}: {_AGAIN}"))
     if faults:
-        raise CheckpointError("\n".join(faults))
-    return len(manifest.leaves)
+        raise CheckpointError(listed(faults))

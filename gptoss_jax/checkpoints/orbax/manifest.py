@@ -1,15 +1,16 @@
 """What a finished checkpoint says of itself: every leaf's shape, dtype, size and hash, its model, and its origin."""
 
 import dataclasses
-import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptoss_jax.checkpoints.orbax import zarr
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, one_line, short
+from gptoss_jax.files import FileError, read_json
 from gptoss_jax.model import config as config_module
 from gptoss_jax.model.config import ModelConfig
 
@@ -19,7 +20,12 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ORBAX_METADATA = "_METADATA"
+MAX_AXES = 8
+MAX_SIZE = 1 << 63  # of an axis, or of a file
 DTYPES = ("bfloat16", "float32", "uint8")  # what weights are stored in
+
+
+_PATH = re.compile(r"\w[\w.-]{0,127}(/\w[\w.-]{0,127}){0,15}")
 
 
 class CheckpointError(GptossError):
@@ -45,9 +51,19 @@ class LeafRecord:
     file_bytes: int
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "LeafRecord":
-        """The record that `dataclasses.asdict` has become in a JSON file."""
-        return cls(raw["path"], tuple(raw["shape"]), raw["dtype"], raw["sha256"], raw["file_bytes"])
+    def from_json(cls, raw: Any) -> "LeafRecord":
+        """The record that `dataclasses.asdict` has become in a JSON file.
+
+        Raises:
+            CheckpointError: it is none: files get damaged.
+        """
+        try:
+            record = cls(raw["path"], tuple(raw["shape"]), raw["dtype"], raw["sha256"], raw["file_bytes"])
+        except (KeyError, TypeError):
+            raise CheckpointError(f"no record of a leaf: {short(raw)}") from None
+        if not record.is_plausible:
+            raise CheckpointError(f"no record of a leaf: {short(record.path)}")
+        return record
 
     @property
     def size_bytes(self) -> int:
@@ -61,9 +77,13 @@ class LeafRecord:
 
     @property
     def is_plausible(self) -> bool:
-        """Whether each field is of its type: a manifest is a file, and files get damaged."""
-        whole = all(isinstance(number, int) for number in (*self.shape, self.file_bytes))
-        return isinstance(self.path, str) and isinstance(self.sha256, str) and self.dtype in DTYPES and whole
+        """Whether the fields can be those of a leaf that was written."""
+        numbers = (*self.shape[: MAX_AXES + 1], self.file_bytes)
+        sizes = (
+            all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers) and len(self.shape) <= MAX_AXES
+        )
+        names = isinstance(self.path, str) and isinstance(self.sha256, str) and self.dtype in DTYPES
+        return sizes and names and bool(_PATH.fullmatch(self.path)) and self.size_bytes < self.file_bytes
 
     @property
     def file(self) -> str:
@@ -90,25 +110,25 @@ class Manifest:
             CheckpointError: there is no finished checkpoint, its manifest is damaged or of another version.
         """
         file = Path(path) / MANIFEST
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise CheckpointError(_why_absent(Path(path)))
         raw = _read_object(file)
         if raw.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file}: format version {raw.get('format_version')!r}, expected {FORMAT_VERSION}: convert again"
-            )
+            version = short(raw.get("format_version"))
+            raise CheckpointError(f"{file}: format version {version}, expected {FORMAT_VERSION}: convert again")
+        leaves = raw.get("leaves")
         try:
-            records = [LeafRecord.from_json(leaf) for leaf in raw["leaves"]]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: damaged ({error!r}): convert again") from None
-        if faulty := [record.path for record in records if not record.is_plausible]:
-            raise CheckpointError(f"{file}: damaged (leaf {faulty[0]!r}): convert again")
-        return cls({record.path: record for record in records})
+            records = [LeafRecord.from_json(leaf) for leaf in (leaves if isinstance(leaves, list) else [leaves])]
+        except CheckpointError as error:
+            raise CheckpointError(one_line(f"{file}: damaged ({error}): convert again")) from None
+        if len(named := {record.path: record for record in records}) < len(records):
+            raise CheckpointError(f"{file}: damaged (a leaf is listed twice): convert again")
+        return cls(named)
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a finished checkpoint of this format lies at `path`."""
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.lexists(Path(path) / MANIFEST)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -132,11 +152,9 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing: the checkpoint is damaged, convert again") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{file}: damaged ({error!r}): convert again") from None
+        content = read_json(file)
+    except FileError as error:
+        raise CheckpointError(one_line(f"{file}: damaged ({error.what}): convert again")) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: damaged (a {type(content).__name__}, expected an object): convert again")
     return content

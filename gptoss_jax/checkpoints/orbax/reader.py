@@ -13,6 +13,7 @@ from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
 from gptoss_jax.checkpoints.orbax import integrity, zarr
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, LeafRecord, Manifest
+from gptoss_jax.errors import listed
 from gptoss_jax.model import transformer
 from gptoss_jax.model.sharding import Sharding
 
@@ -33,7 +34,7 @@ def read(
     """
     path = Path(os.path.abspath(path))
     if faults := integrity.problems(path, leaves):
-        raise CheckpointError("\n".join(faults))
+        raise CheckpointError(listed(faults))
     if sharding.mesh.size == 1 and sharding.mesh.devices.flat[0].platform == "cpu":
         yield from _read_whole(path, [Manifest.read(path).leaves[name] for name in leaves])
     else:

@@ -26,6 +26,8 @@ from gptoss_jax.checkpoints.orbax.manifest import (
     Manifest,
     partial_folder,
 )
+from gptoss_jax.errors import Fault, listed, shortened
+from gptoss_jax.files import FileError, parse_json
 from gptoss_jax.model.config import ModelConfig, to_huggingface
 
 CHUNK_BYTES = 8 << 20  # bytes hashed and written at a time
@@ -103,6 +105,11 @@ class Writer:
 
     def _open(self, identity: dict[str, Any], resume: bool) -> None:
         journal = self.partial / _JOURNAL
+        if os.path.lexists(self.partial) and not self.partial.is_dir():
+            raise CheckpointError(f"{self.partial}: in the way: expected nothing there, or what was begun; remove it")
+        above = next(parent for parent in self.dst.parents if parent.exists())
+        if not above.is_dir():
+            raise CheckpointError(f"{self.dst}: cannot be made in {above}, which is no folder")
         if self.partial.exists() and not journal.is_file() and any(self.partial.iterdir()):
             raise CheckpointError(f"{self.partial}: exists and has no {_JOURNAL}; remove it or name another folder")
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -113,7 +120,7 @@ class Writer:
             lines = _journal_lines(self._journal.read(), journal)
             if lines:
                 _check_identity(self.partial, lines[0], identity)
-            self._take_up(lines if resume else [])
+            self._take_up(lines if resume else [], journal)
             if not lines or not resume:
                 self._append(identity)
             self.tree.mkdir(exist_ok=True)
@@ -125,14 +132,17 @@ class Writer:
             self._journal.close()
             raise
 
-    def _take_up(self, lines: list[dict[str, Any]]) -> None:
+    def _take_up(self, lines: list[dict[str, Any]], journal: Path) -> None:
         """Keeps what the journal's lines vouch for, removes everything else."""
         self._journal.truncate(sum(len(_line(line)) for line in lines))
-        for line in lines[1:]:
-            if "note" in line:
-                self.notes[line["note"]] = line["value"]
-            elif _is_whole(self.tree, record := LeafRecord.from_json(line)):
-                self.finished[record.path] = record
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                if "note" in line:
+                    self.notes[line["note"]] = line["value"]
+                elif _is_whole(self.tree, record := LeafRecord.from_json(line)):
+                    self.finished[record.path] = record
+            except (CheckpointError, KeyError, TypeError):
+                raise _damaged(journal, number) from None
         kept = {record.folder for record in self.finished.values()}
         for entry in self.tree.iterdir() if self.tree.exists() else ():
             if entry.name not in kept:
@@ -208,23 +218,32 @@ def _journal_lines(raw: bytes, path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(whole, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # JSONDecodeError and UnicodeDecodeError
-            if number < len(whole):
-                raise CheckpointError(
-                    f"{path}: line {number} is damaged; remove {path.parent} to start again"
-                ) from None
+            line = parse_json(text, path)
+        except FileError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        elif number < len(whole):
+            raise _damaged(path, number)
     return lines
+
+
+def _damaged(journal: Path, number: int) -> CheckpointError:
+    return CheckpointError(f"{journal}: line {number} is damaged; remove {journal.parent} to start again")
 
 
 def _check_identity(partial: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if found != wanted:
         differs = [
-            f"{partial}: {name} was {json.dumps(before)}, is now {json.dumps(now)}"
+            Fault(str(partial), f"{name} was {_as_json(before)}, is now {_as_json(now)}")
             for name, before, now in _differences(found, wanted)
         ]
-        hint = f"{partial}: begun from something else; go on with that, or remove {partial} to start again"
-        raise CheckpointError("\n".join([hint, *differs]))
+        hint = f"begun from something else; go on with that, or remove {partial} to start again"
+        raise CheckpointError(listed([Fault(str(partial), hint), *differs]))
+
+
+def _as_json(value: Any) -> str:
+    return shortened(json.dumps(value))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -34,8 +34,8 @@ def part_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     part = [1] * len(shape)
     size = itemsize
     for axis in reversed(range(len(shape))):
-        fits = [n for n in range(1, shape[axis] + 1) if shape[axis] % n == 0 and n * size <= PART_BYTES]
-        part[axis] = max(fits, default=1)
+        most = min(shape[axis], max(PART_BYTES // size, 1))
+        part[axis] = next((n for n in range(most, 1, -1) if shape[axis] % n == 0), 1)
         size *= part[axis]
         if part[axis] < shape[axis]:
             break

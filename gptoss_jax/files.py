@@ -1,0 +1,192 @@
+"""Files that others wrote: regular ones only, and JSON that is bounded in size and depth. What is wrong is one line.
+
+Knows nothing of what the files mean. Every JSON file of the product is read here, or parsed here where it may as well
+come through a pipe.
+"""
+
+import codecs
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptoss_jax.errors import GptossError, one_line, short
+
+MAX_BYTES = 32 << 20  # thirty times the index of the largest published model
+MAX_DEPTH = 64  # openai-harmony takes no more than 128, each message adding some
+
+_SPECIAL = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+_POINTER = "a Git LFS pointer in place of the file: run `git lfs pull` in its folder, or fetch it with `hf download`"
+_PAGE = "a web page saved under this name: fetch the file again"
+_BEGINNINGS = {
+    b"version https://git-lfs": _POINTER,
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"gguf": "a GGUF file under another name; convert the published safetensors",
+    b"pk\x03\x04": "a zip archive, as PyTorch saves: expected another format",
+    b"\x80\x02": "a Python pickle, as PyTorch saves: expected another format",
+    b"\x1f\x8b": "packed with gzip: unpack it",
+}
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins as UTF-16 does
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+class FileError(GptossError):
+    """A file that is absent, or cannot be what is expected in its place.
+
+    Attributes:
+        what: the message without the file's name.
+    """
+
+    def __init__(self, name: str | Path, what: str, joint: str = ": "):
+        super().__init__(one_line(f"{name}{joint}{what}"))
+        self.what = what
+
+
+def check_regular(path: str | Path) -> os.stat_result:
+    """What the system knows of the file at `path`, through links.
+
+    Raises:
+        FileError: nothing is there, or what is no file: a pipe, say, which would be waited for.
+    """
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        link = f"a link to {os.readlink(path)}, which is not there: fetch it again" if os.path.islink(path) else ""
+        raise FileError(path, link or "no such file") from None
+    except OSError as error:
+        raise FileError(path, str(error.strerror)) from None
+    for is_kind, kind in _SPECIAL.items():
+        if is_kind(found.st_mode):
+            raise FileError(path, f"{kind}, expected a file")
+    return found
+
+
+def read_json(path: str | Path) -> Any:
+    """What the JSON file at `path` holds.
+
+    Raises:
+        FileError: it is no regular file, too large, no JSON, or JSON that breaks later: see `parse_json`.
+        OSError: the file system does not give it.
+    """
+    size_bytes = check_regular(path).st_size
+    if size_bytes > MAX_BYTES:
+        raise FileError(path, f"{size_bytes:,} bytes, expected JSON of at most {MAX_BYTES:,}")
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_BYTES), path)
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        GptossError: a key stands in it twice.
+    """
+    value = {}
+    for key, part in pairs:
+        if key in value:
+            raise GptossError(f"the key {short(key)} stands twice in one object")
+        value[key] = part
+    return value
+
+
+def parse_json(data: bytes, name: str | Path, objects: Callable[[list[tuple[str, Any]]], Any] = distinct) -> Any:
+    """The value that a JSON text stands for.
+
+    Args:
+        data: in UTF-8; a byte order mark is passed over.
+        name: of the file, for errors.
+        objects: makes an object of its keys and values.
+
+    Raises:
+        FileError: no JSON; a key twice in one object; NaN, infinities, numbers out of float64's range or of more digits
+            than Python reads, half characters, deep nesting.
+    """
+    try:
+        value = json.loads(decoded(data, "the file"), object_pairs_hook=objects)
+        check_value(value, "the file")
+        return value
+    except json.JSONDecodeError as error:
+        if not (fault := recognize(data)):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise FileError(name, f"{where}: {error.msg}; expected JSON", joint=", ") from None
+    except RecursionError:
+        fault = f"nested too deeply, at most {MAX_DEPTH} levels are taken"
+    except GptossError as error:
+        fault = recognize(data) or str(error)
+    except ValueError as error:  # a number of more digits than Python reads
+        fault = str(error).partition(";")[0]
+    raise FileError(name, fault)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of a file, without a byte order mark.
+
+    Args:
+        data: all of the file.
+        name: what errors call it.
+
+    Raises:
+        GptossError: it is no UTF-8; UTF-16 and UTF-32 are named, with a way to convert them.
+    """
+    for encoding, found in (("UTF-32", data.startswith(_UTF_32)), ("UTF-16", _looks_like_utf_16(data))):
+        if found:
+            raise GptossError(
+                f"{name} is {encoding}, expected UTF-8: convert it with `iconv -f {encoding} -t UTF-8`, or have "
+                "PowerShell write UTF-8 (`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
+            )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GptossError(
+            f"{name} is not valid UTF-8 at byte {error.start}; if it is in Windows' older encoding, "
+            "`iconv -f WINDOWS-1252 -t UTF-8` converts it"
+        ) from None
+
+
+def _looks_like_utf_16(data: bytes) -> bool:
+    """By its mark, or since every other byte of nearly all of it is zero, as in Latin text without a mark."""
+    start = data[:1024]
+    zeros = max(start[0::2].count(0), start[1::2].count(0))
+    return data.startswith(_UTF_16) or (len(start) > 1 and zeros > 0.4 * len(start))
+
+
+def recognize(data: bytes) -> str:
+    """What a file is that is not what its name says, and what to do; "" if its beginning is not known."""
+    beginning = data[:64].lstrip().lower()
+    return next((kind for magic, kind in _BEGINNINGS.items() if beginning.startswith(magic)), "")
+
+
+def check_value(value: object, where: str, depth: int = 0) -> None:
+    """Refuses what passes as JSON and breaks later.
+
+    Raises:
+        GptossError: half characters, numbers out of float64's range, deep nesting.
+    """
+    if depth > MAX_DEPTH:
+        raise GptossError(f"the value is nested too deeply, at most {MAX_DEPTH} levels are taken")
+    if isinstance(value, str):
+        if _HALF_CHARACTER.search(value):
+            raise GptossError(f"{where} holds half a surrogate pair, which is no text")
+    elif isinstance(value, int | float):
+        if not abs(value) <= sys.float_info.max:  # Python reads NaN, Infinity, and 1e999 as infinity
+            raise GptossError(f"{where} is {'NaN' if value != value else 'a number out of range'}")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            check_value(key, f"a key in {where}", depth)
+            check_value(part, f"{where}, {short(key)}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            check_value(part, f"{where}, [{index}]", depth + 1)
