@@ -29,7 +29,7 @@ from gptoss_jax.checkpoints.leaf import leaf_bytes
 from gptoss_jax.checkpoints.orbax import manifest, reader
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer
-from gptoss_jax.cli import byte_progress
+from gptoss_jax.cli import byte_progress, interrupts
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import MAX_STOP_IDS
@@ -104,7 +104,7 @@ def command(*arguments: object) -> int:
     with flagsaver.flagsaver():
         try:
             positional = command_line._parse(["convert", *map(str, arguments)], "convert")[1:]
-            command_line._guard(convert.main, positional, "convert")
+            command_line._guard(lambda: convert.main(positional), "convert")
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -958,7 +958,7 @@ def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
 def test_a_changed_source_is_not_resumed(small, broken, tmp_path, capsys, monkeypatch):
     """Guards against half of one download and half of another."""
     monkeypatch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command(broken, tmp_path / "out") == command_line.INTERRUPTED
+    assert command(broken, tmp_path / "out") == interrupts.EXIT_CODE
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
     assert line.endswith("out: interrupted: run the same command again, it goes on where it stopped")
     name = sorted(path.name for path in broken.glob("*.safetensors"))[0]
