@@ -29,6 +29,7 @@ from jax import lax
 from benchmarks import under_load
 from benchmarks.peers import Transformers
 from benchmarks.under_load import Load
+from gptoss_jax import whole_files
 from gptoss_jax.cli import command
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, Chunks, Forms, ModelStep
 from gptoss_jax.errors import GptossError
@@ -378,7 +379,7 @@ def main(arguments: list[str]) -> None:
         beside_transformers(run, read_config(CONFIGS / "gpt-oss-20b.json"))
     text = json.dumps(run.report)
     if options.out:
-        Path(options.out).write_text(json.dumps(run.report, indent=1) + "\n")
+        whole_files.write_whole(options.out, (json.dumps(run.report, indent=1) + "\n").encode())
     print(text)
 
 

@@ -9,6 +9,11 @@ reads a finished DST and compares it with its own manifest. Exit codes: 0 done, 
 interrupted.
 """
 
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
 import contextlib
 import dataclasses
 import errno
@@ -26,7 +31,7 @@ from gptoss_jax.checkpoints.opening import open_weights
 from gptoss_jax.checkpoints.orbax import integrity
 from gptoss_jax.checkpoints.orbax.manifest import Manifest, partial_folder
 from gptoss_jax.checkpoints.published import SourceError, open_source
-from gptoss_jax.cli import command
+from gptoss_jax.cli import command, interrupts, mistakes
 from gptoss_jax.cli.byte_progress import byte_progress, duration, gigabytes
 from gptoss_jax.errors import GptossError, one_line, short
 from gptoss_jax.model.config import ModelConfig
@@ -125,7 +130,7 @@ def _check_separate(src: Path, dst: Path) -> None:
 
 def _import_jax() -> Callable[[ModelConfig], dict[str, Leaf]]:
     """Imports what converts, and leaves accelerators to those who compute; gives what declares a model's leaves."""
-    with command.ended_by_ctrl_c():
+    with interrupts.ended_by_ctrl_c():
         import jax
 
         from gptoss_jax.checkpoints import conversion
@@ -173,14 +178,16 @@ def _resumable(dst: Path) -> Iterator[None]:
     again = "run the same command again, it goes on where it stopped"
     try:
         yield
+    except BrokenPipeError:  # of what is printed
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             command.refuse(f"{dst}: the disk is full: make room and {again}", NAME)
         resumable = f": {again}" if partial_folder(dst).is_dir() else ""
-        command.refuse(f"{error}{resumable}", NAME)
+        command.refuse(f"{mistakes.of_file(error)}{resumable}", NAME)
     except KeyboardInterrupt:
         print(f"\n{NAME}: {dst}: interrupted: {again}", file=sys.stderr)
-        sys.exit(command.INTERRUPTED)
+        sys.exit(interrupts.EXIT_CODE)
 
 
 def cli() -> None:

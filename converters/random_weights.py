@@ -7,6 +7,11 @@ formats of one config and seed hold the same model. The gains keep every part of
 a mistake in any of them shows in the logits. Knows no model code, no JAX and no trained weights.
 """
 
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
 import time
 from pathlib import Path
 from typing import Any

@@ -9,7 +9,6 @@ and value heads, G = N / K, H head size, F expert hidden, E experts, X experts p
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,5 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "__version__":
-        return importlib.metadata.version("gptoss-jax")
+        from importlib import metadata  # here, since it takes longer than all else of this file
+
+        return metadata.version("gptoss-jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,6 +30,11 @@ differently with the size of the batch, log probabilities move by about 0.01,
 and now and then another token is drawn (docs/generate.md has the measurement).
 """
 
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
 import sys
 
 from absl import flags
@@ -47,7 +52,7 @@ SECTIONS = {
     ),
     "What the system and developer messages say": prompt_flags.PROMPT_FLAGS,
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
-    "What is shown and kept": ("show_reasoning", "json", "raw", "save", "n"),
+    "What is shown and kept": ("show_reasoning", "json", "raw", "stats", "quiet", "save", "n"),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
 }
 
@@ -66,6 +71,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
     flags.DEFINE_bool("json", False, "Print one JSON document with everything.")
     flags.DEFINE_bool("raw", False, "Print all that comes, as it comes, control tokens spelled out.")
+    flags.DEFINE_bool("stats", False, "Print all times and rates, beside what memory bandwidth allows, on stderr.")
+    flags.DEFINE_bool("quiet", False, "Print no notes and no progress on stderr: only what is wrong with the answer.")
     flags.DEFINE_string(
         "save", None, "FILE: Where to write the conversation (of --n answers, the first) as JSON, for --messages."
     )
@@ -80,7 +87,7 @@ def main(arguments: list[str]) -> None:
     from gptoss_jax.cli import answering, chat  # here, so that --help need not wait for what they import
 
     options = flags.FLAGS
-    flag_values.refuse_together(options, ("raw", "json"), ("raw", "show_reasoning"))
+    flag_values.refuse_together(options, ("raw", "json"), ("raw", "show_reasoning"), ("stats", "quiet"))
     if options.chat:
         chat.run(options, arguments)
         return

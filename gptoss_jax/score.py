@@ -16,6 +16,11 @@ prints a line a token, --json one document with ids, logprobs and settings.
 Exit codes: 0 scored, 2 bad input, 130 interrupted, 141 stdout's reader left.
 """
 
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
 from absl import flags
 
 from gptoss_jax.cli import command, flag_values, model_flags
@@ -24,7 +29,7 @@ TEXTS = ("text", "file", "token_ids")
 SECTIONS = {
     "What is scored (text on stdin where none of these is given)": (*TEXTS, "lines"),
     "How": ("max_context_tokens", "stride", "top_logprobs"),
-    "What is shown": ("tokens", "json"),
+    "What is shown": ("tokens", "json", "quiet"),
     "Model and machine": model_flags.MODEL_FLAGS,
 }
 
@@ -42,6 +47,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("tokens", False, "Print a line for each token: place, id, log probability, text.")
     flags.DEFINE_bool("json", False, "Print one JSON document.")
+    flags.DEFINE_bool("quiet", False, "Print no notes and no progress on stderr: only what is wrong.")
     model_flags.define_flags()
 
 

@@ -1,6 +1,6 @@
 """Models that say what a script holds: real checkpoints, run like any other, whose answers a test knows beforehand.
 
-    python -m tests.scripted FOLDER [thinker|caller]
+    python -m tests.scripted FOLDER [thinker|caller|attacker|attacking_caller]
 
 A token's successor follows from the token and from whether the answer has begun to think: the embedding gives each
 token of the script a dimension of its own, the unembedding maps it to the next token, and one attention head, looking
@@ -29,11 +29,19 @@ CONFIG = two_layers_config() | {
 REASONING = "Hmm, why does sky look blue? Recall Rayleigh."
 ANSWER = "Because air scatters short waves most: **blue** ✨"
 CALL = '{"city": "Paris"}'
+# Sequences that terminals obey: a title and a clipboard set, the screen cleared, the cursor moved.
+CONTROL_REASONING = "Hmm, back\x08space"
+CONTROL_ANSWER = "Title\x1b]0;owned\x07then\x9b2Jall\rgone."
+CONTROL_CALL = '{"city": "Pa\x1b]52;c;aGk\x07ris"}'
 _THINKING = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>"
+_CALLING = (
+    _THINKING.format("Hmm, weather") + "commentary to=functions.get_weather <|constrain|>json<|message|>{}<|call|>"
+)
 SCRIPTS = {
     "thinker": _THINKING.format(REASONING) + f"final<|message|>{ANSWER}<|return|>",
-    "caller": _THINKING.format("Hmm, weather")
-    + f"commentary to=functions.get_weather <|constrain|>json<|message|>{CALL}<|call|>",
+    "caller": _CALLING.format(CALL),
+    "attacker": _THINKING.format(CONTROL_REASONING) + f"final<|message|>{CONTROL_ANSWER}<|return|>",
+    "attacking_caller": _CALLING.format(CONTROL_CALL),
 }
 SURE, LESS_SURE, SEEN, NOTE = 100.0, 90.0, 10.0, 40.0
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)

@@ -22,12 +22,15 @@ def measure(
     compile_seconds: float,
     prompt_tokens: int,
     samples: Sequence[Sample],
+    *,
+    with_bandwidth: bool,
 ) -> Statistics:
-    """Seconds, rates over all answers, and of a single one the share of what memory bandwidth allows."""
+    """Seconds, rates over all answers, and of a single one, if wanted, the share of what memory bandwidth allows."""
     tokens = [len(sample.answer.parsed.token_ids) for sample in samples]
     steps = sum(tokens) - len(tokens)
     first = min(sample.first_token_seconds for sample in samples)
-    seconds = max(sample.last_token_seconds for sample in samples) - first
+    last = max(sample.last_token_seconds for sample in samples)
+    seconds = last - first
     rate = steps / seconds if steps > 0 and seconds > 0 else None
     statistics: Statistics = {
         "prompt_tokens": prompt_tokens,
@@ -35,9 +38,10 @@ def measure(
         "load_seconds": round(language_model.load_seconds, 3),
         "compile_seconds": round(compile_seconds, 3),
         "first_token_seconds": round(first, 3),
+        "last_token_seconds": round(last, 3),
         "decode_tokens_per_second": rate and round(rate, 3),
     }
-    if rate and len(samples) == 1:
+    if with_bandwidth and rate and len(samples) == 1:
         bytes_per_second = rate * language_model.decode_bytes(1, prompt_tokens + steps // 2)
         bandwidth = language_model.read_bandwidth(at_least=bytes_per_second)
         statistics["read_bandwidth_gb_per_second"] = round(bandwidth / 1e9, 2)
@@ -45,11 +49,15 @@ def measure(
     return statistics
 
 
-def statistics_line(statistics: dict[str, Any]) -> str:
+def statistics_line(statistics: dict[str, Any], *, at_length: bool) -> str:
     """Times and rates for people."""
-    line = f"first token after {statistics['first_token_seconds']:.2f} s; {statistics['answer_tokens']} tokens"
-    if statistics["decode_tokens_per_second"]:
-        line += f", {statistics['decode_tokens_per_second']:.2f} tokens/s"
+    tokens, rate = statistics["answer_tokens"], statistics["decode_tokens_per_second"]
+    if not at_length:
+        speed = f", {rate:.1f} tokens/s after the first" if rate else ""
+        return f"{tokens} token{'s' * (tokens != 1)} in {statistics['last_token_seconds']:.1f} s{speed}"
+    line = f"first token after {statistics['first_token_seconds']:.2f} s; {tokens} tokens"
+    if rate:
+        line += f", {rate:.2f} tokens/s"
     if "share_of_bandwidth_limit" in statistics:
         line += (
             f", {100 * statistics['share_of_bandwidth_limit']:.1f} % of what "

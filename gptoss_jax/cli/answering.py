@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from gptoss_jax.cli import answer_report, command, model_flags, prompts, sampling_flags
+from gptoss_jax import whole_files
+from gptoss_jax.cli import answer_report, command, interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
-from gptoss_jax.cli.terminal import Screen, interruptible
+from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, render
@@ -39,7 +40,7 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     if not 1 <= options.n <= MAX_ANSWERS:
         raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
     if options.save:
-        messages.check_can_write(options.save)
+        whole_files.check_can_write(options.save)
     config = model_flags.config(options)
     prompt = prompts.read(options, arguments)
     request = sampling_flags.request(options, config, prompt.token_ids, sampling)
@@ -59,34 +60,37 @@ def _run(
     echoed: Sequence[str],
 ) -> int:
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
-    screen = Screen()
+    screen = Screen(quiet=options.quiet)
     language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
     settings = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
     prompt_tokens = len(prompt.token_ids)
-    screen.say(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {settings}")
+    screen.note(f"compiled in {engine.runner.compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {settings}")
     for remark in prompt.remarks:
         screen.say(remark)
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
     samples: list[Sample] = []
-    with interruptible(insisting=False) as pressed:  # until what had come is printed and saved
+    with interrupts.noted() as pressed:  # until what had come is printed and saved
         for sample in collect(engine, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
             shown.finish(sample)
             samples.append(sample)
-        if options.save:
-            messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
-        statistics = answer_report.measure(language_model, engine.runner.compile_seconds, prompt_tokens, samples)
+        at_length = options.json or options.stats
+        statistics = answer_report.measure(
+            language_model, engine.runner.compile_seconds, prompt_tokens, samples, with_bandwidth=at_length
+        )
         if options.json:
             settings = answer_report.settings_document(
                 options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic
             )
             screen.document(answer_report.document(settings, prompt, samples, statistics))
-        screen.say(answer_report.statistics_line(statistics))
+        screen.note(answer_report.statistics_line(statistics, at_length=at_length))
+        if options.save:
+            messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
     screen.check_reader()
     if any(sample.answer.finish_reason == "error" for sample in samples):
         return command.EXIT_CODE
-    return command.INTERRUPTED if pressed() else 0
+    return interrupts.EXIT_CODE if pressed() else 0
 
 
 class _Answers:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gptoss_jax.cli.escapes import raw_stream, visible
+
 LINE_SECONDS = 10  # between lines of progress
 
 
@@ -25,7 +27,8 @@ def byte_progress(what: str, total_bytes: int, done_bytes: int = 0) -> Iterator[
         return
     from tqdm import tqdm  # here, since it is needed in a terminal only
 
-    with tqdm(desc=what, total=total_bytes, initial=done_bytes, unit="B", unit_scale=True) as bar:
+    stderr = raw_stream(sys.stderr)
+    with tqdm(desc=visible(what), total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, file=stderr) as bar:
 
         def add(size_bytes: int) -> None:
             bar.update(size_bytes)

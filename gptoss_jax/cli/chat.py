@@ -1,23 +1,37 @@
 """A chat in a terminal or a pipe: lines of input, commands that begin with a slash, answers as they come."""
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import flags
 from openai_harmony import Message
 
-from gptoss_jax.cli import command, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import chat_input, interrupts, mistakes, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.chat_session import ChatSession
-from gptoss_jax.cli.terminal import Screen, interruptible
+from gptoss_jax.cli.terminal import Screen
+from gptoss_jax.engine.request import RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
 from gptoss_jax.harmony.tokenizer import START, load_tokenizer
 
-_NOT_IN_CHAT = ("prompt", "prompt_file", "tool_results", "token_ids", "json", "raw", "save", "n", "top_logprobs")
+_NOT_IN_CHAT = (
+    "prompt",
+    "prompt_file",
+    "tool_results",
+    "token_ids",
+    "json",
+    "raw",
+    "stats",
+    "save",
+    "n",
+    "top_logprobs",
+)
 
 
 def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -27,7 +41,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
         GptossError: flags, files or weights that are not what they should be.
         BrokenPipeError: nobody reads stdout any more.
     """
-    screen = Screen()
+    screen = Screen(quiet=options.quiet)
     session = _session(options, arguments, screen)
     converse(session, screen, show_reasoning=options.show_reasoning)
 
@@ -42,14 +56,14 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for
     _, engine = model_flags.load_for_answers(options, screen, slots=1)
     messages, settings = list(opening.conversation.messages), opening.settings
-    screen.say(prompts.settings_line(render.acting(settings, messages), sampling.seed))
+    screen.note(prompts.settings_line(render.acting(settings, messages), sampling.seed))
     for remark in opening.all_remarks():
         screen.say(remark)
     return ChatSession(engine, tokenizer, request, stop_strings, settings, messages, options.vocab)
 
 
 def _refuse_what_chat_asks_for(options: flags.FlagValues, arguments: Sequence[str]) -> None:
-    wrong = [command.spelled(flag) for flag in _NOT_IN_CHAT if options[flag].present]
+    wrong = [mistakes.spelled(flag) for flag in _NOT_IN_CHAT if options[flag].present]
     if wrong == ["--save"] and not arguments:
         raise GptossError("--chat and --save: leave --save out; /save FILE in the session writes the conversation")
     if wrong or arguments:
@@ -63,11 +77,14 @@ def converse(session: ChatSession, screen: Screen, *, show_reasoning: bool) -> N
     console = _Console(session, screen, show_reasoning)
     screen.say("/help lists the commands; Alt-Enter begins a new line; Ctrl-C stops an answer, Ctrl-D ends the session")
     console.say_what_waits()
-    for text in _inputs(screen):
+    for text in chat_input.inputs(screen, console.completions()):
         console.take(text)
         screen.check_reader()
         if console.ended:
             return
+
+
+_OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit", "/q": "/quit", "/clear": "/reset", "/new": "/reset", "/?": "/help"}
 
 
 class _Command(NamedTuple):
@@ -88,30 +105,43 @@ class _Console:
         self.ended = False
         efforts = "|".join(REASONING_EFFORTS)
         self._commands = {
-            "/effort": _Command(efforts, "how long the model thinks", self._effort),
+            "/effort": _Command(efforts, "how long the model thinks; alone: says it", self._effort),
             "/system": _Command("TEXT", "instructions; without TEXT: none", self._system),
             "/reasoning": _Command("", "show the reasoning, or hide it again", self._reasoning),
+            "/retry": _Command("", "draw the last answer anew", self._retry),
             "/result": _Command("TEXT", "the result of the first tool call that waits for one", self._result),
-            "/reset": _Command("", "forget the conversation", self._reset),
+            "/reset": _Command("", "forget the conversation; /clear too", self._reset),
             "/save": _Command("FILE", "write the conversation, for --messages", self._save),
             "/stats": _Command("", "tokens, speed and context so far", self._stats),
             "/help": _Command("", "this list", self._help),
-            "/quit": _Command("", "end the session, as Ctrl-D does", self._quit),
+            "/quit": _Command("", "end the session, as Ctrl-D and /exit do", self._quit),
         }
 
     def take(self, line: str) -> None:
         """Runs a command, or answers the line."""
-        name, _, text = line.partition(" ")
+        typed, _, text = line.partition(" ")
+        name = _OTHER_NAMES.get(typed.lower(), typed.lower())
         try:
             messages.check_text(line, "what was entered")
             if name in self._commands:
                 self._commands[name].act(text.strip())
             elif line.startswith("/"):
-                raise GptossError(f"unknown command {name}: /help lists them (a space in front makes it text)")
+                raise GptossError(f"unknown command {typed}: {self._hint(name)} (a space in front makes it text)")
             elif line.strip():
                 self._answer_text(line.strip())
-        except (GptossError, OSError) as error:
+        except GptossError as error:
             self._screen.say(str(error))
+        except OSError as error:
+            self._screen.say(mistakes.of_file(error))
+
+    def completions(self) -> Mapping[str, Sequence[str]]:
+        """What may follow each command."""
+        return {name: command.usage.split("|") for name, command in self._commands.items()}
+
+    def _hint(self, name: str) -> str:
+        names = [*self._commands, *(other for other in _OTHER_NAMES if len(other) > len("/q"))]
+        meant = difflib.get_close_matches(name, names, n=1)
+        return f"did you mean {meant[0]}?" if meant else "/help lists them"
 
     def say_what_waits(self) -> None:
         """Tells the user which call /result answers next."""
@@ -123,14 +153,15 @@ class _Console:
             self._screen.say(f"{call} is left without a result")
         self._answer([messages.user(text)])
 
-    def _answer(self, new: Sequence[Message]) -> None:
-        """An answer to `new` messages."""
+    def _answer(self, new: Sequence[Message] | None) -> None:
+        """An answer to `new` messages; None: another to those of the last."""
         view = AnswerView(self._screen, show_reasoning=self._show_reasoning)
         try:
-            with interruptible(insisting=False) as pressed:
-                sample = self._session.answer(new, view.show, lambda: pressed() or self._screen.reader_left)
-        except GptossError as error:
-            raise GptossError(f"{command.spell_flags(str(error))} (/reset forgets the conversation)") from None
+            with interrupts.noted() as pressed:
+                asked = view.show, lambda: pressed() or self._screen.reader_left
+                sample = self._session.retry(*asked) if new is None else self._session.answer(new, *asked)
+        except RequestError as error:
+            raise GptossError(f"{mistakes.spell_flags(str(error))} (/reset forgets the conversation)") from None
         view.finish(sample.answer)
         for call in map(call_document, sample.answer.parsed.calls):
             self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
@@ -141,10 +172,15 @@ class _Console:
         self.ended = True
 
     def _effort(self, text: str) -> None:
-        self._session.change(reasoning_effort=text)
+        if text:
+            self._session.change(reasoning_effort=text.lower())
+        self._screen.say(f"effort is {self._session.settings.reasoning_effort} ({', '.join(REASONING_EFFORTS)})")
 
     def _system(self, text: str) -> None:
+        before = self._session.settings.instructions
         self._session.change(instructions=text)
+        were = f" (before: {textwrap.shorten(before, 60)})" if before else ""
+        self._screen.say(f"instructions are set{were}" if text else f"there are no instructions{were}")
 
     def _reasoning(self, text: str) -> None:
         self._show_reasoning = not self._show_reasoning
@@ -157,14 +193,20 @@ class _Console:
         else:
             self.say_what_waits()
 
+    def _retry(self, text: str) -> None:
+        self._answer(None)
+
     def _reset(self, text: str) -> None:
+        count = len(self._session.messages)
         self._session.forget()
+        self._screen.say(f"the conversation is forgotten ({count} messages)")
 
     def _save(self, text: str) -> None:
         if not text:
             raise GptossError("/save: expected a file name")
-        messages.write_messages(text, self._session.conversation())
-        self._screen.say(f"{len(self._session.messages)} messages written to {text}")
+        path = os.path.expanduser(text)  # as a shell would have done
+        messages.write_messages(path, self._session.conversation())
+        self._screen.say(f"{len(self._session.messages)} messages written to {path}")
 
     def _stats(self, text: str) -> None:
         tokens = sum(len(sample.answer.parsed.token_ids) for sample in self._session.samples)
@@ -180,53 +222,3 @@ class _Console:
     def _help(self, text: str) -> None:
         for name, (usage, meaning, _) in self._commands.items():
             self._screen.say(f"  {f'{name} {usage}':<26}{meaning}")
-
-
-def _inputs(screen: Screen) -> Iterator[str]:
-    """What the user enters: edited in a terminal, else lines of stdin; a backslash at its end continues a line."""
-    ask = _editor(screen) if sys.stdin.isatty() else _lines()
-    while True:
-        try:
-            text = ask()
-            while text.endswith("\\"):
-                text = text[:-1] + "\n" + ask()
-        except EOFError:
-            return
-        yield text
-
-
-def _lines() -> Callable[[], str]:
-    """Reads a line; bytes that are no UTF-8 come as half characters, which are refused where they would be used."""
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
-
-    def read() -> str:
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n")
-
-    return read
-
-
-def _editor(screen: Screen) -> Callable[[], str]:
-    """Asks for a line with editing and history; on stderr, so that stdout holds answers only."""
-    from prompt_toolkit import PromptSession  # here, since it is needed in a terminal only
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import create_output
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    session: PromptSession[str] = PromptSession(key_bindings=keys, output=create_output(stdout=sys.stderr))
-
-    def ask() -> str:
-        while True:
-            try:
-                return session.prompt("> ", prompt_continuation="  ")
-            except KeyboardInterrupt:
-                screen.say("(Ctrl-D or /quit ends the session)")
-
-    return ask

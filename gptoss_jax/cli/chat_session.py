@@ -34,6 +34,7 @@ class ChatSession:
         vocab_path: as for `harmony.render`.
         samples: the answers of this session.
         results: of the calls that wait, in order, those that are there.
+        last_turn: the conversation before the last answer, what that answered, and how often it was drawn anew.
     """
 
     engine: "gptoss_jax.engine.engine.Engine"
@@ -45,6 +46,7 @@ class ChatSession:
     vocab_path: str | None = None
     samples: list[Sample] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
+    last_turn: tuple[list[Message], list[Message], int] | None = None
 
     def answer(
         self, new: Sequence[Message], show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]
@@ -54,11 +56,35 @@ class ChatSession:
         Raises:
             GptossError: the conversation no longer fits the context; it stays as it was.
         """
-        conversation = [*self.messages, *new]
+        return self._answer(self.messages, list(new), 0, show, interrupted)
+
+    def retry(self, show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]) -> Sample:
+        """Another answer in place of the last, drawn with the next seed.
+
+        Raises:
+            GptossError: there is none of this session; as `answer`.
+        """
+        if not self.last_turn:
+            raise GptossError("there is no answer to draw anew")
+        before, new, retries = self.last_turn
+        return self._answer(before, new, retries + 1, show, interrupted)
+
+    def _answer(
+        self,
+        before: list[Message],
+        new: list[Message],
+        retries: int,
+        show: Callable[[list[Delta]], None],
+        interrupted: Callable[[], bool],
+    ) -> Sample:
+        conversation = [*before, *new]
         stream = AnswerStream(self.tokenizer, stop_strings=self.stop_strings)
-        request = replace(self.request, token_ids=tuple(self.render(conversation)), ends_at=stream.ends_at)
+        sampling = replace(self.request.sampling, seed=(self.request.sampling.seed + retries) % 2**32)
+        token_ids = tuple(self.render(conversation))
+        request = replace(self.request, token_ids=token_ids, ends_at=stream.ends_at, sampling=sampling)
         (sample,) = collect(self.engine, [request], [stream], show, interrupted)
         self.messages = [*conversation, *messages.from_parsed(sample.answer.history())]
+        self.last_turn = before, new, retries
         self.samples.append(sample)
         self.results = []
         return sample
@@ -87,7 +113,7 @@ class ChatSession:
 
     def forget(self) -> None:
         """Empties the conversation."""
-        self.messages, self.results = [], []
+        self.messages, self.results, self.last_turn = [], [], None
 
     def render(self, conversation: Sequence[Message]) -> list[int]:
         """The ids after which the assistant speaks."""

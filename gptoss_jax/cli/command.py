@@ -2,25 +2,26 @@
 
 import functools
 import gc
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
+from gptoss_jax.cli import interrupts, mistakes
+from gptoss_jax.cli.escapes import guard_terminals
+from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.errors import GptossError
 
 EXIT_CODE = 2
-INTERRUPTED = 128 + signal.SIGINT
 HELP_WIDTH = 80
+HELP = {"--help", "-h", "-?", "--helpshort", "--helpfull"}  # the last two are absl's
 GC_THRESHOLD = 100_000  # objects; at Python's 700, scanning JAX's modules while they load takes a tenth of the start
 
 Sections = Mapping[str, Sequence[str]]
@@ -39,64 +40,41 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         name: what it is called in messages.
         sections: how its flags are grouped in --help; None: in one section.
     """
-
-    def guarded(argv: list[str]) -> None:
-        try:
-            _guard(main, argv[1:], name)
-        finally:  # the exit code is decided, however long a hand insists
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            except KeyboardInterrupt:  # it did while the memory of a model was given back
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-
     gc.set_threshold(GC_THRESHOLD)
     open_streams(name)
     parse = functools.partial(_parse, name=name, sections=sections, module=main.__module__)
-    app.run(guarded, flags_parser=parse)
+    try:
+        _guard(lambda: app.run(lambda argv: main(argv[1:]), flags_parser=parse), name)
+    finally:  # the exit code is decided, however long a hand insists
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:  # it did while the memory of a model was given back
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def refuse(message: str, name: str) -> NoReturn:
     """Says what is wrong, line by line, and exits with 2."""
     try:
-        for line in message.splitlines():
+        for line in message.split("\n"):
             print(f"{name}: {line}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         write_nowhere(sys.stderr)
     sys.exit(EXIT_CODE)
 
 
-@contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
-    """While the block runs, Ctrl-C ends the process at once: JAX's imports would swallow an exception."""
-    before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def open_streams(name: str) -> None:
-    """Streams that the shell closed (`<&-`): reading gives nothing, stderr goes nowhere; an answer needs a place."""
+    """Makes the standard streams what commands expect.
+
+    Where the shell closed one (`<&-`), reading gives nothing and stderr goes nowhere; an answer needs a place. On
+    terminals control characters are shown, and a character that an encoding lacks is no reason to stop.
+    """
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is None:
         refuse("stdout is closed, expected a place for the answer: > FILE, or > /dev/null", name)
-
-
-def spelled(name: str) -> str:
-    """A flag as people type it: --two-words."""
-    return f"--{name.replace('_', '-')}"
-
-
-def spell_flags(message: str, names: Mapping[str, str] = {}) -> str:
-    """A library's message with the flags of this command as people type them.
-
-    `names`: what the library calls a flag -> the flag, where they differ.
-    """
-    known = {name: name for name in flags.FLAGS if "_" in name} | dict(names)
-    return re.sub(rf"\b({'|'.join(known)})\b", lambda found: spelled(known[found[0]]), message)
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
+    guard_terminals()
+    logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it has the one from before
 
 
 def write_nowhere(stream: TextIO) -> None:
@@ -139,18 +117,31 @@ def _value_and_meaning(flag: flags.Flag) -> tuple[str, str]:
 def _parse(argv: Sequence[str], name: str, sections: Sections | None = None, module: str = "__main__") -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)
     logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings the libraries' own progress back
-    if {"--help", "-h"} & set(argv[1:]):
+    typed = set(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
+    if typed & HELP:
         print(f"{sys.modules[module].__doc__}\nDashes and underscores in flags are the same.\n")
         print(help_text(flags.FLAGS, sections or {"Flags": _flags_of(module)}))
         sys.exit(0)
+    if "--version" in typed:
+        print(f"gptoss-jax {_version()}")
+        sys.exit(0)
     try:
         arguments = flags.FLAGS([_as_defined(argument) for argument in argv])
-    except flags.Error as error:
-        refuse(f"{' '.join(str(error).split())} (--help lists the flags)", name)
+    except (flags.Error, ValueError) as error:  # absl raises the second for --noflag=value
+        refuse(f"{mistakes.of_flag(error)} (--help lists the flags)", name)
     for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
         if flag.value == "" and _value_and_meaning(flag)[0] == "FILE":
             refuse(f"{spelled(flag.name)} is empty, expected the name of a file", name)
     return arguments
+
+
+def _version() -> str:
+    import importlib.metadata  # here, since it takes as long as the rest of --help
+
+    try:
+        return importlib.metadata.version("gptoss-jax")
+    except importlib.metadata.PackageNotFoundError:  # a checkout
+        return "is not installed"
 
 
 def _flags_of(module: str) -> list[str]:
@@ -160,28 +151,36 @@ def _flags_of(module: str) -> list[str]:
 
 
 def _as_defined(argument: str) -> str:
-    """A flag with the underscores that its definition has; any other argument as it is."""
-    return re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
+    """A flag with the underscores that its definition has, --no-two-words too; any other argument as it is."""
+    defined = re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
+    without = re.fullmatch(r"--no_(\w+)(=.*)?", defined)
+    return f"--no{defined[5:]}" if without and without[1] in flags.FLAGS else defined
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; inside a callback of the garbage collector, which would drop it, a moment later."""
-    if frame and any(frame.f_code is getattr(callback, "__code__", None) for callback in gc.callbacks):
-        threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
-    else:
-        raise KeyboardInterrupt
-
-
-def _guard(main: Callable[[list[str]], None], arguments: list[str], name: str) -> None:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is for jobs in a script's background
-        signal.signal(signal.SIGINT, _interrupt)
+def _guard(work: Callable[[], None], name: str) -> None:
+    """Does the work, and says in one line, or by an exit code, what kept it from being done."""
+    interrupts.raise_when_pressed()
     try:
-        main(arguments)
+        try:
+            work()
+        finally:
+            _flush()
     except BrokenPipeError:  # `| head` has seen enough
         write_nowhere(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
-    except (GptossError, OSError) as error:
+    except GptossError as error:
         refuse(str(error), name)
+    except OSError as error:
+        refuse(mistakes.of_file(error), name)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupts.EXIT_CODE)
+
+
+def _flush() -> None:
+    """Writes what was printed, while a full disk can still be said; at Python's exit it would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        write_nowhere(sys.stdout)
+        raise OSError(error.errno, error.strerror, "stdout") from None

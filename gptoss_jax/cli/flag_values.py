@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from gptoss_jax.cli.command import spell_flags, spelled
+from gptoss_jax.cli.mistakes import spell_flags, spelled
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import decoded
 

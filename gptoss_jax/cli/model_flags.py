@@ -1,13 +1,12 @@
 """The flags that every command which runs a model shares: which weights, and on what they run."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gptoss_jax.checkpoints import opening
-from gptoss_jax.cli import command, sampling_flags
+from gptoss_jax.cli import interrupts, sampling_flags
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
@@ -49,23 +48,19 @@ def config(options: flags.FlagValues) -> ModelConfig:
 
 
 def load(
-    options: flags.FlagValues,
-    screen: "gptoss_jax.cli.terminal.Screen",
-    interrupted: Callable[[], bool],
-    *,
-    if_random: str,
+    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", *, if_random: str
 ) -> "gptoss_jax.runtime.language_model.LanguageModel":
     """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
 
     Raises:
         GptossError: as `loading.load`.
-        KeyboardInterrupt: once `interrupted`.
+        KeyboardInterrupt: Ctrl-C.
     """
-    with command.ended_by_ctrl_c():
+    with interrupts.ended_by_ctrl_c():
         from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 
     programs_folder = _programs_folder(options, screen)
-    with screen.progress("loading", interrupted) as report:
+    with interrupts.stopping(screen.say) as pressed, screen.progress("loading", pressed) as report:
         language_model = loading.load(
             options.checkpoint,
             mesh=options.mesh or None,
@@ -75,8 +70,8 @@ def load(
             programs_folder=programs_folder,
             report=report,
         )
-    screen.say(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
-    screen.say(language_model.kernels)
+    screen.note(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
+    screen.note(language_model.kernels)
     if language_model.weights_are_random:
         screen.say(f"these weights are RANDOM: {if_random}")
     return language_model
@@ -107,11 +102,8 @@ def load_for_answers(
     Raises:
         GptossError, KeyboardInterrupt: as `load`.
     """
-    from gptoss_jax.cli.terminal import interrupted_late  # here, since it imports rich
-
-    with interrupted_late() as pressed:
-        language_model = load(options, screen, pressed, if_random="the text is noise, not an answer")
-        shards = language_model.sharding.size("batch")
-        with screen.progress("compiling", pressed) as report:
-            engine_config = sampling_flags.engine_config(options, slots=-(-slots // shards) * shards)
-            return language_model, language_model.engine(engine_config, report=report)
+    language_model = load(options, screen, if_random="the text is noise, not an answer")
+    shards = language_model.sharding.size("batch")
+    engine_config = sampling_flags.engine_config(options, slots=-(-slots // shards) * shards)
+    with interrupts.stopping(screen.say) as pressed, screen.progress("compiling", pressed) as report:
+        return language_model, language_model.engine(engine_config, report=report)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from gptoss_jax.cli import flag_values, model_flags
-from gptoss_jax.cli.terminal import Screen, interrupted_late
+from gptoss_jax.cli import flag_values, interrupts, model_flags
+from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
@@ -35,17 +35,16 @@ def score(options: flags.FlagValues, source: tuple[str, str], echoed: Sequence[s
     texts = read_texts(options, source, tokenizer)
     for token_ids in texts:  # before the weights are read
         check_named(token_ids, config)
-    screen, scores = Screen(), []
-    with interrupted_late() as pressed:
-        language_model = model_flags.load(options, screen, pressed, if_random="the probabilities are of noise")
-        score_window = functools.partial(language_model.score, top_logprobs=options.top_logprobs)
-        with screen.progress("scoring", pressed) as report:
-            for i, token_ids in enumerate(texts):
-                scores.append(score_in_windows(score_window, token_ids, windows))
-                if not options.json:
-                    show(screen, tokenizer, token_ids, scores[-1], with_tokens=options.tokens)
-                    screen.check_reader()
-                report(i + 1, len(texts))
+    screen, scores = Screen(quiet=options.quiet), []
+    language_model = model_flags.load(options, screen, if_random="the probabilities are of noise")
+    score_window = functools.partial(language_model.score, top_logprobs=options.top_logprobs)
+    with interrupts.stopping(screen.say) as pressed, screen.progress("scoring", pressed) as report:
+        for i, token_ids in enumerate(texts):
+            scores.append(score_in_windows(score_window, token_ids, windows))
+            if not options.json:
+                show(screen, tokenizer, token_ids, scores[-1], with_tokens=options.tokens)
+                screen.check_reader()
+            report(i + 1, len(texts))
     if options.json:
         settings = {name: options[name].value for name in echoed}
         screen.document(document(settings, tokenizer, texts, scores, with_top=options.top_logprobs > 0))

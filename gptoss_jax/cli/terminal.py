@@ -1,12 +1,9 @@
-"""The two streams of a command, colours and progress bars where a terminal shows them, and Ctrl-C while it works."""
+"""The two streams of a command, colours and progress bars, where a terminal shows them."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,6 +11,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from gptoss_jax.cli import command
+from gptoss_jax.cli.escapes import raw_stream, visible
 
 
 class _Errors(Console):
@@ -25,38 +23,55 @@ class _Errors(Console):
 
 
 class Screen:
-    """The two streams of a command. Nothing but `answer` and `document` write to stdout.
+    """The two streams of a command. Nothing but `answer` and `document` write to stdout."""
 
-    Attributes:
-        reader_left: nobody reads stdout any more; what is written from then on goes nowhere.
-    """
-
-    def __init__(self):
+    def __init__(self, *, quiet: bool = False):
+        """`quiet`: neither notes nor progress."""
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  (a text stream)
         plain = "NO_COLOR" in os.environ  # no-color.org; rich would still write codes for dim and bold
         self._errors = _Errors(
-            stderr=True, highlight=False, emoji=False, soft_wrap=True, color_system=None if plain else "auto"
+            file=raw_stream(sys.stderr),
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
+            color_system=None if plain else "auto",
         )
+        self._on_stderr = visible if sys.stderr.isatty() else str  # rich draws there, beside the guard of all streams
+        self._quiet = quiet
         self._open = ""  # the stream whose last line is unfinished
-        self.reader_left = False
+        self._bars: Progress | None = None  # what an answer must not be written into
+        self._lost: OSError | None = None  # why stdout takes no more
 
     def say(self, line: str) -> None:
         """A line on stderr, cut at words to the width of a terminal; elsewhere a line stays a line."""
         self.finish_line()
-        self._errors.print(line, markup=False, soft_wrap=not self._errors.is_terminal)
+        if self._errors.is_terminal:
+            self._errors.print(self._on_stderr(line), markup=False, soft_wrap=False)
+        else:
+            self._errors.print(Segments([Segment(line + "\n")]), end="")  # as text it would lose characters
+
+    def note(self, line: str) -> None:
+        """A line on stderr that a reader of the answer can do without."""
+        if not self._quiet:
+            self.say(line)
 
     def aside(self, text: str, style: str) -> None:
         """Text on stderr that goes on where the last left off."""
         if self._open == "stdout":
             self.finish_line()
-        self._errors.print(Segments([Segment(text, Style.parse(style))]), end="")  # as text, tabs would be spaces
+        segment = Segment(self._on_stderr(text), Style.parse(style))  # as text, tabs would be spaces
+        self._errors.print(Segments([segment]), end="")
         self._note("stderr", text)
 
     def answer(self, text: str) -> None:
         """Text on stdout that goes on where the last left off."""
         if self._open == "stderr":
             self.finish_line()
+        if self._bars:
+            self._bars.stop()
         self._write(text)
+        if self._bars:
+            self._bars.start()
         self._note("stdout", text)
 
     def document(self, value: object) -> None:
@@ -76,16 +91,21 @@ class Screen:
             self._errors.print()
         self._open = ""
 
+    @property
+    def reader_left(self) -> bool:
+        """Nobody reads stdout any more, or its disk is full; what is written from then on goes nowhere."""
+        return self._lost is not None
+
     def check_reader(self) -> None:
-        """Raises BrokenPipeError if nobody reads stdout any more, once what had to be kept is kept."""
-        if self.reader_left:
-            raise BrokenPipeError
+        """Raises what kept stdout from being written, BrokenPipeError mostly, once what had to be kept is kept."""
+        if self._lost:
+            raise self._lost
 
     def _write(self, text: str) -> None:
         try:
             print(text, end="", flush=True)
-        except BrokenPipeError:
-            self.reader_left = True
+        except OSError as error:
+            self._lost = OSError(error.errno, error.strerror, "stdout")  # of the same class, by its number
             command.write_nowhere(sys.stdout)
 
     def _note(self, stream: str, text: str) -> None:
@@ -104,7 +124,15 @@ class Screen:
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal) as bars:
+        bars = Progress(
+            *columns,
+            console=self._errors,
+            transient=True,
+            disable=self._quiet or not self._errors.is_terminal or self._errors.is_dumb_terminal,
+            redirect_stdout=False,  # to stderr, even where stdout is a file
+            redirect_stderr=False,
+        )
+        with bars, self._separate(bars):
             bar = bars.add_task(what, total=None)
 
             def report(done: int, total: int) -> None:
@@ -114,35 +142,11 @@ class Screen:
 
             yield report
 
-
-@contextmanager
-def interrupted_late() -> Iterator[Callable[[], bool]]:
-    """While the block runs, Ctrl-C is only noted, for the block to ask about, and raised at its end at latest.
-
-    In the middle of loading or compiling, an exception may fall into one of JAX's callbacks, which swallow it.
-    """
-    with interruptible() as pressed:
-        yield pressed
-        if pressed():
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def interruptible(*, insisting: bool = True) -> Iterator[Callable[[], bool]]:
-    """While the block runs, Ctrl-C is only noted, for the block to ask about; if `insisting`, a second one interrupts.
-
-    An exception in the middle of a dispatch would lose the engine's state.
-    """
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed and insisting:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before: Any = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextmanager
+    def _separate(self, bars: Progress) -> Iterator[None]:
+        """While the block runs, an answer on the same terminal takes the bar's place, and the bar comes back below."""
+        self._bars = bars if sys.stdout.isatty() else None
+        try:
+            yield
+        finally:
+            self._bars = None

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from openai_harmony import Author, DeveloperContent, Message, Role, SystemContent, TextContent, ToolDescription
 from openai_harmony import ToolNamespaceConfig as Namespace
 
+from gptoss_jax import whole_files
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import check_value
 from gptoss_jax.harmony import json_values, parsed, render, tool_schemas
@@ -185,22 +185,14 @@ def check_text(text: str, what: str) -> None:
         raise GptossError(f"{what} is not valid UTF-8")
 
 
-def check_can_write(path: str | Path) -> None:
-    """Raises GptossError where `write_messages` could not write: asked before an answer, rather than after it."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise GptossError(f"cannot write {path}: expected a file name in a folder that exists and can be written to")
-
-
 def write_messages(path: str | Path, messages: Sequence[Message]) -> None:
     """Writes messages for `read_messages`, whole or not at all.
 
     Raises:
-        OSError: the file cannot be written; what was there before is still there.
+        WriteError: the file cannot be written; what was there before is still there.
     """
-    unfinished = Path(f"{path}.partial")
-    unfinished.write_text(json.dumps(to_json(messages), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    text = json.dumps(to_json(messages), indent=2, ensure_ascii=False) + "\n"
+    whole_files.write_whole(path, text.encode())
 
 
 def from_parsed(messages: Sequence[parsed.Message]) -> list[Message]:

@@ -1,8 +1,9 @@
 """The user's cache folder: what later runs need not find out again."""
 
 import os
-import tempfile
 from pathlib import Path
+
+from gptoss_jax import whole_files
 
 
 def cache_folder() -> Path:
@@ -16,17 +17,10 @@ def cache_folder() -> Path:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Puts the file there whole or not at all, whatever else writes it at the same time; folders are made.
+    """Keeps `content`; the folder is made, for its owner only.
 
     Raises:
-        OSError: as the file system raises it; what was there before is still there.
+        WriteError, OSError: it cannot be kept; what was there before is still there.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(content)
-        os.replace(unfinished, file)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    whole_files.write_whole(file, content)

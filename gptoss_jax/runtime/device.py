@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -74,7 +73,7 @@ def _kept_figures() -> dict[str, float]:
     except (OSError, FileError, RuntimeError):  # Path.home raises RuntimeError for a user without an account
         return {}
     figures = content.items() if isinstance(content, dict) else ()
-    return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < math.inf}
+    return {key: float(value) for key, value in figures if isinstance(value, int | float) and 0 < value < 1e18}
 
 
 def _keep_figures(figures: dict[str, float]) -> None:

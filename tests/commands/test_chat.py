@@ -1,123 +1,31 @@
-"""A chat in a terminal as a person sees it: a pseudo-terminal, and an emulator that says what is on the screen."""
+"""A chat as a person sees it in a terminal, and as a script does through pipes."""
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
-import select
-import signal
-import struct
-import termios
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
 
-import pyte
 import pytest
 
-from tests import processes, scripted
+from gptoss_jax.cli import chat_input
+from tests import processes, scripted, terminals
 from tests.commands.test_generate import TOOLS, WORDY
 from tests.gate import TinyModel
-
-SECONDS = 120  # a machine under load may compile for long
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models that say what their scripts hold, one that rambles, and a home for caches."""
     folder = tmp_path_factory.mktemp("chat")
-    for name in scripted.SCRIPTS:
+    for name in ("thinker", "caller"):
         scripted.write(folder / name, name)
     TinyModel(WORDY).write(folder / "rambler")
     return folder
 
 
-class _Terminal:
-    """A command in a terminal of 80 columns and 40 lines."""
-
-    def __init__(self, descriptor: int, process):
-        self.descriptor, self.process = descriptor, process
-        self.screen = pyte.Screen(80, 40)
-        self._emulator = pyte.ByteStream(self.screen)
-        self.bytes = b""
-
-    @property
-    def text(self) -> str:
-        """What is on the screen, without empty lines at its end and white space at lines' ends."""
-        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        """Reads until the text is on the screen, so many times."""
-        end = time.monotonic() + SECONDS
-        while self.text.count(text) < times:
-            over = time.monotonic() > end or not self.process.is_alive()
-            self._read(0.1)
-            assert not over or self.text.count(text) >= times, f"no {text!r} on the screen:\n{self.text}"
-
-    def say(self, keys: str, expected: str) -> None:
-        """Types, and reads until what is to come of it is on the screen once more than before."""
-        before = self.text.count(expected)
-        os.write(self.descriptor, keys.encode())
-        self.wait_for(expected, before + 1)
-
-    def _read(self, seconds: float) -> None:
-        if select.select([self.descriptor], [], [], seconds)[0]:
-            with contextlib.suppress(OSError):  # the other end is closed
-                new = os.read(self.descriptor, 65536)
-                self.bytes += new
-                self._emulator.feed(new)
-                if b"\x1b[6n" in new:  # where is the cursor? prompt_toolkit asks
-                    at = self.screen.cursor
-                    os.write(self.descriptor, b"\x1b[%d;%dR" % (at.y + 1, at.x + 1))
-
-    def ended(self) -> int:
-        """The exit code, once the command has ended."""
-        end = time.monotonic() + SECONDS
-        while self.process.is_alive() and time.monotonic() < end:
-            self._read(0.1)
-        self._read(0.1)
-        self.process.join(1)
-        return self.process.exitcode
-
-
-class _InTerminal(NamedTuple):
-    """Makes a terminal the process's own, and its three streams; and works in a folder."""
-
-    path: str
-    folder: str
-
-    def __call__(self) -> None:
-        os.chdir(self.folder)
-        os.setsid()
-        descriptor = os.open(self.path, os.O_RDWR)
-        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
-        for stream in range(3):
-            os.dup2(descriptor, stream)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing's children ignore it
-
-
-@contextlib.contextmanager
-def _terminal(folder, model, *arguments, **environment) -> Iterator[_Terminal]:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    everything = {"XDG_CACHE_HOME": str(folder / "home"), "TERM": "xterm-256color", "NO_COLOR": None, **environment}
-    everything |= {"COLUMNS": None, "LINES": None}
-    process = processes.start(
-        "gptoss_jax.generate",
-        "--checkpoint",
-        folder / model,
-        *arguments,
-        prepare=_InTerminal(os.ttyname(theirs), str(folder)),
-        environment=everything,
-    )
-    try:
-        yield _Terminal(ours, process)
-    finally:
-        process.kill()
-        os.close(ours)
-        os.close(theirs)
+def _terminal(folder, model, *arguments, **options):
+    """A command on a model in a terminal."""
+    return terminals.run(folder, "gptoss_jax.generate", "--checkpoint", folder / model, *arguments, **options)
 
 
 SESSION = """\
@@ -131,8 +39,9 @@ Because air scatters short waves most: **blue** ✨
 > /effort extreme
 reasoning_effort is 'extreme', expected one of low, medium, high
 > /effort high
-> /what
-unknown command /what: /help lists them (a space in front makes it text)
+effort is high (low, medium, high)
+> /rest
+unknown command /rest: did you mean /reset? (a space in front makes it text)
 > /stats
 answers: 1, of 35 tokens at N tokens/s
 conversation: 110 of 4096 tokens; effort: high
@@ -145,6 +54,7 @@ Because air scatters short waves most: **blue** ✨
 > /save chat.json
 6 messages written to chat.json
 > /reset
+the conversation is forgotten (6 messages)
 > /quit"""
 
 
@@ -154,12 +64,14 @@ def test_a_session_looks_as_it_did_in_a_terminal(folder):
         terminal.wait_for("\n>")
         terminal.say("Why is the sky blue?\r", "**blue** ✨\n>")
         terminal.say("/effort extreme\r", "low, medium, high\n>")
-        terminal.say("/effort high\r", "/effort high\n>")
-        terminal.say("/what\r", "makes it text)\n>")
+        terminal.say("/eff\t", "> /effort")
+        terminal.say(" h\t", "/effort high")
+        terminal.say("\r", "(low, medium, high)\n>")
+        terminal.say("/rest\r", "makes it text)\n>")
         terminal.say("/stats\r", "effort: high\n>")
         terminal.say("and\x1b\rin two lines?\r", "**blue** ✨\n>")
         terminal.say("/save chat.json\r", "written to chat.json\n>")
-        terminal.say("/reset\r", "/reset\n>")
+        terminal.say("/reset\r", "(6 messages)\n>")
         terminal.say("/quit\r", "/quit")
         assert terminal.ended() == 0
         shown = terminal.text[terminal.text.index("/help lists") :]
@@ -325,6 +237,90 @@ def test_hidden_reasoning_is_shown_by_a_command(folder):
     done = processes.run(*asked, stdin="Hello\n/reset\n/reasoning\nHello\n", environment=environment)
     assert done.stderr.count("no final answer: the model was still reasoning") == 2
     assert done.stderr.count("still reasoning (/reasoning shows it)") == 1
+
+
+COMMANDS = """\
+/effort
+/EFFORT HIGH
+/system Be kind.
+/system
+/retry
+/Clear
+/rest
+/
+/save ~/absent/chat.json
+/save
+/exit
+/help
+"""
+SAID = """\
+effort is medium (low, medium, high)
+effort is high (low, medium, high)
+instructions are set
+there are no instructions (before: Be kind.)
+there is no answer to draw anew
+the conversation is forgotten (0 messages)
+unknown command /rest: did you mean /reset? (a space in front makes it text)
+unknown command /: /help lists them (a space in front makes it text)
+cannot write {home}/absent/chat.json: there is no folder {home}/absent
+/save: expected a file name
+"""
+
+
+def test_every_command_says_what_it_did(folder):
+    """Guards commands that act without a word, other spellings, and whoever wants to know, not to set."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home"), "HOME": str(folder)}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", "--quiet")
+    done = processes.run(*asked, stdin=COMMANDS, environment=environment)
+    assert done[:2] == (0, ""), done.stderr
+    assert "".join(done.stderr.splitlines(keepends=True)[1:]) == SAID.format(home=folder)
+
+
+def test_an_answer_is_drawn_anew_in_place_of_the_last(folder, tmp_path):
+    """Guards /retry: another draw, which the conversation holds alone; again, another; and no answer after /reset."""
+    saved = [tmp_path / f"{i}.json" for i in range(3)]
+    lines = "Hello\n/save {}\n/retry\n/save {}\n/retry\n/save {}\n/reset\n/retry\n".format(*saved)
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    asked = ("gptoss_jax.generate", "--checkpoint", folder / "rambler" / "published", "--chat")
+    done = processes.run(*asked, "--max-new-tokens", "8", stdin=lines, environment=environment)
+    assert done.returncode == 0, done.stderr
+    talks = [json.loads(path.read_text()) for path in saved]
+    assert [[m["role"] for m in talk].count("user") for talk in talks] == [1, 1, 1]
+    assert len({json.dumps(talk) for talk in talks}) == 3
+    assert done.stderr.endswith("there is no answer to draw anew\n")
+
+
+def test_what_was_entered_is_remembered_by_the_next_session(folder, tmp_path):
+    """Guards the arrow keys, and prompts from others' eyes; a home that keeps nothing is no reason to stop."""
+    home = tmp_path / "home"
+    for first in (True, False):
+        with _terminal(folder, "thinker", "--chat", XDG_CACHE_HOME=str(home)) as terminal:
+            terminal.wait_for("\n>")
+            terminal.say("/stats\r" if first else "\x1b[A\x1b[A\r", "effort: medium\n>")
+            terminal.type("/quit\r")
+            assert terminal.ended() == 0
+    history = home / "gptoss_jax" / "chat_history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert [line for line in history.read_text().splitlines() if line[:1] == "+"] == 2 * ["+/stats", "+/quit"]
+    history.unlink()
+    history.mkdir()
+    with _terminal(folder, "thinker", "--chat", XDG_CACHE_HOME=str(home)) as terminal:
+        terminal.wait_for("\n>")
+        terminal.say("/stats\r", "effort: medium\n>")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+
+
+def test_a_long_history_keeps_its_end(tmp_path):
+    """Guards a file that only grows."""
+    path = tmp_path / "chat_history"
+    entries = [f"\n# some day\n+{'x' * 1000} {i}\n" for i in range(1100)]
+    path.write_text("".join(entries))
+    chat_input._prepare(path)
+    kept = path.read_text()
+    assert len(kept) <= chat_input.HISTORY_BYTES // 2
+    assert kept == "".join(entries[-len(kept) // len(entries[-1]) :])[-len(kept) :]
+    assert kept.startswith("\n# some day\n+x")
 
 
 def test_a_cut_turn_goes_on_from_its_thoughts(folder, tmp_path):

@@ -29,7 +29,7 @@ from gptoss_jax.checkpoints.leaf import leaf_bytes
 from gptoss_jax.checkpoints.orbax import manifest, reader
 from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, Manifest
 from gptoss_jax.checkpoints.orbax.writer import Writer
-from gptoss_jax.cli import byte_progress
+from gptoss_jax.cli import byte_progress, interrupts
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
 from gptoss_jax.model.config import MAX_STOP_IDS
@@ -104,7 +104,7 @@ def command(*arguments: object) -> int:
     with flagsaver.flagsaver():
         try:
             positional = command_line._parse(["convert", *map(str, arguments)], "convert")[1:]
-            command_line._guard(convert.main, positional, "convert")
+            command_line._guard(lambda: convert.main(positional), "convert")
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -646,7 +646,7 @@ ROPES = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_what_converts_also_runs(edge, tmp_path):
     """Guards against ranges so wide that a checkpoint is written which nobody can run."""
-    config = SMALL | EDGES[edge] | {"rope_scaling": SMALL["rope_scaling"] | ROPES[edge]}
+    config = SMALL | EDGES[edge] | {"rope_scaling": TINY["rope_scaling"] | ROPES[edge]}
     config = {key: value for key, value in config.items() if key not in ("experts_per_token", "initial_context_length")}
     write_checkpoint(tmp_path / "published", config)
     convert.run(options(tmp_path / "published", tmp_path / "out", verify=True))
@@ -679,6 +679,10 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
         held["model.norm.weight"] = (dtype, shape, set_bits(content, {3: 0x3F80}))
     (line,) = refusals(capsys, broken, copy)
     assert line.endswith("copy: holds a checkpoint made from something else; remove it or name another folder")
+    changed = json.loads((copy / "config.json").read_text()) | {"swiglu_limit": 8.0}
+    (copy / "config.json").write_text(json.dumps(changed))
+    (line,) = refusals(capsys, broken, copy)
+    assert line == f"convert: {copy / 'config.json'}: not as this source's: convert again, or mend it"
     (tmp_path / "folder").mkdir()
     (line,) = refusals(capsys, broken, tmp_path / "folder")
     assert line.endswith("folder: exists and is no finished checkpoint; remove it or name another folder")
@@ -781,6 +785,11 @@ def test_something_in_the_place_of_what_is_written_is_named(small, tmp_path, cap
     (line,) = refusals(capsys, small, tmp_path / "out")
     assert line.endswith("out.partial: in the way: expected nothing there, or what was begun; remove it")
     assert (tmp_path / "out.partial").read_text() == "mine"
+    (line,) = refusals(capsys, small, tmp_path / "out.partial" / "deep" / "out")
+    assert line.endswith(f"out: cannot be made in {tmp_path / 'out.partial'}, which is no folder")
+    (tmp_path / "loop").symlink_to("loop")
+    (line,) = refusals(capsys, tmp_path / "loop", tmp_path / "out")
+    assert line.endswith("loop: a link to loop, which is not there, expected a checkpoint's folder")
 
 
 def test_the_same_fault_in_many_tensors_is_one_line(broken, tmp_path, capsys):
@@ -949,7 +958,7 @@ def test_checked_files_are_not_checked_again(small, tmp_path, monkeypatch):
 def test_a_changed_source_is_not_resumed(small, broken, tmp_path, capsys, monkeypatch):
     """Guards against half of one download and half of another."""
     monkeypatch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command(broken, tmp_path / "out") == command_line.INTERRUPTED
+    assert command(broken, tmp_path / "out") == interrupts.EXIT_CODE
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: ")]
     assert line.endswith("out: interrupted: run the same command again, it goes on where it stopped")
     name = sorted(path.name for path in broken.glob("*.safetensors"))[0]

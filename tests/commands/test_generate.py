@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     TinyModel(WORDY).write(folder)
     convert.run(convert.Options(folder / "published", folder / "checkpoint"))
-    for name in scripted.SCRIPTS:
+    for name in ("thinker", "caller"):
         scripted.write(folder / name, name)
     return folder
 
@@ -80,16 +81,27 @@ def test_the_answer_alone_goes_to_stdout(folder):
         assert done[:2] == (0, scripted.ANSWER + "\n"), done.stderr
         assert "\x1b" not in done.stderr
         assert scripted.REASONING not in done.stderr
-    for said in ("loaded safetensors", "kernels attention", "prompt of 62 tokens", "first token after", "GB/s"):
+    for said in ("loaded safetensors", "kernels attention", "prompt of 62 tokens"):
         assert said in done.stderr
+    assert re.fullmatch(r"35 tokens in \d+\.\d s, \d+\.\d tokens/s after the first", done.stderr.splitlines()[-1])
     assert "RANDOM" not in done.stderr
+
+
+def test_notes_can_be_had_at_length_or_not_at_all(folder):
+    """Guards --stats, which measures the memory, and --quiet: what is wrong with an answer is said all the same."""
+    done = _generate(folder, "thinker", "Why?", "--stats")
+    assert re.search(r"first token after .* s; 35 tokens, .* tokens/s, .* % of what .* GB/s", done.stderr)
+    done = _generate(folder, "thinker", "Why?", "--quiet")
+    assert done == (0, scripted.ANSWER + "\n", "")
+    done = _generate(folder, "thinker", "Why?", "--quiet", "--max-new-tokens", "28")
+    assert done.stderr == "the answer was cut at 28 tokens (--max-new-tokens, --max-context-tokens)\n"
 
 
 def test_reasoning_is_shown_on_demand_and_on_stderr(folder):
     """Guards --show-reasoning: labelled, in front of the answer, which stays alone on stdout."""
     done = _generate(folder, "thinker", "Why is the sky blue?", "--show-reasoning")
     assert done.stdout == scripted.ANSWER + "\n"
-    assert f"\n[reasoning]\n{scripted.REASONING}\n\nfirst token after" in done.stderr
+    assert f"\n[reasoning]\n{scripted.REASONING}\n\n35 tokens in" in done.stderr
 
 
 def test_json_holds_everything(folder):
@@ -547,7 +559,7 @@ BAD = {
     "empty prompt": (["--prompt", " "], "the prompt is empty, expected text"),
     "two prompts": (["--prompt", "x", "--token-ids", "1"], "--prompt and --token-ids: expected one of them"),
     "prompt and file": (["x", "--prompt-file", "README.md"], "a prompt and --prompt-file: expected one of them"),
-    "absent file": (["--prompt-file", "absent"], "No such file or directory: 'absent'"),
+    "absent file": (["--prompt-file", "absent"], "generate: absent: No such file or directory"),
     "bad ids": (["--token-ids", "1,zwei"], "--token-ids is '1,zwei', expected whole numbers such as 1,2,3"),
     "id outside": (
         ["--token-ids", "1,201088"],
@@ -568,11 +580,12 @@ BAD = {
     "system of bytes": (["x", "--system", "\udcff"], "--system is not valid UTF-8"),
     "bias twice": (["x", "--logit-bias", "5=1,6=1,5=2"], "--logit-bias names id 5 2 times, expected once"),
     "raw and json": (["x", "--raw", "--json"], "--raw and --json: leave one of them out"),
+    "stats and quiet": (["x", "--stats", "--quiet"], "--stats and --quiet: leave one of them out"),
     "raw and reasoning": (["x", "--raw", "--show-reasoning"], "--raw and --show-reasoning: leave one of them out"),
     "top logprobs unseen": (["x", "--top-logprobs", "2"], "--top-logprobs has an effect with --json only: give both"),
     "chat and save": (["--chat", "--save", "x"], "leave --save out; /save FILE in the session writes the conversation"),
     "unquoted prompt": (["why", "is"], "unexpected argument 'is': a prompt of several words goes in quotes"),
-    "unknown flag": (["--promt", "x"], "Unknown command line flag 'promt'"),
+    "unknown flag": (["--promt", "x"], "unknown flag --promt: did you mean --prompt?"),
     "bad temperature": (["x", "--temperature", "-1"], "temperature is -1.0, expected 0 to 10000"),
     "bad bias": (["x", "--logit-bias", "5"], "--logit-bias is '5', expected pairs such as 1234=2.5,99=-inf"),
     "bias outside": (["x", "--logit-bias", "200019=1"], "--logit-bias names id 200019, expected ids from 0 to 200018"),
@@ -581,13 +594,16 @@ BAD = {
     "bad date": (["x", "--date", "tomorrow"], "--date is 'tomorrow', expected a date as YYYY-MM-DD, or none"),
     "utf-16": (["--prompt-file", "UTF_16"], "q.txt is UTF-16, expected UTF-8: convert it with `iconv -f UTF-16"),
     "misspelt type": (["x", "--tools", "MISSPELT"], "tool 'f': parameter 'city' has type 'strnig', expected one of"),
-    "bad effort": (["x", "--reasoning-effort", "extreme"], "--reasoning_effort=extreme"),
+    "bad effort": (
+        ["x", "--reasoning-effort", "extreme"],
+        "--reasoning-effort is 'extreme', expected one of low, medium, high",
+    ),
     "bad tools": (["x", "--tools", "README.md"], "README.md, line 1, column 1: Expecting value; expected JSON"),
     "bad messages": (
         ["--messages", "pyproject.toml"],
         "pyproject.toml, line 1, column 2: Expecting value; expected JSON",
     ),
-    "save nowhere": (["x", "--save", "absent/chat.json"], "cannot write absent/chat.json: expected a file name in a"),
+    "save nowhere": (["x", "--save", "absent/chat.json"], "cannot write absent/chat.json: there is no folder"),
     "results alone": (["x", "--tool-results", "TOOLS"], "--tool-results has an effect with --messages only: give both"),
     "results of no call": (["--messages", "CHAT", "--tool-results", "TOOLS"], "waiting for a result: no call"),
     "chat and json": (["--chat", "--json"], "--chat and --json: leave one of them out"),

@@ -1,5 +1,6 @@
 """How soon commands answer where no model is needed: help and obvious mistakes, reported before JAX is imported."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -72,14 +73,24 @@ def test_help_comes_at_once(module, tmp_path):
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_an_installed_command_has_the_same_help(module):
-    """Guards the console scripts, for which the command's module is not `__main__`."""
-    script = f"import sys, {module} as command; sys.argv = ['gptoss-command', '--help']; command.cli()"
+    """Guards the console scripts, for which the command's module is not `__main__`, and absl's own ways to help."""
+    script = f"import sys; from gptoss_jax.cli import scripts; scripts.{module.split('.')[-1]}()"
     helps = [
         subprocess.run([sys.executable, *how], cwd=golden.ROOT, capture_output=True, text=True, timeout=60, check=True)
-        for how in (["-c", script], ["-m", module, "--help"])
+        for how in (["-c", script, "-h"], ["-c", script, "--helpshort"], ["-m", module, "--help"])
     ]
-    assert helps[0].stdout == helps[1].stdout
+    assert helps[0].stdout == helps[1].stdout == helps[2].stdout
     assert "\n  --" in helps[0].stdout
+    assert not helps[0].stdout.startswith("None")
+
+
+def test_the_version_is_told_at_once(tmp_path):
+    """Guards --version, and a prompt that is spelled like it."""
+    done = run(tmp_path, GENERATE, "--version")
+    assert done[:3] == (0, f"gptoss-jax {importlib.metadata.version('gptoss-jax')}\n", "")
+    assert "jax" not in done.packages
+    done = run(tmp_path, GENERATE, "--checkpoint", "absent", "--", "--version")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +115,18 @@ MISTAKES = {
     "wrong folder": (GENERATE, "--checkpoint EMPTY Hello", "empty: no *.safetensors and no model.safetensors.index"),
     "a file": (GENERATE, "--checkpoint BROKEN Hello", "broken.json: a file, expected a checkpoint's folder"),
     "another model": (GENERATE, "--checkpoint LLAMA Hello", "config.json: model_type is 'llama', expected 'gpt_oss'"),
-    "bad flag": (GENERATE, "--checkpoint GOOD --temprature 1 Hello", "Unknown command line flag 'temprature'"),
+    "bad flag": (
+        GENERATE,
+        "--checkpoint GOOD --temprature 1 Hello",
+        "unknown flag --temprature: did you mean --temperature?",
+    ),
     "bad value": (GENERATE, "--checkpoint GOOD --top-p 2 Hello", "--top-p is 2.0, expected 0 to 1"),
     "bad messages": (GENERATE, "--checkpoint GOOD --messages BROKEN", "broken.json, line 1, column 3: "),
-    "long number": (GENERATE, "--checkpoint GOOD --messages LONG", "long.json: Exceeds the limit (4300 digits)"),
+    "long number": (
+        GENERATE,
+        "--checkpoint GOOD --messages LONG",
+        "long.json: a number of 5000 digits is out of range",
+    ),
     "bad tools": (GENERATE, "--checkpoint GOOD --tools BROKEN Hello", "broken.json, line 1, column 3: "),
     "bad chat": (GENERATE, "--checkpoint GOOD --chat --messages BROKEN", "broken.json, line 1, column 3: "),
     "score missing": (SCORE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),

@@ -1,12 +1,8 @@
 """What every command line does alike."""
 
-import gc
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,46 +58,6 @@ def test_help_names_values_meanings_and_defaults():
     ]
 
 
-@pytest.mark.parametrize("collects", [False, True])
-def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector(collects):
-    """Guards every command: JAX has such a callback, and Python drops what is raised in one."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    reached = []
-
-    def callback(phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and not reached:
-            os.kill(os.getpid(), signal.SIGINT)
-            reached.append("the callback's end")
-
-    def main(arguments: list[str]) -> None:
-        if collects:
-            gc.callbacks.append(callback)
-            gc.collect()
-        else:
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-        reached.append("the command's end")
-
-    try:
-        with pytest.raises(SystemExit) as ended:
-            command._guard(main, [], "test")
-    finally:
-        gc.callbacks[:] = [other for other in gc.callbacks if other is not callback]
-        signal.signal(signal.SIGINT, before)
-    assert ended.value.code == command.INTERRUPTED
-    assert reached == (["the callback's end"] if collects else [])
-
-
-def test_jobs_in_a_scripts_background_still_ignore_ctrl_c():
-    """Guards `convert ... &` in a script, which the shell starts with the signal ignored."""
-    before, reached = signal.signal(signal.SIGINT, signal.SIG_IGN), []
-    try:
-        command._guard(lambda _: reached.append(os.kill(os.getpid(), signal.SIGINT)), [], "test")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert reached == [None]
-
-
 def _command_that_raises(error: str) -> subprocess.CompletedProcess:
     """A command, in a process of its own, that comes to no good end."""
     code = (
@@ -127,20 +83,6 @@ def test_what_people_can_mend_is_a_line_each(error):
     """Guards the reader's eyes: a line for each problem, exit code 2, no traceback."""
     done = _command_that_raises(error)
     assert (done.returncode, done.stderr) == (2, "test: first\ntest: second\n")
-
-
-def test_imports_can_be_ended_with_ctrl_c():
-    """Guards the seconds in which JAX is imported, where an exception would be swallowed; and what comes after them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with command.ended_by_ctrl_c():
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with command.ended_by_ctrl_c():
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_at_the_very_end_does_not_change_the_exit_code():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Rooms, floor by floor from the ground: a room imports from itself and from floors below, never from a neighbour.
 FLOORS = (
     ("cpu_kernels", "gptoss_jax.errors"),
-    ("pallas_kernels", "gptoss_jax.files"),
+    ("pallas_kernels", "gptoss_jax.files", "gptoss_jax.whole_files"),
     ("gptoss_jax.model",),
     ("gptoss_jax.engine", "gptoss_jax.harmony", "gptoss_jax.checkpoints"),
     ("gptoss_jax.runtime",),
@@ -22,7 +22,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 KERNELS_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "ml_dtypes", "pallas_kernels", "cpu_kernels"}
-KNOW_NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.errors", "gptoss_jax.files")
+KNOW_NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.errors", "gptoss_jax.files", "gptoss_jax.whole_files")
 
 
 def room_of(module: str) -> str:

@@ -2,14 +2,12 @@
 
 import io
 import json
-import os
-import signal
 import sys
 
 import pytest
 
-from gptoss_jax.cli import command
-from gptoss_jax.cli.terminal import Screen, interrupted_late, interruptible
+from gptoss_jax.cli import command, escapes
+from gptoss_jax.cli.terminal import Screen
 
 
 @pytest.fixture
@@ -38,42 +36,63 @@ def test_json_loses_no_character_in_any_encoding(streams, encoding):
 
 
 def test_asides_are_written_as_they_are(streams):
-    """Guards reasoning with code in it: tabs, markup and emoji's names stay what the model wrote."""
+    """Guards reasoning with code in it, and pipes: tabs, markup, emoji's names, control characters stay."""
     screen, out, errors = streams()
     screen.aside("if x:\n\treturn [bold] :smile:", "dim")
-    screen.finish_line()
-    assert errors.getvalue() == "if x:\n\treturn [bold] :smile:\n"
+    screen.say("\x07bell\ttab\r\x1b[1m")
+    assert errors.getvalue() == "if x:\n\treturn [bold] :smile:\n\x07bell\ttab\r\x1b[1m\n"
     assert out.getvalue() == b""
 
 
-def test_progress_is_interrupted_where_it_reports(streams):
-    """Guards loading and compiling: Ctrl-C is noted at once and raised where no callback of JAX's can swallow it."""
-    screen, _, _ = streams()
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupted_late() as pressed, screen.progress("loading", pressed) as report:
-        report(1, 3)
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("went on")
-        report(2, 3)
-        done.append("too far")
-    assert done == ["went on"]
-    with pytest.raises(KeyboardInterrupt), interrupted_late():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("between two bars")
-    assert done[1:] == ["between two bars"]
+class _Tty(io.StringIO):
+    """A terminal's stream that keeps what is written to it."""
+
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_second_ctrl_c_interrupts_only_where_it_may():
-    """Guards impatience in a command, and a session's engine, whose state a sudden end would lose."""
-    with interruptible() as pressed:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert pressed()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    with interruptible(insisting=False) as pressed:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert pressed()
+def test_control_characters_are_shown_on_a_terminal(monkeypatch):
+    """Guards titles, clipboards and screens: all of C0 but tab and newline, DEL, C1, bytes of names; letters stay."""
+    everything = "".join(map(chr, range(0x100))) + "\udc9b \u200d\u200f 🙂\u202e"
+    shown = escapes.visible(everything)
+    controls = [chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))]
+    assert not set(shown) & {*controls, "\udc9b"}
+    assert all(f"\\u{ord(control):04x}" in shown for control in controls)
+    assert shown.endswith("þÿ\\udc9b \u200d\u200f 🙂\u202e")
+    assert json.loads(f'"{escapes.visible(chr(0x9B))}"') == "\x9b"  # a document stays one
+    out, errors = _Tty(), _Tty()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    escapes.guard_terminals()
+    for piece in ("\x1b", "]0;", "title\x07"):  # a sequence in pieces
+        print(piece, end="")
+    sys.stderr.writelines(["\x9b2J", "\r", "\tx\n"])
+    assert out.getvalue() == "\\u001b]0;title\\u0007"
+    assert errors.getvalue() == "\\u009b2J\\u000d\tx\n"
+    assert escapes.raw_stream(sys.stdout) is out
+    escapes.guard_terminals()  # once is enough
+    assert escapes.raw_stream(sys.stdout) is out
+
+
+def test_files_and_pipes_get_exact_text(monkeypatch):
+    """Guards programs that read what a model wrote."""
+    out, errors = io.StringIO(), _Tty()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    escapes.guard_terminals()
+    print("\x1b]0;\x9b\r", end="")
+    assert out.getvalue() == "\x1b]0;\x9b\r"
+    assert sys.stdout is out
+
+
+def test_a_quiet_screen_says_what_is_wrong_and_no_more(streams):
+    """Guards --quiet: no notes; a cut answer is still said to be cut."""
+    noisy, _, errors = streams()
+    noisy.note("loaded")
+    quiet = Screen(quiet=True)
+    quiet.note("loaded again")
+    quiet.say("cut")
+    assert errors.getvalue() == "loaded\ncut\n"
 
 
 def test_closed_streams_are_opened_or_refused(monkeypatch, capsys):

@@ -1,0 +1,33 @@
+"""The console scripts: from their first moment Ctrl-C ends them without a traceback, as their modules import for long.
+
+Commands are named, not imported: they stand above this room.
+"""
+
+import importlib
+
+from gptoss_jax.cli import interrupts
+
+
+def generate() -> None:
+    """gptoss-generate."""
+    _run("gptoss_jax.generate")
+
+
+def score() -> None:
+    """gptoss-score."""
+    _run("gptoss_jax.score")
+
+
+def convert() -> None:
+    """gptoss-convert."""
+    _run("converters.convert")
+
+
+def random_weights() -> None:
+    """gptoss-random-weights."""
+    _run("converters.random_weights")
+
+
+def _run(module: str) -> None:
+    interrupts.end_at_once()
+    importlib.import_module(module).cli()
