@@ -17,6 +17,7 @@ from typing import Any
 from gptoss_jax.errors import GptossError, one_line, short
 
 MAX_BYTES = 32 << 20  # thirty times the index of the largest published model
+MAX_DIGITS = 600  # twice those of the largest float64, and no more than any Python reads
 MAX_DEPTH = 64  # openai-harmony takes no more than 128, each message adding some
 
 _SPECIAL = {
@@ -102,33 +103,39 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes, name: str | Path, objects: Callable[[list[tuple[str, Any]]], Any] = distinct) -> Any:
+def parse_json(data: bytes | str, name: str | Path, objects: Callable[[list[tuple[str, Any]]], Any] = distinct) -> Any:
     """The value that a JSON text stands for.
 
     Args:
-        data: in UTF-8; a byte order mark is passed over.
+        data: the text, or its bytes in UTF-8, of which a byte order mark is passed over.
         name: of the file, for errors.
         objects: makes an object of its keys and values.
 
     Raises:
-        FileError: no JSON; a key twice in one object; NaN, infinities, numbers out of float64's range or of more digits
-            than Python reads, half characters, deep nesting.
+        FileError: no JSON; a key twice in one object; NaN, infinities, numbers out of float64's range, half characters,
+            deep nesting.
     """
     try:
-        value = json.loads(decoded(data, "the file"), object_pairs_hook=objects)
+        text = data if isinstance(data, str) else decoded(data, "the file")
+        value = json.loads(text, object_pairs_hook=objects, parse_int=_integer)
         check_value(value, "the file")
         return value
     except json.JSONDecodeError as error:
-        if not (fault := recognize(data)):
+        if not (fault := recognize(error.doc[:64].encode(errors="replace"))):
             where = f"line {error.lineno}, column {error.colno}"
             raise FileError(name, f"{where}: {error.msg}; expected JSON", joint=", ") from None
     except RecursionError:
-        fault = f"nested too deeply, at most {MAX_DEPTH} levels are taken"
+        raise FileError(name, f"is nested too deeply, at most {MAX_DEPTH} levels are taken", joint=" ") from None
     except GptossError as error:
-        fault = recognize(data) or str(error)
-    except ValueError as error:  # a number of more digits than Python reads
-        fault = str(error).partition(";")[0]
+        fault = "" if isinstance(data, str) else recognize(data)
+        raise FileError(name, fault or str(error)) from None
     raise FileError(name, fault)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise GptossError(f"a number of {len(digits)} digits is out of range")
+    return int(digits)
 
 
 def decoded(data: bytes, name: str) -> str:
@@ -182,7 +189,7 @@ def check_value(value: object, where: str, depth: int = 0) -> None:
             raise GptossError(f"{where} holds half a surrogate pair, which is no text")
     elif isinstance(value, int | float):
         if not abs(value) <= sys.float_info.max:  # Python reads NaN, Infinity, and 1e999 as infinity
-            raise GptossError(f"{where} is {'NaN' if value != value else 'a number out of range'}")
+            raise GptossError(f"{where}{': NaN is no JSON' if value != value else ' is a number out of range'}")
     elif isinstance(value, dict):
         for key, part in value.items():
             check_value(key, f"a key in {where}", depth)

@@ -141,12 +141,15 @@ class Conversion:
         """Refuses what lies at `dst` unless it is what this conversion would make, whichever version made it.
 
         Raises:
-            CheckpointError: it is no finished checkpoint, a damaged one, or made from something else.
+            CheckpointError, ConfigError: it is no finished checkpoint, a damaged one, or made from something else.
             SourceError: as `check`.
         """
         if not manifest.is_checkpoint(self.dst):
             raise CheckpointError(f"{self.dst}: exists and is no finished checkpoint; remove it or name another folder")
-        if faults := integrity.problems(self.dst, self.leaves):
+        faults = integrity.problems(self.dst, self.leaves)
+        if not faults and manifest.read_config(self.dst) != self.source.config:
+            faults = [Fault(str(self.dst / manifest.CONFIG), "not as this source's: convert again, or mend it")]
+        if faults:
             raise CheckpointError(listed(faults))
         recorded = manifest.read_provenance(self.dst)
         of_source = {key: value for key, value in recorded.items() if key not in ("tool", "layout")}

@@ -11,7 +11,7 @@ from gptoss_jax.files import FileError, read_json
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapters.safetensors")
 _HUB_ID = re.compile(r"(?:(?:https?|hf):/+)?(?:huggingface\.co/)?([\w.-]+/[\w.-]+)")
-_CACHED = re.compile(r"models--.+")
+_RELEASED = ("gpt-oss-20b", "gpt-oss-120b")
 _RELEASE = "take the model as OpenAI published it (hf download openai/gpt-oss-20b), or in bfloat16"
 _AS_SAFETENSORS = "save it as safetensors: in transformers, from_pretrained(SRC), then save_pretrained(DST)"
 # How a file's name ends -> what it is, and what to do.
@@ -40,10 +40,19 @@ def no_folder(path: Path) -> str:
         return one_line(f"{path}: a link to {os.readlink(path)}, which is not there, expected a checkpoint's folder")
     if path.exists():
         return one_line(f"{path}: {_file(path)}, expected a checkpoint's folder")
-    if (found := _HUB_ID.fullmatch(str(path))) and not path.parent.exists():
-        fetch = f"nothing is downloaded here: hf download {found[1]} --local-dir {path.name}, then name that folder"
-        return f"{path}: no such folder, expected a checkpoint's folder; {fetch}"
-    return one_line(f"{path}: no such folder, expected a checkpoint's folder")
+    return one_line(f"{path}: no such folder, expected a checkpoint's folder{_how_to_fetch(path)}")
+
+
+def _how_to_fetch(path: Path) -> str:
+    """What downloads a model that was named as the hub names it."""
+    found = _HUB_ID.fullmatch(str(path))
+    if found and not path.parent.exists():
+        name = found[1]
+    elif path.name in _RELEASED:
+        name = f"openai/{path.name}"
+    else:
+        return ""
+    return f"; nothing is downloaded here: hf download {name} --local-dir {path.name}, then name that folder"
 
 
 def _file(path: Path) -> str:
@@ -55,19 +64,21 @@ def _file(path: Path) -> str:
 
 def no_checkpoint(folder: Path) -> str:
     """What a folder without a checkpoint is instead; "" if nobody knows."""
-    kind = _in_hub_cache(folder) or _adapter(folder) or _other_format(folder)
+    kind = _adapter(folder) or _other_format(folder) or _deeper(folder)
     return one_line(f"{folder}: {kind}") if kind else ""
 
 
-def _in_hub_cache(folder: Path) -> str:
-    """A folder of the hub's cache that is above the one with the files."""
-    for cache in (folder, folder / "hub"):
-        snapshots = sorted(cache.glob("models--*/snapshots/*")) + sorted(cache.glob("snapshots/*"))
-        if found := [snapshot for snapshot in snapshots if (snapshot / "config.json").exists()]:
-            named = [path for path in found if "gpt-oss" in str(path)] or found
-            return f"a folder of the hub's cache, whose files lie deeper: name one of its snapshots, as {named[0]}"
-        if any(map(_CACHED.fullmatch, _names(cache))):
-            return "the hub's cache, in which no download is whole: hf download openai/gpt-oss-20b fetches one"
+def _deeper(folder: Path) -> str:
+    """A folder of the hub's cache, or another one, that holds folders with checkpoints."""
+    inner = ("models--*/snapshots/*", "hub/models--*/snapshots/*", "snapshots/*", "*")
+    found = [path.parent for pattern in inner for path in sorted(folder.glob(f"{pattern}/config.json"))]
+    if found:
+        named = next((path for path in found if "gpt-oss" in str(path.relative_to(folder))), found[0])
+        of_hub = "models--" in str(named)
+        kind = "of the hub's cache, whose files lie deeper" if of_hub else "no checkpoint, but holds folders with one"
+        return f"{kind}: name such a folder, as {named}"
+    if any(name.startswith("models--") for name in _names(folder) + _names(folder / "hub")):
+        return "the hub's cache, in which no download is whole: hf download openai/gpt-oss-20b fetches one"
     return ""
 
 
@@ -96,7 +107,7 @@ def _other_format(folder: Path) -> str:
 
 def quantization(names: Iterable[str]) -> str:
     """Which tool's quantised weights tensors of these names are, and what to do; "" if none's."""
-    for name in names:
+    for name in sorted(names):
         for pattern, tool in _QUANTIZED.items():
             if pattern.search(name):
                 return one_line(f"quantised by {tool} (tensor {name[:120]}), which is not read: {_RELEASE}")

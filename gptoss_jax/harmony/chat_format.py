@@ -93,12 +93,14 @@ def _chat_message(document: object, where: str) -> _ChatMessage:
 
 
 def _content(message: _ChatMessage) -> str:
-    """Text, or a list of parts that are text. Users say something; a tool may give nothing."""
+    """Text, or a list of parts that are text. Users say something; a tool may give nothing, or any JSON."""
     content = message.fields.get("content", "")
     if message.role == "user":
         content = needed(message.fields, "content", message.where)
     if isinstance(content, list):
         return "".join(_part_text(part, message.where) for part in content)
+    if message.role in _ANSWERING:
+        return json_text(content)
     return string(content, f"{message.where}, content")
 
 
@@ -165,7 +167,11 @@ def _call(call: object, where: str) -> tuple[Message, str | None]:
         raise GptossError(f"{where} has type {short(fields['type'])}, expected 'function'")
     function = known_fields(needed(fields, "function", where), ("name", "arguments"), where)
     name = string(needed(function, "name", where), f"{where}, name").removeprefix("functions.")
-    arguments = json_text(function.get("arguments") or {})  # null, missing and empty are no arguments
+    if not name:
+        raise GptossError(f"{where} has a name that names no function")
+    arguments = json_text(function.get("arguments") or {})
+    if not arguments.strip():  # like null and nothing at all: a function without parameters
+        arguments = "{}"
     message = _say(arguments, "commentary").with_recipient(f"functions.{name}").with_content_type(f"{CONSTRAIN}json")
     render.check_message(message, where)
     return message, None if "id" not in fields else string(fields["id"], f"{where}, id")

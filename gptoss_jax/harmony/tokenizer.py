@@ -135,7 +135,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-@functools.cache
 def load_tokenizer(vocab_path: str | Path | None = None) -> Tokenizer:
     """The gpt-oss tokenizer from the vocabulary in this package; nothing is ever downloaded.
 
@@ -148,6 +147,11 @@ def load_tokenizer(vocab_path: str | Path | None = None) -> Tokenizer:
         FileNotFoundError: there is no such file.
         GptossError: the file is truncated or altered; the text names both sha256.
     """
+    return _load(None if vocab_path is None else Path(vocab_path))
+
+
+@functools.cache
+def _load(vocab_path: Path | None) -> Tokenizer:
     ranks = _parse_ranks(_read_vocabulary(vocab_path))
     encoding = tiktoken.Encoding(
         "o200k_harmony",
@@ -164,9 +168,9 @@ def _check_id(token_id: int) -> None:
         raise GptossError(f"token id {token_id} is outside the vocabulary: ids run from 0 to {VOCAB_SIZE - 1}")
 
 
-def _read_vocabulary(vocab_path: str | Path | None) -> bytes:
+def _read_vocabulary(vocab_path: Path | None) -> bytes:
     """The checked bytes of the uncompressed vocabulary file."""
-    path = PACKAGED_VOCABULARY if vocab_path is None else Path(vocab_path)
+    path = vocab_path or PACKAGED_VOCABULARY
     if vocab_path is None:
         remedy = "reinstall gptoss-jax or pass an intact o200k_base.tiktoken"
     else:

@@ -646,7 +646,7 @@ ROPES = {
 @pytest.mark.parametrize("edge", EDGES)
 def test_what_converts_also_runs(edge, tmp_path):
     """Guards against ranges so wide that a checkpoint is written which nobody can run."""
-    config = SMALL | EDGES[edge] | {"rope_scaling": SMALL["rope_scaling"] | ROPES[edge]}
+    config = SMALL | EDGES[edge] | {"rope_scaling": TINY["rope_scaling"] | ROPES[edge]}
     config = {key: value for key, value in config.items() if key not in ("experts_per_token", "initial_context_length")}
     write_checkpoint(tmp_path / "published", config)
     convert.run(options(tmp_path / "published", tmp_path / "out", verify=True))
@@ -679,6 +679,10 @@ def test_anything_else_at_the_destination_is_refused(broken, small_converted, tm
         held["model.norm.weight"] = (dtype, shape, set_bits(content, {3: 0x3F80}))
     (line,) = refusals(capsys, broken, copy)
     assert line.endswith("copy: holds a checkpoint made from something else; remove it or name another folder")
+    changed = json.loads((copy / "config.json").read_text()) | {"swiglu_limit": 8.0}
+    (copy / "config.json").write_text(json.dumps(changed))
+    (line,) = refusals(capsys, broken, copy)
+    assert line == f"convert: {copy / 'config.json'}: not as this source's: convert again, or mend it"
     (tmp_path / "folder").mkdir()
     (line,) = refusals(capsys, broken, tmp_path / "folder")
     assert line.endswith("folder: exists and is no finished checkpoint; remove it or name another folder")
@@ -781,6 +785,11 @@ def test_something_in_the_place_of_what_is_written_is_named(small, tmp_path, cap
     (line,) = refusals(capsys, small, tmp_path / "out")
     assert line.endswith("out.partial: in the way: expected nothing there, or what was begun; remove it")
     assert (tmp_path / "out.partial").read_text() == "mine"
+    (line,) = refusals(capsys, small, tmp_path / "out.partial" / "deep" / "out")
+    assert line.endswith(f"out: cannot be made in {tmp_path / 'out.partial'}, which is no folder")
+    (tmp_path / "loop").symlink_to("loop")
+    (line,) = refusals(capsys, tmp_path / "loop", tmp_path / "out")
+    assert line.endswith("loop: a link to loop, which is not there, expected a checkpoint's folder")
 
 
 def test_the_same_fault_in_many_tensors_is_one_line(broken, tmp_path, capsys):

@@ -301,11 +301,11 @@ DAMAGES = {
     ),
     "digits": (
         lambda folder: (folder / "manifest.json").write_text(f'{{"format_version": {"1" * 5000}}}'),
-        "manifest.json: damaged (Exceeds the limit (4300 digits)",
+        "manifest.json: damaged (a number of 5000 digits is out of range",
     ),
     "nesting": (
         lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
-        "manifest.json: damaged (nested too deeply",
+        "manifest.json: damaged (is nested too deeply",
     ),
     "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: damaged (a list, expected"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, so it is no finished"),

@@ -86,13 +86,20 @@ FOLDERS = {
     ),
     "adapter without config": (holding("adapter_model.safetensors"), "an adapter, not a whole model"),
     "damaged adapter": (holding("adapter_model.safetensors", adapter_config=[]), "an adapter, not a whole model"),
-    "the user's cache": (cache(), f"files lie deeper: name one of its snapshots, as {{folder}}/{SNAPSHOT}"),
-    "the hub's cache": (cache("hub"), f"name one of its snapshots, as {{folder}}/{SNAPSHOT}"),
+    "the user's cache": (
+        cache(),
+        f"of the hub's cache, whose files lie deeper: name such a folder, as {{folder}}/{SNAPSHOT}",
+    ),
+    "the hub's cache": (cache("hub"), f"name such a folder, as {{folder}}/{SNAPSHOT}"),
     "a model's cache": (
         cache("hub/models--openai--gpt-oss-20b"),
-        f"name one of its snapshots, as {{folder}}/{SNAPSHOT}",
+        f"name such a folder, as {{folder}}/{SNAPSHOT}",
     ),
-    "snapshots": (cache("hub/models--openai--gpt-oss-20b/snapshots"), "no *.safetensors and no "),
+    "snapshots": (cache("hub/models--openai--gpt-oss-20b/snapshots"), f"name such a folder, as {{folder}}/{SNAPSHOT}"),
+    "a folder of checkpoints": (
+        lambda folder: (folder / "mine").mkdir(parents=True) or (folder / "mine/config.json").write_text("") or folder,
+        "no checkpoint, but holds folders with one: name such a folder, as {folder}/mine",
+    ),
     "broken cache": (
         lambda folder: (folder / "models--openai--gpt-oss-20b" / "refs").mkdir(parents=True) or folder,
         "the hub's cache, in which no download is whole: hf download openai/gpt-oss-20b fetches one",
@@ -117,9 +124,11 @@ def test_what_is_no_folder_is_named(small, tmp_path, monkeypatch):
     """Guards hub ids, which other tools download; files, and links to nothing."""
     monkeypatch.chdir(tmp_path)
     fetch = "hf download openai/gpt-oss-20b --local-dir gpt-oss-20b, then name that folder"
-    assert refusal(Path("openai/gpt-oss-20b")).endswith(f"nothing is downloaded here: {fetch}")
-    (tmp_path / "openai").mkdir()
-    assert refusal(Path("openai/gpt-oss-20b")) == "openai/gpt-oss-20b: no such folder, expected a checkpoint's folder"
+    for name in ("openai/gpt-oss-20b", "https://huggingface.co/openai/gpt-oss-20b", "hf://openai/gpt-oss-20b"):
+        assert refusal(Path(name)).endswith(f"; nothing is downloaded here: {fetch}")
+    (tmp_path / "someone").mkdir()
+    assert refusal(tmp_path / "gpt-oss-20b").endswith(f"; nothing is downloaded here: {fetch}")
+    assert refusal(Path("someone/gpt-oss")) == "someone/gpt-oss: no such folder, expected a checkpoint's folder"
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert "model.gguf: a file (GGUF, llama.cpp's format, is not read: " in refusal(tmp_path / "model.gguf")
     assert ": a safetensors file, expected a checkpoint's folder" in refusal(next(small.glob("*.safetensors")))

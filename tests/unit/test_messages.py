@@ -378,6 +378,10 @@ REFUSED = [
         "message 1, tool call 0: recipient is 'functions.f<|end|>', expected one word without <, | and >",
     ),
     (
+        one({"role": "assistant", "tool_calls": [chat_call("functions.", "{}", "1")]}),
+        "message 1, tool call 0 has a name that names no function",
+    ),
+    (
         one({"role": "system", "content": "x"}),
         "message 1 has role 'system' after others, expected it in front: move it there, or write the conversation "
         "as harmony JSON",
@@ -496,14 +500,14 @@ def test_what_is_refused(write, document, text):
     [
         ('{"messages": [\n  {"role": }]}', ", line 2, column 12: Expecting value; expected JSON"),
         ("", ", line 1, column 1: Expecting value; expected JSON"),
-        ("[" * 100_000, ": nested too deeply, at most 64 levels are taken"),
+        ("[" * 100_000, " is nested too deeply, at most 64 levels are taken"),
         ('{"a":' * 70 + "1" + "}" * 70, ": the value is nested too deeply, at most 64 levels are taken"),
         ('[{"role": "user", "role": "tool"}]', ": the key 'role' stands twice in one object"),
         ('{"tools": [1e999]}', ": the file, 'tools', [0] is a number out of range"),
-        ('[{"role": "user", "content": NaN}]', ": the file, [0], 'content' is NaN"),
+        ('[{"role": "user", "content": NaN}]', ": the file, [0], 'content': NaN is no JSON"),
         (
             '{"tools": [' + "9" * 5000 + "]}",
-            ": Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
+            ": a number of 5000 digits is out of range",
         ),
         (
             '[{"role": "user", "' + "k" * 9999 + '": 1e999}]',
@@ -804,7 +808,7 @@ def test_the_rest_of_the_results_follow():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": []}]
+    "arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": " "}, {"arguments": {}}, {"arguments": []}]
 )
 def test_no_arguments(arguments):
     """Guards calls of functions that take nothing, however a client writes that."""
@@ -819,6 +823,8 @@ def test_a_tool_may_give_nothing(content):
     calling = {"role": "assistant", "tool_calls": [CHAT_CALLS["a"]]}
     conversation = from_json([USER, calling, {"role": "tool", "tool_call_id": "a", **content}])
     assert spoken(conversation)[2:] == [("functions.f", "assistant", "commentary", "")]
+    conversation = from_json([USER, calling, {"role": "tool", "tool_call_id": "a", "content": {"id": 1}}])
+    assert spoken(conversation)[2:] == [("functions.f", "assistant", "commentary", '{"id": 1}')]
 
 
 @pytest.mark.parametrize(
@@ -989,10 +995,11 @@ def test_text_files_of_other_systems(data, text):
     )
 
 
-def test_json_in_utf_16_is_refused_with_a_remedy(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_json_in_utf_16_is_refused_with_a_remedy(tmp_path, encoding):
     """Guards conversations and tools that PowerShell wrote."""
     path = tmp_path / "chat.json"
-    path.write_bytes(json.dumps([USER]).encode("utf-16"))
+    path.write_bytes(json.dumps([USER]).encode(encoding))
     for read in (read_messages, read_tools, read_response_format):
         with pytest.raises(GptossError, match=r"chat.json: the file is UTF-16, expected UTF-8: convert it with"):
             read(path)

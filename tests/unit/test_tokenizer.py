@@ -183,7 +183,9 @@ def test_overlong_white_space_is_refused(ours, space):
 
 def test_the_vocabulary_is_loaded_once():
     """Guards a third of a second for each prompt."""
-    assert load_tokenizer(None) is load_tokenizer(None)
+    assert load_tokenizer() is load_tokenizer(None)
+    path = tokenizer.PACKAGED_VOCABULARY
+    assert load_tokenizer(path) is load_tokenizer(str(path))
 
 
 # Ids 0 to 255 are single bytes in an order of their own: most sequences of them are no UTF-8.
