@@ -55,7 +55,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
             with open(target, "ab", buffering=0) as out:  # "wb" would empty what /dev/stdout has already
                 out.write(content)
         else:
-            _replace(target, content)
+            replace(target, content)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -73,8 +73,13 @@ def _is_written_in_place(target: str) -> bool:
     return is_special or os.path.dirname(target) in _DESCRIPTORS
 
 
-def _replace(target: str, content: bytes) -> None:
-    folder = os.path.dirname(target)
+def replace(target: str | Path, content: bytes) -> None:
+    """Puts a file at `target` as `write_whole` does, but in place of whatever is there, a link or a pipe too.
+
+    Raises:
+        OSError: as the file system raises it; what was there before is still there.
+    """
+    folder = os.path.dirname(os.path.abspath(target))
     descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
     try:
         with os.fdopen(descriptor, "wb") as out:
@@ -89,11 +94,10 @@ def _replace(target: str, content: bytes) -> None:
     _sync_folder(folder)
 
 
-def _take_permissions(descriptor: int, target: str) -> None:
+def _take_permissions(descriptor: int, target: str | Path) -> None:
     """Owner and permissions of the file that is there; else what the user's umask leaves."""
-    try:
-        there = os.stat(target)
-    except FileNotFoundError:
+    there = os.lstat(target) if os.path.lexists(target) else None
+    if not there or not stat.S_ISREG(there.st_mode):
         mask = os.umask(0o077)  # the only way to read it
         os.umask(mask)
         os.fchmod(descriptor, 0o666 & ~mask)

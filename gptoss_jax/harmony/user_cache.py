@@ -20,7 +20,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """Keeps `content`; the folder is made, for its owner only.
 
     Raises:
-        WriteError, OSError: it cannot be kept; what was there before is still there.
+        OSError: it cannot be kept; what was there before is still there.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    whole_files.write_whole(file, content)
+    whole_files.replace(file, content)

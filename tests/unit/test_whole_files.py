@@ -75,6 +75,19 @@ def test_pipes_and_devices_are_written_to_as_they_are(tmp_path):
     assert (tmp_path / "out").read_bytes() == b"answer\ncontent"
 
 
+def test_a_cache_is_written_in_place_of_anything(tmp_path):
+    """Guards caches against links and pipes that lie where a file of theirs should: neither followed nor waited for."""
+    (tmp_path / "treasure").write_text("mine")
+    (tmp_path / "link").symlink_to("treasure")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        whole_files.replace(tmp_path / name, b"content")
+        assert stat.S_ISREG((tmp_path / name).lstat().st_mode)
+        assert not (tmp_path / name).stat().st_mode & stat.S_IXUSR  # a link's permissions say nothing
+        assert (tmp_path / name).read_bytes() == b"content"
+    assert (tmp_path / "treasure").read_text() == "mine"
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch, step, error):
