@@ -21,7 +21,7 @@ from absl import flags
 from converters.random_checkpoint import FORMATS, SHARD_BYTES, with_vocab_size, write_checkpoint
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
-from gptoss_jax.files import read_json
+from gptoss_jax.files import of_configs, read_json
 from gptoss_jax.model.config import read_config
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if options.layout == "openai" and options.shard_bytes is not None:
         raise GptossError("--shard-bytes is for the Hugging Face formats: --layout openai is one file")
     started = time.monotonic()
-    config = _read_config(Path(options.config), options.vocab_size)
+    config = _read_config(of_configs(options.config), options.vocab_size)
     size = write_checkpoint(
         arguments[0],
         config,

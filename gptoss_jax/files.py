@@ -16,6 +16,7 @@ from typing import Any
 
 from gptoss_jax.errors import GptossError, one_line, short
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 MAX_BYTES = 32 << 20  # thirty times the index of the largest published model
 MAX_DIGITS = 600  # twice those of the largest float64, and no more than any Python reads
 MAX_DEPTH = 64  # openai-harmony takes no more than 128, each message adding some
@@ -54,6 +55,13 @@ class FileError(GptossError):
     def __init__(self, name: str | Path, what: str, joint: str = ": "):
         super().__init__(one_line(f"{name}{joint}{what}"))
         self.what = what
+
+
+def of_configs(path: str | Path) -> Path:
+    """`path`; where nothing is there and it begins with configs/, the file of that name that is installed with us."""
+    path = Path(path)
+    installed = CONFIGS.joinpath(*path.parts[1:])
+    return installed if path.parts[:1] == ("configs",) and not path.exists() and installed.is_file() else path
 
 
 def check_regular(path: str | Path) -> os.stat_result:

@@ -16,7 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.files import FileError, read_json
+from gptoss_jax.files import FileError, of_configs, read_json
 from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
 
 MESH_AXES = ("data", "expert", "tensor")
@@ -228,7 +228,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     try:
-        raw = read_json(path)
+        raw = read_json(of_configs(path))
     except FileError as error:
         raise MeshError(f"mesh file {error}") from None
     right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}

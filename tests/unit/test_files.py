@@ -180,3 +180,14 @@ def test_the_fault_of_a_file_stands_beside_its_name():
     """Guards those who put the fault into a line of their own."""
     error = FileError("a", "b")
     assert (str(error), error.what) == ("a: b", "b")
+
+
+def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Guards the README's lines in another folder, and a user's own configs/ there, which comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert files.of_configs("configs/meshes/expert4-tensor2.json").is_file()
+    assert files.of_configs("configs/none.json") == Path("configs/none.json")
+    assert files.of_configs("tiny.json") == Path("tiny.json")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.json").write_text("{}")
+    assert files.of_configs("configs/tiny.json") == Path("configs/tiny.json")
