@@ -619,7 +619,7 @@ def test_what_is_no_published_checkpoint_is_refused(small, small_converted, tmp_
         (line,) = refusals(capsys, *arguments)
         assert line.startswith("convert: expected two folders, SRC DST, got ")
     (line,) = refusals(capsys, small, tmp_path / "out", "--dry-rum")
-    assert "Unknown command line flag 'dry_rum'" in line
+    assert "unknown flag --dry-rum: did you mean --dry-run?" in line
     assert not (tmp_path / "out").exists()
 
 

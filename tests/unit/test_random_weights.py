@@ -216,7 +216,7 @@ def test_command(checkpoints, tmp_path):
             ["DST", "--config", "configs/tiny.json", "--layout", "onnx"],
             "<huggingface|openai|huggingface-bf16>",
         ),
-        (["DST", "--config", "configs/tiny.json", "--sed", "1"], "Unknown command line flag 'sed'"),
+        (["DST", "--config", "configs/tiny.json", "--sed", "1"], "unknown flag --sed: did you mean --seed?"),
         (["configs", "--config", "configs/tiny.json"], "configs exists and is not an empty folder"),
         (
             ["DST", "--config", "configs/tiny.json", "--layout=openai", "--shard-bytes=9"],
