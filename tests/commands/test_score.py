@@ -152,7 +152,12 @@ def test_the_command_prints_what_the_library_gives(wordy, tmp_path):
         (["--token-ids", "1,2", "--lines"], "", "--token-ids and --lines: leave one of them out"),
         (["--file", ""], "", "--file is empty, expected the name of a file"),
         (["a \udcff text"], "", "the text is not valid UTF-8"),
-        ([], b"a \xff text", "stdin is not valid UTF-8 at byte 2"),
+        (
+            [],
+            b"a \xff text",
+            "stdin is not valid UTF-8 at byte 2; if it is in Windows' older encoding, "
+            "`iconv -f WINDOWS-1252 -t UTF-8` converts it",
+        ),
         (["\n \n", "--lines"], "", "the text holds no line that is not empty"),
     ],
 )

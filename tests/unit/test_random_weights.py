@@ -214,7 +214,7 @@ def test_command(checkpoints, tmp_path):
         (["DST", "--config", "README.md"], "README.md, line 1, column 1: Expecting value; expected JSON"),
         (
             ["DST", "--config", "configs/tiny.json", "--layout", "onnx"],
-            "<huggingface|openai|huggingface-bf16>",
+            "expected one of huggingface, openai, huggingface-bf16",
         ),
         (["DST", "--config", "configs/tiny.json", "--sed", "1"], "unknown flag --sed: did you mean --seed?"),
         (["configs", "--config", "configs/tiny.json"], "configs exists and is not an empty folder"),
