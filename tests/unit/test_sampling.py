@@ -15,6 +15,7 @@ from scipy import stats  # jax brings scipy
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.sampling import FAULTY, Draw
 from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.model.invariant_sum import invariant_sum
 from tests.goldens import make as golden
 
 V = 50
@@ -259,7 +260,7 @@ def test_draws_do_not_follow_the_process_s_random_bits():
     scores, positions = jnp.zeros((4, V)), jnp.zeros(4, jnp.int32)
 
     def draw() -> list[int]:
-        traced_anew = jax.jit(lambda *arguments: sampling._draw(*arguments))
+        traced_anew = jax.jit(lambda *arguments: sampling._draw(*arguments, invariant_sum))
         return traced_anew(scores, slots, positions).tolist()
 
     usual = draw()
