@@ -1,6 +1,7 @@
 """Sampling: every option against NumPy, the right distributions, the same draw whatever the neighbours."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -260,7 +261,7 @@ def test_draws_do_not_follow_the_process_s_random_bits():
     scores, positions = jnp.zeros((4, V)), jnp.zeros(4, jnp.int32)
 
     def draw() -> list[int]:
-        traced_anew = jax.jit(lambda *arguments: sampling._draw(*arguments, invariant_sum))
+        traced_anew = jax.jit(functools.partial(sampling._draw, total=invariant_sum))
         return traced_anew(scores, slots, positions).tolist()
 
     usual = draw()
