@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gptoss_jax.cli.escapes import raw_stream
 from gptoss_jax.cli.terminal import Screen
-from gptoss_jax.harmony import user_cache
+from gptoss_jax.runtime import user_cache
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -130,4 +130,4 @@ def _prepare(path: Path) -> None:
         if os.fstat(descriptor).st_size > HISTORY_BYTES:
             file.seek(-HISTORY_BYTES // 2, os.SEEK_END)
             end = file.read().partition(b"\n\n")[2]
-            user_cache.write_whole(path, b"\n" + end)
+            user_cache.keep(path, b"\n" + end)

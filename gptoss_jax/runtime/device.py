@@ -15,7 +15,7 @@ import numpy as np
 
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.files import FileError, read_json
-from gptoss_jax.harmony import user_cache
+from gptoss_jax.runtime import user_cache
 
 BANDWIDTH_FILE = "read_bandwidth.json"
 SAMPLE_BYTES = 1 << 28
@@ -80,4 +80,4 @@ def _keep_figures(figures: dict[str, float]) -> None:
     """Keeps the figures for later runs; where nothing can be written, each run measures for itself."""
     with contextlib.suppress(OSError, RuntimeError):
         content = json.dumps(figures, indent=1).encode()
-        user_cache.write_whole(user_cache.cache_folder() / BANDWIDTH_FILE, content)
+        user_cache.keep(user_cache.cache_folder() / BANDWIDTH_FILE, content)

@@ -20,8 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from gptoss_jax.harmony import user_cache
-from gptoss_jax.runtime import device
+from gptoss_jax.runtime import device, user_cache
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 SOURCES = ("gptoss_jax", "pallas_kernels", "cpu_kernels")
@@ -75,7 +74,7 @@ class KeptPrograms:
         compiled = program.lower(*arguments).compile()
         with contextlib.suppress(OSError, ValueError, NotImplementedError):  # a full disk; what JAX cannot serialize
             payload = pickle.dumps(serialize_executable.serialize(compiled))
-            user_cache.write_whole(path, key + _sha256(payload) + payload)
+            user_cache.keep(path, key + _sha256(payload) + payload)
         return compiled
 
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from gptoss_jax.harmony import user_cache
-from gptoss_jax.runtime import device
+from gptoss_jax.runtime import device, user_cache
 
 
 class _Device(NamedTuple):
@@ -114,14 +113,14 @@ def test_where_nothing_can_be_kept_each_run_measures(tmp_path, measured, monkeyp
 def test_files_of_the_cache_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """Guards two commands that end at the same time, and a disk that is full."""
     file = tmp_path / "folder" / "figures.json"
-    user_cache.write_whole(file, b"old")
+    user_cache.keep(file, b"old")
 
     def fail(*_) -> None:
         raise OSError("full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
         patch.setattr(user_cache.os, "replace", fail)
-        user_cache.write_whole(file, b"new")
+        user_cache.keep(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(file.parent.iterdir()) == [file]
 

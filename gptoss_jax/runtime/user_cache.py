@@ -16,8 +16,8 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "gptoss_jax"
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Keeps `content`; the folder is made, for its owner only.
+def keep(file: Path, content: bytes) -> None:
+    """Writes a file whole; its folder is made, for its owner only.
 
     Raises:
         OSError: it cannot be kept; what was there before is still there.
