@@ -9,7 +9,7 @@ from openai_harmony import DeveloperContent, Message, Role, SystemContent, TextC
 from openai_harmony import ToolNamespaceConfig as Namespace
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony.typescript import parameters_type
+from gptoss_jax.harmony.typescript import comment_lines, parameters_type
 
 
 def author(message: Message) -> list[str]:
@@ -86,7 +86,7 @@ def _tools(namespaces: Mapping[str, Namespace]) -> str:
 def _namespace(namespace: Namespace) -> Iterator[str]:
     yield f"## {namespace.name}\n"
     comment = "// " if namespace.tools else ""
-    yield from (comment + line for line in _lines(namespace.description or ""))
+    yield from (comment + line for line in _lines(namespace.description))
     if namespace.tools:
         yield f"namespace {namespace.name} {{\n"
         for tool in namespace.tools:
@@ -101,5 +101,6 @@ def _tool(tool: ToolDescription) -> Sequence[str]:
     return [*(f"// {line}" for line in _lines(tool.description)), f"type {tool.name} = ({parameters}) => any;\n"]
 
 
-def _lines(text: str) -> list[str]:
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+def _lines(description: str | None) -> list[str]:
+    """As of any comment, but an empty description is none, while an empty comment of a schema is a line."""
+    return comment_lines(description) if description else []

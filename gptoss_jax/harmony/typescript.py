@@ -328,8 +328,7 @@ class _Writer:
 
 def comment_lines(text: str) -> list[str]:
     """Lines of a text that becomes a comment; the end of the last line adds none."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if len(lines) > 1 and not lines[-1] else lines
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _comments(lines: list[str], indent: str) -> str:
