@@ -50,7 +50,7 @@ class Message:
         - `cut_call`: a call that broke off before its arguments were whole, or names no tool
         - `other`: by another role, or on an unknown channel
         """
-        kind = _kind(self.role, self.channel, self.recipient)
+        kind = kind_of(self.role, self.channel, self.recipient)
         return "cut_call" if kind == "call" and self.is_cut and not _is_json_object(self.content) else kind
 
     @property
@@ -79,7 +79,7 @@ class Delta(NamedTuple):
     @property
     def kind(self) -> MessageKind:
         """As that of the message, of which it is not known yet whether it will be cut."""
-        return _kind(self.role, self.channel, self.recipient)
+        return kind_of(self.role, self.channel, self.recipient)
 
     @property
     def is_answer(self) -> bool:
@@ -92,7 +92,8 @@ def names_no_tool(recipient: str | None) -> bool:
     return recipient == "functions" or (recipient or "").endswith(".")
 
 
-def _kind(role: str, channel: str | None, recipient: str | None) -> MessageKind:
+def kind_of(role: str, channel: str | None, recipient: str | None) -> MessageKind:
+    """The `Message.kind` that a header says, of a message that is whole."""
     if role == "assistant" and recipient not in NO_TOOLS:
         return "cut_call" if names_no_tool(recipient) else "call"
     if channel == "analysis" and (role == "assistant" or recipient is None):

@@ -6,7 +6,7 @@ flight (vllm#45048).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from openai_harmony import (
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import message_text, tokenizer
 from gptoss_jax.harmony.conversation import CONSTRAIN, CutMessage
-from gptoss_jax.harmony.parsed import NO_TOOLS
+from gptoss_jax.harmony.parsed import NO_TOOLS, kind_of
 from gptoss_jax.harmony.settings import Settings
-from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+
+Encode = Callable[[str], list[int]]
 
 _BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
 
@@ -69,10 +71,10 @@ def render(
     conversation = with_opening(messages, settings)
     if drop_old_analysis:
         conversation = apply_history_rules(conversation)
-    words = load_tokenizer(vocab_path)
+    encode = load_tokenizer(vocab_path).encode
     has_functions = any(map(message_text.has_functions, conversation))
-    ids = [token for message in conversation for token in _message_ids(message, words, has_functions)]
-    return [*ids, tokenizer.START, *words.encode("assistant")] if for_completion else ids
+    ids = [token for message in conversation for token in _message_ids(message, encode, has_functions)]
+    return [*ids, tokenizer.START, *encode("assistant")] if for_completion else ids
 
 
 def opening(settings: Settings) -> list[Message]:
@@ -127,7 +129,7 @@ def _last_answered(messages: Sequence[Message]) -> int:
 
 
 def _is_answer(message: Message) -> bool:
-    is_final = message.channel in ("final", None) and message.recipient in NO_TOOLS
+    is_final = kind_of(message.author.role.value, message.channel, message.recipient) == "final"
     return is_final and not isinstance(message, CutMessage)
 
 
@@ -263,25 +265,25 @@ def _developer_messages(settings: Settings) -> list[Message]:
     return [Message.from_role_and_contents(Role.DEVELOPER, parts)] if parts else []
 
 
-def _message_ids(message: Message, words: Tokenizer, has_functions: bool) -> list[int]:
+def _message_ids(message: Message, encode: Encode, has_functions: bool) -> list[int]:
     """Header and body; each part of the header is encoded by itself, as the library does."""
     nobody = NO_TOOLS if message.author.role is Role.ASSISTANT else (None, "all")  # the library would call them
     calls = message.recipient not in nobody
     try:
-        ids = [tokenizer.START, *(token for part in message_text.author(message) for token in words.encode(part))]
+        ids = [tokenizer.START, *(token for part in message_text.author(message) for token in encode(part))]
         if calls:
-            ids += words.encode(f" to={message.recipient}")
+            ids += encode(f" to={message.recipient}")
         if message.channel is not None:
-            ids += [tokenizer.CHANNEL, *words.encode(message.channel)]
+            ids += [tokenizer.CHANNEL, *encode(message.channel)]
         if message.content_type is not None:
-            ids += _content_type_ids(message.content_type, words)
-        ids += [tokenizer.MESSAGE, *words.encode(message_text.body(message, has_functions=has_functions))]
+            ids += _content_type_ids(message.content_type, encode)
+        ids += [tokenizer.MESSAGE, *encode(message_text.body(message, has_functions=has_functions))]
     except GptossError as error:
         raise GptossError(f"a message of role {message.author.role.value}: {error}") from None
     return [*ids, tokenizer.CALL if calls and message.author.role is Role.ASSISTANT else tokenizer.END]
 
 
-def _content_type_ids(content_type: str, words: Tokenizer) -> list[int]:
+def _content_type_ids(content_type: str, encode: Encode) -> list[int]:
     if content_type.startswith(CONSTRAIN):
-        return [*words.encode(" "), tokenizer.CONSTRAIN, *words.encode(content_type.removeprefix(CONSTRAIN))]
-    return words.encode(f" {content_type}")
+        return [*encode(" "), tokenizer.CONSTRAIN, *encode(content_type.removeprefix(CONSTRAIN))]
+    return encode(f" {content_type}")
