@@ -47,8 +47,7 @@ def listed(faults: Iterable[Fault]) -> str:
 
 def short(value: object, limit: int = 60) -> str:
     """A value for an error message: its beginning, on one line whatever it holds."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return shortened(one_line(repr(value)), limit)
 
 
 def shortened(name: str, limit: int = 120) -> str:

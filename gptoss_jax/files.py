@@ -129,15 +129,14 @@ def parse_json(data: bytes | str, name: str | Path, objects: Callable[[list[tupl
         check_value(value, "the file")
         return value
     except json.JSONDecodeError as error:
-        if not (fault := recognize(error.doc[:64].encode(errors="replace"))):
-            where = f"line {error.lineno}, column {error.colno}"
-            raise FileError(name, f"{where}: {error.msg}; expected JSON", joint=", ") from None
+        fault, joint = f"line {error.lineno}, column {error.colno}: {error.msg}; expected JSON", ", "
     except RecursionError:
-        raise FileError(name, f"is nested too deeply, at most {MAX_DEPTH} levels are taken", joint=" ") from None
+        fault, joint = f"is nested too deeply, at most {MAX_DEPTH} levels are taken", " "
     except GptossError as error:
-        fault = "" if isinstance(data, str) else recognize(data)
-        raise FileError(name, fault or str(error)) from None
-    raise FileError(name, fault)
+        fault, joint = str(error), ": "
+    if known := recognize(data):
+        raise FileError(name, known)
+    raise FileError(name, fault, joint)
 
 
 def _integer(digits: str) -> int:
@@ -178,9 +177,10 @@ def _looks_like_utf_16(data: bytes) -> bool:
     return data.startswith(_UTF_16) or (len(start) > 1 and zeros > 0.4 * len(start))
 
 
-def recognize(data: bytes) -> str:
+def recognize(data: bytes | str) -> str:
     """What a file is that is not what its name says, and what to do; "" if its beginning is not known."""
-    beginning = data[:64].lstrip().lower()
+    beginning = data[:64].encode(errors="replace") if isinstance(data, str) else data[:64]
+    beginning = beginning.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return next((kind for magic, kind in _BEGINNINGS.items() if beginning.startswith(magic)), "")
 
 

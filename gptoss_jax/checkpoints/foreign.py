@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptoss_jax.errors import one_line, short
+from gptoss_jax.errors import one_line, short, shortened
 from gptoss_jax.files import FileError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -110,5 +110,5 @@ def quantization(names: Iterable[str]) -> str:
     for name in sorted(names):
         for pattern, tool in _QUANTIZED.items():
             if pattern.search(name):
-                return one_line(f"quantised by {tool} (tensor {name[:120]}), which is not read: {_RELEASE}")
+                return one_line(f"quantised by {tool} (tensor {shortened(name)}), which is not read: {_RELEASE}")
     return ""

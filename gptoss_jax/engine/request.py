@@ -4,12 +4,11 @@ Knows no JAX, so that a request is checked before JAX is imported.
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
 from gptoss_jax.model.config import MAX_STOP_IDS, ModelConfig
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
@@ -69,7 +68,7 @@ class EngineConfig:
         if not widths or min(widths) < 1:
             raise GptossError(f"prefill_widths is {widths}, expected widths of at least 1")
         if self.deterministic not in (None, False, True):
-            raise GptossError(f"deterministic is {self.deterministic!r}, expected True, False or None")
+            raise GptossError(f"deterministic is {short(self.deterministic)}, expected True, False or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +102,9 @@ class Request:
         except GptossError as error:
             raise RequestError(str(error)) from None
         if not isinstance(self.sampling, SamplingParams):
-            raise RequestError(f"sampling is {reprlib.repr(self.sampling)}, expected SamplingParams")
+            raise RequestError(f"sampling is {short(self.sampling)}, expected SamplingParams")
         if self.ends_at is not None and not callable(self.ends_at):
-            raise RequestError(f"ends_at is {reprlib.repr(self.ends_at)}, expected a function of a token id, or None")
+            raise RequestError(f"ends_at is {short(self.ends_at)}, expected a function of a token id, or None")
 
     def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
         """How many tokens the answer may have at most.

@@ -8,11 +8,10 @@ import dataclasses
 import math
 import numbers
 import operator
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
 
 MAX_TEMPERATURE = 1e4  # where every distribution is flat; float32 would overflow far beyond
 MAX_LOGIT_BIAS = 100  # as in OpenAI's API
@@ -98,7 +97,7 @@ class SamplingParams:
             if not option.low <= value <= option.high:
                 raise GptossError(f"{name} is {value}, expected {option.low:.10g} to {option.high:.10g}")
         if not isinstance(self.logit_bias, Mapping):
-            raise GptossError(f"logit_bias is {reprlib.repr(self.logit_bias)}, expected a mapping from ids to numbers")
+            raise GptossError(f"logit_bias is {short(self.logit_bias)}, expected a mapping from ids to numbers")
         for name in ("logit_bias", "banned_ids"):
             whole_numbers(name, getattr(self, name))
         for token, bias in self.logit_bias.items():
@@ -133,7 +132,7 @@ OPTIONS: Mapping[str, Option] = {
 def check_number(name: str, value: Any) -> None:
     """Raises GptossError for what is no number."""
     if not isinstance(value, numbers.Real):
-        raise GptossError(f"{name} is {value!r}, expected a number")
+        raise GptossError(f"{name} is {short(value)}, expected a number")
 
 
 def check_whole(name: str, value: Any) -> int:
@@ -141,11 +140,11 @@ def check_whole(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise GptossError(f"{name} is {reprlib.repr(value)}, expected a whole number") from None
+        raise GptossError(f"{name} is {short(value)}, expected a whole number") from None
 
 
 def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     """The numbers; raises GptossError for what is no list of whole numbers."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise GptossError(f"{name} is {reprlib.repr(values)}, expected a list of whole numbers")
+        raise GptossError(f"{name} is {short(values)}, expected a list of whole numbers")
     return tuple(check_whole(f"an id in {name}", value) for value in values)

@@ -17,7 +17,7 @@ Meaning = TypeVar("Meaning")
 
 
 def read_file(path: str | Path, parse: Callable[[Any], Meaning]) -> Meaning:
-    """What `parse` makes of the JSON in a file.
+    """What `parse` makes of the JSON in a file, which may be a pipe: `--messages <(...)`.
 
     Raises:
         OSError: the file cannot be read.
