@@ -1,6 +1,7 @@
 """Which implementation of an op was taken, and why: what each kind of kernel needs, and how the answer looks."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import cpu_kernels
@@ -15,7 +16,7 @@ class KernelError(ValueError):
 T = TypeVar("T")
 
 
-class Implementations(MutableMapping[str, T]):
+class Implementations(Mapping[str, T]):
     """The implementations of an op by name, each made when it is first taken.
 
     Importing Pallas's compilers takes a quarter of a second, which nobody should wait for whose devices need none.
@@ -23,23 +24,12 @@ class Implementations(MutableMapping[str, T]):
 
     def __init__(self, makers: Mapping[str, Callable[[], T]]):
         """`makers`: name -> what imports an implementation and gives it."""
-        self._makers = dict(makers)
-        self._made: dict[str, T] = {}
+        self._makers = {name: functools.cache(maker) for name, maker in makers.items()}
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._made:
-            self._made[name] = self._makers[name]()
-        return self._made[name]
+        return self._makers[name]()
 
-    def __setitem__(self, name: str, implementation: T) -> None:
-        self._makers[name] = lambda: implementation
-        self._made[name] = implementation
-
-    def __delitem__(self, name: str) -> None:
-        del self._makers[name]
-        self._made.pop(name, None)
-
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: object) -> bool:  # Mapping's would make it
         return name in self._makers
 
     def __iter__(self) -> Iterator[str]:

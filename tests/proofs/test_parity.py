@@ -332,5 +332,6 @@ def test_gate_catches_wrong_code(name, request, monkeypatch):
 
 def test_gate_catches_expert_bias_after_weighting(plain, monkeypatch):
     """Guards the gate: the down bias belongs inside the weighted sum."""
-    monkeypatch.setitem(expert_op.IMPLEMENTATIONS, "biased", expert_op.ExpertMlp(_bias_after_weighting))
+    biased = {**expert_op.IMPLEMENTATIONS, "biased": expert_op.ExpertMlp(_bias_after_weighting)}
+    monkeypatch.setattr(expert_op, "IMPLEMENTATIONS", biased)
     assert plain.failures(gptoss_jax.load(plain.folder, dtype="float32", kernels="expert_mlp=biased"))
