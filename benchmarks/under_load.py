@@ -21,10 +21,10 @@ from gptoss_jax.engine.programs import (
     SlotOptions,
     SlotState,
 )
-from gptoss_jax.engine.request import MAX_STOP_IDS
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, KVCache
 from gptoss_jax.model.transformer import DTYPE_POLICIES
 

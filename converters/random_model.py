@@ -19,7 +19,8 @@ import numpy as np
 
 from gptoss_jax.checkpoints import huggingface
 from gptoss_jax.checkpoints.packing import CODES
-from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig, parse_config
+from gptoss_jax.model.config import ModelConfig, parse_config
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
 CHUNK_ELEMENTS = 1 << 22  # elements generated at a time
 

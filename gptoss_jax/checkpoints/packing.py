@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax.model.config import MXFP4_BLOCK as BLOCK
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK as BLOCK
 
 SCALE_BIAS = 127  # of E8M0 exponents (OCP Microscaling Formats v1.0)
 CODES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)

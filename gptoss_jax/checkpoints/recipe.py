@@ -6,7 +6,8 @@ Shapes are written in letters, so that a table can be held against the published
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
 
 class Recipe(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.model.config import MAX_STOP_IDS, ModelConfig
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from gptoss_jax.engine import programs, sampling
 from gptoss_jax.engine.programs import NO_TOKEN, Chunks, SlotOptions, SlotState
-from gptoss_jax.engine.request import MAX_STOP_IDS, EngineConfig, Request
+from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params
 

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from gptoss_jax.model import layers
-from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding

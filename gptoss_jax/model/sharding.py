@@ -17,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, of_configs, read_json
-from gptoss_jax.model.config import MXFP4_BLOCK, ModelConfig
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
 MESH_AXES = ("data", "expert", "tensor")
 

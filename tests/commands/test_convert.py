@@ -32,7 +32,7 @@ from gptoss_jax.checkpoints.orbax.writer import Writer
 from gptoss_jax.cli import byte_progress, interrupts
 from gptoss_jax.cli import command as command_line
 from gptoss_jax.model import sharding, transformer
-from gptoss_jax.model.config import MAX_STOP_IDS
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS
 from pallas_kernels import mxfp4
 
 ROOT = Path(__file__).parents[2]

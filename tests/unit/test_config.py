@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax.model.config import (
-    MAX_STOP_IDS,
-    RANGES,
     ConfigError,
     ModelConfig,
     parse_config,
     read_config,
     to_huggingface,
 )
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS, RANGES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
