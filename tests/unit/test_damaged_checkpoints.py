@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 from converters.random_checkpoint import with_vocab_size, write_checkpoint
 from gptoss_jax.checkpoints import published
 from gptoss_jax.checkpoints.conversion import Conversion, declared_leaves
+from gptoss_jax.checkpoints.leaf import Leaf
 from gptoss_jax.checkpoints.opening import open_weights
 from gptoss_jax.checkpoints.orbax import integrity
 from gptoss_jax.checkpoints.orbax.manifest import partial_folder
@@ -146,6 +147,11 @@ def in_time(call: Callable[[], object]) -> GptossError | OSError | None:
         assert time.monotonic() - began < SECONDS
 
 
+def shapes(leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
+    """By name."""
+    return {name: leaf.shape for name, leaf in leaves.items()}
+
+
 def silent(*_: object) -> nullcontext[Callable[[int], None]]:
     """Shows no progress."""
     return nullcontext(lambda _: None)
@@ -219,7 +225,8 @@ def test_a_damaged_checkpoint_is_refused_or_whole(seed, converted, tmp_path):
         if path.name == "provenance.json":
             assert verified is None
         elif path.name == "config.json":
-            assert opened is not None or open_weights(folder).config  # numbers that no leaf's shape shows
+            # Else what was changed shows in no leaf's shape.
+            assert opened is not None or shapes(declared_leaves(open_weights(folder).config)) == shapes(leaves)
         else:
             # A hash is the manifest's alone to say: loading does not read for it, verifying does.
             assert same or verified is not None or json.loads(path.read_bytes()) == json.loads(content), (seed, i)
