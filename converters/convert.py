@@ -20,7 +20,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +112,7 @@ def open_conversion(options: Options) -> "Conversion":
     remark = f" ({source.remark})" if source.remark else ""
     what = f"{len(source.files)} files, {len(source.tensors)} tensors"
     print(one_line(f"{options.src}: format {source.format}{remark}, {what}"))
-    leaves = _import_jax()(source.config)
+    leaves = _declared_leaves(source.config)
     from gptoss_jax.checkpoints import conversion
 
     return conversion.Conversion(source, options.dst, leaves, byte_progress)
@@ -128,15 +128,15 @@ def _check_separate(src: Path, dst: Path) -> None:
             raise SourceError(f"DST {dst} lies in SRC: name a folder outside of it for the checkpoint")
 
 
-def _import_jax() -> Callable[[ModelConfig], dict[str, Leaf]]:
-    """Imports what converts, and leaves accelerators to those who compute; gives what declares a model's leaves."""
+def _declared_leaves(config: ModelConfig) -> dict[str, Leaf]:
+    """What a model declares. Imports JAX for it, and leaves accelerators to those who compute."""
     with interrupts.ended_by_ctrl_c():
         import jax
 
         from gptoss_jax.checkpoints import conversion
 
     jax.config.update("jax_platforms", "cpu")  # only shapes are declared
-    return conversion.declared_leaves
+    return conversion.declared_leaves(config)
 
 
 def verify_alone(dst: Path) -> None:
@@ -148,7 +148,7 @@ def verify_alone(dst: Path) -> None:
     """
     Manifest.read(dst)  # raises for what is no checkpoint of ours
     config = open_weights(dst).config
-    leaves = _import_jax()(config)
+    leaves = _declared_leaves(config)
     size_bytes = sum(map(leaf_bytes, leaves.values()))
     with byte_progress("verifying", size_bytes, 0) as report_bytes:
         integrity.verify(dst, leaves, report_bytes)
