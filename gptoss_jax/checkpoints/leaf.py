@@ -5,6 +5,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+MAX_AXES = 8
+MAX_SIZE = 1 << 63  # of an axis, or of a file
+
 
 @runtime_checkable
 class Leaf(Protocol):
@@ -24,6 +27,12 @@ class Leaf(Protocol):
     def axes(self) -> tuple[str | None, ...]:
         """Logical names of the axes."""
         ...
+
+
+def are_sizes(values: object) -> bool:
+    """Whether a damaged file's `values` can be a shape, or places in a file: few whole numbers within their range."""
+    few = isinstance(values, list | tuple) and len(values) <= MAX_AXES
+    return few and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
 def leaf_bytes(leaf: Leaf) -> int:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from gptoss_jax.checkpoints import host_memory
+from gptoss_jax.checkpoints.leaf import are_sizes
 from gptoss_jax.errors import Fault, GptossError, short, shortened
 from gptoss_jax.files import MAX_BYTES, FileError, check_regular, parse_json, recognize
 
-MAX_AXES = 8
-MAX_SIZE = 1 << 63  # of an axis, or of a file
 CHUNK_BYTES = 16 << 20
 
 
@@ -153,17 +152,12 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry | str:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
         return f"unknown dtype {short(dtype)}"
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
         return f"malformed shape {short(shape)} or data_offsets {short(offsets)}"
     size = math.prod(shape) * _ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != size:
         return f"data_offsets {offsets} span {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {size:,}"
     return Entry(path, name, dtype, tuple(shape), data_start + offsets[0], size)
-
-
-def _are_sizes(values: Any) -> bool:
-    right = isinstance(values, list) and len(values) <= MAX_AXES
-    return right and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
 def _extent_faults(path: Path, entries: list[Entry], data_start: int, size_bytes: int) -> Iterator[Fault]:

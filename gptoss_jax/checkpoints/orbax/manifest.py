@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.checkpoints.leaf import are_sizes
 from gptoss_jax.checkpoints.orbax import zarr
 from gptoss_jax.errors import GptossError, one_line, short
 from gptoss_jax.files import FileError, read_json
@@ -20,8 +21,6 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ORBAX_METADATA = "_METADATA"
-MAX_AXES = 8
-MAX_SIZE = 1 << 63  # of an axis, or of a file
 DTYPES = ("bfloat16", "float32", "uint8")  # what weights are stored in
 
 
@@ -78,10 +77,7 @@ class LeafRecord:
     @property
     def is_plausible(self) -> bool:
         """Whether the fields can be those of a leaf that was written."""
-        numbers = (*self.shape[: MAX_AXES + 1], self.file_bytes)
-        sizes = (
-            all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers) and len(self.shape) <= MAX_AXES
-        )
+        sizes = are_sizes(self.shape) and are_sizes([self.file_bytes])
         names = isinstance(self.path, str) and isinstance(self.sha256, str) and self.dtype in DTYPES
         return sizes and names and bool(_PATH.fullmatch(self.path)) and self.size_bytes < self.file_bytes
 
