@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.checkpoints.leaf import are_sizes
@@ -81,6 +82,22 @@ class SafetensorsFile:
     tensors: dict[str, Entry]
     names: frozenset[str]
     faults: tuple[Fault, ...]
+
+
+def library_faults(file: SafetensorsFile) -> list[Fault]:
+    """Where the safetensors library, with which others read the file, finds other tensors in it than we do."""
+    try:
+        with safetensors.safe_open(file.path, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            theirs = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
+    except safetensors.SafetensorError as error:
+        return [Fault(str(file.path), f"the safetensors library cannot read it: {error}")]
+    ours = {name: (entry.dtype, entry.shape) for name, entry in file.tensors.items()}
+    return [
+        tensor_fault(file.path, name, f"{ours.get(name)} here, {theirs.get(name)} by the safetensors library")
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
 
 
 def open_file(path: Path) -> SafetensorsFile:

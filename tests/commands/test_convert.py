@@ -1,6 +1,7 @@
 """The converter: one model from three formats, every fault named, no interruption that costs a byte or a leaf."""
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -731,6 +732,17 @@ def test_verify_finds_a_changed_byte_on_either_side(small, small_converted, brok
         file.seek(norm.offset)
         file.write(b"\x11")
     with pytest.raises(CheckpointError, match=r"leaf norm: sha256 (\w{64}) on disk, \1 in the manifest"):
+        conversion_of(opened, small_converted).verify()
+
+
+def test_verify_asks_the_safetensors_library_too(small, small_converted):
+    """Guards our own reader of headers, of which a mistake would be in what was converted and in what is compared."""
+    opened = published.open_source(small)
+    [(name, file)] = list(opened.files.items())[:1]
+    tensor, entry = next(iter(file.tensors.items()))
+    misread = dataclasses.replace(entry, shape=entry.shape[::-1] if entry.shape[::-1] != entry.shape else (1,))
+    opened.files[name] = dataclasses.replace(file, tensors={**file.tensors, tensor: misread})
+    with pytest.raises(CheckpointError, match=f"{re.escape(tensor)}: .* by the safetensors library"):
         conversion_of(opened, small_converted).verify()
 
 
