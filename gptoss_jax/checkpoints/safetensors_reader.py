@@ -1,7 +1,8 @@
 """Safetensors files, read lazily with plain reads, every claim of their headers checked.
 
 Not the safetensors package: that maps files into memory, and mapped pages count into the process's resident size,
-which the converter promises to bound; and it stops at the first fault, where all are wanted.
+which the converter promises to bound; and it stops at the first fault, where all are wanted. `convert --verify` asks it
+for a second opinion of the headers.
 """
 
 import math
