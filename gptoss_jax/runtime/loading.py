@@ -37,7 +37,7 @@ def load(
 
     Args:
         path: a converted (Orbax) checkpoint, or a folder of safetensors in any published format, read as it is.
-        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with these axes.
+        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with some of these axes.
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
         dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
             longer exact (docs/numerics.md has its cost); experts stay as they are.

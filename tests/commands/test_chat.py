@@ -284,9 +284,9 @@ def test_an_answer_is_drawn_anew_in_place_of_the_last(folder, tmp_path):
     asked = ("gptoss_jax.generate", "--checkpoint", folder / "rambler" / "published", "--chat")
     done = processes.run(*asked, "--max-new-tokens", "8", stdin=lines, environment=environment)
     assert done.returncode == 0, done.stderr
-    talks = [json.loads(path.read_text()) for path in saved]
-    assert [[m["role"] for m in talk].count("user") for talk in talks] == [1, 1, 1]
-    assert len({json.dumps(talk) for talk in talks}) == 3
+    conversations = [json.loads(path.read_text()) for path in saved]
+    assert [[message["role"] for message in each].count("user") for each in conversations] == [1, 1, 1]
+    assert len(set(map(json.dumps, conversations))) == 3
     assert done.stderr.endswith("there is no answer to draw anew\n")
 
 

@@ -64,8 +64,8 @@ def test_control_characters_are_shown_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", errors)
     escapes.guard_terminals()
-    for piece in ("\x1b", "]0;", "title\x07"):  # a sequence in pieces
-        print(piece, end="")
+    for chunk in ("\x1b", "]0;", "title\x07"):  # a sequence in chunks
+        print(chunk, end="")
     sys.stderr.writelines(["\x9b2J", "\r", "\tx\n"])
     assert out.getvalue() == "\\u001b]0;title\\u0007"
     assert errors.getvalue() == "\\u009b2J\\u000d\tx\n"
