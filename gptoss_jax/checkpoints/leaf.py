@@ -1,7 +1,7 @@
 """What a checkpoint needs to know of a weight that the model declares."""
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Leaf(Protocol):
         ...
 
 
-def are_sizes(values: object) -> bool:
+def are_sizes(values: Any) -> bool:
     """Whether a damaged file's `values` can be a shape, or places in a file: few whole numbers within their range."""
     few = isinstance(values, list | tuple) and len(values) <= MAX_AXES
     return few and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
