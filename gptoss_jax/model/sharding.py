@@ -6,6 +6,7 @@ devices. A cut that does not come out even is refused, with the sizes that would
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gptoss_jax.files import FileError, of_configs, read_json
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
+MOST_DEVICES = 999_999_999  # of one axis: a typing error, not a machine, has more
 MESH_AXES = ("data", "expert", "tensor")
 
 # Logical axis -> the mesh axes that cut it, outermost first. To add a mesh axis, add it above and use it here.
@@ -219,7 +221,7 @@ def _unknown_axis(name: Any) -> MeshError:
 
 def _parse(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not (number.isascii() and number.isdigit() and len(number) < 10) for _, _, number in pairs):
+    if any(not re.fullmatch(r"[0-9]{1,9}", number) for _, _, number in pairs):
         raise MeshError(f"mesh {short(text)}, expected for example data=1,expert=4,tensor=2, or a .json file")
     axes = {name.strip(): int(number) for name, _, number in pairs}
     if len(axes) < len(pairs):
@@ -251,8 +253,8 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
     for name, size in axes.items():
         if name not in MESH_AXES:
             raise _unknown_axis(name)
-        if type(size) is not int or not 1 <= size < 1 << 31:
-            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number of at least 1")
+        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
+            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
         raise MeshError(_too_few(math.prod(shape), devices))

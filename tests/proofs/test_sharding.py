@@ -184,7 +184,7 @@ def test_rules_from_a_file(folder, expected, tmp_path):
         ("tensor=16", "16 devices, but there are 8; .* CPU: XLA_FLAGS=--xla_force_host_platform_device_count=16"),
         ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor"),
         ("tensor=two", "mesh 'tensor=two', expected for example data=1,expert=4,tensor=2"),
-        ("tensor=0", "mesh axis tensor=0, expected a whole number of at least 1"),
+        ("tensor=0", "mesh axis tensor=0, expected a whole number from 1 to 999999999"),
         ("no-such.json", "mesh file no-such.json"),
     ],
 )
