@@ -51,6 +51,12 @@ def short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def check_type(name: str, value: object, wanted: type) -> None:
+    """Raises GptossError for a value, called `name`, of another type."""
+    if not isinstance(value, wanted):
+        raise GptossError(f"{name} is {short(value)}, expected {wanted.__name__}")
+
+
 def shortened(name: str, limit: int = 120) -> str:
     """A name that some file chose, for an error message: its beginning."""
     return name if len(name) <= limit else f"{name[:limit]}..."
