@@ -7,11 +7,11 @@ import datetime
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, check_list
 
 if TYPE_CHECKING:
     import openai_harmony
@@ -92,9 +92,9 @@ class Settings:
     def _check_types(self) -> None:
         if not isinstance(self.instructions, str | None):
             raise _refused("instructions", self.instructions, "text or None")
-        if isinstance(self.builtin_tools, str) or not isinstance(self.builtin_tools, Iterable):
-            raise _refused("builtin_tools", self.builtin_tools, f"a list of {', '.join(BUILTIN_TOOLS)}")
-        if not isinstance(self.tools, Iterable) or not all(hasattr(tool, "name") for tool in self.tools):
+        check_list("builtin_tools", self.builtin_tools, ", ".join(BUILTIN_TOOLS))
+        check_list("tools", self.tools, "openai_harmony.ToolDescription")
+        if not all(hasattr(tool, "name") for tool in self.tools):
             raise _refused("tools", self.tools, "a list of openai_harmony.ToolDescription")
         if not isinstance(self.response_format, ResponseFormat | None):
             raise _refused("response_format", self.response_format, "a ResponseFormat or None")

@@ -27,7 +27,7 @@ from gptoss_jax.engine.runner import Compiled, CompileProgram, ModelRunner, comp
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
-from gptoss_jax.errors import GptossError, check_type, short
+from gptoss_jax.errors import GptossError, check_list, check_type
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -204,8 +204,7 @@ class LanguageModel:
             GptossError: a prompt that cannot be said, or none of this model's; none has been run then.
             NumericsError: the model gave logits that are not finite.
         """
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
-            raise GptossError(f"prompts is {short(prompts)}, expected a list of prompts, each a text or token ids")
+        check_list("prompts", prompts, "prompts, each a text or token ids")
         settings, sampling = settings or Settings(), sampling or SamplingParams()
         check_type("settings", settings, Settings)
         shards = self.sharding.size("batch")
@@ -287,8 +286,7 @@ class LanguageModel:
             RequestError: ids outside the vocabulary.
             GptossError: a tap that this model does not have.
         """
-        if isinstance(taps, str) or not isinstance(taps, Iterable):
-            raise GptossError(f"taps is {short(taps)}, expected a list of names")
+        check_list("taps", taps, "names")
         ids, slots = self._checked(token_ids), self.sharding.size("batch")
         tokens = np.zeros((slots, -(-ids.size // LOGITS_CHUNK_TOKENS) * LOGITS_CHUNK_TOKENS), np.int32)
         tokens[:, : ids.size] = ids
