@@ -50,6 +50,18 @@ def short(value: object, limit: int = 60) -> str:
     return shortened(one_line(repr(value)), limit)
 
 
+def check_type(name: str, value: object, wanted: type) -> None:
+    """Raises GptossError for a value, called `name`, of another type."""
+    if not isinstance(value, wanted):
+        raise GptossError(f"{name} is {short(value)}, expected {wanted.__name__}")
+
+
+def check_list(name: str, values: object, of: str) -> None:
+    """Raises GptossError for a text, which would be taken letter by letter, or for what cannot be iterated over."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise GptossError(f"{name} is {short(values)}, expected a list of {of}")
+
+
 def shortened(name: str, limit: int = 120) -> str:
     """A name that some file chose, for an error message: its beginning."""
     return name if len(name) <= limit else f"{name[:limit]}..."

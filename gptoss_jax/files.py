@@ -37,6 +37,7 @@ _BEGINNINGS = {
     b"gguf": "a GGUF file under another name; convert the published safetensors",
     b"pk\x03\x04": "a zip archive, as PyTorch saves: expected another format",
     b"\x80\x02": "a Python pickle, as PyTorch saves: expected another format",
+    b"\0\0\0\0": "filled with zeros, as a crash or a broken download leaves it: fetch it again",
     b"\x1f\x8b": "packed with gzip: unpack it",
 }
 
@@ -171,10 +172,10 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def _looks_like_utf_16(data: bytes) -> bool:
-    """By its mark, or since every other byte of nearly all of it is zero, as in Latin text without a mark."""
+    """By its mark, or since only every other byte of nearly all of it is zero, as in Latin text without a mark."""
     start = data[:1024]
-    zeros = max(start[0::2].count(0), start[1::2].count(0))
-    return data.startswith(_UTF_16) or (len(start) > 1 and zeros > 0.4 * len(start))
+    few, many = sorted((start[0::2].count(0), start[1::2].count(0)))
+    return data.startswith(_UTF_16) or (len(start) > 1 and many > 0.4 * len(start) > 4 * few)
 
 
 def recognize(data: bytes | str) -> str:

@@ -21,6 +21,7 @@ from gptoss_jax.engine.runner import Chunk, ModelRunner
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.engine.scheduler import Decode, Prefill, Scheduler
 from gptoss_jax.engine.sequence import Sequence
+from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
 
@@ -59,8 +60,11 @@ class Engine:
         """Queues a request and gives its id; without a limit of its own, its answer goes on as far as memory does.
 
         Raises:
-            RequestError: it has no tokens, ids outside the vocabulary, or can never fit the context or the page pool.
+            RequestError: it is no Request, has no tokens, ids outside the vocabulary, or can never fit the context or
+                the page pool.
         """
+        if not isinstance(request, Request):
+            raise RequestError(f"the request is {short(request)}, expected Request")
         limit, prompt = request.check(self.config, self.engine_config), len(request.token_ids)
         pool_tokens = self.runner.pages_per_shard * PAGE_TOKENS
         if request.max_new_tokens is None:

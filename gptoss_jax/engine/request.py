@@ -33,6 +33,18 @@ def to_ids(name: str, ids: Any) -> tuple[int, ...]:
         raise RequestError(str(error)) from None
 
 
+def to_whole(name: str, value: Any) -> int:
+    """A whole number of any type, NumPy's too.
+
+    Raises:
+        RequestError: something else, called `name`.
+    """
+    try:
+        return check_whole(name, value)
+    except GptossError as error:
+        raise RequestError(str(error)) from None
+
+
 class NumericsError(GptossError):
     """The model gave logits that are not finite: its weights or a kernel are at fault."""
 
@@ -97,11 +109,8 @@ class Request:
     def __post_init__(self):
         for name in ("token_ids", "stop_ids"):
             object.__setattr__(self, name, to_ids(name, getattr(self, name)))
-        try:
-            if self.max_new_tokens is not None:
-                check_whole("max_new_tokens", self.max_new_tokens)
-        except GptossError as error:
-            raise RequestError(str(error)) from None
+        if self.max_new_tokens is not None:
+            to_whole("max_new_tokens", self.max_new_tokens)
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(f"sampling is {short(self.sampling)}, expected SamplingParams")
         if self.ends_at is not None and not callable(self.ends_at):

@@ -145,6 +145,6 @@ def check_whole(name: str, value: Any) -> int:
 
 def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     """The numbers; raises GptossError for what is no list of whole numbers."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "shape", None) == ():
         raise GptossError(f"{name} is {short(values)}, expected a list of whole numbers")
     return tuple(check_whole(f"an id in {name}", value) for value in values)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, check_list
 
 if TYPE_CHECKING:
     import openai_harmony
@@ -83,10 +83,21 @@ class Settings:
             raise _refused("knowledge_cutoff", self.knowledge_cutoff, "a month as YYYY-MM")
         if self.current_date is not None and not _is_date(self.current_date):
             raise _refused("current_date", self.current_date, "a date as YYYY-MM-DD, or none")
+        self._check_types()
         if not set(self.builtin_tools) <= set(BUILTIN_TOOLS):
             raise _refused("builtin_tools", list(self.builtin_tools), f"of {', '.join(BUILTIN_TOOLS)}")
         _check_names("builtin_tools", self.builtin_tools)
         _check_names("tools", [tool.name for tool in self.tools])
+
+    def _check_types(self) -> None:
+        if not isinstance(self.instructions, str | None):
+            raise _refused("instructions", self.instructions, "text or None")
+        check_list("builtin_tools", self.builtin_tools, ", ".join(BUILTIN_TOOLS))
+        check_list("tools", self.tools, "openai_harmony.ToolDescription")
+        if not all(hasattr(tool, "name") for tool in self.tools):
+            raise _refused("tools", self.tools, "a list of openai_harmony.ToolDescription")
+        if not isinstance(self.response_format, ResponseFormat | None):
+            raise _refused("response_format", self.response_format, "a ResponseFormat or None")
 
 
 def _is_date(text: object) -> bool:

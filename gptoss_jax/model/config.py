@@ -242,7 +242,7 @@ def _fixed_faults(flat: Mapping[str, Any]) -> Iterator[str]:
     for key, want in {**keys.HUGGINGFACE_FIXED, **keys.HUGGINGFACE_ALSO_FIXED, **needed}.items():
         found = flat.get(key)
         if (key in flat or key in needed) and (found != want or isinstance(found, bool) != isinstance(want, bool)):
-            yield f"{key} is {short(found)}, expected {want!r}"
+            yield f"{key} is {short(found)}, expected {'no such key' if want is None else repr(want)}"
 
 
 def _repeated_faults(flat: Mapping[str, Any]) -> Iterator[str]:

@@ -44,8 +44,10 @@ def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) 
         dtype: of the activations.
 
     Raises:
-        GptossError: no op or no implementation has that name.
+        GptossError: `names` is no text, or no op or no implementation has that name.
     """
+    if not isinstance(names, str):
+        raise GptossError(f"kernels is {names!r}, expected a name, or names as attention=NAME,linear=NAME")
     attention = functools.partial(attention_op.choose, dtype=dtype)
     ops: dict[str, Any] = {"attention": attention, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
     pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]

@@ -1,6 +1,7 @@
 """Requests through an engine, each read by its stream: finished answers, in order, as soon as they can be given."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,6 +53,21 @@ def collect(
     for request_id, answer in growing.items():
         engine.cancel(request_id)
         yield answer.sample()
+
+
+def run_one(engine: "gptoss_jax.engine.engine.Engine", request: Request) -> Iterator[Event]:
+    """The events of a request; if the caller loses interest, the engine is free again."""
+    request_id = engine.submit(request)
+    at_exit = sys.is_finalizing  # kept here: modules may be gone when Python ends with an iterator half read
+
+    def events() -> Iterator[Event]:
+        try:
+            yield from engine.run()
+        finally:
+            if not at_exit():
+                engine.cancel(request_id)
+
+    return events()
 
 
 class _Growing:

@@ -13,12 +13,21 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError, to_ids
+from gptoss_jax.engine.request import (
+    NOT_FINITE,
+    EngineConfig,
+    Event,
+    NumericsError,
+    Request,
+    RequestError,
+    to_ids,
+    to_whole,
+)
 from gptoss_jax.engine.runner import Compiled, CompileProgram, ModelRunner, compile_anew
 from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, check_list, check_type
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -28,7 +37,7 @@ from gptoss_jax.model.invariant_sum import row_sum
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DtypePolicy, Model, Params
 from gptoss_jax.runtime import device
-from gptoss_jax.runtime.answers import collect
+from gptoss_jax.runtime.answers import collect, run_one
 from gptoss_jax.runtime.kept_programs import KeptPrograms
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from gptoss_jax.runtime.scoring import Scores, check_named
@@ -36,7 +45,7 @@ from gptoss_jax.runtime.scoring import Scores, check_named
 LOGITS_CHUNK_TOKENS = 256
 
 
-@dataclasses.dataclass(repr=False)
+@dataclasses.dataclass(repr=False, eq=False)  # nobody who compares two means to compare their arrays
 class LanguageModel:
     """A gpt-oss model with its weights, sharded over a mesh. `gptoss_jax.load` makes one.
 
@@ -112,7 +121,11 @@ class LanguageModel:
             scheduler: which requests go first, and which give way; None: first come, first served.
             compiled: those of an engine just like it; None: they are compiled here.
             report: called with the number of programs that are compiled, and of all.
+
+        Raises:
+            GptossError: `engine_config` is no EngineConfig.
         """
+        check_type("engine_config", engine_config, EngineConfig)
         runner = ModelRunner(
             self.model,
             self.params,
@@ -163,7 +176,7 @@ class LanguageModel:
             _sampling(sampling, temperature, seed),
         )
         request.check(self.config, engine_config)
-        return _run_one(self._idle_engine(engine_config), request)
+        return run_one(self._idle_engine(engine_config), request)
 
     def answers(
         self,
@@ -191,13 +204,17 @@ class LanguageModel:
             GptossError: a prompt that cannot be said, or none of this model's; none has been run then.
             NumericsError: the model gave logits that are not finite.
         """
+        check_list("prompts", prompts, "prompts, each a text or token ids")
+        settings, sampling = settings or Settings(), sampling or SamplingParams()
+        check_type("settings", settings, Settings)
         shards = self.sharding.size("batch")
-        engine_config = EngineConfig(slots=-(-slots // shards) * shards, max_context_tokens=max_context_tokens)
+        slots = -(-to_whole("slots", slots) // shards) * shards
+        engine_config = EngineConfig(slots=slots, max_context_tokens=max_context_tokens)
         tokenizer, requests, streams = load_tokenizer(), [], []
         for prompt in prompts:
             streams.append(AnswerStream(tokenizer))
             ids, ends_at = _ids(prompt, settings), streams[-1].ends_at
-            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling or SamplingParams(), ends_at)
+            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling, ends_at)
             request.check(self.config, engine_config)
             requests.append(request)
         for sample in collect(self._idle_engine(engine_config), requests, streams):
@@ -222,6 +239,7 @@ class LanguageModel:
         Raises:
             RequestError: ids outside the vocabulary.
         """
+        token_ids = to_ids("token_ids", token_ids)
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
         for at, logits in self._chunks("logits", self._all_logits, token_ids):
             result[at] = np.asarray(logits)[0, : at.stop - at.start]
@@ -239,9 +257,10 @@ class LanguageModel:
                 than MAX_TOP_LOGPROBS alternatives.
             NumericsError: the model gave logits that are not finite.
         """
+        token_ids = to_ids("token_ids", token_ids)
         if len(token_ids) < 2:
             raise RequestError(f"{len(token_ids)} tokens to score, expected at least 2: the first has none before it")
-        if not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+        if not 0 <= to_whole("top_logprobs", top_logprobs) <= MAX_TOP_LOGPROBS:
             raise RequestError(f"top_logprobs is {top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}")
         check_named(token_ids, self.config)
         targets = np.roll(np.asarray(token_ids), -1)  # the last has no target: what is there is not read
@@ -267,6 +286,7 @@ class LanguageModel:
             RequestError: ids outside the vocabulary.
             GptossError: a tap that this model does not have.
         """
+        check_list("taps", taps, "names")
         ids, slots = self._checked(token_ids), self.sharding.size("batch")
         tokens = np.zeros((slots, -(-ids.size // LOGITS_CHUNK_TOKENS) * LOGITS_CHUNK_TOKENS), np.int32)
         tokens[:, : ids.size] = ids
@@ -377,16 +397,3 @@ def _sampling(sampling: SamplingParams | None, temperature: float | None, seed: 
     if temperature is not None or seed is not None:
         raise GptossError("temperature and seed beside sampling: expected them inside it")
     return sampling
-
-
-def _run_one(engine: Engine, request: Request) -> Iterator[Event]:
-    """The events of a request; if the caller loses interest, the engine is free again."""
-    request_id = engine.submit(request)
-
-    def events() -> Iterator[Event]:
-        try:
-            yield from engine.run()
-        finally:
-            engine.cancel(request_id)
-
-    return events()

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from gptoss_jax.checkpoints import opening
 from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, short
 from gptoss_jax.model import layers, transformer
 from gptoss_jax.model import sharding as sharding_module
 from gptoss_jax.model.sharding import Sharding
-from gptoss_jax.runtime import weight_transforms
+from gptoss_jax.runtime import kept_programs, weight_transforms
 from gptoss_jax.runtime.language_model import LanguageModel
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from pallas_kernels.choice import Hardware
@@ -30,7 +30,7 @@ def load(
     dtype: str = "bfloat16",
     dense: str = "bfloat16",
     kernels: str = "auto",
-    programs_folder: Path | None = None,
+    programs_folder: str | os.PathLike[str] | None = None,
     report: Report = lambda done_bytes, total_bytes: None,
 ) -> LanguageModel:
     """The model at `path`, ready to run.
@@ -47,15 +47,18 @@ def load(
         report: called with the bytes of weights that are loaded, and of all.
 
     Raises:
-        GptossError: what all of these are, and an unknown dtype, dense or kernel.
+        GptossError: what all of these are; a path or a name of another type; an unknown dtype, dense or kernel; a
+            `programs_folder` that cannot be made or written to, or that others can write to.
         SourceError: there is no such folder, or what is published in it is incomplete or damaged.
         ConfigError: its config.json is not a gpt-oss model's.
         CheckpointError: it is a converted checkpoint that is unfinished, damaged, or not of this model.
         MeshError: the mesh does not fit the devices or the model.
     """
     began = time.perf_counter()
+    _check_path(path)
     _check_known("dtype", dtype, transformer.DTYPE_POLICIES)
     _check_known("dense", dense, DENSE_ITEMSIZE)
+    programs = _programs_folder(programs_folder)
     policy = transformer.DTYPE_POLICIES[dtype]
     sharding = sharding_module.make(mesh)
     chosen, reason = layers.choose_kernels(kernels, Hardware.of(sharding.mesh.devices.flat[0]), policy.activations)
@@ -80,13 +83,28 @@ def load(
         source=weights.described,
         weights_are_random=weights.are_random,
         load_seconds=time.perf_counter() - began,
-        programs_folder=programs_folder,
+        programs_folder=programs,
     )
 
 
+def _check_path(path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise GptossError(f"path is {short(path)}, expected the folder of a checkpoint")
+
+
+def _programs_folder(given: str | os.PathLike[str] | None) -> Path | None:
+    if given is None:
+        return None
+    if not isinstance(given, str | os.PathLike):
+        raise GptossError(f"programs_folder is {short(given)}, expected a folder or None")
+    if reason := kept_programs.why_not(Path(given)):
+        raise GptossError(f"programs_folder: {reason}")
+    return Path(given)
+
+
 def _check_known(what: str, name: str, known: Mapping[str, Any]) -> None:
-    if name not in known:
-        raise GptossError(f"{what} is {name!r}, expected one of {', '.join(known)}")
+    if not isinstance(name, str) or name not in known:
+        raise GptossError(f"{what} is {short(name)}, expected one of {', '.join(known)}")
 
 
 def _reported(

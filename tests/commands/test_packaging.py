@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import re
+import shlex
 import socket
 import tomllib
 from pathlib import Path
@@ -86,6 +87,14 @@ def test_session_blocks_network_but_not_event_loops():
         with socket.socket() as connection:
             connection.connect(("127.0.0.1", 9))
     assert asyncio.run(asyncio.sleep(0, "works")) == "works"
+
+
+def test_the_readmes_download_gives_each_option_one_value():
+    """Guards the first line that people copy: current `hf` takes a second pattern for the one file to fetch."""
+    [line] = re.findall(r"^    hf download (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    repository, *options = shlex.split(line)
+    assert repository == "openai/gpt-oss-20b"
+    assert dict(zip(options[::2], options[1::2], strict=True)) == {"--local-dir": "gpt-oss-20b", "--exclude": "*/*"}
 
 
 def test_the_readmes_tree_names_every_module():

@@ -158,7 +158,7 @@ REFUSED = {
     "unknown key": (changed(SMALL, attention_chunk=3), "unknown key attention_chunk"),
     "missing key": (without(SMALL, "head_dim", "swiglu_limit"), "missing key head_dim; missing key swiglu_limit"),
     "missing rope": (without(SMALL, "rope_scaling"), "missing key rope_scaling.factor"),
-    "unknown rope key": (rope(mscale=2.0), "rope_scaling.mscale is 2.0, expected None"),
+    "unknown rope key": (rope(mscale=2.0), "rope_scaling.mscale is 2.0, expected no such key"),
     "rounded YaRN": (rope(truncate=True), "rope_scaling.truncate is True, expected False"),
     "another rope": (rope(rope_type="linear"), "rope_scaling.rope_type is 'linear', expected 'yarn'"),
     "another model": (changed(SMALL, model_type="llama"), "model_type is 'llama', expected 'gpt_oss'"),

@@ -34,6 +34,7 @@ CONTENTS = {
     "a long key twice": (b'{"%s": 1, "%s": 1}' % (b"k" * 9000, b"k" * 9000), f": the key '{'k' * 59}... stands"),
     "no UTF-8": (b'["\xff"]', ": the file is not valid UTF-8 at byte 2"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), ": the file is UTF-16, expected UTF-8: convert it with `iconv -f UTF-16"),
+    "zeros": (bytes(500), ": filled with zeros, as a crash or a broken download leaves it: fetch it again"),
     "a pointer": (LFS_POINTER, ": a Git LFS pointer in place of the file: run `git lfs pull`"),
     "a page": (b"\n<!DOCTYPE html><html>", ": a web page saved under this name: fetch the file again"),
     "gzip": (b"\x1f\x8b\x08\x00", ": packed with gzip: unpack it"),

@@ -159,7 +159,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 def partial_folder(dst: str | Path) -> Path:
     """Where a checkpoint that is to be at `dst` is written until it is whole."""
     dst = Path(os.path.abspath(dst))
-    return dst.with_name(dst.name + ".partial")
+    return dst.parent / f"{dst.name}.partial"  # of the root too, which has no name
 
 
 def is_unfinished(path: str | Path) -> bool:
