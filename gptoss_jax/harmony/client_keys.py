@@ -16,8 +16,8 @@ HARMLESS = frozenset(
     timestamp time date status index usage token_count tokens cache_control cachePoint prompt_cache_key metadata
     response_metadata usage_metadata provider_specific_fields provider_options providerOptions providerMetadata
     annotations citations logprobs finish_reason native_finish_reason stop_reason done done_reason signature
-    thought_signature system_fingerprint service_tier safety_identifier user store stream stream_options keep_alive total_duration
-    load_duration prompt_eval_count prompt_eval_duration eval_count eval_duration weight feedback
+    thought_signature system_fingerprint service_tier safety_identifier user store stream stream_options keep_alive
+    total_duration load_duration prompt_eval_count prompt_eval_duration eval_count eval_duration weight feedback
     """.split()
 )
 """None of these is what somebody said, or says how the model is to answer."""
