@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from openai_harmony import Conversation as LibraryConversation
 from openai_harmony import Message, Role, SystemContent, TextContent
 
+from gptoss_jax.cli import flag_values
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import decoded
 from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
@@ -1031,6 +1032,12 @@ def test_text_files_of_other_systems(data, text):
         f"q.txt is {text}, expected UTF-8: convert it with `iconv -f {text} -t UTF-8`, or have PowerShell write UTF-8 "
         "(`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
     )
+
+
+def test_a_text_without_an_end_is_refused():
+    """Guards a device given as a prompt's file, which filled the memory."""
+    with pytest.raises(GptossError, match=r"^/dev/zero holds more than 256 MiB, expected a text$"):
+        flag_values.read_text("/dev/zero")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
