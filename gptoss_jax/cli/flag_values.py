@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from absl import flags
@@ -11,6 +10,8 @@ from absl import flags
 from gptoss_jax.cli.mistakes import spell_flags, spelled
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import decoded
+
+MAX_TEXT_BYTES = 2**28  # so that /dev/zero and its like are refused; far more than anybody waits for to be scored
 
 
 def refuse_together(options: flags.FlagValues, *pairs: tuple[str, str]) -> None:
@@ -64,10 +65,14 @@ def read_text(path: str) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        GptossError: it is no UTF-8, or holds white space only.
+        GptossError: it has no end in sight, is no UTF-8, or holds white space only.
     """
     name = "stdin" if path == "-" else path
-    text = decoded(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), name)
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise GptossError(f"{name} holds more than {MAX_TEXT_BYTES >> 20} MiB, expected a text")
+    text = decoded(data, name)
     if not text.strip():
         raise GptossError(f"{name} holds no text (--help lists the ways to give one)")
     return text.removesuffix("\n").removesuffix("\r")

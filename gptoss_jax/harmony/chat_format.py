@@ -8,6 +8,7 @@ from openai_harmony import Author, Message, Role
 
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import render
+from gptoss_jax.harmony.client_keys import are_parts
 from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
 from gptoss_jax.harmony.json_values import json_text, known_fields, model_of, needed, nonempty_list, string
 from gptoss_jax.harmony.tool_results import ToolResult, find_calls, result_message
@@ -97,7 +98,7 @@ def _content(message: _ChatMessage) -> str:
     content = message.fields.get("content", "")
     if message.role == "user":
         content = needed(message.fields, "content", message.where)
-    if isinstance(content, list):
+    if isinstance(content, list) and (message.role not in _ANSWERING or are_parts(content)):
         return "".join(_part_text(part, message.where) for part in content)
     if message.role in _ANSWERING:
         return json_text(content)
@@ -136,7 +137,8 @@ def _assistant(message: _ChatMessage) -> list[tuple[Message, str | None]]:
         legacy = _call({"function": fields["function_call"]}, f"{where}, function_call")
         calls += [] if legacy[0] in [call for call, _ in calls] else [legacy]
     messages = [_say(text, "analysis") for text in _reasoning(message)]
-    content = _content(message) + string(fields.get("refusal", ""), f"{where}, refusal")
+    content, refusal = _content(message), string(fields.get("refusal", ""), f"{where}, refusal")
+    content += "" if refusal == content else refusal
     if content:
         messages.append(_say(content, "commentary" if calls else "final"))
     return [(message, None) for message in messages] + calls
@@ -170,7 +172,7 @@ def _call(call: object, where: str) -> tuple[Message, str | None]:
     if not name:
         raise GptossError(f"{where} has a name that names no function")
     arguments = json_text(function.get("arguments") or {})
-    if not arguments.strip():  # like null and nothing at all: a function without parameters
+    if arguments.strip() in ("", "null"):  # like null itself and nothing at all: a function without parameters
         arguments = "{}"
     message = _say(arguments, "commentary").with_recipient(f"functions.{name}").with_content_type(f"{CONSTRAIN}json")
     render.check_message(message, where)

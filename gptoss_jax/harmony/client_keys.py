@@ -15,15 +15,23 @@ HARMLESS = frozenset(
     conversation_id thread_id session_id run_id request_id created created_at createdAt updated_at updatedAt
     timestamp time date status index usage token_count tokens cache_control cachePoint prompt_cache_key metadata
     response_metadata usage_metadata provider_specific_fields provider_options providerOptions providerMetadata
-    annotations citations logprobs finish_reason stop_reason done done_reason signature thought_signature
-    system_fingerprint service_tier safety_identifier user store stream stream_options keep_alive total_duration
-    load_duration prompt_eval_count prompt_eval_duration eval_count eval_duration weight feedback
+    annotations citations logprobs finish_reason native_finish_reason stop_reason done done_reason signature
+    thought_signature system_fingerprint service_tier safety_identifier user store stream stream_options keep_alive
+    total_duration load_duration prompt_eval_count prompt_eval_duration eval_count eval_duration weight feedback
     """.split()
 )
 """None of these is what somebody said, or says how the model is to answer."""
 
-_DEFAULTS: Mapping[str, object] = {"type": "message", "tool_choice": "auto", "parallel_tool_calls": True, "n": 1}
-_REPEATING = ("text", "output_text", "parts", "parsed")  # of a message: its content once more
+_DEFAULTS: Mapping[str, object] = {
+    **{"type": "message", "tool_choice": "auto", "parallel_tool_calls": True, "n": 1},
+    **{"example": False, "prefix": False, "partial": False, "is_error": False},  # LangChain's, Mistral's, Anthropic's
+}
+# A key that says once more what stands under others -> these.
+_REPEATING = {
+    **dict.fromkeys(("text", "output_text", "parts", "parsed"), ("content",)),
+    "thinking_blocks": ("reasoning_content", "reasoning", "thinking"),  # LiteLLM's
+    "parsed_arguments": ("arguments",),  # OpenAI's own client's
+}
 _OPENED_OBJECTS = ("function", "function_call")
 _OPENED = ("messages", "content", "tool_calls", "tools", *_OPENED_OBJECTS)
 _OF_CALLS = ("id", "index")
@@ -45,6 +53,11 @@ def results_without_harmless(documents: object) -> tuple[Any, list[str]]:
     return _stripped(documents, _RESULTS, names), _remarks(names)
 
 
+def are_parts(content: list[Any]) -> bool:
+    """Whether a message's list is one of parts; a tool may give any other, whose keys are its own."""
+    return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+
+
 def _remarks(names: Iterable[str]) -> list[str]:
     shown = ", ".join(map(short, itertools.islice(names, 20)))
     return [f"ignored, since the prompt has no place for it: {shown}"] if shown else []
@@ -52,6 +65,8 @@ def _remarks(names: Iterable[str]) -> list[str]:
 
 def _stripped(value: object, within: str, names: dict[str, None]) -> object:
     if isinstance(value, list):
+        if within == "content" and not are_parts(value):
+            return value
         return [_stripped(part, within, names) for part in value]
     if not isinstance(value, dict):
         return value
@@ -75,21 +90,29 @@ def _is_harmless(key: str, value: Mapping[str, Any], within: str) -> bool:
         return True
     if key in _DEFAULTS and value[key] == _DEFAULTS[key]:
         return True
-    return key in _REPEATING and "role" in value and _repeats(value[key], value.get("content"))
+    others = [other for other in _REPEATING.get(key, ()) if other in value or "role" in value]
+    return any(_repeats(value[key], value.get(other)) for other in others)
 
 
 def _repeats(part: object, content: object) -> bool:
-    """Whether a part of a message is its content in another form."""
+    """Whether a part of a message or call is another in another form."""
     text = _plain_text(content)
-    if _plain_text(part) == text:
+    if part == content or (text is not None and _plain_text(part) == text):
         return True
     try:
-        return json.loads(text) == part
+        return json.loads(text or "") == part
     except (ValueError, RecursionError):
         return False
 
 
-def _plain_text(content: object) -> str:
-    if isinstance(content, list):
-        return "".join(_plain_text(part.get("text")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
+def _plain_text(content: object) -> str | None:
+    """A text, or that of a list of parts; None where there is more than text, an image say."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else "" if content is None else None
+    texts = [_text_of_part(part) for part in content if not (isinstance(part, dict) and part.keys() == {"type"})]
+    return None if None in texts else "".join(filter(None, texts))
+
+
+def _text_of_part(part: object) -> str | None:
+    text = part.get("text", part.get("thinking")) if isinstance(part, dict) else None
+    return text if isinstance(text, str) else None

@@ -58,6 +58,11 @@ class Header:
         return len(self.sections) == 1 and not self.sections[0][1]
 
     @property
+    def is_bare(self) -> bool:
+        """No control token says that its words are a header's."""
+        return len(self.sections) == 1 and self.sections[0][0] == _UNOPENED
+
+    @property
     def holds_content(self) -> bool:
         """The last section goes on after the channel: `<|message|>` was left out."""
         opener, chunks = self.sections[-1]
@@ -119,8 +124,8 @@ class Header:
         tool, the later header stands.
         """
         role, _ = self.author or _author(self.fields) or ("assistant", None)
-        stray = self.fields.get("channel")
-        if stray and role == "assistant" and self.fields.get("recipient") in NO_TOOLS:
+        stray, recipient = self.fields.get("channel"), self.fields.get("recipient")
+        if stray and role == "assistant" and (recipient in NO_TOOLS or names_no_tool(recipient)):
             self.faults.append(f"stray channel {stray!r} before {channel!r}")
             for kind in ("channel", "recipient", "type"):
                 self.fields.pop(kind, None)

@@ -170,9 +170,9 @@ class Parsed:
     def unparsed_text(self) -> str:
         """All text that is in none of the others: stray text, content of other roles and channels, and of cut calls.
 
-        Where nothing has come but words of headers, these.
+        Where no message has come, only words of headers, these.
         """
-        if all(part.kind == "header" for part in self.parts):
+        if not self.messages and all(part.kind == "header" for part in self.parts):
             return "".join(part.text for part in self.parts)
         return _paragraphs([self.stray_text, *self._contents("other", "cut_call")])
 

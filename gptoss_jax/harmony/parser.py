@@ -209,6 +209,9 @@ class StreamParser:
         if header.started or not header.empty:
             self._faults.append("header without <|message|>" if header.started else "text between messages")
         calls = message.kind in ("call", "cut_call")
+        if header.is_bare and not calls and (terminated or (is_cut and header.started and header.fields)):
+            self._add([("unparsed", text) for _, text in header.texts], None)  # an answer may be the one word "user"
+            return []
         if (message.channel is None and message.recipient is None) or not (content or (terminated and not calls)):
             self._announced_calls += [replace(message, is_cut=True)] if calls else []
             self._add([("header" if kind == "header" else "unparsed", text) for kind, text in header.texts], None)

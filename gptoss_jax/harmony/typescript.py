@@ -142,6 +142,7 @@ class _Writer:
 
     def _shape(self, schema: Schema, indent: str, place: str, described: bool, above: list[str] | None) -> _Type:
         """What the keywords say together."""
+        self._check_types(schema, place)
         combining = [key for key in _COMBINING_KEYS if schema.get(key)]
         parts = []
         if _has_shape(schema) or not combining:
@@ -173,9 +174,13 @@ class _Writer:
         bare = [] if _has_shape(schema) else ["object", "array"]
         return tuple(each if each in bare else self._of_kind(each, schema, indent, place) for each in kind)
 
+    def _check_types(self, schema: Schema, place: str) -> None:
+        kind = _kind(schema)
+        for each in kind if isinstance(kind, list) else [] if kind is None else [kind]:
+            if each not in _TYPES:
+                raise self._refused(place, f"has type {short(each)}, expected one of {', '.join(_TYPES)}")
+
     def _of_kind(self, kind: object, schema: Schema, indent: str, place: str) -> str:
-        if kind not in _TYPES:
-            raise self._refused(place, f"has type {short(kind)}, expected one of {', '.join(_TYPES)}")
         if kind == "object":
             return self._object(schema, indent, place)
         return self._array(schema, indent, place) if kind == "array" else _SIMPLE[str(kind)]

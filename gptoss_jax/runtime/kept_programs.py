@@ -81,7 +81,7 @@ class KeptPrograms:
 def _read(path: Path, key: bytes) -> tuple[Any, Any, Any] | None:
     """What `serialize` gave, if the entry was written under `key` and is whole."""
     try:
-        entry = path.read_bytes()
+        entry = path.read_bytes() if path.is_file() else b""  # a pipe gives nothing for ever, a device no end
     except OSError:
         return None
     found, digest, payload = entry[:DIGEST_BYTES], entry[DIGEST_BYTES : 2 * DIGEST_BYTES], entry[2 * DIGEST_BYTES :]

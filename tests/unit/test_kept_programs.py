@@ -1,5 +1,6 @@
 """Compiled programs in a folder: found again, and never taken for what they are not."""
 
+import functools
 import os
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_an_entry_in_whose_place_a_folder_lies_costs_a_compilation(folder):
     result = kept(folder).compile("doubled", jax.jit(doubled), (X,))(X)
     np.testing.assert_array_equal(np.asarray(result["doubled"][1]), X * 2)
     assert list(folder.iterdir()) == [entry]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, functools.partial(os.symlink, "/dev/zero")], ids=["pipe", "device"])
+def test_an_entry_in_whose_place_no_file_lies_is_compiled_and_written_anew(folder, make):
+    """Guards a start that waits for ever, or reads until the memory is full."""
+    [entry] = folder.iterdir()
+    entry.unlink()
+    make(entry)
+    result = kept(folder).compile("doubled", jax.jit(doubled), (X,))(X)
+    np.testing.assert_array_equal(np.asarray(result["doubled"][1]), X * 2)
+    assert kept(folder).compile("doubled", Untraceable(), (X,))
 
 
 def test_a_folder_is_made_for_its_user_alone(tmp_path):

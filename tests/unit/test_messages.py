@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from openai_harmony import Conversation as LibraryConversation
 from openai_harmony import Message, Role, SystemContent, TextContent
 
+from gptoss_jax.cli import flag_values
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import decoded
 from gptoss_jax.harmony import json_values, messages, parsed, parser, tokenizer
@@ -817,9 +818,7 @@ def test_the_rest_of_the_results_follow():
     ]
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": " "}, {"arguments": {}}, {"arguments": []}]
-)
+@pytest.mark.parametrize("arguments", [{}, *({"arguments": value} for value in (None, "", " ", "null", {}, []))])
 def test_no_arguments(arguments):
     """Guards calls of functions that take nothing, however a client writes that."""
     call_document = {"id": "1", "function": {"name": "f", **arguments}}
@@ -905,6 +904,31 @@ def test_keys_that_change_nothing_are_named_once():
     )
 
 
+def test_keys_that_say_once_more_what_is_there():
+    """Guards LiteLLM's thinking blocks, OpenAI's parsed arguments and a refusal that is the content too."""
+    thought = {"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s"}]}
+    function = {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}
+    document = [
+        USER | {"example": False},
+        {"role": "assistant", "content": "No.", "refusal": "No.", "reasoning_content": "hm", **thought},
+        USER,
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": function}]},
+    ]
+    assert [row[-1] for row in spoken(from_json(document))[1:]] == ["hm", "No.", USER["content"], '{"a": 1}']
+    function["parsed_arguments"], function["arguments"] = {"a": 2}, {"a": 1}
+    with pytest.raises(ValueError, match="has 'parsed_arguments', expected only name, arguments"):
+        from_json(document)
+
+
+@pytest.mark.parametrize("content", [[{"id": 7, "status": "open"}], [{"type": "a", "id": 7}, {}], [1, "b"]])
+def test_a_list_of_a_tools_own_is_its_result(content):
+    """Guards data that a tool gives as a list, and its keys, some of which clients write around messages too."""
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}
+    conversation = from_json([USER, call, {"role": "tool", "tool_call_id": "c", "content": content}])
+    assert json.loads(spoken(conversation)[-1][-1]) == content
+    assert conversation.remarks == ()
+
+
 @pytest.mark.parametrize(
     ("document", "key"),
     [
@@ -912,6 +936,11 @@ def test_keys_that_change_nothing_are_named_once():
         ([USER | {"parts": [{"text": "y"}]}], "parts"),
         ([USER, {"role": "assistant", "content": "[1]", "parsed": [2]}], "parsed"),
         ([USER | {"prefix": True}], "prefix"),
+        ([USER | {"parts": [{"text": USER["content"]}, {"type": "image", "url": "y"}]}], "parts"),
+        (
+            [USER, {"role": "assistant", "content": "x", "thinking": "t", "thinking_blocks": [{"text": "u"}]}],
+            "thinking_blocks",
+        ),
         ([USER | {"type": "reasoning"}], "type"),
         ([USER | {"images": ["aGk="]}], "images"),
         ({"messages": [USER], "tool_choice": "none"}, "tool_choice"),
@@ -1003,6 +1032,12 @@ def test_text_files_of_other_systems(data, text):
         f"q.txt is {text}, expected UTF-8: convert it with `iconv -f {text} -t UTF-8`, or have PowerShell write UTF-8 "
         "(`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
     )
+
+
+def test_a_text_without_an_end_is_refused():
+    """Guards a device given as a prompt's file, which filled the memory."""
+    with pytest.raises(GptossError, match=r"^/dev/zero holds more than 256 MiB, expected a text$"):
+        flag_values.read_text("/dev/zero")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])

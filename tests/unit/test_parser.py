@@ -260,6 +260,31 @@ def test_more_answers_without_message_token(read):
     assert (empty.final, empty.unparsed_text, empty.parse_status) == ("", "", "repaired")
     (call,) = read(CALL_WEATHER.replace("<|message|>", "")).calls
     assert call == WEATHER
+
+
+def test_an_answer_of_one_word_that_headers_use(read):
+    """Guards an answer such as "user", alone or behind thoughts, against being taken for a header nobody sees."""
+    for word in ("user", "assistant", "tool", "final", "analysis"):
+        for end in ("<|return|>", "<|end|>", ""):
+            parsed = read(word + end)
+            assert (parsed.messages, parsed.stray_text, parsed.parse_status) == ((), word, "unparsed")
+        behind = read(f"{THOUGHT}{word}<|return|>")
+        assert (behind.messages, behind.stray_text) == ((HM,), word)
+    cut = read(f"{THOUGHT}{NEXT}")  # a header that is well-formed so far
+    assert (cut.messages, cut.stray_text, cut.unparsed_text) == ((HM,), "", "")
+
+
+@pytest.mark.parametrize("header", ["final<|message|>", "final", "analysis<|channel|>final<|message|>"])
+def test_the_words_of_an_empty_answers_header_are_no_text(read, header):
+    """Guards `final or unparsed_text`, where the model answers with nothing, against words of its header."""
+    parsed = read(f"<|channel|>{header}<|return|>")
+    assert (parsed.final, parsed.unparsed_text) == ("", "")
+
+
+def test_a_stray_header_to_a_namespace_without_a_tool(read):
+    """Guards the answer behind `to=functions.`, which names nobody, against being shown as a cut call."""
+    parsed = read("<|channel|>commentary to=functions.<|channel|>final<|message|>Hello!<|return|>")
+    assert (parsed.final, parsed.cut_calls, parsed.parse_status) == ("Hello!", (), "repaired")
     (call,) = read("<|channel|>commentary to=python code print(1)<|call|>").calls
     assert call == Message("assistant", "print(1)", "commentary", recipient="python", content_type="code")
     (call,) = read("<|channel|>commentary to=functions.x{}<|call|>").calls
@@ -834,8 +859,9 @@ def check_nothing_is_lost(ours, parsed):
     assert all(part.message is None for part in parsed.parts if part.kind == "unparsed")
     places = [parsed.final or "", parsed.reasoning, *parsed.preambles, *(call.content for call in parsed.calls)]
     spoken = "".join(part.text for part in parsed.parts if part.kind != "header")
+    seen = spoken if spoken or parsed.messages else said
     # Each letter in one place, and no word of a header beside what was said. Paragraphs are joined by new lines.
-    assert Counter("".join([*places, parsed.unparsed_text])) - NEW_LINES == Counter(spoken or said) - NEW_LINES
+    assert Counter("".join([*places, parsed.unparsed_text])) - NEW_LINES == Counter(seen) - NEW_LINES
     assert (parsed.parse_status == "unparsed") == any(part.kind == "unparsed" for part in parsed.parts)
     if parsed.parse_status in ("ok", "repaired"):
         assert (parsed.parse_status == "repaired") == bool(parsed.faults)
