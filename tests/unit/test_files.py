@@ -126,7 +126,7 @@ MESHES = {
     '{"axes": {"a\\nb": 1}}': r"unknown mesh axis 'a\nb'",
     '{"axes": {}, "rules": {"heads": [["tensor"]]}}': "mesh.json: expected {",
     '{"axes": {}, "rules": {"%s": []}}' % ("x" * 9000): "unknown logical axis 'xxx",
-    '{"axes": {"tensor": 2147483647, "expert": 2147483647}}': "a mesh of 4611686014132420609 devices",
+    '{"axes": {"tensor": 999999999, "expert": 999999999}}': "a mesh of 999999998000000001 devices",
 }
 
 
