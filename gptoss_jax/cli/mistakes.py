@@ -55,6 +55,9 @@ def spell_flags(message: str, names: Mapping[str, str] = {}) -> str:
     `names`: what the library calls a flag -> the flag, where they differ.
     """
     known = {name: name for name in flags.FLAGS if "_" in name} | dict(names)
+    first, _, rest = message.partition(" ")
+    if first in flags.FLAGS and first not in known and rest.startswith("is "):  # `seed is -2`; elsewhere seed is a word
+        return f"{spelled(first)} {spell_flags(rest, names)}"
     return re.sub(rf"\b({'|'.join(known)})\b", lambda found: spelled(known[found[0]]), message)
 
 
@@ -98,7 +101,7 @@ def _meant(name: str) -> str | None:
     """The flag of this command that a name which it has not may stand for."""
     ours = _own_flags()
     elsewhere = [flag for flag in _ELSEWHERE.get(name, ()) if flag in ours]
-    return next(iter(elsewhere or difflib.get_close_matches(name, ours, n=1)), None)
+    return next(iter(elsewhere or difflib.get_close_matches(name, [*ours, "version", "help"], n=1)), None)
 
 
 def _own_flags() -> list[str]:

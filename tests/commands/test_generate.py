@@ -586,7 +586,7 @@ BAD = {
     "chat and save": (["--chat", "--save", "x"], "leave --save out; /save FILE in the session writes the conversation"),
     "unquoted prompt": (["why", "is"], "unexpected argument 'is': a prompt of several words goes in quotes"),
     "unknown flag": (["--promt", "x"], "unknown flag --promt: did you mean --prompt?"),
-    "bad temperature": (["x", "--temperature", "-1"], "temperature is -1.0, expected 0 to 10000"),
+    "bad temperature": (["x", "--temperature", "-1"], "--temperature is -1.0, expected 0 to 10000"),
     "bad bias": (["x", "--logit-bias", "5"], "--logit-bias is '5', expected pairs such as 1234=2.5,99=-inf"),
     "bias outside": (["x", "--logit-bias", "200019=1"], "--logit-bias names id 200019, expected ids from 0 to 200018"),
     "many stops": (["x", "--stop-ids", "1,2,3,4,5,6"], "9 stop ids, expected at most 8"),

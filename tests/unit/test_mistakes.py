@@ -25,7 +25,8 @@ TYPED = {
     "--verbose": "unknown flag --verbose: did you mean --stats?",
     "--effort low": "unknown flag --effort: did you mean --reasoning-effort?",
     "--zzz": "unknown flag --zzz",
-    "--helpful": "unknown flag --helpful",  # absl's own flags are not ours to offer
+    "--helpful": "unknown flag --helpful: did you mean --help?",  # not --helpfull, which is absl's
+    "--versoin": "unknown flag --versoin: did you mean --version?",
     "--nodeterministic=true": "--nodeterministic takes no value",
     "--no-show-reasoning=1": "--noshow-reasoning takes no value",
     "--json=maybe": "--json is 'maybe', expected true or false",
