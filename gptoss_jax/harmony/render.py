@@ -40,7 +40,9 @@ _SETTINGS_OF = {
 # like a control token would tempt whoever parses the text rather than the ids.
 _HEADER_WORD = re.compile(r"[^\s<|>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|>)?[^\s<|>]+")
-_ASKED_EFFORT = re.compile(r"\breasoning(?:[ _]effort)?\s*[:=]\s*(low|medium|high)\b", re.IGNORECASE)
+_ASKED_EFFORT = re.compile(  # "Reasoning: high", "**Reasoning effort:** high", "set reasoning_effort to high"
+    r"\breasoning(?:[ _]effort)?(?:[\s*_\"'`:=]+|\s+(?:to|is)\s+)[\"'`]?(low|medium|high)\b(?!-)", re.IGNORECASE
+)
 _ROLE_OF = {SystemContent: Role.SYSTEM, DeveloperContent: Role.DEVELOPER}
 _ROLES = [role.value for role in Role]
 

@@ -997,7 +997,10 @@ def test_remarks_on_tools_and_results(write):
     [
         ("You are a helper. Reasoning: high", "medium", "'Reasoning: high', but the effort that acts is medium"),
         ("reasoning_effort=LOW", "high", "'reasoning_effort=LOW', but the effort that acts is high"),
+        ("**Reasoning:** high", "low", "'Reasoning:** high', but the effort that acts is low"),
+        ("Set reasoning to 'high'.", "low", '"reasoning to \'high", but the effort that acts is low'),
         ("Reasoning: medium", "medium", None),
+        ("Keep the reasoning low-level.", "medium", None),
         ("Reasoning: highlight it", "medium", None),
         ("Explain your reasoning.", "low", None),
     ],
