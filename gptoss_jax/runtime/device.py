@@ -54,16 +54,29 @@ def measure_read_bandwidth(device: Any, num_bytes: int = SAMPLE_BYTES) -> float:
 
 
 def machine(device: Any) -> str:
-    """What speed and programs depend on: kind of device, host, processor and the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device.device_kind}, {platform.node()}, {_processor()}, {cores} cores"
+    """What a device's speed depends on: its kind, the host, its processor and the cores that this process may use."""
+    return f"{device.device_kind}, {platform.node()}, {_processor()}, {_cores()} cores"
+
+
+def processor() -> str:
+    """What compiled programs depend on, whatever the host is called: the processor, its features, the cores."""
+    return f"{_processor()}, {_cpuinfo('flags') or _cpuinfo('Features')}, {_cores()} cores"
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):  # Linux only
-        if found := re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; "" elsewhere."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{field}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1]
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _kept_figures() -> dict[str, float]:

@@ -57,8 +57,8 @@ class KeptPrograms:
     def __init__(self, folder: Path, devices: Iterable[Any], described: str):
         """`described`: everything that the programs depend on, beside devices, arguments and this installation."""
         self._folder, self._devices = folder, list(devices)
-        of_devices = [(d.id, d.platform, d.device_kind) for d in self._devices]
-        self._described = f"{described} {of_devices} {device.machine(self._devices[0])} {_environment()}"
+        of_devices = [(d.id, d.platform, d.device_kind, d.client.platform_version) for d in self._devices]
+        self._described = f"{described} {of_devices} {device.processor()} {_environment()}"
 
     def compile(self, name: str, program: Any, arguments: tuple[Any, ...]) -> Any:
         """`program`, a jitted function, compiled for `arguments`: the kept one, or a new one, which is then kept."""
@@ -68,9 +68,10 @@ class KeptPrograms:
         key = _sha256(f"{asked} {_installation()}".encode())
         kept = _read(path, key)
         if kept is not None:
-            return serialize_executable.deserialize_and_load(
-                *kept, backend=self._devices[0].client, execution_devices=self._devices
-            )
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the devices' driver has become another one, say
+                return serialize_executable.deserialize_and_load(
+                    *kept, backend=self._devices[0].client, execution_devices=self._devices
+                )
         compiled = program.lower(*arguments).compile()
         with contextlib.suppress(OSError, ValueError, NotImplementedError):  # a full disk; what JAX cannot serialize
             payload = pickle.dumps(serialize_executable.serialize(compiled))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.runtime import kept_programs
+from gptoss_jax.runtime import device, kept_programs
 from gptoss_jax.runtime.kept_programs import KeptPrograms
 
 CPUS = jax.devices()
@@ -142,3 +142,23 @@ def test_a_folder_is_made_for_its_user_alone(tmp_path):
     assert "others can write to" in str(kept_programs.why_not(folder))
     (tmp_path / "file").write_text("")
     assert "cannot make" in str(kept_programs.why_not(tmp_path / "file" / "programs"))
+
+
+def test_programs_are_those_of_a_processor_not_of_a_host(folder, monkeypatch):
+    """Guards containers, whose names change with each start; and a home that machines of two kinds share."""
+    monkeypatch.setattr(device.platform, "node", lambda: "another")
+    assert kept(folder).compile("doubled", Untraceable(), (X,))
+    monkeypatch.setattr(device, "_cpuinfo", lambda field: "without AVX-512")
+    with pytest.raises(AssertionError, match="traced again"):
+        kept(folder).compile("doubled", Untraceable(), (X,))
+
+
+def test_what_the_runtime_does_not_take_is_compiled_anew(folder, monkeypatch):
+    """Guards a driver that refuses an executable of the one before it."""
+
+    def refuse(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: another driver")
+
+    monkeypatch.setattr(kept_programs.serialize_executable, "deserialize_and_load", refuse)
+    result = kept(folder).compile("doubled", jax.jit(doubled), (X,))(X)
+    np.testing.assert_array_equal(np.asarray(result["doubled"][1]), X * 2)
