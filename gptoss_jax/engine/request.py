@@ -5,12 +5,14 @@ Knows no JAX, so that a request is checked before JAX is imported.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MAX_STOP_IDS
+
+T = TypeVar("T")
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
 
@@ -27,10 +29,7 @@ def to_ids(name: str, ids: Any) -> tuple[int, ...]:
     Raises:
         RequestError: something else, called `name`.
     """
-    try:
-        return whole_numbers(name, ids)
-    except GptossError as error:
-        raise RequestError(str(error)) from None
+    return _refused(whole_numbers, name, ids)
 
 
 def to_whole(name: str, value: Any) -> int:
@@ -39,8 +38,13 @@ def to_whole(name: str, value: Any) -> int:
     Raises:
         RequestError: something else, called `name`.
     """
+    return _refused(check_whole, name, value)
+
+
+def _refused(check: Callable[..., T], *arguments: Any) -> T:
+    """What `check` gives for these arguments; what it refuses is a RequestError."""
     try:
-        return check_whole(name, value)
+        return check(*arguments)
     except GptossError as error:
         raise RequestError(str(error)) from None
 
@@ -139,10 +143,7 @@ class Request:
             raise RequestError(f"stop ids {self.stop_ids}, expected ids from 0 to {config.vocab_size - 1}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
-        try:
-            self.sampling.check(config.num_token_ids)
-        except GptossError as error:
-            raise RequestError(str(error)) from None
+        _refused(self.sampling.check, config.num_token_ids)
         limit = self.max_new_tokens or context - len(self.token_ids)
         if limit < 1 or len(self.token_ids) + limit > context:
             raise RequestError(
