@@ -103,7 +103,6 @@ def load_for_answers(
         GptossError, KeyboardInterrupt: as `load`.
     """
     language_model = load(options, screen, if_random="the text is noise, not an answer")
-    shards = language_model.sharding.size("batch")
-    engine_config = sampling_flags.engine_config(options, slots=-(-slots // shards) * shards)
+    engine_config = sampling_flags.engine_config(options, slots=language_model.sharding.even_slots(slots))
     with interrupts.stopping(screen.say) as pressed, screen.progress("compiling", pressed) as report:
         return language_model, language_model.engine(engine_config, report=report)

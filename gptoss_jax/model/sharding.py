@@ -74,6 +74,11 @@ class Sharding:
         """Shards into which `logical` is cut."""
         return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(logical))
 
+    def even_slots(self, at_least: int) -> int:
+        """The fewest slots that the data shards hold alike, of `at_least` so many."""
+        shards = self.size("batch")
+        return -(-at_least // shards) * shards
+
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition of an array whose axes are named `axes`.
 

@@ -207,8 +207,7 @@ class LanguageModel:
         check_list("prompts", prompts, "prompts, each a text or token ids")
         settings, sampling = settings or Settings(), sampling or SamplingParams()
         check_type("settings", settings, Settings)
-        shards = self.sharding.size("batch")
-        slots = -(-to_whole("slots", slots) // shards) * shards
+        slots = self.sharding.even_slots(to_whole("slots", slots))
         engine_config = EngineConfig(slots=slots, max_context_tokens=max_context_tokens)
         tokenizer, requests, streams = load_tokenizer(), [], []
         for prompt in prompts:
