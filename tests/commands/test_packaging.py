@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import math
 import re
 import shlex
 import socket
@@ -16,7 +17,9 @@ import pytest
 from packaging.requirements import Requirement
 
 import gptoss_jax
+from gptoss_jax.checkpoints import huggingface
 from gptoss_jax.harmony import tokenizer
+from gptoss_jax.model.config import read_config
 
 ROOT = Path(__file__).parents[2]
 TOPS = ("gptoss_jax", "pallas_kernels", "cpu_kernels", "converters")
@@ -103,3 +106,25 @@ def test_the_readmes_tree_names_every_module():
     modules = [path for package in ("gptoss_jax", "converters") for path in (ROOT / package).rglob("*.py")]
     names = {path.stem for path in modules} - {"__init__"}
     assert {name for name in names if not re.search(rf"\b{name}\b", tree)} == set()
+
+
+@pytest.mark.parametrize("line", PROJECT["dependencies"])
+def test_what_is_declared_is_imported(line):
+    """Guards against a package that is installed for nothing; tensorstore is Orbax's, bounded for its files' sake."""
+    name = Requirement(line).name
+    module = {"orbax-checkpoint": "orbax", "absl-py": "absl"}.get(name, name).replace("-", "_")
+    if name == "tensorstore":
+        module = "orbax"
+        assert "tensorstore" in " ".join(importlib.metadata.requires("orbax-checkpoint") or [])
+    sources = [path.read_text() for top in TOPS for path in (ROOT / top).rglob("*.py")]
+    assert any(re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE) for source in sources)
+
+
+def test_the_readme_says_how_large_the_weights_are():
+    """Guards the two sizes, which follow from the tables of published tensors."""
+    sizes = []
+    for name in ("20b", "120b"):
+        recipes = huggingface.mxfp4_recipes(read_config(ROOT / "configs" / f"gpt-oss-{name}.json")).values()
+        tensors = {recipe.tensor: math.prod(recipe.shape) * (2 if recipe.dtype == "BF16" else 1) for recipe in recipes}
+        sizes.append(f"{sum(tensors.values()) / 1e9:.1f} GB ({name})")
+    assert " and ".join(sizes) in " ".join((ROOT / "README.md").read_text().split())
