@@ -1,0 +1,89 @@
+"""What a request asks, whatever form it came in, and what a form is."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from gptoss_jax.engine.request import Request
+from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.harmony.answer import Answer, AnswerStream
+from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.harmony.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an answer is drawn and where it ends: a command line's defaults, and, a request's own put over them, what acts.
+
+    Attributes:
+        settings: what the system and developer messages say.
+        sampling: how tokens are drawn; of several answers the first, the next has seed + 1.
+        max_new_tokens: length of an answer at most, its reasoning included; None: as far as the context goes.
+        stop: texts before which an answer ends.
+        stop_ids: ids after which it ends, beside the model's own.
+        n: answers.
+        logprobs: whether log probabilities are given.
+    """
+
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    n: int = 1
+    logprobs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One request: the prompt's ids and how it is answered.
+
+    Attributes:
+        token_ids: the whole prompt.
+        options: what acts.
+        acting: those options for JSON, by the names that they have in our own form; prompts that are plain text or ids
+            have no settings.
+        raw: the answer is text as it comes, not harmony's.
+        metadata: the client's own, given back as it is.
+        remarks: what of the request has no place in a prompt, a line each.
+    """
+
+    token_ids: tuple[int, ...]
+    options: Options
+    acting: Mapping[str, Any]
+    raw: bool = False
+    metadata: Any = None
+    remarks: tuple[str, ...] = ()
+
+    def requests(self, tokenizer: Tokenizer, model_stop_ids: Sequence[int]) -> tuple[list[Request], list[AnswerStream]]:
+        """For each of the n answers what an engine is asked, and what reads it."""
+        options, requests, streams = self.options, [], []
+        stop_ids = tuple(dict.fromkeys((*model_stop_ids, *options.stop_ids)))
+        for i in range(options.n):
+            streams.append(AnswerStream(tokenizer, stop_strings=options.stop, raw=self.raw))
+            sampling = dataclasses.replace(options.sampling, seed=(options.sampling.seed + i) % 2**32)
+            request = Request(self.token_ids, stop_ids, options.max_new_tokens, sampling, streams[-1].ends_at)
+            requests.append(request)
+        return requests, streams
+
+
+@runtime_checkable
+class Form(Protocol):
+    """One way to write requests and responses."""
+
+    def ask(self, body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
+        """What a request asks.
+
+        Args:
+            body: its JSON.
+            defaults: what acts where it says nothing, its seed too.
+            vocab_path: as for `harmony.render`.
+
+        Raises:
+            GptossError: something that cannot be done as asked, or is not known; the message names the field.
+        """
+        ...
+
+    def response(self, asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
+        """The response's JSON. It holds no clock: the same answers give the same bytes."""
+        ...
