@@ -1,1 +1,1 @@
-"""Requests and responses as clients write them, OpenAI's forms and our own: JSON <-> what an engine is asked. No JAX."""
+"""Requests and responses as clients write them, OpenAI's forms and our own: JSON <-> what an engine is asked."""

@@ -13,7 +13,7 @@ from gptoss_jax.harmony.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an answer is drawn and where it ends: a command line's defaults, and, a request's own put over them, what acts.
+    """How an answer is drawn and where it ends: the defaults, or, a request's own put over them, what acts.
 
     Attributes:
         settings: what the system and developer messages say.
