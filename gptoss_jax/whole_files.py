@@ -91,7 +91,7 @@ def replace(target: str | Path, content: bytes) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _take_permissions(descriptor: int, target: str | Path) -> None:
@@ -108,7 +108,7 @@ def _take_permissions(descriptor: int, target: str | Path) -> None:
     os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Puts the new name on the disk, where file systems offer that for folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

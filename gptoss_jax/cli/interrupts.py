@@ -51,6 +51,23 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
+def noted_with_sigterm() -> Iterator[Callable[[], int]]:
+    """As `noted`, of SIGTERM too, by which schedulers end jobs; gives the number of the first signal, 0 before one."""
+    numbers: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        numbers.append(number)
+
+    before: Any = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, note)
+    try:
+        with _handled_by(note):
+            yield lambda: numbers[0] if numbers else 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def stopping(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """While the block runs, Ctrl-C is said to be heard, for the block to ask about; a second one ends the process.
 

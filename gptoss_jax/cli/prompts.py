@@ -80,18 +80,18 @@ def opening(options: flags.FlagValues) -> Opening:
     """
     conversation = messages.read_messages(options.messages) if options.messages else Conversation(())
     remarks = list(conversation.remarks)
-    settings = _settings(options, conversation, remarks)
-    flag_of = {field: FLAG_OF.get(field, field) for field in vars(settings)}
+    of_flags = settings(options, _date(options, conversation), remarks)
+    flag_of = {field: FLAG_OF.get(field, field) for field in vars(of_flags)}
     with naming_flags(FLAG_OF):
         given = [field for field, flag in flag_of.items() if options[flag].present]
         render.check_can_be_set(conversation.messages, given)
     for field, value in conversation.settings.items():
         flag = flag_of[field]
-        if options[flag].present and getattr(settings, field) != value:
+        if options[flag].present and getattr(of_flags, field) != value:
             raise GptossError(
                 f"{command.spelled(flag)} and the conversation's file say different things: leave one of them out"
             )
-    return Opening(dataclasses.replace(settings, **conversation.settings), conversation, remarks)
+    return Opening(dataclasses.replace(of_flags, **conversation.settings), conversation, remarks)
 
 
 def settings_line(acting: Mapping[str, Any], seed: int) -> str:
@@ -102,7 +102,17 @@ def settings_line(acting: Mapping[str, Any], seed: int) -> str:
     return line
 
 
-def _settings(options: flags.FlagValues, conversation: Conversation, remarks: list[str]) -> Settings:
+def settings(options: flags.FlagValues, current_date: str | None, remarks: list[str]) -> Settings:
+    """What the flags say the system and developer messages are to say.
+
+    Args:
+        options: the flags in PROMPT_FLAGS.
+        current_date: what --date comes to.
+        remarks: gets what of the files has no place in a prompt, a line each.
+
+    Raises:
+        GptossError: a value that cannot be, or a file that is not what it should be.
+    """
     if options.system:
         messages.check_text(options.system, "--system")
     tools = messages.read_tools(options.tools, remarks) if options.tools else ()
@@ -111,7 +121,7 @@ def _settings(options: flags.FlagValues, conversation: Conversation, remarks: li
         return Settings(
             reasoning_effort=options.reasoning_effort,
             knowledge_cutoff=options.knowledge_cutoff,
-            current_date=_date(options, conversation),
+            current_date=current_date,
             instructions=options.system,
             tools=tools,
             builtin_tools=tuple(options.builtin_tools),

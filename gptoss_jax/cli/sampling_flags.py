@@ -90,7 +90,7 @@ def request(
     return made
 
 
-def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:
+def engine_config(options: flags.FlagValues, slots: int = 1, pool_tokens: int | None = None) -> EngineConfig:
     """What the engine is compiled for.
 
     Raises:
@@ -98,7 +98,10 @@ def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:
     """
     with naming_flags():
         return EngineConfig(
-            slots=slots, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
+            slots=slots,
+            max_context_tokens=options.max_context_tokens,
+            pool_tokens=pool_tokens,
+            deterministic=options.deterministic,
         )
 
 

@@ -13,6 +13,11 @@ def generate() -> None:
     _run("gptoss_jax.generate")
 
 
+def batch() -> None:
+    """gptoss-batch."""
+    _run("gptoss_jax.batch")
+
+
 def score() -> None:
     """gptoss-score."""
     _run("gptoss_jax.score")

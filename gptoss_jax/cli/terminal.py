@@ -2,13 +2,16 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.text import Text
 
 from gptoss_jax.cli import command
 from gptoss_jax.cli.escapes import raw_stream, visible
@@ -141,6 +144,23 @@ class Screen:
                     raise KeyboardInterrupt
 
             yield report
+
+    @contextmanager
+    def status(self, seconds_between: float = 30.0) -> Iterator[Callable[[str], None]]:
+        """A line on stderr that is replaced while the block runs; where there is no terminal, a line now and then."""
+        if self._quiet or not self._errors.is_terminal or self._errors.is_dumb_terminal:
+            last = time.monotonic()
+
+            def write(line: str) -> None:
+                nonlocal last
+                if time.monotonic() - last >= seconds_between:
+                    last = time.monotonic()
+                    self.note(line)
+
+            yield write
+            return
+        with Live(console=self._errors, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+            yield lambda line: live.update(Text(self._on_stderr(line), overflow="ellipsis", no_wrap=True))
 
     @contextmanager
     def _separate(self, bars: Progress) -> Iterator[None]:

@@ -63,6 +63,12 @@ class Engine:
             RequestError: it is no Request, has no tokens, ids outside the vocabulary, or can never fit the context or
                 the page pool.
         """
+        sequence = Sequence(next(self._ids), request, self.check(request))
+        self._placement.waiting.append(sequence)
+        return sequence.request_id
+
+    def check(self, request: Request) -> int:
+        """How many tokens the answer may have at most; raises as `submit` does, which asks this first."""
         if not isinstance(request, Request):
             raise RequestError(f"the request is {short(request)}, expected Request")
         limit, prompt = request.check(self.config, self.engine_config), len(request.token_ids)
@@ -74,9 +80,7 @@ class Engine:
                 f"{prompt + limit} tokens exceed a page pool of {pool_tokens}: "
                 "shorten the request, or raise pool_tokens"
             )
-        sequence = Sequence(next(self._ids), request, limit)
-        self._placement.waiting.append(sequence)
-        return sequence.request_id
+        return limit
 
     @property
     def is_idle(self) -> bool:

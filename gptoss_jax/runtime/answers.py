@@ -1,17 +1,20 @@
 """Requests through an engine, each read by its stream: finished answers, in order, as soon as they can be given."""
 
-import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptoss_jax.engine.request import Event, NumericsError, Request
+from gptoss_jax.engine.request import Event, Request
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.parsed import Delta
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
+
+
+AHEAD = 2  # requests that an engine knows of for each slot: those that wait take a slot as soon as one is free
 
 
 class Sample(NamedTuple):
@@ -23,6 +26,46 @@ class Sample(NamedTuple):
     last_token_seconds: float
 
 
+def as_they_end(
+    engine: "gptoss_jax.engine.engine.Engine",
+    asked: Iterable[tuple[Request, AnswerStream]],
+    show: Callable[[list[Delta]], None] = lambda deltas: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Runs requests to their ends, or until interrupted, and gives after each dispatch what has ended with it.
+
+    An answer that meets logits which are not finite ends there ("error"); the others go on. After an interruption
+    comes what had come ("cancelled") of all that were under way.
+
+    Args:
+        engine: runs them.
+        asked: requests, each with the stream that its `ends_at` belongs to; taken as slots become free, so that there
+            may be millions.
+        show: gets what each event of any request brings.
+        interrupted: asked before each dispatch.
+    """
+    numbered, growing = enumerate(asked), dict[int, tuple[int, _Growing]]()
+    most = AHEAD * engine.engine_config.slots
+    began = time.perf_counter()
+    while not interrupted():
+        for number, (request, stream) in itertools.islice(numbered, most - len(growing)):
+            growing[engine.submit(request)] = number, _Growing(stream, show)
+        if not growing:
+            return
+        ended = []
+        for event in engine.tick():
+            number, answer = growing[event.request_id]
+            answer.take(event, time.perf_counter() - began)
+            if answer.ended:
+                del growing[event.request_id]
+                ended.append((number, answer.sample()))
+        if ended:
+            yield ended
+    for request_id in growing:
+        engine.cancel(request_id)
+    yield [(number, answer.sample()) for number, answer in growing.values()]
+
+
 def collect(
     engine: "gptoss_jax.engine.engine.Engine",
     requests: Sequence[Request],
@@ -30,29 +73,15 @@ def collect(
     show: Callable[[list[Delta]], None] = lambda deltas: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Sample]:
-    """Runs the requests to their ends, or until interrupted, and gives their answers in order, each as soon as it can.
-
-    An answer that meets logits which are not finite ends there ("error"); the others go on.
-
-    Args:
-        engine: runs them.
-        requests: each `ends_at` its stream.
-        streams: a reader for each request.
-        show: gets what each event of any request brings.
-        interrupted: asked before each dispatch.
-    """
-    streams_by_id = {engine.submit(request): stream for request, stream in zip(requests, streams, strict=True)}
-    growing = {request_id: _Growing(stream, show) for request_id, stream in streams_by_id.items()}
-    began = time.perf_counter()
-    while not engine.is_idle and not interrupted():
-        with contextlib.suppress(NumericsError):  # the event has said so
-            for event in engine.run(until=interrupted):
-                growing[event.request_id].take(event, time.perf_counter() - began)
-                while growing and growing[first := next(iter(growing))].ended:
-                    yield growing.pop(first).sample()
-    for request_id, answer in growing.items():
-        engine.cancel(request_id)
-        yield answer.sample()
+    """The answer to each request, in their order, each as soon as it can be given; arguments as for `as_they_end`."""
+    ended, following = dict[int, Sample](), 0
+    for samples in as_they_end(engine, zip(requests, streams, strict=True), show, interrupted):
+        ended.update(samples)
+        while following in ended:
+            yield ended.pop(following)
+            following += 1
+    for number in range(following, len(streams)):  # an interruption came first
+        yield ended.pop(number) if number in ended else _Growing(streams[number], show).sample()
 
 
 def run_one(engine: "gptoss_jax.engine.engine.Engine", request: Request) -> Iterator[Event]:

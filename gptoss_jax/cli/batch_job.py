@@ -1,0 +1,300 @@
+"""A batch job: from the flags to a line for each row, what people hear of it on the way, and the exit code."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from gptoss_jax.api import overrides
+from gptoss_jax.api.asked import Options
+from gptoss_jax.checkpoints.identity import identity
+from gptoss_jax.cli import command, interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli.flag_values import token_ids
+from gptoss_jax.cli.mistakes import spelled
+from gptoss_jax.cli.prompt_flags import PROMPT_FLAGS
+from gptoss_jax.cli.terminal import Screen
+from gptoss_jax.errors import GptossError, listed
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.jobs import outputs, summary
+from gptoss_jax.jobs import record as records
+from gptoss_jax.jobs.inputs import Inputs
+from gptoss_jax.jobs.record import Record
+from gptoss_jax.jobs.rows import FORM_NAMES, Row
+from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
+from gptoss_jax.jobs.summary import Pace, Tally
+from gptoss_jax.jobs.survey import Survey, survey
+from gptoss_jax.jobs.work import Reading, Worker
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
+    import gptoss_jax.runtime.language_model
+
+_WITHOUT_OTHERS = "all"  # the part of a job that no shard shares
+_NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache")  # the weights' hash says what the first one names
+MAX_SHARDS = 100_000
+
+
+class Shard(NamedTuple):
+    """Every `count`-th row from row `index` on."""
+
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Its journal's."""
+        return f"shard-{self.index}-of-{self.count}"
+
+
+def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
+    """Does the job that the flags describe, or what is left of it.
+
+    Args:
+        options: all flags of `gptoss_jax.batch`.
+        arguments: files; the last is the output.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GptossError: flags, files, rows or weights that are not what they should be.
+        OSError: what is on a disk is there, and no more fits.
+    """
+    screen = Screen(quiet=options.quiet)
+    names, out = _names(options, arguments)
+    shard = _shard(options)
+    if options.merge:
+        inputs = Inputs(names)
+        return _merge(screen, _layout(options, out, inputs), _survey(screen, inputs, lambda row: row.fault))
+    defaults, remarks = _defaults(options)
+    config = model_flags.config(options)
+    reading = Reading(defaults, config, _engine_config(options), options.vocab)
+    inputs = Inputs(names)
+    layout = None if out is None else _layout(options, out, inputs)
+    for remark in remarks:
+        screen.say(remark)
+    found = _survey(screen, inputs, reading.fault_of)
+    _report(screen, options, found)
+    if options.validate or layout is None:
+        return command.EXIT_CODE if found.num_faults else 0
+    return _Job(screen, options, inputs, layout, found, reading, shard).run()
+
+
+# ---- what the flags say ----
+
+
+def _names(options: flags.FlagValues, arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    if options.validate and len(arguments) == 1:
+        return list(arguments), None
+    if len(arguments) < 2:
+        raise GptossError(f"{len(arguments)} file names, expected IN and OUT: python -m gptoss_jax.batch IN OUT")
+    return list(arguments[:-1]), arguments[-1]
+
+
+def _layout(options: flags.FlagValues, out: str, inputs: Inputs) -> Layout:
+    outputs.check(out, inputs)
+    if not options.state and not outputs.is_local(out):
+        raise GptossError(f"{out} is remote: --state names a local path for the files that a job goes on from")
+    return Layout(out, options.state or outputs.local_path(out))
+
+
+def _shard(options: flags.FlagValues) -> Shard | None:
+    if options.shard is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", options.shard)
+    if not found or not int(found[1]) < int(found[2]) <= MAX_SHARDS:
+        raise GptossError(f"--shard is {options.shard!r}, expected I/N such as 0/8, I from 0 to N - 1")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def _defaults(options: flags.FlagValues) -> tuple[Options, list[str]]:
+    """What acts where a row says nothing, and remarks on the files that say it."""
+    date, remarks = options.date, list[str]()
+    if date and date.lower() == "today":
+        raise GptossError("--date is today, which is another day tomorrow: expected YYYY-MM-DD or none")
+    settings = prompts.settings(options, None if date is None or date.lower() == "none" else date, remarks)
+    sampling = sampling_flags.sampling(options)
+    given = {
+        "max_new_tokens": options.max_new_tokens,
+        "stop": tuple(options.stop),
+        "stop_ids": token_ids("stop_ids", options.stop_ids),
+        "n": options.n,
+        "logprobs": options.logprobs or sampling.top_logprobs > 0,
+    }
+    for name, least in (("n", 1), ("max_new_tokens", 1)):
+        if given[name] is not None and given[name] < least:
+            raise GptossError(f"{spelled(name)} is {given[name]}, expected at least {least}")
+    return Options(settings, sampling, **given), remarks
+
+
+def _engine_config(options: flags.FlagValues) -> Any:
+    if options.slots < 1:
+        raise GptossError(f"--slots is {options.slots}, expected at least 1")
+    return sampling_flags.engine_config(options, options.slots, options.pool_tokens)
+
+
+# ---- what the rows are ----
+
+
+def _survey(screen: Screen, inputs: Inputs, fault_of: Callable[[Row], str]) -> Survey:
+    with screen.status() as show:
+        count = 0
+
+        def noting(row: Row) -> str:
+            nonlocal count
+            count += 1
+            if count % 1000 == 0:
+                show(f"checking rows: {count:,}")
+            return fault_of(row)
+
+        return survey(inputs, noting)
+
+
+def _report(screen: Screen, options: flags.FlagValues, found: Survey) -> None:
+    """Says what was found.
+
+    Raises:
+        GptossError: there are no rows, or bad ones and --on-bad-row=stop.
+    """
+    for file, rows in found.places.rows_of_files().items():
+        screen.note(f"{file}: {rows:,} row{'s' * (rows != 1)} in {FORM_NAMES[found.forms.get(file, 'plain')]}")
+    if found.blank_lines:
+        screen.note(f"{found.blank_lines:,} blank line{'s' * (found.blank_lines != 1)} left out")
+    if not found.num_rows:
+        raise GptossError("the input has no rows, expected at least one")
+    if not found.num_faults:
+        return
+    faults = listed(found.faults)
+    count = f"{found.num_faults:,} bad row{'s' * (found.num_faults != 1)}"
+    if options.on_bad_row == "stop" and not options.validate:
+        raise GptossError(f"{faults}\n{count}: nothing was done (--on-bad-row=error gives each a line with its error)")
+    for line in faults.split("\n"):
+        screen.say(line)
+    screen.say(count if options.validate else f"{count} of {found.num_rows:,}: each gets a line with its error")
+
+
+# ---- the job ----
+
+
+class _Job:
+    """One run of a job."""
+
+    def __init__(
+        self,
+        screen: Screen,
+        options: flags.FlagValues,
+        inputs: Inputs,
+        layout: Layout,
+        found: Survey,
+        reading: Reading,
+        shard: Shard | None,
+    ):
+        self._screen, self._options, self._inputs, self._layout = screen, options, inputs, layout
+        self._found, self._reading, self._shard = found, reading, shard
+        self._weights = identity(Path(options.checkpoint))
+        self._tally = Tally()
+        self._run: dict[str, Any] | None = None  # how fast this one was
+
+    def run(self) -> int:
+        layout, record = self._layout, self._record()
+        if layout.is_finished and not self._options.restart:
+            if existing := records.read(layout.record):
+                existing.check_same(record, layout.record)
+            self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
+            return 0
+        part = self._part(record)
+        with Store(layout, part, record, restart=self._options.restart) as store:
+            done = store.done(self._found, self._tally.add)
+            wanted = ~done & self._is_mine()
+            self._say_what_is_there(done)
+            code = self._answer(store, wanted) if wanted.any() else 0
+        if part is not None:  # its lines are counted when they are joined
+            return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
+        summary.write(layout, record, self._tally, self._found.num_rows, self._run)
+        self._screen.note(f"{self._tally.line()}; {layout.summary} has it all")
+        return code
+
+    def _record(self) -> Record:
+        options, defaults, found = self._options, self._reading.defaults, self._found
+        settings = overrides.settings_document(vars(defaults.settings)) | overrides.options_document(defaults)
+        model = {name: options[name].value for name in model_flags.MODEL_FLAGS if name not in _NOT_FOR_ANSWERS}
+        engine = {name: options[name].value for name in sampling_flags.ENGINE_FLAGS}
+        return Record(
+            input=_input(found),
+            model={"weights": self._weights, **model},
+            settings={**settings, **engine},
+            output={"appended": self._is_appended()},
+        )
+
+    def _is_appended(self) -> bool:
+        """Whether finished lines are appended to OUT itself: not if an earlier run of the job has written parts."""
+        options, layout = self._options, self._layout
+        if options.keep_order or self._shard or not outputs.can_append(layout.out):
+            return False
+        existing = None if options.restart else records.read(layout.record)
+        return existing is None or existing.output.get("appended") is not False
+
+    def _part(self, record: Record) -> str | None:
+        if record.output["appended"]:
+            return None
+        return self._shard.name if self._shard else _WITHOUT_OTHERS
+
+    def _is_mine(self) -> np.ndarray:
+        """Rows of this shard, bool [N]."""
+        index, count = self._shard or Shard(0, 1)
+        return np.arange(self._found.num_rows) % count == index
+
+    def _say_what_is_there(self, done: np.ndarray) -> None:
+        if done.any():
+            self._screen.note(f"going on: {int(done.sum()):,} of {len(done):,} rows are done")
+
+    def _answer(self, store: Store, wanted: np.ndarray) -> int:
+        options, screen = self._options, self._screen
+        language_model, engine = model_flags.load_for_answers(options, screen, options.slots, options.pool_tokens)
+        pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
+        with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
+
+            def put(lines: Sequence[bytes]) -> None:
+                store.append(lines)
+                for line in lines:
+                    self._tally.add(json.loads(line))
+                show(pace.line())
+
+            worker = Worker(engine, load_tokenizer(options.vocab), f"gpt-oss {self._weights[:12]}", put)
+            worker.run(self._reading.tasks(self._inputs, self._found, wanted), lambda: bool(signalled()))
+            number = signalled()
+        self._run = pace.document()
+        screen.note(pace.line())
+        if number:
+            screen.say("interrupted: the same command goes on")
+        return 128 + number if number else 0
+
+
+def _input(found: Survey) -> dict[str, Any]:
+    """What tells an input from others."""
+    return {"files": list(found.places.rows_of_files()), "rows": found.num_rows, "sha256": found.digest}
+
+
+def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | None = None) -> int:
+    """Makes OUT of the parts, if no row is missing, and removes them; gives the exit code."""
+    record = records.read(layout.record)
+    if record is None or not layout.parts.exists():
+        raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
+    record.check_input(_input(found), layout.record)
+    merged = Merged(layout, found)
+    if merged.missing.size:
+        first = found.places.where(int(merged.missing[0]))
+        raise GptossError(
+            f"{merged.missing.size:,} of {found.num_rows:,} rows have no line yet, the first at {first}: "
+            "run the shards that are missing, or the job without --shard, then --merge"
+        )
+    tally = Tally()
+    outputs.write(layout.out, map(tally.noting, merged.lines()))
+    summary.write(layout, record, tally, found.num_rows, run)
+    remove_parts(layout)
+    screen.note(f"{tally.line()}; {layout.summary} has it all")
+    return 0

@@ -1,0 +1,211 @@
+"""Where the finished lines of a job are, who may write them, and how the parts of several writers become one file.
+
+Beside OUT lie OUT.job.json, which says what the job is, and, where lines cannot be appended to OUT itself (it is to be in
+order, compressed, Parquet or remote, or several processes work on it), OUT.parts with a journal for each writer.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptoss_jax.jobs import journal, outputs
+from gptoss_jax.jobs import record as records
+from gptoss_jax.jobs.journal import CHECKED, PLAIN, Journal, JournalError
+from gptoss_jax.jobs.record import Record, RecordError
+from gptoss_jax.jobs.rows import RowError
+from gptoss_jax.jobs.survey import Survey
+
+_SUFFIX = ".journal"
+
+
+class Layout(NamedTuple):
+    """The files of a job.
+
+    Attributes:
+        out: the output, as it was named: a path or a URL.
+        state: a local path; the names of the other files begin with it.
+    """
+
+    out: str
+    state: str
+
+    @property
+    def record(self) -> Path:
+        """What the job is."""
+        return Path(f"{self.state}.job.json")
+
+    @property
+    def summary(self) -> Path:
+        """What became of it, for programs."""
+        return Path(f"{self.state}.summary.json")
+
+    @property
+    def parts(self) -> Path:
+        """The folder of journals; once OUT is written it is gone."""
+        return Path(f"{self.state}.parts")
+
+    def part(self, name: str) -> Path:
+        """The journal of one writer."""
+        return self.parts / f"{name}{_SUFFIX}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether OUT has been made of parts, all of them."""
+        return self.record.exists() and not self.parts.exists() and outputs.exists(self.out)
+
+
+class Store:
+    """The lines of a job as one writer sees them. Use it in a `with` block.
+
+    Attributes:
+        layout: the files.
+        part: the name of this writer's journal; None: OUT itself.
+    """
+
+    def __init__(self, layout: Layout, part: str | None, record: Record, *, restart: bool = False):
+        """Opens the journal, under its lock, of the job that `record` describes.
+
+        Args:
+            layout: the files.
+            part: see the class.
+            record: what the job is.
+            restart: throws away what an earlier job has written there.
+
+        Raises:
+            JournalError: another process writes it.
+            RecordError: what is there is another job's, or no job's.
+        """
+        self.layout, self.part = layout, part
+        if part is not None:
+            layout.parts.mkdir(exist_ok=True)
+        self._journal = Journal(layout.out if part is None else layout.part(part), PLAIN if part is None else CHECKED)
+        try:
+            if restart:
+                self._clear(record)
+                records.write(layout.record, record)
+            else:
+                self._check(record)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._journal.close()
+
+    def _check(self, record: Record) -> None:
+        existing = records.read(self.layout.record)
+        if existing:
+            existing.check_same(record, self.layout.record)
+        elif not self._journal.is_empty or (self.part is not None and outputs.exists(self.layout.out)):
+            raise RecordError(f"{self.layout.out} is there already, and no job wrote it: name another OUT, or remove it")
+        else:
+            records.create(self.layout.record, record)
+
+    def _clear(self, record: Record) -> None:
+        if not self.layout.record.exists():
+            self._check(record)  # nothing to throw away, or nothing of ours
+        self._journal.clear()
+        for path in parts(self.layout):
+            if path != self._journal.path:
+                with Journal(path, CHECKED):  # raises where somebody writes it
+                    path.unlink()
+
+    def lines(self) -> Iterator[bytes]:
+        """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off."""
+        yield from (entry.line for entry in self._journal.repaired())
+        for path in parts(self.layout):
+            if path != self._journal.path:
+                yield from (entry.line for entry in journal.entries(path, CHECKED))
+
+    def done(self, survey: Survey, note: Callable[[Any], None]) -> np.ndarray:
+        """Which rows have a line, bool [N]; `note` gets the document of each.
+
+        Raises:
+            JournalError: a line that answers no row, or in OUT a second one that answers the same.
+        """
+        done = np.zeros(survey.num_rows, np.bool_)
+        for number, line in enumerate(self.lines(), 1):
+            document = json.loads(line)
+            ordinal = _ordinal(document, survey, f"{self._journal.path}, line {number}")
+            if not done[ordinal]:
+                note(document)
+            elif self.part is None:
+                where = survey.places.where(ordinal)
+                raise JournalError(f"{self._journal.path}, line {number}: the row {where} has a line already")
+            done[ordinal] = True
+        return done
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Adds finished lines; they are on the disk when this returns.
+
+        Raises:
+            OSError: they are not, and none of them is there.
+        """
+        self._journal.append(lines)
+
+
+def parts(layout: Layout) -> list[Path]:
+    """The journals of all writers."""
+    return sorted(layout.parts.glob(f"*{_SUFFIX}")) if layout.parts.exists() else []
+
+
+def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:
+    try:
+        return survey.find(document)
+    except RowError as error:
+        raise JournalError(f"{where}: {error}") from None
+
+
+class Merged:
+    """The lines of all parts in the order of the input, each row's first.
+
+    Attributes:
+        num_repeated: lines of rows that another line has answered already.
+    """
+
+    def __init__(self, layout: Layout, survey: Survey):
+        """Reads where each line stands: some 12 bytes a row are kept."""
+        self._paths = parts(layout)
+        self._part_of = np.full(survey.num_rows, -1, np.int32)
+        self._offset_of = np.zeros(survey.num_rows, np.int64)
+        self.num_repeated = 0
+        for part, path in enumerate(self._paths):
+            for number, entry in enumerate(journal.entries(path, CHECKED), 1):
+                ordinal = _ordinal(json.loads(entry.line), survey, f"{path}, line {number}")
+                if self._part_of[ordinal] >= 0:
+                    self.num_repeated += 1
+                else:
+                    self._part_of[ordinal], self._offset_of[ordinal] = part, entry.offset
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Ordinals of the rows that have no line."""
+        return np.flatnonzero(self._part_of < 0)
+
+    def lines(self) -> Iterator[bytes]:
+        """One for each row."""
+        files = [open(path, "rb") for path in self._paths]
+        try:
+            for part, offset in zip(self._part_of.tolist(), self._offset_of.tolist(), strict=True):
+                files[part].seek(offset)
+                line = CHECKED.unpack(files[part].readline().removesuffix(b"\n"))
+                if line is None:
+                    raise JournalError(f"{self._paths[part]} has changed: the same command reads it again")
+                yield line
+        finally:
+            for file in files:
+                file.close()
+
+
+def remove_parts(layout: Layout) -> None:
+    """Removes the journals, once OUT holds all that was in them."""
+    for path in parts(layout):
+        path.unlink()
+    os.rmdir(layout.parts)

@@ -1,0 +1,179 @@
+"""The work of a job: rows to be answered, in an order that suits the engine, and finished lines, as they come."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from gptoss_jax.api.asked import Asked, Options
+from gptoss_jax.engine.request import EngineConfig, Request
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony.answer import Answer, AnswerStream
+from gptoss_jax.harmony.tokenizer import Tokenizer
+from gptoss_jax.jobs.inputs import Inputs
+from gptoss_jax.jobs.rows import Row, RowReader
+from gptoss_jax.jobs.survey import Survey
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.runtime.answers import Sample, as_they_end
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
+
+WINDOW_ROWS = 1024  # rows that are put in order at a time, and held in memory
+PREFIX_TOKENS = 128  # prompts that share so many tokens are answered one after another
+LINES_AT_ONCE = 256
+
+
+class Task(NamedTuple):
+    """A row to be answered: what it asks; None: it is refused, and `row.fault` says why."""
+
+    row: Row
+    asked: Asked | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a row is read.
+
+    Attributes:
+        defaults: what acts where a row says nothing; its seed is the job's.
+        config: the model that answers.
+        engine_config: prompts and answers have to fit it.
+        vocab_path: as for `harmony.render`.
+    """
+
+    defaults: Options
+    config: ModelConfig
+    engine_config: EngineConfig
+    vocab_path: str | None = None
+
+    def task(self, row: Row) -> Task:
+        """What a row asks, checked against the model."""
+        if row.fault:
+            return Task(row, None)
+        try:
+            asked = row.ask(self.defaults, self.vocab_path)
+            options = asked.options
+            request = Request(asked.token_ids, self.stop_ids(options), options.max_new_tokens, options.sampling)
+            request.check(self.config, self.engine_config)
+        except GptossError as error:
+            return Task(row.refused(str(error)), None)
+        return Task(row, asked)
+
+    def stop_ids(self, options: Options) -> tuple[int, ...]:
+        """The model's and those of the row."""
+        return tuple(dict.fromkeys((*self.config.stop_ids, *options.stop_ids)))
+
+    def fault_of(self, row: Row) -> str:
+        """Why a row cannot be answered; "" if it can."""
+        return self.task(row).row.fault
+
+    def tasks(self, inputs: Inputs, survey: Survey, wanted: np.ndarray) -> Iterator[Task]:
+        """The second pass: the rows that are wanted, bool [N], in the order in which they are best answered.
+
+        Raises:
+            GptossError: the input has changed since the survey.
+        """
+        rows = self._tasks(inputs, survey, wanted)
+        while window := list(itertools.islice(rows, WINDOW_ROWS)):
+            yield from in_order(window)
+
+    def _tasks(self, inputs: Inputs, survey: Survey, wanted: np.ndarray) -> Iterator[Task]:
+        reader, count = RowReader(survey.forms), 0
+        for ordinal, line in enumerate(inputs.lines()):
+            count += 1
+            if count > survey.num_rows:
+                break
+            if wanted[ordinal]:
+                yield self.task(survey.checked(reader.read(ordinal, line)))
+        if count != survey.num_rows:
+            raise GptossError(f"the input has changed while the job ran: it had {survey.num_rows} rows at its start")
+
+
+def in_order(tasks: Sequence[Task]) -> list[Task]:
+    """Prompts that begin alike next to each other, so that their beginning is read once; the longest work first.
+
+    What takes long is begun early, lest it run alone at the end.
+    """
+
+    def beginning(task: Task) -> tuple[int, ...]:
+        return task.asked.token_ids[:PREFIX_TOKENS] if task.asked else ()
+
+    def work(task: Task) -> int:
+        return 0 if task.asked is None else len(task.asked.token_ids) + (task.asked.options.max_new_tokens or 0)
+
+    longest: dict[tuple[int, ...], int] = {}
+    for task in tasks:
+        longest[beginning(task)] = max(longest.get(beginning(task), 0), work(task))
+    return sorted(tasks, key=lambda task: (-longest[beginning(task)], beginning(task), -work(task), task.row.ordinal))
+
+
+@dataclass
+class _Open:
+    """A row whose answers are under way."""
+
+    row: Row
+    asked: Asked
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+
+class Worker:
+    """Answers tasks with one engine.
+
+    Attributes:
+        engine: runs them.
+    """
+
+    def __init__(
+        self,
+        engine: "gptoss_jax.engine.engine.Engine",
+        tokenizer: Tokenizer,
+        model_name: str,
+        put: Callable[[Sequence[bytes]], None],
+    ):
+        """`put` takes finished lines, which count once it returns; `model_name` stands in responses."""
+        self.engine, self._tokenizer, self._model_name, self._put = engine, tokenizer, model_name, put
+        self._refused: list[bytes] = []
+        self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
+
+    def run(self, tasks: Iterable[Task], interrupted: Callable[[], bool]) -> None:
+        """Answers them all, or until interrupted: what was under way then has no line.
+
+        Raises:
+            OSError: a line cannot be put.
+            GptossError: as `tasks` raises it.
+        """
+        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=interrupted):
+            self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
+        self._put_lines([])
+
+    def _requests(self, tasks: Iterable[Task]) -> Iterator[tuple[Request, AnswerStream]]:
+        number = itertools.count()
+        for row, asked in tasks:
+            if asked is None:
+                self._refused.append(row.error_line())
+                if len(self._refused) >= LINES_AT_ONCE:
+                    self._put_lines([])
+                continue
+            opened = _Open(row, asked)
+            for place, pair in enumerate(zip(*asked.requests(self._tokenizer, self.engine.config.stop_ids))):
+                self._open[next(number)] = opened, place
+                yield pair
+
+    def _line(self, number: int, sample: Sample) -> bytes | None:
+        """The line of a row, once the last of its answers is there."""
+        opened, place = self._open.pop(number)
+        if sample.answer.finish_reason == "cancelled":
+            return None
+        opened.answers[place] = sample.answer
+        if len(opened.answers) < opened.asked.options.n:
+            return None
+        answers = [opened.answers[place] for place in sorted(opened.answers)]
+        return opened.row.answered(opened.asked, answers, self._model_name)
+
+    def _put_lines(self, lines: list[bytes]) -> None:
+        if lines or self._refused:
+            lines, self._refused = [*self._refused, *lines], []
+            self._put(lines)
