@@ -35,10 +35,12 @@ _BEGINNINGS = {
     b"<!doctype html": _PAGE,
     b"<html": _PAGE,
     b"gguf": "a GGUF file under another name; convert the published safetensors",
-    b"pk\x03\x04": "a zip archive, as PyTorch saves: expected another format",
+    b"pk\x03\x04": "a zip archive, as PyTorch and Excel save: expected another format",
     b"\x80\x02": "a Python pickle, as PyTorch saves: expected another format",
     b"\0\0\0\0": "filled with zeros, as a crash or a broken download leaves it: fetch it again",
     b"\x1f\x8b": "packed with gzip: unpack it",
+    b"bzh": "packed with bzip2: unpack it",
+    b"\xfd7zxz\0": "packed with xz: unpack it",
 }
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -156,12 +158,7 @@ def decoded(data: bytes, name: str) -> str:
     Raises:
         GptossError: it is no UTF-8; UTF-16 and UTF-32 are named, with a way to convert them.
     """
-    for encoding, found in (("UTF-32", data.startswith(_UTF_32)), ("UTF-16", _looks_like_utf_16(data))):
-        if found:
-            raise GptossError(
-                f"{name} is {encoding}, expected UTF-8: convert it with `iconv -f {encoding} -t UTF-8`, or have "
-                "PowerShell write UTF-8 (`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
-            )
+    check_not_wide(data, name)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -169,6 +166,16 @@ def decoded(data: bytes, name: str) -> str:
             f"{name} is not valid UTF-8 at byte {error.start}; if it is in Windows' older encoding, "
             "`iconv -f WINDOWS-1252 -t UTF-8` converts it"
         ) from None
+
+
+def check_not_wide(data: bytes, name: str) -> None:
+    """Raises GptossError for a text, called `name`, that begins as UTF-16 or UTF-32, with a way to convert it."""
+    for encoding, found in (("UTF-32", data.startswith(_UTF_32)), ("UTF-16", _looks_like_utf_16(data))):
+        if found:
+            raise GptossError(
+                f"{name} is {encoding}, expected UTF-8: convert it with `iconv -f {encoding} -t UTF-8`, or have "
+                "PowerShell write UTF-8 (`| Out-File -Encoding utf8 FILE` in place of `> FILE`)"
+            )
 
 
 def _looks_like_utf_16(data: bytes) -> bool:

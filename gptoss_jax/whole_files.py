@@ -1,13 +1,17 @@
 """Files that are written whole or not at all, under the name that was asked for and no other."""
 
 import contextlib
+import io
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from gptoss_jax.errors import GptossError
 
+_BUFFER_BYTES = 1 << 18
 _DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # /dev/stdout and its like, which may name a file
 
 
@@ -40,24 +44,57 @@ def check_can_write(path: str | Path) -> None:
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Puts a file at `path`, whole or not at all, whatever else writes it at the same time.
-
-    It is on the disk when this returns. A file that is there keeps its permissions, a link stays and its target is
-    replaced; pipes, terminals and devices are written to as they are.
+    """Puts a file at `path`, as `writing` does.
 
     Raises:
         WriteError: it cannot be written; what was there before is still there.
     """
+    with writing(path) as out:
+        out.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to that is at `path` when the block ends, and whole; if the block raises, nothing has changed.
+
+    It is on the disk then, whatever else writes it at the same time. A file that is there keeps its permissions, a link
+    stays and its target is replaced; pipes, terminals and devices are written to as they are.
+
+    Raises:
+        WriteError: it cannot be written, the writing in the block too; what was there before is still there.
+    """
     check_can_write(path)
     target = _target(path)
+    if not _is_written_in_place(target):
+        with _replacing(target, path) as out:
+            yield out
+        return
+    with _faults_of(path):  # appended, since to empty it would empty what /dev/stdout has already
+        descriptor = os.open(target, os.O_WRONLY | os.O_APPEND)
+    with io.BufferedWriter(_Out(descriptor, path), _BUFFER_BYTES) as out:
+        yield out
+
+
+@contextlib.contextmanager
+def _faults_of(path: str | Path) -> Iterator[None]:
     try:
-        if _is_written_in_place(target):
-            with open(target, "ab", buffering=0) as out:  # "wb" would empty what /dev/stdout has already
-                out.write(content)
-        else:
-            replace(target, content)
+        yield
+    except WriteError:
+        raise
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+class _Out(io.FileIO):
+    """An open file, whose faults name the path that was asked for: those of what is read meanwhile do not."""
+
+    def __init__(self, descriptor: int, path: str | Path):
+        super().__init__(descriptor, "wb")
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        with _faults_of(self._path):
+            return super().write(data)
 
 
 def _target(path: str | Path) -> str:
@@ -77,17 +114,28 @@ def replace(target: str | Path, content: bytes) -> None:
     """Puts a file at `target` as `write_whole` does, but in place of whatever is there, a link or a pipe too.
 
     Raises:
-        OSError: as the file system raises it; what was there before is still there.
+        WriteError: it cannot be written; what was there before is still there.
     """
+    with _replacing(target, target) as out:
+        out.write(content)
+
+
+@contextlib.contextmanager
+def _replacing(target: str | Path, path: str | Path) -> Iterator[BinaryIO]:
+    """A file beside `target` that takes its name in the end. Errors call it `path`."""
     folder = os.path.dirname(os.path.abspath(target))
-    descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+    with _faults_of(path):
+        descriptor, unfinished = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
     try:
-        with os.fdopen(descriptor, "wb") as out:
-            _take_permissions(out.fileno(), target)
-            out.write(content)
+        with io.BufferedWriter(_Out(descriptor, path), _BUFFER_BYTES) as out:
+            with _faults_of(path):
+                _take_permissions(descriptor, target)
+            yield out
             out.flush()
-            os.fsync(out.fileno())
-        os.replace(unfinished, target)
+            with _faults_of(path):
+                os.fsync(descriptor)
+        with _faults_of(path):
+            os.replace(unfinished, target)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise

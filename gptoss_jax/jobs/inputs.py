@@ -1,0 +1,292 @@
+"""A job's input: files of any number and length -> lines, as often as wanted, in bounded memory. Reads no JSON."""
+
+import codecs
+import contextlib
+import functools
+import glob
+import io
+import os
+import stat
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple
+
+from gptoss_jax import files
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.files import FileError
+from gptoss_jax.jobs import compression, places
+from gptoss_jax.jobs.places import BUFFER_BYTES, Place
+
+MAX_LINE_BYTES = 32 << 20  # thirty times the text of the longest context
+_HEAD_BYTES = 1 << 16  # by which a file of another kind is known
+_TABLE, _ARRAY, _DOCUMENT = "a CSV file or another table", "one JSON array", "one JSON text over many lines"
+_TO_JSONL = {
+    _TABLE: 'python -c "import csv,json,sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]" < FILE',
+    _ARRAY: 'python -c "import json,sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]" < FILE',
+    _DOCUMENT: "jq -c . FILE",
+}
+
+
+class Line(NamedTuple):
+    """One row of an input, unread.
+
+    Attributes:
+        file: as the user named it; of a glob its match; "stdin".
+        number: from 1: the line of a JSONL file, the row of a Parquet file.
+        text: the row's JSON as it stands, without the line's end; of a Parquet row compact and without nulls.
+        fault: why it cannot be read; `text` is empty then.
+    """
+
+    file: str
+    number: int
+    text: bytes
+    fault: str = ""
+
+
+class _Source(NamedTuple):
+    """A file of an input: what it is called, what all names of it have in common, and how it is opened."""
+
+    name: str
+    identity: object
+    open: Callable[[], io.BufferedReader]
+
+
+class Inputs:
+    """The rows of a job, read as often as wanted: JSONL, plain or packed with gzip or zstd, and Parquet.
+
+    Attributes:
+        files: what `Line.file` may be, in the order of the lines.
+        blank_lines: how many the last whole pass found.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        """Finds the files.
+
+        Args:
+            names: paths, globs, fsspec's URLs; "-" is stdin, which is copied now.
+
+        Raises:
+            FileError: a name stands for no file, or for one that cannot be read; a file is given twice.
+        """
+        if list(names).count("-") > 1:
+            raise GptossError("stdin (-) is given twice, and can be read once only")
+        self._sources = [source for name in names for source in _sources(name)]
+        _check_distinct(self._sources)
+        self.files = tuple(source.name for source in self._sources)
+        self.blank_lines = 0
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file is one of these, by whatever name."""
+        found = places.find(name).identity()
+        return any(source.identity == found for source in self._sources)
+
+    def lines(self) -> Iterator[Line]:
+        """Each row, in the order of the files; blank lines are passed over.
+
+        Raises:
+            FileError: a file is gone, damaged, or of another kind; the message says after which line.
+        """
+        blank_lines = 0
+        for source in self._sources:
+            with source.open() as file:
+                for number, text, fault in rows(file, source.name):
+                    if text or fault:
+                        yield Line(source.name, number, text, fault)
+                    else:
+                        blank_lines += 1
+        self.blank_lines = blank_lines
+
+
+def _sources(name: str) -> list[_Source]:
+    if name == "-":
+        if sys.stdin is None:
+            raise FileError("stdin", "is closed")
+        return [_copied(sys.stdin.buffer, "stdin")]
+    return [_source(place) for place in _matches(places.find(name))]
+
+
+def _matches(place: Place) -> list[Place]:
+    """The files that a name stands for: one, or as many as its * finds. A file that is there is itself."""
+    if not glob.has_magic(place.path) or (not place.store and os.path.lexists(place.path)):
+        return [place]
+    if place.store and place.name.lower().startswith("http"):  # ? begins a query, and nothing lists the files
+        return [place]
+    matches = _remote_matches(place) if place.store else _local_matches(place)
+    if not matches:
+        raise FileError(place.name, "matches no file")
+    return matches
+
+
+def _local_matches(place: Place) -> list[Place]:
+    found = sorted(glob.glob(place.path, recursive=True))
+    return [Place(path, None, path) for path in found if not os.path.isdir(path)]
+
+
+def _remote_matches(place: Place) -> list[Place]:
+    with places.faults_of(place.name):
+        found = place.store.glob(place.path, detail=True)
+        paths = sorted(path for path, status in found.items() if status["type"] == "file")
+        return [Place(place.store.unstrip_protocol(path), place.store, path) for path in paths]
+
+
+def _source(place: Place) -> _Source:
+    """A file that is there and may be read; a pipe is copied, since it is read once only."""
+    if place.store:
+        with places.faults_of(place.name):
+            kind = place.store.info(place.path)["type"]
+        if kind == "directory":
+            raise FileError(place.name, "a folder, expected a file")
+        return _Source(place.name, place.identity(), place.open)
+    with contextlib.suppress(OSError, ValueError):  # whatever is wrong, check_regular says it
+        if stat.S_ISFIFO(os.stat(place.path).st_mode):
+            with place.open() as pipe:
+                return _copied(pipe, place.name)
+    _open_regular(place).close()
+    return _Source(place.name, place.identity(), functools.partial(_open_regular, place))
+
+
+def _open_regular(place: Place) -> io.BufferedReader:
+    if "\0" in place.path or not place.path:
+        raise FileError(repr(place.name), "expected a file name")
+    try:
+        files.check_regular(place.path)
+    except FileError as error:
+        raise FileError(place.name, error.what) from None
+    return place.open()
+
+
+def _copied(file: Any, name: str) -> _Source:
+    """What can be read once only, as a file that has no name and ends with the process."""
+    try:
+        copy = tempfile.TemporaryFile(buffering=0)
+        source = _Source(name, _identity_of(file), lambda: io.BufferedReader(_Copy(copy.fileno()), BUFFER_BYTES))
+        weakref.finalize(source.open, copy.close)
+        while chunk := file.read(BUFFER_BYTES):
+            copy.write(chunk)
+    except OSError as error:
+        what = f"cannot be copied to {tempfile.gettempdir()}: {error.strerror}; TMPDIR names another folder"
+        raise FileError(name, what) from None
+    return source
+
+
+def _identity_of(file: Any) -> object:
+    """A file's that is redirected into stdin; of what has no descriptor its own."""
+    try:
+        return places.identity(os.fstat(file.fileno()))
+    except OSError:
+        return file
+
+
+class _Copy(io.RawIOBase):
+    """A file read by its descriptor, at a position of its own."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._at = descriptor, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self._descriptor, len(buffer), self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        self._at = start + offset
+        return self._at
+
+
+def _check_distinct(sources: Sequence[_Source]) -> None:
+    first: dict[object, str] = {}
+    for name, identity, _ in sources:
+        if identity in first:
+            raise FileError(name, f"is given twice, the first time as {first[identity]}")
+        first[identity] = name
+
+
+def rows(file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes, str]]:
+    """Each row of a file: its number from 1, its JSON, and why it has none; a blank line has neither.
+
+    Raises:
+        FileError: the file is damaged, or of another kind.
+    """
+    if file.peek(4).startswith(b"PAR1"):
+        yield from parquet(name).rows(file, name)
+        return
+    number = 0
+    try:
+        lines = compression.unpacked(file, name)
+        _check_jsonl(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES], name)
+        for number, (text, is_whole) in enumerate(_lines(lines, max_line_bytes), 1):
+            fault = f"the line is longer than {max_line_bytes:,} bytes, which no context holds"
+            yield (number, text, "") if is_whole else (number, b"", fault)
+    except compression.Damaged as error:
+        what = f"cannot be unpacked after line {number}: {error}; it was cut or damaged: make or fetch it again"
+        raise FileError(name, what) from None
+
+
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, bool]]:
+    """Each line without its end, and whether it is whole; b"" where it is blank."""
+    mark = codecs.BOM_UTF8
+    while text := file.readline(max_bytes + 2):  # with its end
+        rest, is_whole = text, len(text) < max_bytes + 2 or text.endswith(b"\n")
+        while not is_whole and not rest.endswith(b"\n") and (rest := file.readline(max_bytes)):
+            pass
+        line, mark = text.removeprefix(mark).removesuffix(b"\n").removesuffix(b"\r"), b""
+        yield line if line.strip() else b"", is_whole and len(line) <= max_bytes
+
+
+def _check_jsonl(head: bytes, name: str) -> None:
+    """Refuses a file of another kind as a whole: each of its lines would be a fault.
+
+    Raises:
+        FileError: what the file is, and how to make JSONL of it.
+    """
+    try:
+        files.check_not_wide(head, "the file")
+    except GptossError as error:
+        raise FileError(name, str(error)) from None
+    if known := files.recognize(head):
+        raise FileError(name, known)
+    lines = [line.strip() for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if kind := _other_kind(lines, name):
+        fix = f": make it with `{_TO_JSONL[kind]} > FILE.jsonl`" if kind in _TO_JSONL else ""
+        raise FileError(name, f"{kind}, expected JSONL, one object a line{fix}")
+
+
+def _other_kind(lines: Sequence[bytes], name: str) -> str:
+    """What a file is by its first lines; "" if it may be JSONL."""
+    first = lines[0] if lines else b"{}"
+    if first == b"{":
+        return _DOCUMENT
+    if first == b"[" or first.startswith((b"[{", b"[ {")):
+        return _ARRAY
+    if any(line.startswith(b"{") for line in lines) or not lines:
+        return ""
+    if first.startswith(b"["):
+        return _ARRAY
+    is_table = name.lower().endswith((".csv", ".tsv")) or any(sign in first for sign in b",;\t")
+    is_text = first.decode(errors="replace").replace("\t", " ").isprintable()
+    return _TABLE if is_table and is_text else f"begins with {short(first)}"
+
+
+def parquet(name: str) -> ModuleType:
+    """The module that reads and writes Parquet.
+
+    Raises:
+        FileError: the package that it needs is not installed.
+    """
+    try:
+        from gptoss_jax.jobs import parquet
+    except ModuleNotFoundError as error:
+        what = f"Parquet needs the package {error.name}: pip install 'gptoss-jax[batch]', or use JSONL"
+        raise FileError(name, what) from None
+    return parquet
