@@ -103,37 +103,31 @@ def output(answer: Answer, response_id: str, logprobs: Logprobs) -> list[dict[st
     whatever the model wrote: no text is without an item unless another says more. Calls that were cut are none.
     """
     items = [
-        item
-        for index, message in enumerate(answer.messages)
-        if (item := _item(message, made_id("item", response_id, index), logprobs, index))
+        item for index, message in enumerate(answer.messages) if (item := _item(message, response_id, index, logprobs))
     ]
     rest = answer.stray_text if answer.final is None else ""
     if not items and not rest:
         rest = answer.unparsed_text
     if rest:
         status = "completed" if answer.finish_reason == "stop" else "incomplete"
-        own_id = made_id("item", response_id, len(answer.messages))
+        own_id = made_id("msg", response_id, len(answer.messages))
         items.append(_message_item(rest, "final", status, own_id, logprobs(None)))
     return items
 
 
-def _item(message: Message, own_id: str, logprobs: Logprobs, index: int) -> dict[str, Any] | None:
+def _item(message: Message, response_id: str, index: int, logprobs: Logprobs) -> dict[str, Any] | None:
     status = "incomplete" if message.is_cut else "completed"
     match message.kind:
         case "reasoning":
+            own_id = made_id("rs", response_id, index)
             content = [{"type": "reasoning_text", "text": message.content}]
             return {"type": "reasoning", "id": own_id, "summary": [], "content": content, "status": status}
         case "preamble" | "final":
+            own_id = made_id("msg", response_id, index)
             return _message_item(message.content, message.kind, status, own_id, logprobs(index))
         case "call":
-            call_id = own_id.replace("item", "call")
-            return {
-                "type": "function_call",
-                "id": own_id,
-                "call_id": call_id,
-                **call_document(message),
-                "status": status,
-            }
+            ids = {"id": made_id("fc", response_id, index), "call_id": made_id("call", response_id, index)}
+            return {"type": "function_call", **ids, **call_document(message), "status": status}
         case _:
             return None
 
