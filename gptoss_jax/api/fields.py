@@ -71,21 +71,21 @@ def boolean(value: object, name: str) -> bool:
     return value
 
 
-def whole(value: object, name: str, low: int, high: int | None = None) -> int:
+def whole(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
     """Raises GptossError for what is no whole number, or outside of `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise GptossError(f"{name} is {short(value)}, expected a whole number")
-    if value < low or (high is not None and value > high):
+    if (low is not None and value < low) or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}"
         raise GptossError(f"{name} is {short(value)}, expected {expected}")
     return value
 
 
-def number(value: object, name: str) -> object:
-    """Raises GptossError for true and false, which Python would take for 1 and 0; `SamplingParams` checks the rest."""
-    if isinstance(value, bool):
-        raise GptossError(f"{name} is {value}, expected a number")
-    return value
+def number(value: object, name: str) -> float:
+    """Raises GptossError for what is no number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise GptossError(f"{name} is {short(value)}, expected a number")
+    return float(value)
 
 
 def token_ids(value: object, name: str) -> tuple[int, ...]:

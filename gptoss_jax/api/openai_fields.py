@@ -93,5 +93,8 @@ def _kept(answer: Answer, *, raw: bool) -> dict[str, Any]:
 
 
 def _log_probabilities(asked: Asked, answer: Answer) -> dict[str, Any]:
-    """Of all ids, if asked for; OpenAI's forms have place for those of the content only."""
-    return {"logprobs": list(answer.logprobs)} if asked.options.logprobs else {}
+    """Of all ids, as far as asked for; OpenAI's forms have place for those of the content only."""
+    document: dict[str, Any] = {"logprobs": list(answer.logprobs)} if asked.options.logprobs else {}
+    if asked.options.sampling.top_logprobs:
+        document["top_logprobs"] = [[list(pair) for pair in step] for step in answer.top_logprobs]
+    return document

@@ -18,7 +18,7 @@ MAX_ANSWERS = 1024
 _BANNED = "-inf"  # JSON has no infinity
 
 _SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
-    **dict.fromkeys(OPTIONS, number),
+    **{name: number if option.dtype == "float32" else whole for name, option in OPTIONS.items()},
     "logit_bias": lambda value, name: _biases(value),
     "banned_ids": token_ids,
 }
@@ -126,7 +126,7 @@ def _tools(value: object, remarks: list[str]) -> tuple[Any, ...]:
     return tool_schemas.tools(document)
 
 
-def _biases(value: object) -> dict[int, Any]:
+def _biases(value: object) -> dict[int, float]:
     biases = {}
     for key, bias in an_object(value, "logit_bias").items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key):

@@ -120,7 +120,8 @@ def from_json(document: object, where: str = "the file") -> Conversation:
     in that object. In a message, a key whose value is null or an empty list counts as absent.
 
     OpenAI-style chat: system and developer messages in front are the instructions; reasoning goes to the analysis
-    channel, the text beside tool calls to commentary (a preamble), other text of the assistant to final.
+    channel, the text beside tool calls to commentary (a preamble), other text of the assistant to final; a phase, as
+    OpenAI's newer interface has it, says which.
     Harmony's own, as `openai_harmony.Conversation.to_json` and `to_json` write it: recognised by a channel,
     recipient or content_type, or by system or developer content.
 
