@@ -156,7 +156,7 @@ def _take_permissions(descriptor: int, target: str | Path) -> None:
     os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
 
 
-def sync_folder(folder: str) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Puts the new name on the disk, where file systems offer that for folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

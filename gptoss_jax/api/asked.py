@@ -41,11 +41,13 @@ class Asked:
     Attributes:
         token_ids: the whole prompt.
         options: what acts.
-        acting: those options for JSON, by the names that they have in our own form; prompts that are plain text or ids
-            have no settings.
+        acting: those options for JSON, by the names that they have in our own form, which takes them back; a setting
+            that has no place in the prompt is null.
         raw: the answer is text as it comes, not harmony's.
         metadata: the client's own, given back as it is.
         remarks: what of the request has no place in a prompt, a line each.
+        echo: other fields that a response of this form repeats as the client wrote them, `model` among them.
+        vocab_path: as for `harmony.tokenizer.load_tokenizer`; responses spell tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -54,6 +56,8 @@ class Asked:
     raw: bool = False
     metadata: Any = None
     remarks: tuple[str, ...] = ()
+    echo: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vocab_path: str | None = None
 
     def requests(self, tokenizer: Tokenizer, model_stop_ids: Sequence[int]) -> tuple[list[Request], list[AnswerStream]]:
         """For each of the n answers what an engine is asked, and what reads it."""
@@ -69,7 +73,12 @@ class Asked:
 
 @runtime_checkable
 class Form(Protocol):
-    """One way to write requests and responses."""
+    """One way to write requests and responses; a module with these names is one."""
+
+    @property
+    def FIELDS(self) -> frozenset[str]:
+        """The names that a request may hold; `ask` refuses others, so who would rather ignore them drops them first."""
+        ...
 
     def ask(self, body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
         """What a request asks.

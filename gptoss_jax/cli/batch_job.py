@@ -1,10 +1,12 @@
 """A batch job: from the flags to a line for each row, what people hear of it on the way, and the exit code."""
 
+import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -19,7 +21,7 @@ from gptoss_jax.cli.prompt_flags import PROMPT_FLAGS
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, listed
 from gptoss_jax.harmony.tokenizer import load_tokenizer
-from gptoss_jax.jobs import outputs, summary
+from gptoss_jax.jobs import outputs, places, summary
 from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
@@ -29,16 +31,13 @@ from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
 
-if TYPE_CHECKING:
-    import gptoss_jax.engine.engine
-    import gptoss_jax.runtime.language_model
-
 _WITHOUT_OTHERS = "all"  # the part of a job that no shard shares
 _NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache")  # the weights' hash says what the first one names
 MAX_SHARDS = 100_000
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shard:
     """Every `count`-th row from row `index` on."""
 
     index: int
@@ -67,7 +66,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     screen = Screen(quiet=options.quiet)
     names, out = _names(options, arguments)
     shard = _shard(options)
-    if options.merge:
+    if options.merge and out is not None:
         inputs = Inputs(names)
         return _merge(screen, _layout(options, out, inputs), _survey(screen, inputs, lambda row: row.fault))
     defaults, remarks = _defaults(options)
@@ -97,9 +96,12 @@ def _names(options: flags.FlagValues, arguments: Sequence[str]) -> tuple[list[st
 
 def _layout(options: flags.FlagValues, out: str, inputs: Inputs) -> Layout:
     outputs.check(out, inputs)
-    if not options.state and not outputs.is_local(out):
-        raise GptossError(f"{out} is remote: --state names a local path for the files that a job goes on from")
-    return Layout(out, options.state or outputs.local_path(out))
+    place = places.find(out)
+    if place.store and not options.state:
+        raise GptossError(f"{out} is in a store: --state names a path here for the files that a job goes on from")
+    if not place.store and os.path.exists(place.path) and not os.path.isfile(place.path):
+        raise GptossError(f"{out} is no file, expected one that a job can go on from")
+    return Layout(out if place.store else place.path, options.state or os.path.realpath(place.path))
 
 
 def _shard(options: flags.FlagValues) -> Shard | None:
@@ -245,8 +247,8 @@ class _Job:
 
     def _is_mine(self) -> np.ndarray:
         """Rows of this shard, bool [N]."""
-        index, count = self._shard or Shard(0, 1)
-        return np.arange(self._found.num_rows) % count == index
+        shard = self._shard or Shard(0, 1)
+        return np.arange(self._found.num_rows) % shard.count == shard.index
 
     def _say_what_is_there(self, done: np.ndarray) -> None:
         if done.any():

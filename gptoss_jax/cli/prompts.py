@@ -84,14 +84,7 @@ def opening(options: flags.FlagValues) -> Opening:
     flag_of = {field: FLAG_OF.get(field, field) for field in vars(of_flags)}
     with naming_flags(FLAG_OF):
         given = [field for field, flag in flag_of.items() if options[flag].present]
-        render.check_can_be_set(conversation.messages, given)
-    for field, value in conversation.settings.items():
-        flag = flag_of[field]
-        if options[flag].present and getattr(of_flags, field) != value:
-            raise GptossError(
-                f"{command.spelled(flag)} and the conversation's file say different things: leave one of them out"
-            )
-    return Opening(dataclasses.replace(of_flags, **conversation.settings), conversation, remarks)
+        return Opening(render.resolve(of_flags, given, conversation), conversation, remarks)
 
 
 def settings_line(acting: Mapping[str, Any], seed: int) -> str:

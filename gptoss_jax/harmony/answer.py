@@ -64,6 +64,11 @@ class Answer:
         return replace(self.parsed, messages=self.messages)
 
     @property
+    def unparsed_text(self) -> str:
+        """As of `parsed`, without what comes from the stop string on."""
+        return self._cut.unparsed_text
+
+    @property
     def stray_text(self) -> str:
         """What the model wrote outside of any message."""
         return self.parsed.stray_text.strip()
@@ -92,7 +97,7 @@ class Answer:
             "reasoning": parsed.reasoning,
             "tool_calls": [call_document(call) for call in parsed.calls],
             "cut_calls": [call_document(call) for call in parsed.cut_calls],
-            "unparsed_text": self._cut.unparsed_text,
+            "unparsed_text": self.unparsed_text,
             "parse_status": parsed.parse_status,
             "faults": list(parsed.faults),
             "finish_reason": self.finish_reason,

@@ -18,12 +18,13 @@ _CHAT_KEYS = {
     "system": ("content",),
     "developer": ("content",),
     "user": ("content", "name"),
-    "assistant": ("content", "refusal", *_REASONING_KEYS, "reasoning_details", "tool_calls", "function_call"),
+    "assistant": ("content", "refusal", *_REASONING_KEYS, "reasoning_details", "tool_calls", "function_call", "phase"),
     "tool": ("content", "tool_call_id", "name", "tool_name"),  # tool_name is Ollama's
     "function": ("content", "name"),  # OpenAI's, before there were tools
 }
 # Type of a content part -> where its text stands; two of them are from OpenAI's newer interface.
 _TEXT_KEYS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+_CHANNEL_OF = {"commentary": "commentary", "final_answer": "final"}  # of a phase, which OpenAI's newer interface has
 _INSTRUCTING = ("system", "developer")
 _ANSWERING = ("tool", "function")
 
@@ -139,8 +140,11 @@ def _assistant(message: _ChatMessage) -> list[tuple[Message, str | None]]:
     messages = [_say(text, "analysis") for text in _reasoning(message)]
     content, refusal = _content(message), string(fields.get("refusal", ""), f"{where}, refusal")
     content += "" if refusal == content else refusal
+    phase = fields.get("phase", "commentary" if calls else "final_answer")
+    if phase not in tuple(_CHANNEL_OF):
+        raise GptossError(f"{where} has phase {short(phase)}, expected one of {', '.join(_CHANNEL_OF)}")
     if content:
-        messages.append(_say(content, "commentary" if calls else "final"))
+        messages.append(_say(content, _CHANNEL_OF[phase]))
     return [(message, None) for message in messages] + calls
 
 

@@ -112,30 +112,31 @@ def tool_results(documents: object, conversation: Conversation, remarks: list[st
     return answer_calls(results, conversation.messages, conversation.call_ids)
 
 
-def from_json(document: object) -> Conversation:
-    """The conversation in a JSON value that is already read.
+def from_json(document: object, where: str = "the file") -> Conversation:
+    """The conversation in a JSON value that is already read; errors call it `where`.
 
     Either form is taken as a list of messages or as an object with the list under "messages", beside it perhaps
     "tools", "response_format" and "reasoning_effort"; or either of these under "conversation", whatever else stands
     in that object. In a message, a key whose value is null or an empty list counts as absent.
 
     OpenAI-style chat: system and developer messages in front are the instructions; reasoning goes to the analysis
-    channel, the text beside tool calls to commentary (a preamble), other text of the assistant to final.
+    channel, the text beside tool calls to commentary (a preamble), other text of the assistant to final; a phase, as
+    OpenAI's newer interface has it, says which.
     Harmony's own, as `openai_harmony.Conversation.to_json` and `to_json` write it: recognised by a channel,
     recipient or content_type, or by system or developer content.
 
     Raises:
         GptossError: anything else. Nothing is ignored that would change the meaning; what is, `remarks` names.
     """
-    check_value(document, "the file")
+    check_value(document, where)
     if isinstance(document, dict) and "conversation" in document:
         if "messages" in document:
-            raise GptossError("the file holds both 'conversation' and 'messages', expected one of them")
+            raise GptossError(f"{where} holds both 'conversation' and 'messages', expected one of them")
         document = document["conversation"]
     document, ignored = without_harmless(document)
     is_list = isinstance(document, list)
-    fields = {"messages": document} if is_list else known_fields(document, _DOCUMENT_KEYS, "the file")
-    documents = nonempty_list(needed(fields, "messages", "the file"), "messages")
+    fields = {"messages": document} if is_list else known_fields(document, _DOCUMENT_KEYS, where)
+    documents = nonempty_list(needed(fields, "messages", where), "messages")
     settings = _settings(fields)
     if any(map(_is_harmony, documents)):
         messages = [_harmony_message(each, f"message {index}") for index, each in enumerate(documents)]
@@ -181,8 +182,10 @@ def user(text: str) -> Message:
 
 def check_text(text: str, what: str) -> None:
     """Raises GptossError for what Python makes of bytes that are no UTF-8, in arguments and on stdin."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise GptossError(f"{what} is not valid UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GptossError(f"{what} is not valid UTF-8") from None
 
 
 def write_messages(path: str | Path, messages: Sequence[Message]) -> None:

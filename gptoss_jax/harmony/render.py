@@ -6,7 +6,7 @@ flight (vllm#45048).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from openai_harmony import (
 
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import message_text, tokenizer
-from gptoss_jax.harmony.conversation import CONSTRAIN, CutMessage
+from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation, CutMessage
 from gptoss_jax.harmony.parsed import NO_TOOLS, kind_of
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -213,7 +213,7 @@ def _check_header(message: Message, where: str) -> None:
         raise GptossError(f"{where}: the tool's name is {short(name)}, expected one such as 'functions.get_weather'")
 
 
-def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None:
+def check_can_be_set(messages: Sequence[Message], fields: Collection[str]) -> None:
     """Raises GptossError if one of these fields of `Settings` belongs in a message that the conversation brings."""
     own = {message.author.role for message in messages}
     for role, names in _SETTINGS_OF.items():
@@ -223,6 +223,25 @@ def check_can_be_set(messages: Sequence[Message], fields: Sequence[str]) -> None
                 f"the conversation brings its own {role.value} message, so {', '.join(named)} cannot be set; "
                 "change that message or take it out"
             )
+
+
+def resolve(settings: Settings, given: Collection[str], conversation: Conversation) -> Settings:
+    """The settings that act on a conversation: those given, its own, and for the rest defaults, which give way.
+
+    Args:
+        settings: defaults, with those over them that were given beside the conversation.
+        given: the names of those.
+        conversation: its messages, and what it sets itself.
+
+    Raises:
+        GptossError: a setting was given that the conversation sets otherwise, or that belongs in a message which it
+            brings.
+    """
+    check_can_be_set(conversation.messages, given)
+    for name, value in conversation.settings.items():
+        if name in given and getattr(settings, name) != value:
+            raise GptossError(f"{name} and the conversation say different things: leave one of them out")
+    return Settings(**(acting(settings, conversation.messages) | dict(conversation.settings)))
 
 
 def effort_remark(messages: Sequence[Message]) -> str | None:

@@ -155,4 +155,3 @@ def entries(path: str | Path, framing: Framing) -> Iterator[Entry]:
             else:
                 yield Entry(offset, line)
             offset += len(framed)
-

@@ -1,5 +1,6 @@
 """A job's output: results -> one file, whole or not at all: JSONL, plain or packed, or Parquet, here or in a store."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 from gptoss_jax import whole_files
@@ -23,6 +24,24 @@ def format_of(name: str) -> str:
     if inner.endswith(_OTHERS) or (packed and inner.endswith(".parquet")):
         raise FileError(name, "is written as .jsonl, .jsonl.gz, .jsonl.zst or .parquet only")
     return "parquet" if inner.endswith(".parquet") else _PACKED.get(packed, "")
+
+
+def can_append(name: str) -> bool:
+    """Whether lines can be appended to a file of this name: plain JSONL on this machine."""
+    return places.is_local(name) and format_of(name) == ""
+
+
+def exists(name: str) -> bool:
+    """Whether a file of this name is there.
+
+    Raises:
+        FileError: a store does not say.
+    """
+    place = places.find(name)
+    if not place.store:
+        return os.path.exists(place.path)
+    with places.faults_of(name):
+        return place.store.exists(place.path)
 
 
 def check(name: str, read: inputs.Inputs | None = None) -> None:

@@ -21,7 +21,7 @@ _BUFFER_BYTES = 1 << 20
 
 # What a result's column holds: an Arrow type by name, {field: ...}, [element], or any value as the text of its JSON.
 _JSON = "json"
-_ERROR = {"code": "string", "message": "string", "line": "string"}
+_ERROR = {"code": "string", "message": "string", "line": "string", "row": "int64"}
 PLAIN: Mapping[str, Any] = {
     "id": "string",
     "final": "string",

@@ -44,7 +44,7 @@ class Record:
         self.check_same(replace(self, input=input), path)
 
     def check_same(self, now: "Record", path: Path) -> None:
-        """Raises RecordError, a line for each difference, where this record, which stands at `path`, is of another job."""
+        """Raises RecordError, a line for each difference, where this record, that at `path`, is of another job."""
         differences = []
         for part in map(attrgetter("name"), fields(self)):
             before, after = getattr(self, part), getattr(now, part)

@@ -140,7 +140,9 @@ class RowReader:
 
     def _row(self, ordinal: int, document: dict[str, Any], form: FormName, where: str) -> Row:
         if _form_of(document) != form:
-            raise RowError(f"a row in {FORM_NAMES[_form_of(document)]}, expected {FORM_NAMES[form]} as the file's first")
+            raise RowError(
+                f"a row in {FORM_NAMES[_form_of(document)]}, expected {FORM_NAMES[form]} as the file's first"
+            )
         if form == "plain":
             body = {key: value for key, value in document.items() if key != "id"}
             row_id = _id(document, "id") or f"row-{ordinal + 1}"
@@ -150,7 +152,7 @@ class RowReader:
         if row_id is None:
             return row.refused("custom_id is missing, expected a text that no other row has")
         fault, url = _envelope_fault(document), document.get("url")
-        return row.refused(fault) if fault else replace(row, body=document["body"], api=forms.BY_URL[str(url)])
+        return row.refused(fault) if fault else replace(row, body=document["body"], api=forms.OPENAI[str(url)])
 
 
 def _document(line: Line) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _document(line: Line) -> dict[str, Any]:
     try:
         document = parse_json(line.text, "the row")
     except FileError as error:
-        raise RowError(error.what) from None
+        raise RowError(error.what.removeprefix("line 1, ")) from None  # it has no other
     if not isinstance(document, dict):
         raise RowError(f"the row is {short(document)}, expected a JSON object")
     return document
@@ -184,8 +186,8 @@ def _envelope_fault(document: Mapping[str, Any]) -> str:
         return f"unknown field {short(unknown[0])}, expected {', '.join(_ENVELOPE)}"
     if document.get("method", "POST") != "POST":
         return f"method is {short(document['method'])}, expected 'POST'"
-    if document.get("url") not in forms.BY_URL:
-        return f"url is {short(document.get('url'))}, expected one of {', '.join(forms.BY_URL)}"
+    if document.get("url") not in forms.OPENAI:
+        return f"url is {short(document.get('url'))}, expected one of {', '.join(forms.OPENAI)}"
     if not isinstance(document.get("body"), dict):
         return f"body is {short(document.get('body'))}, expected a JSON object"
     return ""

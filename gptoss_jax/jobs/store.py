@@ -1,7 +1,7 @@
 """Where the finished lines of a job are, who may write them, and how the parts of several writers become one file.
 
-Beside OUT lie OUT.job.json, which says what the job is, and, where lines cannot be appended to OUT itself (it is to be in
-order, compressed, Parquet or remote, or several processes work on it), OUT.parts with a journal for each writer.
+Beside OUT lie OUT.job.json, which says what the job is, and, where lines cannot be appended to OUT itself (it is to be
+in order, compressed, Parquet or remote, or several processes work on it), OUT.parts with a journal for each writer.
 """
 
 import json
@@ -104,7 +104,9 @@ class Store:
         if existing:
             existing.check_same(record, self.layout.record)
         elif not self._journal.is_empty or (self.part is not None and outputs.exists(self.layout.out)):
-            raise RecordError(f"{self.layout.out} is there already, and no job wrote it: name another OUT, or remove it")
+            raise RecordError(
+                f"{self.layout.out} is there already, and no job wrote it: name another OUT, or remove it"
+            )
         else:
             records.create(self.layout.record, record)
 

@@ -16,7 +16,6 @@ from gptoss_jax.jobs.store import Layout
 _VERSIONS = ("gptoss-jax", "jax", "jaxlib", "numpy")
 
 
-
 @dataclass
 class Tally:
     """Counts over finished lines.
@@ -131,12 +130,10 @@ class Pace:
     def line(self) -> str:
         """For people, while it runs."""
         read, drawn = self.tokens_per_second
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
         count = self.tally.num_errors
         errors = f", {count:,} error{'s' * (count != 1)}" if count else ""
-        return (
-            f"{self.tally.rows:,} of {self.total:,} rows, {read:,.0f} tokens/s in, {drawn:,.0f} out{left}{errors}"
-        )
+        return f"{self.tally.rows:,} of {self.total:,} rows, {read:,.0f} tokens/s in, {drawn:,.0f} out{left}{errors}"
 
     def document(self) -> dict[str, Any]:
         """For JSON, when it has ended."""

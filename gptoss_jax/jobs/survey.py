@@ -133,7 +133,7 @@ def survey(inputs: Inputs, fault_of: Callable[[Row], str] = lambda row: row.faul
         GptossError: a file that cannot be read.
     """
     reader, places, digest, digests = RowReader(), Places(), hashlib.sha256(), bytearray()
-    is_faulty, faults = bytearray(), list[Fault]()
+    is_faulty, faults = bytearray(), list[tuple[int, Fault]]()
     for ordinal, line in enumerate(inputs.lines()):
         row = reader.read(ordinal, line)
         places.append(line)
@@ -142,13 +142,14 @@ def survey(inputs: Inputs, fault_of: Callable[[Row], str] = lambda row: row.faul
         fault = fault_of(row)
         is_faulty.append(bool(fault))
         if fault and len(faults) < MAX_FAULTS:
-            faults.append(Fault(row.where, fault))
+            faults.append((ordinal, Fault(row.where, fault)))
     ids = Ids(bytes(digests))
     for ordinal in np.flatnonzero(ids.is_repeated)[: MAX_FAULTS - len(faults)].tolist():
         form = reader.forms.get(places.where(ordinal).rpartition(":")[0], "plain")
-        faults.append(Fault(places.where(ordinal), _repeated(form, ids, places, ordinal)))
+        faults.append((ordinal, Fault(places.where(ordinal), _repeated(form, ids, places, ordinal))))
     num_faults = int((np.frombuffer(is_faulty, np.bool_) | ids.is_repeated).sum())
-    return Survey(places, ids, digest.hexdigest(), reader.forms, inputs.blank_lines, num_faults, tuple(faults))
+    in_order = tuple(fault for _, fault in sorted(faults))
+    return Survey(places, ids, digest.hexdigest(), reader.forms, inputs.blank_lines, num_faults, in_order)
 
 
 def _nobody(ordinal: int) -> bytes:

@@ -158,7 +158,8 @@ class Worker:
                     self._put_lines([])
                 continue
             opened = _Open(row, asked)
-            for place, pair in enumerate(zip(*asked.requests(self._tokenizer, self.engine.config.stop_ids))):
+            pairs = zip(*asked.requests(self._tokenizer, self.engine.config.stop_ids), strict=True)
+            for place, pair in enumerate(pairs):
                 self._open[next(number)] = opened, place
                 yield pair
 

@@ -643,7 +643,7 @@ def test_files_and_flags_that_disagree_are_refused(folder, tmp_path):
     prompt = _prompt(_document(folder, "thinker", "--messages", path, "--max-new-tokens", "1"))
     assert "Reasoning: high" in prompt
     done = _generate(folder, "thinker", "--messages", path, "--reasoning-effort", "low")
-    assert "--reasoning-effort and the conversation's file say different things" in done.stderr
+    assert "--reasoning-effort and the conversation say different things" in done.stderr
     assert done.returncode == 2
     own = _document(folder, "thinker", "Hi", "--reasoning-effort", "high", "--max-new-tokens", "1")
     path.write_text(json.dumps(own))

@@ -1,0 +1,138 @@
+"""OpenAI's /v1/chat/completions, answers that come whole.
+
+`message.content` is the final answer. Where the model came to none, it is what it wrote before calls (its preambles)
+and outside of any message; where there is neither, nor reasoning nor a call, whatever it wrote: content, reasoning and
+calls are never all absent if there is text. Reasoning stands in `reasoning` and, the same, in `reasoning_content`.
+`logprobs.content` holds the tokens of the content; those of all ids are in `gptoss`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gptoss_jax.api import asking, openai_fields
+from gptoss_jax.api.asked import Asked, Options
+from gptoss_jax.api.fields import an_object, boolean, known, only
+from gptoss_jax.api.tokens import log_probabilities, places, usage
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony import messages
+from gptoss_jax.harmony.answer import Answer, call_document
+from gptoss_jax.harmony.json_values import needed, nonempty_list
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+
+_LIMITS = ("max_completion_tokens", "max_tokens")  # the second is the older name
+_SAME = ("reasoning_effort", "response_format", "n", "logprobs", "top_logprobs")
+_ONLY = {
+    **openai_fields.WHOLE,
+    "modalities": (["text"], "the model writes text only"),
+    "verbosity": ("medium", "the model has no such setting"),
+}
+FIELDS = frozenset(
+    (
+        *("messages", "model", "metadata", "tools", "tool_choice", "parallel_tool_calls", "prediction"),
+        *(*_LIMITS, *_SAME, *_ONLY, *openai_fields.SAMPLING, *openai_fields.HARMLESS),
+    )
+)
+
+
+def ask(body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
+    """What a request asks; see `asked.Form`.
+
+    `seed` acts modulo 2**32. `parallel_tool_calls` changes nothing: the model makes one call an answer.
+    """
+    fields = known(body, FIELDS)
+    only(fields, _ONLY)
+    boolean(fields.get("parallel_tool_calls", True), "parallel_tool_calls")
+    if fields.get("top_logprobs") and not fields.get("logprobs", defaults.logprobs):
+        raise GptossError("top_logprobs has an effect with logprobs only: set logprobs to true")
+    limit = _limit(fields)
+    spoken = messages.from_json(nonempty_list(needed(fields, "messages", "the request"), "messages"), "messages")
+    own = {
+        **openai_fields.sampling(fields),
+        **openai_fields.tools(fields),
+        **{name: fields[name] for name in _SAME if name in fields},
+        **({"max_new_tokens": fields[limit]} if limit else {}),
+    }
+    field_of = {**openai_fields.FIELD_OF, **({"max_new_tokens": limit} if limit else {})}
+    asked = asking.conversation(spoken, own, defaults, vocab_path=vocab_path, field_of=field_of)
+    metadata = an_object(fields["metadata"], "metadata") if "metadata" in fields else None
+    return dataclasses.replace(asked, metadata=metadata, echo=openai_fields.model_echo(fields))
+
+
+def _limit(fields: Mapping[str, Any]) -> str | None:
+    """The field that limits the answer's length."""
+    given = [name for name in _LIMITS if name in fields]
+    if len(given) == 2 and fields[given[0]] != fields[given[1]]:
+        raise GptossError(f"{' and '.join(given)} are different: leave one of them out")
+    return given[0] if given else None
+
+
+def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
+    """An object `chat.completion`; see `asked.Form`. It holds no clock: `created` is 0."""
+    return {
+        "id": response_id,
+        "object": "chat.completion",
+        "created": 0,
+        "model": asked.echo.get("model", model),
+        "choices": [_choice(asked, answer, response_id, index) for index, answer in enumerate(answers)],
+        "usage": _usage(asked, answers),
+        "system_fingerprint": None,
+        **({} if asked.metadata is None else {"metadata": asked.metadata}),
+        "gptoss": openai_fields.additions(asked, answers),
+    }
+
+
+def _choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[str, Any]:
+    content = _content(answer)
+    reasoning = answer.parsed.reasoning or None
+    calls = [
+        {"id": openai_fields.made_id("call", response_id, index, number), "type": "function", "function": call}
+        for number, call in enumerate(map(call_document, answer.parsed.calls))
+    ]
+    message = {"role": "assistant", "content": content.text, "refusal": None}
+    return {
+        "index": index,
+        "message": {
+            **message,
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
+            **({"tool_calls": calls} if calls else {}),
+        },
+        "logprobs": _log_probabilities(asked, answer, content) if asked.options.logprobs else None,
+        "finish_reason": "tool_calls" if calls and answer.finish_reason == "stop" else answer.finish_reason,
+    }
+
+
+class _Content(NamedTuple):
+    """The text that is shown as the answer, and the kinds of places (`tokens.Place`) that it comes from."""
+
+    text: str | None
+    kinds: tuple[str, ...]
+
+
+def _content(answer: Answer) -> _Content:
+    parsed = answer.parsed
+    if answer.final is not None:
+        return _Content(answer.final, ("final",))
+    if said := "\n\n".join(filter(None, (*parsed.preambles, answer.stray_text))):
+        return _Content(said, ("preamble", "unparsed"))
+    if parsed.reasoning or parsed.calls:
+        return _Content(None, ())
+    return _Content(answer.unparsed_text or None, ("other", "cut_call", "header"))
+
+
+def _log_probabilities(asked: Asked, answer: Answer, content: _Content) -> dict[str, Any]:
+    tokenizer = load_tokenizer(asked.vocab_path)
+    found = enumerate(places(answer, tokenizer))
+    steps = [step for step, place in found if place.kind in content.kinds and place.is_kept]
+    return {"content": log_probabilities(answer, steps, tokenizer), "refusal": None}
+
+
+def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    used = usage(asked, answers)
+    return {
+        "prompt_tokens": used.prompt,
+        "completion_tokens": used.answered,
+        "total_tokens": used.total,
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning},
+    }

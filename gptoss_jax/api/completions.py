@@ -1,0 +1,131 @@
+"""OpenAI's /v1/completions: text that goes on as it is, without harmony; control tokens are spelled out.
+
+An answer's text ends before the stop string or the stop token that ended it. Log probabilities are those of the
+tokens whose text is kept, offsets are counted in that text, and the likeliest include the token that was drawn.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.api import asking, openai_fields
+from gptoss_jax.api.asked import Asked, Options
+from gptoss_jax.api.fields import known, only, token_ids, whole
+from gptoss_jax.api.tokens import UNLIKELY, likeliest, usage
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony import messages
+from gptoss_jax.harmony.answer import Answer
+from gptoss_jax.harmony.json_values import needed
+from gptoss_jax.harmony.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_MAX_LOGPROBS = 5  # OpenAI's
+_ONLY = {
+    **openai_fields.WHOLE,
+    "echo": (False, "prompts are not given back (gptoss_jax.score gives their log probabilities)"),
+    "suffix": ("", "the model fills no gaps"),
+}
+FIELDS = frozenset(
+    (
+        *("prompt", "model", "max_tokens", "n", "best_of", "logprobs"),
+        *(*_ONLY, *openai_fields.SAMPLING, *openai_fields.HARMLESS),
+    )
+)
+
+
+def ask(body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
+    """What a request asks; see `asked.Form`."""
+    fields = known(body, FIELDS)
+    only(fields, _ONLY)
+    if fields.get("best_of", fields.get("n", 1)) != fields.get("n", 1):
+        raise GptossError(f"best_of is {short(fields['best_of'])}, but all answers are given: expected that of n")
+    own = openai_fields.sampling(fields) | {name: fields[name] for name in ("n",) if name in fields}
+    own["max_new_tokens"] = fields.get("max_tokens", defaults.max_new_tokens or DEFAULT_MAX_TOKENS)
+    if "logprobs" in fields:
+        own |= {"logprobs": True, "top_logprobs": whole(fields["logprobs"], "logprobs", 0, _MAX_LOGPROBS)}
+    asked = asking.plain_ids(
+        _prompt_ids(needed(fields, "prompt", "the request"), vocab_path),
+        own,
+        defaults,
+        raw=True,
+        vocab_path=vocab_path,
+        field_of={**openai_fields.FIELD_OF, "max_new_tokens": "max_tokens"},
+    )
+    return dataclasses.replace(asked, echo=openai_fields.model_echo(fields))
+
+
+def _prompt_ids(prompt: object, vocab_path: str | None) -> Sequence[int]:
+    if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
+        raise GptossError(f"prompt holds {len(prompt)} prompts, expected one: send a request for each")
+    if not isinstance(prompt, str):
+        return token_ids(prompt, "prompt")
+    messages.check_text(prompt, "prompt")
+    return load_tokenizer(vocab_path).encode(prompt)
+
+
+def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
+    """An object `text_completion`; see `asked.Form`. It holds no clock: `created` is 0."""
+    used, tokenizer = usage(asked, answers), load_tokenizer(asked.vocab_path)
+    return {
+        "id": response_id,
+        "object": "text_completion",
+        "created": 0,
+        "model": asked.echo.get("model", model),
+        "choices": [_choice(asked, answer, index, tokenizer) for index, answer in enumerate(answers)],
+        "usage": {
+            "prompt_tokens": used.prompt,
+            "completion_tokens": used.answered,
+            "total_tokens": used.total,
+        },
+        "system_fingerprint": None,
+        "gptoss": openai_fields.additions(asked, answers),
+    }
+
+
+def _choice(asked: Asked, answer: Answer, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    ids, text = _text(answer, tokenizer)
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": _log_probabilities(answer, ids, len(text), tokenizer) if asked.options.logprobs else None,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _text(answer: Answer, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
+    """The ids without a stop id, and their text before a stop string."""
+    ids, text = answer.parsed.token_ids, answer.parsed.text
+    if answer.stop_string is not None:
+        return ids, text[: text.find(answer.stop_string)]
+    return (ids[:-1], tokenizer.decode(ids[:-1])) if answer.finish_reason == "stop" else (ids, text)
+
+
+def _log_probabilities(answer: Answer, ids: Sequence[int], length: int, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+    """The older form: lists side by side, of those ids that begin before `length` characters of text."""
+    decoder, at = StreamDecoder(tokenizer), 0
+    offsets: list[int] = []
+    for token in ids:
+        if at >= length:
+            break
+        offsets.append(at)
+        at += len(decoder.feed(token))
+    steps = range(len(offsets))
+    likely = [{**dict(likeliest(answer, step)), ids[step]: answer.logprobs[step]} for step in steps]
+    return {
+        "tokens": [_spelled(ids[step], tokenizer) for step in steps],
+        "token_logprobs": [max(answer.logprobs[step], UNLIKELY) for step in steps],
+        "top_logprobs": [
+            {_spelled(token, tokenizer): max(logprob, UNLIKELY) for token, logprob in at_step.items()}
+            for at_step in likely
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _spelled(token: int, tokenizer: Tokenizer) -> str:
+    r"""A token as OpenAI spells it, `bytes:\xf0\x9f` where it is no whole characters: each has its own name."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,0 +1,100 @@
+"""What OpenAI's forms have in common: fields of requests that mean the same in each, and what responses add."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.api.asked import Asked
+from gptoss_jax.api.fields import whole
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony.answer import Answer, call_document
+from gptoss_jax.harmony.json_values import string
+
+SAMPLING = (
+    *("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop"),
+    *("top_k", "min_p", "repetition_penalty", "banned_ids", "stop_token_ids"),  # not OpenAI's: vLLM's names and ours
+)
+"""How tokens are drawn and where an answer ends."""
+
+HARMLESS = (
+    *("user", "store", "service_tier", "safety_identifier", "stream_options"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+)
+"""They change neither the prompt nor the answer, and are ignored."""
+
+WHOLE = {"stream": (False, "an answer comes whole here")}
+FIELD_OF = {"stop_ids": "stop_token_ids"}
+
+
+def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of SAMPLING by our own names. Seeds of 64 bits, as OpenAI has them, act modulo 2**32.
+
+    Raises:
+        GptossError: a seed that is none.
+    """
+    own = {name: fields[name] for name in SAMPLING if name in fields}
+    if "seed" in own:
+        own["seed"] = whole(own["seed"], "seed", -(2**63), 2**64 - 1) % 2**32
+    if "stop_token_ids" in own:
+        own["stop_ids"] = own.pop("stop_token_ids")
+    return own
+
+
+def tools(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools by our own name, none where `tool_choice` says so.
+
+    Raises:
+        GptossError: a choice that would have to be enforced.
+    """
+    choice = fields.get("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        raise GptossError(f"tool_choice is {short(choice)}, which nothing enforces yet: expected 'auto' or 'none'")
+    return {"tools": []} if choice == "none" else {name: fields[name] for name in ("tools",) if name in fields}
+
+
+def model_echo(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The model's name, which responses repeat; whoever has several models chooses by it before.
+
+    Raises:
+        GptossError: it is no text.
+    """
+    return {"model": string(fields["model"], "model")} if "model" in fields else {}
+
+
+def made_id(kind: str, response_id: str, *place: int) -> str:
+    """An id of something in a response: the same wherever the same response is written again."""
+    digest = hashlib.sha256("/".join((response_id, *map(str, place))).encode()).hexdigest()
+    return f"{kind}_{digest[:24]}"
+
+
+def additions(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The object `gptoss` of a response: what acted, and what OpenAI's form has no place for."""
+    document: dict[str, Any] = {
+        "settings": asked.acting,
+        "answers": [{**_kept(answer, raw=asked.raw), **_log_probabilities(asked, answer)} for answer in answers],
+    }
+    return document | ({"remarks": list(asked.remarks)} if asked.remarks else {})
+
+
+def _kept(answer: Answer, *, raw: bool) -> dict[str, Any]:
+    ended = {"finish_reason": answer.finish_reason, "stop_string": answer.stop_string}
+    parsed = answer.parsed
+    if raw:
+        return {**ended, "token_ids": list(parsed.token_ids)}
+    return {
+        **ended,
+        "parse_status": parsed.parse_status,
+        "faults": list(parsed.faults),
+        "preambles": list(parsed.preambles),
+        "cut_calls": [call_document(call) for call in parsed.cut_calls],
+        "unparsed_text": answer.unparsed_text,
+        "token_ids": list(parsed.token_ids),
+    }
+
+
+def _log_probabilities(asked: Asked, answer: Answer) -> dict[str, Any]:
+    """Of all ids, as far as asked for; OpenAI's forms have place for those of the content only."""
+    document: dict[str, Any] = {"logprobs": list(answer.logprobs)} if asked.options.logprobs else {}
+    if asked.options.sampling.top_logprobs:
+        document["top_logprobs"] = [[list(pair) for pair in step] for step in answer.top_logprobs]
+    return document

@@ -1,0 +1,144 @@
+"""The items of OpenAI's /v1/responses: a request's input as a chat, an answer as output."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.api.openai_fields import made_id
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony.answer import Answer, call_document
+from gptoss_jax.harmony.client_keys import are_parts
+from gptoss_jax.harmony.json_values import known_fields, needed, nonempty_list, string
+from gptoss_jax.harmony.parsed import Message
+
+_PHASES = {"preamble": "commentary", "final": "final_answer"}  # of the kinds of messages that are messages to OpenAI
+
+Logprobs = Callable[[int | None], list[dict[str, Any]]]
+"""Log probabilities of the tokens of one message, or of text in none."""
+
+
+# ---- input ----
+
+
+def chat_of(value: object) -> list[dict[str, Any]]:
+    """The chat, in the form that `harmony.messages.from_json` takes, which an `input` holds.
+
+    A message of the assistant's whose next item, but for reasoning, is a call is a preamble, unless its phase says
+    otherwise.
+
+    Raises:
+        GptossError: something else than text or items of messages, reasoning, calls and their results.
+    """
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    items = nonempty_list(value, "input")
+    chat = [_chat_message(item, f"input, item {index}") for index, item in enumerate(items)]
+    following: Mapping[str, Any] = {}
+    for message in reversed(chat):
+        if "reasoning" in message:
+            continue
+        if message["role"] == "assistant" and "content" in message and "tool_calls" in following:
+            message.setdefault("phase", "commentary")
+        following = message
+    return chat
+
+
+def _chat_message(item: object, where: str) -> dict[str, Any]:
+    kind = item.get("type", "message") if isinstance(item, dict) else None
+    if not isinstance(kind, str) or kind not in _READERS:
+        raise GptossError(f"{where} has type {short(kind)}, expected one of {', '.join(_READERS)}")
+    return _READERS[kind](item, where)
+
+
+def _message(item: object, where: str) -> dict[str, Any]:
+    fields = known_fields(item, ("type", "role", "content", "id", "status", "phase"), where)
+    kept = {name: fields[name] for name in ("role", "content", "phase") if name in fields}
+    return {"role": needed(kept, "role", where), **kept, "content": needed(kept, "content", where)}
+
+
+def _reasoning(item: object, where: str) -> dict[str, Any]:
+    """What was thought, in full or else in summary; of what is encrypted nothing can be read."""
+    fields = known_fields(item, ("type", "id", "summary", "content", "encrypted_content", "status"), where)
+    parts = fields.get("content") or fields.get("summary")
+    if not parts and "encrypted_content" in fields:
+        raise GptossError(f"{where} is encrypted reasoning, expected content that can be read")
+    return {"role": "assistant", "reasoning": _texts(parts or [], where)}
+
+
+def _texts(parts: object, where: str) -> str:
+    if not isinstance(parts, list) or not are_parts(parts):
+        raise GptossError(f"{where} holds {short(parts)}, expected a list of parts that are text")
+    return "".join(string(needed(part, "text", where), f"{where}, text") for part in parts)
+
+
+def _call(item: object, where: str) -> dict[str, Any]:
+    fields = known_fields(item, ("type", "id", "call_id", "name", "arguments", "status"), where)
+    function = {"name": needed(fields, "name", where), "arguments": fields.get("arguments", "")}
+    return {
+        "role": "assistant",
+        "tool_calls": [{"id": needed(fields, "call_id", where), "type": "function", "function": function}],
+    }
+
+
+def _result(item: object, where: str) -> dict[str, Any]:
+    fields = known_fields(item, ("type", "id", "call_id", "output", "status"), where)
+    call_id = string(needed(fields, "call_id", where), f"{where}, call_id")
+    return {"role": "tool", "tool_call_id": call_id, "content": fields.get("output", "")}
+
+
+_READERS: Mapping[str, Callable[[object, str], dict[str, Any]]] = {
+    "message": _message,
+    "reasoning": _reasoning,
+    "function_call": _call,
+    "function_call_output": _result,
+}
+
+
+# ---- output ----
+
+
+def output(answer: Answer, response_id: str, logprobs: Logprobs) -> list[dict[str, Any]]:
+    """The items of an answer, in its order.
+
+    Text outside of any message is a message at the end where there is no final answer; and where nothing else came,
+    whatever the model wrote: no text is without an item unless another says more. Calls that were cut are none.
+    """
+    items = [
+        item for index, message in enumerate(answer.messages) if (item := _item(message, response_id, index, logprobs))
+    ]
+    rest = answer.stray_text if answer.final is None else ""
+    if not items and not rest:
+        rest = answer.unparsed_text
+    if rest:
+        status = "completed" if answer.finish_reason == "stop" else "incomplete"
+        own_id = made_id("msg", response_id, len(answer.messages))
+        items.append(_message_item(rest, "final", status, own_id, logprobs(None)))
+    return items
+
+
+def _item(message: Message, response_id: str, index: int, logprobs: Logprobs) -> dict[str, Any] | None:
+    status = "incomplete" if message.is_cut else "completed"
+    match message.kind:
+        case "reasoning":
+            own_id = made_id("rs", response_id, index)
+            content = [{"type": "reasoning_text", "text": message.content}]
+            return {"type": "reasoning", "id": own_id, "summary": [], "content": content, "status": status}
+        case "preamble" | "final":
+            own_id = made_id("msg", response_id, index)
+            return _message_item(message.content, message.kind, status, own_id, logprobs(index))
+        case "call":
+            ids = {"id": made_id("fc", response_id, index), "call_id": made_id("call", response_id, index)}
+            return {"type": "function_call", **ids, **call_document(message), "status": status}
+        case _:
+            return None
+
+
+def _message_item(text: str, kind: str, status: str, own_id: str, logprobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+    return {
+        "type": "message",
+        "id": own_id,
+        "role": "assistant",
+        "status": status,
+        "phase": _PHASES[kind],
+        "content": [part],
+    }

@@ -1,0 +1,185 @@
+"""OpenAI's /v1/responses, answers that come whole. Nothing is stored: a conversation is given back as `input`.
+
+Items of `output` can be given back as they are. A preamble is a message of phase `commentary`. One answer is given,
+whatever the defaults say of several. Log probabilities stand with the text of messages if `include` asks for them, or
+`top_logprobs` is more than 0.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptoss_jax.api import asking, openai_fields
+from gptoss_jax.api.asked import Asked, Options
+from gptoss_jax.api.fields import an_object, boolean, known, only, texts
+from gptoss_jax.api.response_items import chat_of, output
+from gptoss_jax.api.tokens import log_probabilities, places, usage
+from gptoss_jax.engine.request import NOT_FINITE
+from gptoss_jax.errors import GptossError, short
+from gptoss_jax.harmony import messages
+from gptoss_jax.harmony.answer import Answer
+from gptoss_jax.harmony.json_values import known_fields, needed, string
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+
+_STORED = "nothing is stored here, so the whole conversation goes into input"
+_ONLY = {
+    **openai_fields.WHOLE,
+    "background": (False, "an answer is waited for"),
+    "truncation": ("disabled", "nothing is left out of a conversation"),
+    "previous_response_id": (None, _STORED),
+    "conversation": (None, _STORED),
+    "prompt": (None, "no templates are stored here"),
+}
+_ONLY_TEXT = {"text.verbosity": ("medium", "the model has no such setting")}
+_LOGPROBS = "message.output_text.logprobs"
+_INCLUDES = (  # of the others nothing is here: reasoning is given in clear, and no built-in tool runs
+    *(_LOGPROBS, "reasoning.encrypted_content", "web_search_call.action.sources", "code_interpreter_call.outputs"),
+    *("computer_call_output.output.image_url", "file_search_call.results", "message.input_image.image_url"),
+)
+_FIELD_OF = {
+    **openai_fields.FIELD_OF,
+    "max_new_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+_STATUS = {"stop": "completed", "length": "incomplete", "error": "failed", "cancelled": "cancelled"}
+FIELDS = frozenset(
+    (
+        *("input", "instructions", "model", "metadata", "tools", "tool_choice", "parallel_tool_calls"),
+        *("reasoning", "text", "max_output_tokens", "max_tool_calls", "top_logprobs", "include"),
+        *(*_ONLY, *openai_fields.SAMPLING, *openai_fields.HARMLESS),
+    )
+)
+
+
+def ask(body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
+    """What a request asks; see `asked.Form`.
+
+    `parallel_tool_calls` and `max_tool_calls` change nothing: the model makes one call an answer, and none of a
+    built-in tool's is carried out.
+    """
+    fields = known(body, FIELDS)
+    only(fields, _ONLY)
+    own = {
+        **openai_fields.sampling(fields),
+        **openai_fields.tools(fields),
+        **_reasoning(fields),
+        **_text(fields),
+        **_logprobs(fields),
+        **({"max_new_tokens": fields["max_output_tokens"]} if "max_output_tokens" in fields else {}),
+        "n": 1,
+    }
+    echo = _echo(fields)
+    chat = chat_of(needed(fields, "input", "the request"))
+    if "instructions" in fields:
+        chat.insert(0, {"role": "developer", "content": string(fields["instructions"], "instructions")})
+    spoken = messages.from_json(chat, "input")
+    asked = asking.conversation(spoken, own, defaults, vocab_path=vocab_path, field_of=_FIELD_OF)
+    metadata = an_object(fields["metadata"], "metadata") if "metadata" in fields else None
+    return dataclasses.replace(asked, metadata=metadata, echo=echo)
+
+
+def _reasoning(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The effort. Summaries are not made: the reasoning itself is given."""
+    names = ("effort", "summary", "generate_summary")
+    reasoning = known_fields(fields.get("reasoning", {}), names, "reasoning")
+    return {"reasoning_effort": reasoning["effort"]} if "effort" in reasoning else {}
+
+
+def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of the answer, as chat completions write it."""
+    text = known_fields(fields.get("text", {}), ("format", "verbosity"), "text")
+    only({f"text.{name}": value for name, value in text.items()}, _ONLY_TEXT)
+    if "format" not in text:
+        return {}
+    schema = dict(an_object(text["format"], "text.format"))
+    kind = schema.pop("type", None)
+    return {"response_format": {"type": kind, **({"json_schema": schema} if schema else {})}}
+
+
+def _logprobs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    include = texts(fields.get("include", []), "include")
+    for name in include:
+        if name not in _INCLUDES:
+            raise GptossError(f"include names {short(name)}, expected some of {', '.join(_INCLUDES)}")
+    asked = {"logprobs": True} if _LOGPROBS in include else {}
+    return {**asked, **{name: fields[name] for name in ("top_logprobs",) if name in fields}}
+
+
+def _echo(fields: Mapping[str, Any]) -> dict[str, Any]:
+    instructions = {"instructions": fields["instructions"]} if "instructions" in fields else {}
+    return {
+        **openai_fields.model_echo(fields),
+        **instructions,
+        "tool_choice": fields.get("tool_choice", "auto"),
+        "parallel_tool_calls": boolean(fields.get("parallel_tool_calls", True), "parallel_tool_calls"),
+    }
+
+
+def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
+    """An object `response`; see `asked.Form`. It holds no clock: `created_at` is 0."""
+    (answer,) = answers
+    cut = answer.finish_reason == "length"
+    failed = answer.finish_reason == "error"
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": 0,
+        "status": _STATUS[answer.finish_reason],
+        "error": {"code": "server_error", "message": NOT_FINITE} if failed else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "output": output(answer, response_id, lambda message: _message_logprobs(asked, answer, message)),
+        "usage": _usage(asked, answers),
+        "model": model,
+        **_acted(asked),
+        **asked.echo,
+        "metadata": asked.metadata or {},
+        "gptoss": openai_fields.additions(asked, answers),
+    }
+
+
+def _acted(asked: Asked) -> dict[str, Any]:
+    """What acted, where OpenAI's responses repeat it."""
+    acting = asked.acting
+    tools = [{"type": "function", **tool, "strict": False} for tool in acting["tools"] or ()]
+    form = acting["response_format"]
+    text = {"type": form["type"], **form["json_schema"], "strict": False} if form else {"type": "text"}
+    return {
+        "instructions": None,
+        "max_output_tokens": acting["max_new_tokens"],
+        "previous_response_id": None,
+        "reasoning": {"effort": acting["reasoning_effort"], "summary": None},
+        "store": False,
+        "temperature": acting["temperature"],
+        "text": {"format": text},
+        "tools": tools,
+        "top_logprobs": acting["top_logprobs"],
+        "top_p": acting["top_p"],
+        "truncation": "disabled",
+    }
+
+
+def _message_logprobs(asked: Asked, answer: Answer, message: int | None) -> list[dict[str, Any]]:
+    if not asked.options.logprobs:
+        return []
+    tokenizer = load_tokenizer(asked.vocab_path)
+    kinds = ("preamble", "final") if message is not None else ("unparsed", "other", "cut_call", "header")
+    found = enumerate(places(answer, tokenizer))
+    steps = [
+        step
+        for step, place in found
+        if place.kind in kinds and place.is_kept and (message is None or place.message == message)
+    ]
+    return log_probabilities(answer, steps, tokenizer)
+
+
+def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Whether a cache was hit is the engine's statistics to say: the same answers give the same bytes."""
+    used = usage(asked, answers)
+    return {
+        "input_tokens": used.prompt,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": used.answered,
+        "output_tokens_details": {"reasoning_tokens": used.reasoning},
+        "total_tokens": used.total,
+    }
