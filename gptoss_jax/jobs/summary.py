@@ -46,7 +46,8 @@ class Tally:
         self.answer_tokens += usage.get("completion_tokens", usage.get("output_tokens", 0))
         for answer in answers:
             self.finish_reasons[answer["finish_reason"]] += 1
-            self.parse_statuses[answer["parse_status"]] += 1
+            if "parse_status" in answer:  # plain text is not parsed
+                self.parse_statuses[answer["parse_status"]] += 1
 
     def noting(self, line: bytes) -> bytes:
         """The line, which is counted."""
@@ -55,11 +56,11 @@ class Tally:
 
     def line(self) -> str:
         """For people."""
-        answers = self.finish_reasons.total()
-        cut, repaired = self.finish_reasons["length"], answers - self.parse_statuses["ok"]
+        answers, cut = self.finish_reasons.total(), self.finish_reasons["length"]
+        repaired = self.parse_statuses["repaired"] + self.parse_statuses["unparsed"]
         return (
             f"{self.rows:,} row{'s' * (self.rows != 1)}: {answers:,} answers ({cut:,} cut at their limit, "
-            f"{repaired:,} not in the format's order), {self.num_errors:,} errors"
+            f"{repaired:,} that broke the format), {self.num_errors:,} errors"
         )
 
     @property
