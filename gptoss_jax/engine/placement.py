@@ -141,7 +141,7 @@ class Placement:
         block, rest = divmod(sequence.prefilled, self._block_tokens)
         if rest or not self._keys(sequence):
             return
-        pages = sequence.pages[: num_pages(sequence.prefilled)][-self._block_tokens // PAGE_TOKENS :]
+        pages = sequence.pages[: num_pages(sequence.prefilled)][-(self._block_tokens // PAGE_TOKENS) :]
         prefixes = self._prefixes[self._runner.shard_of(slot)]
         snapshot = prefixes.add(self._keys(sequence)[block - 1], pages)
         if snapshot is not None:

@@ -169,7 +169,9 @@ class ModelRunner:
     def _compile_ring_copies(self, build: Callable[..., Any], snapshots: kv_cache.Rings) -> dict[str, Any]:
         """The programs that save rings to `snapshots`, and restore them."""
         copy = functools.partial(programs.copy_rings, self._sharding, self._config)
-        copy = jax.jit(copy, donate_argnums=1, out_shardings=self._sharding.named_tree(kv_cache.ring_axes(self._config)))
+        copy = jax.jit(
+            copy, donate_argnums=1, out_shardings=self._sharding.named_tree(kv_cache.ring_axes(self._config))
+        )
         rings, nothing = kv_cache.rings(self._config, self._cache), self._ring_copy(0, 0, 0)
         return {
             "save_rings": build("save-rings", copy, rings, snapshots, nothing),
