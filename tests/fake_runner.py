@@ -1,7 +1,7 @@
 """A runner without a model: its cache holds token ids in pages and rings, and a token is drawn from all it reads there.
 
-A page that two sequences hold, a chunk in the wrong place, a ring of another prefix or a slot that goes on after its end
-changes what is drawn.
+A page that two sequences hold, a chunk in the wrong place, a ring of another prefix or a slot that goes on after its
+end changes what is drawn.
 """
 
 import zlib
@@ -112,7 +112,7 @@ class FakeRunner(ModelRunner):
             self._lengths[slot] += 1
 
     def _draw(self, slot, budget) -> int:
-        length = self._lengths[slot]
+        length = int(self._lengths[slot])
         held = self._memory[self.shard_of(slot), self._pages[slot]].reshape(-1)[:length]
         window = self._rings[slot, np.arange(max(0, length - WINDOW), length) % WINDOW]
         self._token[slot] = token = _draw_from(held, window)

@@ -30,8 +30,8 @@ class _Vacancy(NamedTuple):
 class Placement:
     """Sequences that run, each in a slot with pages of the slot's shard, and those that wait.
 
-    A sequence is admitted with the pages for all that its caller knows of it; more follow as its answer grows. Where its
-    prompt begins as one that was read before, it shares those pages; where as one that is being read, it waits.
+    A sequence is admitted with the pages for all that its caller knows of it; more follow as its answer grows. It
+    shares those of prompts that began alike and were read before; while such a one is being read, it waits.
 
     Attributes:
         running: by slot.

@@ -1,8 +1,8 @@
 """Beginnings of prompts that are in the cache already, found by their content: a prompt shares them, and reads on.
 
 A prompt is cut into blocks: the shortest runs of whole pages at whose ends a prompt's chunks end too, so that what is
-left is read in the chunks in which it would be read without this. Full-attention layers find a block's keys and values in
-its pages. Sliding-window layers need the last tokens before the block's end, whose rings a snapshot keeps; a block
+left is read in the chunks in which it would be read without this. Full-attention layers find a block's keys and values
+in its pages. Sliding-window layers need the last tokens before the block's end, whose rings a snapshot keeps; a block
 without one ends no prefix. Only what was read as a prompt is kept: what decoding writes may be rounded otherwise.
 
 Pages are not held for this. They are free once their sequences have ended, and lost when the pool gives them anew.
@@ -31,7 +31,7 @@ def block_keys(tokens: Sequence[int], block_tokens: int) -> list[Key]:
 
 
 class Prefix(NamedTuple):
-    """The beginning of a prompt that is in the cache: `keys` of its blocks, their pages, and the last one's snapshot."""
+    """The beginning of a prompt that is in the cache: the keys of its blocks, their pages, the last one's snapshot."""
 
     keys: Sequence[Key] = ()
     pages: Sequence[int] = ()

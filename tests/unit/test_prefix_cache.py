@@ -17,8 +17,6 @@ from gptoss_jax.engine.statistics import Statistics
 from tests.fake_runner import VOCAB, FakeRunner, RoundingRunner, answer
 from tests.unit.test_engine_host import BOTH, CONFIG, all_pages_are_free, prompt, run
 
-WITHOUT: dict = {"prefix_snapshots": 0}
-
 
 def make_engine(config: EngineConfig, runner=FakeRunner, **options) -> Engine:
     """An engine over a fake runner."""
@@ -101,7 +99,7 @@ def test_each_data_shard_has_its_own():
     """Guards shards: pages and rings are those of the slot's devices; a slot where more is shared is taken first."""
     engine = make_engine(EngineConfig(slots=4, max_context_tokens=1024), num_shards=2)
     assert answers(engine, [prompt(300)]) == [answer(prompt(300), 3)]
-    others = [prompt(300) + (i,) for i in range(4)]
+    others = [(*prompt(300), i) for i in range(4)]
     assert answers(engine, others) == [answer(ids, 3) for ids in others]
     assert engine.statistics.cached_prompt_tokens == 3 * 256  # once for each shard it is read
     assert all_pages_are_free(engine)
@@ -120,10 +118,11 @@ def test_prefixes_give_way_to_what_runs():
 
 def test_without_it_there_is_none():
     """Guards the switch, and contexts too short for a block: nothing is kept, and nothing found."""
-    engine = make_engine(EngineConfig(slots=2, max_context_tokens=2048, prefix_snapshots=0))
+    config = EngineConfig(slots=2, max_context_tokens=2048, prefix_snapshots=0)
+    engine = make_engine(config)
     answers(engine, [prompt(1000)] * 4)
     assert engine.statistics.cached_prompt_tokens == 0
-    assert engine.runner._ring_copies.size == 0
+    assert FakeRunner(config).snapshots_per_shard == 0
     assert num_snapshots(EngineConfig(max_context_tokens=128)) == 0
     assert num_snapshots(EngineConfig(slots=2, max_context_tokens=256)) == 4  # blocks of two slots' pages
     assert num_snapshots(EngineConfig(slots=40, max_context_tokens=4096)) == 40
@@ -132,13 +131,18 @@ def test_without_it_there_is_none():
 
 def test_what_a_faulty_answer_read_is_forgotten():
     """Guards others from it: numbers that are not finite may stand in its pages."""
-    engine = make_engine(EngineConfig(slots=1, max_context_tokens=2048))
-    draw = engine.runner._draw
-    engine.runner._draw = lambda slot, budget: FAULTY
+
+    class FaultyOnce(FakeRunner):
+        faults = 1
+
+        def _draw(self, slot, budget):
+            self.faults -= 1
+            return FAULTY if self.faults >= 0 else super()._draw(slot, budget)
+
+    engine = make_engine(EngineConfig(slots=1, max_context_tokens=2048), FaultyOnce)
     engine.submit(Request(prompt(300), (), 3))
     while not engine.is_idle:
         engine.tick()
-    engine.runner._draw = draw
     assert answers(engine, [prompt(300)]) == [answer(prompt(300), 3)]
     assert engine.statistics.cached_prompt_tokens == 0
 
@@ -179,15 +183,16 @@ def test_any_jobs_draw_what_they_draw_without_it(runner, jobs, slots, pool, shar
         pool_tokens=pool and pool * shards,
         prefix_snapshots=snapshots,
     )
-    requests = [
-        Request(prompt(200, which)[:part] + prompt(own, i + 2), (), n)
-        for i, (which, part, own, n, _) in enumerate(jobs)
+    asked = [
+        (prompt(200, which)[:part] + prompt(own, i + 2), count) for i, (which, part, own, count, _) in enumerate(jobs)
     ]
-    alone = make_engine(dataclasses.replace(config, slots=1, pool_tokens=None, **WITHOUT), runner, one_batch=one_batch)
-    expected = [answers(alone, [request.token_ids], request.max_new_tokens)[0] for request in requests]
+    alone = make_engine(
+        dataclasses.replace(config, slots=1, pool_tokens=None, prefix_snapshots=0), runner, one_batch=one_batch
+    )
+    expected = [answers(alone, [ids], count)[0] for ids, count in asked]
     engine = make_engine(config, runner, num_shards=shards, one_batch=one_batch)
-    for request in requests:
-        engine.submit(request)
+    for ids, count in asked:
+        engine.submit(Request(ids, (), count))
     tokens, ticks = collections.defaultdict(list), 0
     while not engine.is_idle:
         for event in engine.tick():
