@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.sampling import Draw, Sampling
@@ -16,7 +16,7 @@ from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.invariant_sum import row_sum
-from gptoss_jax.model.kv_cache import KVCache
+from gptoss_jax.model.kv_cache import KVCache, Rings
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params, step
 
@@ -58,14 +58,46 @@ class Chunks(NamedTuple):
 
 
 def admit(
-    lengths: Int32[Array, "B"], options: SlotOptions, state: SlotState, slot: Int32[Array, ""], new: Any
+    lengths: Int32[Array, "B"],
+    options: SlotOptions,
+    state: SlotState,
+    slot: Int32[Array, ""],
+    cached: Int32[Array, ""],
+    new: Any,
 ) -> tuple[Array, SlotOptions, SlotState]:
-    """The slot with `new` options and state, without their leading axis, and nothing in its cache."""
+    """The slot with `new` options and state, without their leading axis, and `cached` tokens in its cache."""
 
     def put(every: Array, one: Array) -> Array:
         return every.at[slot].set(one)
 
-    return lengths.at[slot].set(0), *jax.tree.map(put, (options, state), new)
+    return lengths.at[slot].set(cached), *jax.tree.map(put, (options, state), new)
+
+
+class RingCopy(NamedTuple):
+    """Which rings are copied to which, one of each data shard at most, counted within the shard."""
+
+    source: Int32[Array, "shards"]
+    target: Int32[Array, "shards"]
+    is_made: Bool[Array, "shards"]  # whether the shard copies any
+
+
+def copy_rings(sharding: Sharding, config: ModelConfig, source: Rings, target: Rings, copy: RingCopy) -> Rings:
+    """`target` with a copy of one of the rings of `source`: from a slot to a snapshot, or back.
+
+    As bits, for the reason that `kv_cache` writes them so.
+    """
+    axes = kv_cache.ring_axes(config)
+    source_bits, target_bits = jax.tree.map(_as_bits, (source, target))
+    new = sharding.take_slot(source_bits, copy.source, axes)
+    old = sharding.take_slot(target_bits, copy.target, axes)
+    is_made = copy.is_made[:, None, None]
+    copied = jax.tree.map(lambda new, old: jnp.where(is_made, new, old), new, old)
+    pasted = sharding.put_slot(target_bits, copied, copy.target, axes)
+    return jax.tree.map(lambda bits, x: jax.lax.bitcast_convert_type(bits, x.dtype), pasted, target)
+
+
+def _as_bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 # ---- one step ----
