@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from gptoss_jax import files
 from gptoss_jax.errors import GptossError, short
@@ -233,12 +233,12 @@ def rows(file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTE
         raise FileError(name, what) from None
 
 
-def _lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, bool]]:
+def _lines(file: io.BufferedReader, max_bytes: int) -> Iterator[tuple[bytes, bool]]:
     """Each line without its end, and whether it is whole; b"" where it is blank."""
     mark = codecs.BOM_UTF8
     while text := file.readline(max_bytes + 2):  # with its end
         rest, is_whole = text, len(text) < max_bytes + 2 or text.endswith(b"\n")
-        while not is_whole and not rest.endswith(b"\n") and (rest := file.readline(max_bytes)):
+        while not is_whole and not rest.endswith(b"\n") and (rest := file.readline(BUFFER_BYTES)):
             pass
         line, mark = text.removeprefix(mark).removesuffix(b"\n").removesuffix(b"\r"), b""
         yield line if line.strip() else b"", is_whole and len(line) <= max_bytes
@@ -263,19 +263,19 @@ def _check_jsonl(head: bytes, name: str) -> None:
 
 
 def _other_kind(lines: Sequence[bytes], name: str) -> str:
-    """What a file is by its first lines; "" if it may be JSONL."""
+    """What a file is by its first lines; "" if it may be JSONL, of which any line may be wrong."""
     first = lines[0] if lines else b"{}"
     if first == b"{":
         return _DOCUMENT
     if first == b"[" or first.startswith((b"[{", b"[ {")):
         return _ARRAY
+    if not first.startswith(b"{") and name.lower().endswith((".csv", ".tsv")):
+        return _TABLE
     if any(line.startswith(b"{") for line in lines) or not lines:
         return ""
-    if first.startswith(b"["):
-        return _ARRAY
-    is_table = name.lower().endswith((".csv", ".tsv")) or any(sign in first for sign in b",;\t")
-    is_text = first.decode(errors="replace").replace("\t", " ").isprintable()
-    return _TABLE if is_table and is_text else f"begins with {short(first)}"
+    text = first.decode(errors="replace").replace("\t", ",")
+    is_table = text.isprintable() and "\ufffd" not in text and ("," in text or ";" in text)
+    return _ARRAY if text.startswith("[") else _TABLE if is_table else f"begins with {short(first)}"
 
 
 def parquet(name: str) -> ModuleType:

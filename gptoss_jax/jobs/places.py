@@ -74,7 +74,7 @@ def find(name: str) -> Place:
 
     found = _URL.match(name)
     scheme = found[1].lower() if found else ""
-    if scheme not in fsspec.available_protocols():
+    if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:  # known, and added by packages
         raise FileError(
             name, f"{short(scheme)} is no store that fsspec knows, expected a path, s3://, gs:// or another"
         )
