@@ -6,10 +6,10 @@ import random
 import pytest
 
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import Event, FinishReason, NumericsError, Request
+from gptoss_jax.engine.request import EngineConfig, Event, FinishReason, Request
 from gptoss_jax.harmony import tokenizer
 from gptoss_jax.harmony.answer import AnswerStream, StopStrings
-from gptoss_jax.runtime.answers import collect
+from gptoss_jax.runtime.answers import as_they_end, collect
 
 WORDS = tokenizer.load_tokenizer()
 WELL_FORMED = "<|channel|>analysis<|message|>STOP? No.<|end|><|start|>assistant<|channel|>final<|message|>"
@@ -228,28 +228,21 @@ def test_raw_stop_strings_cut_no_message():
 
 
 class _Runner(Engine):
-    """An engine that brings given events; after one of an error it raises, and goes on when it is run again."""
+    """An engine that brings given events, one with each dispatch."""
 
-    def __init__(self, events):
-        self.coming, self._submitted, self.cancelled = list(events), 0, []
-
-    @property
-    def is_idle(self):
-        return not self.coming
+    def __init__(self, events, slots):
+        self.coming, self.submitted, self.cancelled = list(events), [], []
+        self.engine_config = EngineConfig(slots=slots)
 
     def submit(self, request):
-        self._submitted += 1
-        return self._submitted - 1
+        self.submitted.append(request)
+        return len(self.submitted) - 1
 
     def cancel(self, request_id):
         self.cancelled.append(request_id)
 
-    def run(self, until=lambda: False):
-        while self.coming and not until():
-            event = self.coming.pop(0)
-            yield event
-            if event.finish_reason == "error":
-                raise NumericsError("not finite")
+    def tick(self):
+        return [self.coming.pop(0)]
 
 
 def test_answers_come_in_order_each_as_soon_as_it_can_and_outlive_a_fault():
@@ -261,16 +254,41 @@ def test_answers_come_in_order_each_as_soon_as_it_can_and_outlive_a_fault():
             Event(0, tokens, (-0.5,) * len(tokens), "error"),
             Event(2, tokens, (-0.5,) * len(tokens), None),
             Event(3, (), (), None),
-        ]
+        ],
+        slots=2,
     )
     streams = [AnswerStream(WORDS) for _ in range(4)]
     for stream in streams[:3]:
         for token in tokens:
             stream.ends_at(token)
     left, reasons = [], []
-    for sample in collect(runner, [Request((1,), ())] * 4, streams, lambda deltas: None, lambda: False):
+    for sample in collect(runner, [Request((1,), ())] * 4, streams, interrupted=lambda: not runner.coming):
         reasons.append((sample.answer.finish_reason, sample.answer.stray_text))
         left.append(len(runner.coming))
     assert reasons == [("error", "Hi."), ("stop", "Hi."), ("cancelled", "Hi."), ("cancelled", "")]
     assert left == [2, 2, 0, 0]  # events that were still to come
     assert runner.cancelled == [2, 3]
+
+
+def test_requests_are_taken_as_slots_become_free_and_an_interruption_ends_all():
+    """Guards jobs of millions of rows: asked for all at once, they would fill the memory; and --n with Ctrl-C."""
+    tokens = tuple(_ids("Hi."))
+    runner = _Runner([Event(0, (), (), "stop"), Event(1, tokens[:1], (-0.5,), None)], slots=1)
+    streams, taken = [AnswerStream(WORDS) for _ in range(5)], []
+
+    def asked():
+        for stream in streams:
+            taken.append(stream)
+            yield Request((1,), ()), stream
+
+    groups = as_they_end(runner, asked(), interrupted=lambda: not runner.coming)
+    assert [number for number, _ in next(groups)] == [0]
+    assert (len(taken), len(runner.submitted)) == (2, 2)
+    assert [(number, sample.answer.finish_reason) for number, sample in next(groups)] == [
+        (1, "cancelled"),
+        (2, "cancelled"),
+    ]
+    stopped = _Runner([], slots=1)
+    samples = list(collect(stopped, [Request((1,), ())] * 3, streams[:3], interrupted=lambda: True))
+    assert [sample.answer.finish_reason for sample in samples] == ["cancelled"] * 3
+    assert stopped.submitted == []
