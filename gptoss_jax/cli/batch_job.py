@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
@@ -30,6 +30,10 @@ from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
+    import gptoss_jax.runtime.language_model
 
 _WITHOUT_OTHERS = "all"  # the part of a job that no shard shares
 _NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache")  # the weights' hash says what the first one names
@@ -269,11 +273,38 @@ class _Job:
             worker = Worker(engine, load_tokenizer(options.vocab), f"gpt-oss {self._weights[:12]}", put)
             worker.run(self._reading.tasks(self._inputs, self._found, wanted), lambda: bool(signalled()))
             number = signalled()
-        self._run = pace.document()
+            pace.end()
+        self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
         screen.note(pace.line())
         if number:
             screen.say("interrupted: the same command goes on")
         return 128 + number if number else 0
+
+
+def _share_of_limit(
+    language_model: "gptoss_jax.runtime.language_model.LanguageModel",
+    engine: "gptoss_jax.engine.engine.Engine",
+    pace: Pace,
+) -> dict[str, Any]:
+    """What the run was beside what the devices' memories allow: the bytes that its decoding steps have to read, per
+    second of the whole run, the reading of prompts included, over the measured bandwidth."""
+    done = engine.statistics
+    document: dict[str, Any] = {
+        "prefix_cache_hit_rate": round(done.hit_rate, 4),
+        "preemptions": done.preemptions,
+        "decode_steps": done.decode_steps,
+    }
+    if not (done.decode_steps and pace.new_answers):
+        return document
+    active = pace.new_answer_tokens / done.decode_steps
+    context = (pace.new_prompt_tokens + pace.new_answer_tokens // 2) // pace.new_answers
+    bytes_per_second = done.decode_steps * language_model.decode_bytes(max(1, round(active)), context) / pace.seconds
+    bandwidth = language_model.read_bandwidth(at_least=bytes_per_second)
+    return document | {
+        "mean_active_slots": round(active, 2),
+        "read_bandwidth_gb_per_second": round(bandwidth / 1e9, 2),
+        "share_of_bandwidth_limit": round(bytes_per_second / bandwidth, 4),
+    }
 
 
 def _input(found: Survey) -> dict[str, Any]:
@@ -284,6 +315,10 @@ def _input(found: Survey) -> dict[str, Any]:
 def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | None = None) -> int:
     """Makes OUT of the parts, if no row is missing, and removes them; gives the exit code."""
     record = records.read(layout.record)
+    if record and layout.is_finished:
+        record.check_input(_input(found), layout.record)
+        screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
+        return 0
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(_input(found), layout.record)

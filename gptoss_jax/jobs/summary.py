@@ -1,5 +1,6 @@
 """What became of a job's rows, counted from the finished lines, and how fast: for people and for programs."""
 
+import copy
 import importlib.metadata
 import json
 import platform
@@ -104,24 +105,43 @@ class Pace:
 
     def __init__(self, tally: Tally, total: int):
         self.tally, self.total = tally, total
-        self._rows, self._prompt, self._answer = tally.rows, tally.prompt_tokens, tally.answer_tokens
+        self._before = copy.deepcopy(tally)
         self._began = time.monotonic()  # a clock that nobody sets
+        self._ended: float | None = None
+
+    def end(self) -> None:
+        """The run has ended: time stands still."""
+        self._ended = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
-        return max(time.monotonic() - self._began, 1e-9)
+        """Since the run began, until its end."""
+        return max((self._ended or time.monotonic()) - self._began, 1e-9)
 
     @property
     def new_rows(self) -> int:
         """Rows of this run."""
-        return self.tally.rows - self._rows
+        return self.tally.rows - self._before.rows
+
+    @property
+    def new_answers(self) -> int:
+        """Answers of this run."""
+        return self.tally.finish_reasons.total() - self._before.finish_reasons.total()
+
+    @property
+    def new_prompt_tokens(self) -> int:
+        """Tokens of the prompts of this run."""
+        return self.tally.prompt_tokens - self._before.prompt_tokens
+
+    @property
+    def new_answer_tokens(self) -> int:
+        """Tokens drawn in this run."""
+        return self.tally.answer_tokens - self._before.answer_tokens
 
     @property
     def tokens_per_second(self) -> tuple[float, float]:
         """Read and drawn, in this run."""
-        read, drawn = self.tally.prompt_tokens - self._prompt, self.tally.answer_tokens - self._answer
-        return read / self.seconds, drawn / self.seconds
+        return self.new_prompt_tokens / self.seconds, self.new_answer_tokens / self.seconds
 
     @property
     def seconds_left(self) -> float | None:

@@ -289,6 +289,7 @@ def test_requests_are_taken_as_slots_become_free_and_an_interruption_ends_all():
         (2, "cancelled"),
     ]
     stopped = _Runner([], slots=1)
-    samples = list(collect(stopped, [Request((1,), ())] * 3, streams[:3], interrupted=lambda: True))
+    fresh = [AnswerStream(WORDS) for _ in range(3)]
+    samples = list(collect(stopped, [Request((1,), ())] * 3, fresh, interrupted=lambda: True))
     assert [sample.answer.finish_reason for sample in samples] == ["cancelled"] * 3
     assert stopped.submitted == []
