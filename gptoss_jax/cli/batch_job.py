@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,10 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
         OSError: what is on a disk is there, and no more fits.
     """
     screen = Screen(quiet=options.quiet)
+    if options.ray:
+        _on_ray()  # here, so that what is missing is said before all rows are read
+    if options.ray_workers is not None and options.ray_workers < 1:
+        raise GptossError(f"--ray-workers is {options.ray_workers}, expected at least 1")
     names, out = _names(options, arguments)
     shard = _shard(options)
     if options.merge and out is not None:
@@ -77,6 +82,8 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     config = model_flags.config(options)
     reading = Reading(defaults, config, _engine_config(options), options.vocab)
     inputs = Inputs(names)
+    if options.ray:
+        inputs.check_others_can_read()
     layout = None if out is None else _layout(options, out, inputs)
     for remark in remarks:
         screen.say(remark)
@@ -205,6 +212,10 @@ class _Job:
         self._tally = Tally()
         self._run: dict[str, Any] | None = None  # how fast this one was
 
+    @property
+    def _model_name(self) -> str:
+        return f"gpt-oss {self._weights[:12]}"
+
     def run(self) -> int:
         layout, record = self._layout, self._record()
         if layout.is_finished and not self._options.restart:
@@ -217,7 +228,8 @@ class _Job:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
-            code = self._answer(store, wanted) if wanted.any() else 0
+            answer = self._answer_on_ray if self._options.ray else self._answer
+            code = answer(store, wanted) if wanted.any() else 0
         if part is not None:  # its lines are counted when they are joined
             return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
@@ -239,7 +251,7 @@ class _Job:
     def _is_appended(self) -> bool:
         """Whether finished lines are appended to OUT itself: not if an earlier run of the job has written parts."""
         options, layout = self._options, self._layout
-        if options.keep_order or self._shard or not outputs.can_append(layout.out):
+        if options.keep_order or options.ray or self._shard or not outputs.can_append(layout.out):
             return False
         existing = None if options.restart else records.read(layout.record)
         return existing is None or existing.output.get("appended") is not False
@@ -270,15 +282,66 @@ class _Job:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
-            worker = Worker(engine, load_tokenizer(options.vocab), f"gpt-oss {self._weights[:12]}", put)
+            worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
             worker.run(self._reading.tasks(self._inputs, self._found, wanted), lambda: bool(signalled()))
             number = signalled()
             pace.end()
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
-        screen.note(pace.line())
+        return self._ended(pace, number)
+
+    def _ended(self, pace: Pace, number: int) -> int:
+        """The exit code of a run that a signal of this number has ended; 0: none has."""
+        self._screen.note(pace.line())
         if number:
-            screen.say("interrupted: the same command goes on")
+            self._screen.say("interrupted: the same command goes on")
         return 128 + number if number else 0
+
+    def _answer_on_ray(self, store: Store, wanted: np.ndarray) -> int:
+        """As `_answer`, by workers that put lines into parts of their own; `store` only keeps others from the job."""
+        from gptoss_jax.model import sharding  # here: it imports JAX
+
+        options, screen, on_ray = self._options, self._screen, _on_ray()
+        model = {name: options[name].value for name in ("dtype", "dense", "kernels")}
+        job = on_ray.Job(
+            folder=os.getcwd(),
+            inputs=self._inputs.names,
+            layout=Layout(store.layout.out, os.path.abspath(store.layout.state)),
+            survey=self._found,
+            reading=self._reading,
+            model={"path": options.checkpoint, "mesh": options.mesh or None, **model},
+            programs=options.compilation_cache,
+            model_name=self._model_name,
+        )
+        cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
+        pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
+        with (
+            on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
+            screen.status() as show,
+            interrupts.noted_with_sigterm() as signalled,
+        ):
+
+            def finished(document: Any) -> None:
+                self._tally.add(document)
+                show(pace.line())
+
+            workers = on_ray.run(job, wanted, cluster, finished, screen.note, signalled)
+            number = signalled()
+            pace.end()
+        self._run = {**pace.document(), "workers": workers}
+        return self._ended(pace, number)
+
+
+def _on_ray() -> ModuleType:
+    """The module that needs Ray, which is large and slow to import.
+
+    Raises:
+        GptossError: it is not installed.
+    """
+    try:
+        from gptoss_jax.jobs import on_ray
+    except ModuleNotFoundError as error:
+        raise GptossError(f"--ray needs the package {error.name}: pip install 'gptoss-jax[ray]'") from None
+    return on_ray
 
 
 def _share_of_limit(

@@ -158,6 +158,20 @@ def parts(layout: Layout) -> list[Path]:
     return sorted(layout.parts.glob(f"*{_SUFFIX}")) if layout.parts.exists() else []
 
 
+class PartsReader:
+    """Reads what all writers add to the parts of a job, as often as it is asked."""
+
+    def __init__(self, layout: Layout):
+        self._layout, self._ends = layout, dict[Path, int]()
+
+    def new_lines(self) -> Iterator[bytes]:
+        """The finished lines that have come since it was asked last; at first all."""
+        for path in parts(self._layout):
+            for offset, line in journal.entries(path, CHECKED, self._ends.get(path, 0)):
+                self._ends[path] = offset + len(CHECKED.pack(line)) + 1
+                yield line
+
+
 def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:
     try:
         return survey.find(document)

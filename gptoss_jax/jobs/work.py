@@ -138,8 +138,10 @@ class Worker:
         self._refused: list[bytes] = []
         self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
 
-    def run(self, tasks: Iterable[Task], interrupted: Callable[[], bool]) -> None:
+    def run(self, tasks: Iterable[Task | None], interrupted: Callable[[], bool]) -> None:
         """Answers them all, or until interrupted: what was under way then has no line.
+
+        None among the tasks: there are no more as yet; the next one is asked for once the engine has done a dispatch.
 
         Raises:
             OSError: a line cannot be put.
@@ -149,9 +151,14 @@ class Worker:
             self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
         self._put_lines([])
 
-    def _requests(self, tasks: Iterable[Task]) -> Iterator[tuple[Request, AnswerStream]]:
+    def _requests(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Request, AnswerStream] | None]:
         number = itertools.count()
-        for row, asked in tasks:
+        for task in tasks:
+            if task is None:
+                self._put_lines([])
+                yield None
+                continue
+            row, asked = task
             if asked is None:
                 self._refused.append(row.error_line())
                 if len(self._refused) >= LINES_AT_ONCE:
