@@ -70,7 +70,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     """
     screen = Screen(quiet=options.quiet)
     if options.ray:
-        _on_ray()  # here, so that what is missing is said before all rows are read
+        _on_ray(options)  # here, so that what is missing is said before all rows are read
     if options.ray_workers is not None and options.ray_workers < 1:
         raise GptossError(f"--ray-workers is {options.ray_workers}, expected at least 1")
     names, out = _names(options, arguments)
@@ -300,7 +300,7 @@ class _Job:
         """As `_answer`, by workers that put lines into parts of their own; `store` only keeps others from the job."""
         from gptoss_jax.model import sharding  # here: it imports JAX
 
-        options, screen, on_ray = self._options, self._screen, _on_ray()
+        options, screen, on_ray = self._options, self._screen, _on_ray(self._options)
         model = {name: options[name].value for name in ("dtype", "dense", "kernels")}
         job = on_ray.Job(
             folder=os.getcwd(),
@@ -331,12 +331,14 @@ class _Job:
         return self._ended(pace, number)
 
 
-def _on_ray() -> ModuleType:
+def _on_ray(options: flags.FlagValues) -> ModuleType:
     """The module that needs Ray, which is large and slow to import.
 
     Raises:
         GptossError: it is not installed.
     """
+    if options.ray_address is None:  # a cluster of this machine alone: Ray listens to it alone only if it is told so
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         from gptoss_jax.jobs import on_ray
     except ModuleNotFoundError as error:
