@@ -337,7 +337,8 @@ def _on_ray(options: flags.FlagValues) -> ModuleType:
     Raises:
         GptossError: it is not installed.
     """
-    if options.ray_address is None:  # a cluster of this machine alone: Ray listens to it alone only if it is told so
+    if (options.ray_address or "127.0.0.1").partition(":")[0] in ("127.0.0.1", "localhost"):
+        # A cluster of this machine alone: Ray would take the address that others know it by, and listen to them.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         from gptoss_jax.jobs import on_ray

@@ -138,7 +138,7 @@ def machines(folder: Folder) -> Iterator[Machines]:
     process.communicate()
 
 
-def worker_of_ray(root: Path) -> list[int]:
+def workers_of_ray(root: Path) -> list[int]:
     """Processes that answer rows, under a Ray whose files are in `root`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -155,7 +155,7 @@ def test_a_killed_worker_loses_nothing(folder):
     kept = folder.root / "kept"
     kept.mkdir()
     folder.wait_for_lines("a.jsonl", 10, process)
-    os.kill(worker_of_ray(folder.root)[0], signal.SIGKILL)
+    os.kill(workers_of_ray(folder.root)[0], signal.SIGKILL)
 
     def seen() -> bool:
         for path in (folder.root / "a.jsonl.parts").glob("*.journal"):
@@ -167,3 +167,45 @@ def test_a_killed_worker_loses_nothing(folder):
     folder.check("a.jsonl", process)
     times = Counter(name for path in kept.glob("ray-*") for name in _ids(path) if name)
     assert times.total() == len(times), "a finished row was answered again"
+
+
+def test_a_killed_driver_redoes_what_was_in_flight_only(folder, machines):
+    """Guards the night's work: this process dies twice; the same command goes on, on Ray and then without it."""
+    on_ray = folder.batch("b.jsonl", "--keep-order", "--ray", "--ray-address", machines.address)
+    done = 0
+    for command, count in ((on_ray, 8), (on_ray, 24)):
+        process = folder.start(command)
+        folder.wait_for_lines("b.jsonl", count, process)
+        process.kill()
+        process.communicate()
+        done = sum(map(Counter.total, folder.journals("b.jsonl").values()))
+        wait_until_gone(folder.root)
+    process = folder.start(folder.batch("b.jsonl", "--keep-order"))
+    said = folder.check("b.jsonl", process)
+    summary = json.loads((folder.root / "b.jsonl.summary.json").read_text())
+    assert summary["run"]["rows"] <= ROWS - done, said
+
+
+def wait_until_gone(root: Path) -> None:
+    """Workers end when Ray sees that their driver has."""
+    end = time.monotonic() + 60
+    while workers_of_ray(root):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_worker_that_cannot_go_on_ends_the_job(folder, machines):
+    """Guards against endless retries of a model that cannot be loaded (ray 51946)."""
+    process = folder.start(folder.batch("c.jsonl", "--ray", "--ray-address", machines.address, "--mesh", "expert=4"))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "a mesh of 4 devices, but there are 1" in said.splitlines()[-1], said
+
+
+def test_a_lost_machine_loses_nothing(folder, machines):
+    """Guards the rows of workers that cannot be started again, since their machine is gone and no other has room."""
+    command = folder.batch("d.jsonl", "--ray", "--ray-address", machines.address, "--ray-workers", WORKERS)
+    process = folder.start(command)
+    folder.wait_for_lines("d.jsonl", 10, process)
+    os.kill(machines.raylet, signal.SIGKILL)
+    assert "1 of 2 workers have lost their machine" in folder.check("d.jsonl", process)
