@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 CALLS_AT_ONCE = 8  # groups of rows that a worker holds: when the last rows of some are slow, others fill the slots
 GROUPS_PER_WORKER = 4  # at least, so that workers end at about the same time
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_WITHOUT_A_LINE = 30.0  # after which workers that a lost machine had are no longer waited for
+SECONDS_TO_CONNECT = 10.0
+SECONDS_WITHOUT_A_LINE = 60.0  # after which machines are no longer waited for, if no worker has room
 STORE_BYTES = 256 << 20  # of Ray's own, in which groups wait; the model is not there
 
 
@@ -113,16 +115,22 @@ def run(
         GptossError: the cluster has no room for the workers, or one of them cannot go on.
     """
     needs, workers = _plan(cluster)
-    note(f"{workers} worker{'s' * (workers != 1)} of {_described(needs)} each on Ray's {len(_nodes())} machines")
+    note(f"workers: {workers} of {_described(needs)} each; machines in Ray: {len(_nodes())}")
+    rows = int(wanted.sum()) // (GROUPS_PER_WORKER * workers)
+    size = max(1, min(2 * job.reading.engine_config.slots, rows))
+    # The dataset runs in a process of its own on this machine: so it can be ended whatever it is doing.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_run_dataset)
+    running = remote.remote(ray.put(job), ray.put(wanted), size, needs, workers)
     following = _Following(job, wanted, finished)
     while following.left.any() and not interrupted():
-        room = min(workers, _room(needs))
-        if not room:
+        ended, _ = ray.wait([running], timeout=SECONDS_BETWEEN_LOOKS)
+        following.look()
+        if ended:
+            _check(running)
+            break
+        if following.seconds_without_a_line > SECONDS_WITHOUT_A_LINE and not _room(needs):
             raise GptossError(f"no machine of the cluster has {_described(needs)} any more: the same command goes on")
-        if room < workers:
-            note(f"{workers - room} of {workers} workers have lost their machine: going on with the others")
-        workers = room
-        _answer_on(job, following, needs, workers, interrupted)
     return workers
 
 
@@ -131,12 +139,16 @@ class _Following:
 
     Attributes:
         left: rows that are still to be answered, bool [N].
-        since: when the last line came, by the monotonic clock.
     """
 
     def __init__(self, job: Job, wanted: np.ndarray, finished: Callable[[Any], object]):
-        self.left, self.since = wanted.copy(), time.monotonic()
+        self.left, self._last = wanted.copy(), time.monotonic()
         self._survey, self._parts, self._finished = job.survey, PartsReader(job.layout), finished
+
+    @property
+    def seconds_without_a_line(self) -> float:
+        """Since the last one came."""
+        return time.monotonic() - self._last
 
     def look(self) -> None:
         """Takes the lines that have come."""
@@ -144,32 +156,8 @@ class _Following:
             document = json.loads(line)
             ordinal = self._survey.find(document)
             if self.left[ordinal]:
-                self.left[ordinal], self.since = False, time.monotonic()
+                self.left[ordinal], self._last = False, time.monotonic()
                 self._finished(document)
-
-
-def _answer_on(
-    job: Job, following: _Following, needs: Mapping[str, int], workers: int, interrupted: Callable[[], object]
-) -> None:
-    """Runs one dataset until it ends, or until it waits for nothing but workers whose machine is gone.
-
-    It runs in a process of its own, which is on this machine: so it can be ended whatever it is doing.
-    """
-    wanted = int(following.left.sum())
-    rows = max(1, min(2 * job.reading.engine_config.slots, wanted // (GROUPS_PER_WORKER * workers)))
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_run_dataset)
-    running = remote.remote(ray.put(job), ray.put(following.left), rows, needs, workers)
-    while not interrupted():
-        ended, _ = ray.wait([running], timeout=SECONDS_BETWEEN_LOOKS)
-        following.look()
-        if ended:
-            _check(running)
-            return
-        is_stuck = time.monotonic() - following.since > SECONDS_WITHOUT_A_LINE
-        if is_stuck and _room(needs) < workers:
-            break
-    ray.cancel(running, force=True)
 
 
 def _check(running: Any) -> None:
@@ -191,6 +179,8 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         GptossError: there is none at this address, or none can be made.
     """
+    if address is not None:
+        _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would be sent to Ray's makers
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -200,11 +190,22 @@ def connected(address: str | None) -> Iterator[None]:
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise GptossError(f"no Ray cluster at {address or 'this machine'}: {one_line(str(error))}") from None
+        raise GptossError(f"Ray at {address or 'this machine'}: {one_line(str(error))}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises GptossError where nothing listens to an address: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise GptossError(f"--ray-address is {short(address)}, expected HOST:PORT of a cluster's head: 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise GptossError(f"no Ray cluster at {address}: {error}; `ray start --head` makes one") from None
 
 
 def _nodes() -> list[dict[str, float]]:
