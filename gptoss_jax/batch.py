@@ -74,7 +74,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("merge", False, "Make OUT of what shards have written, and check that no row is missing.")
     flags.DEFINE_bool("ray", False, "Have workers answer that Ray starts, and starts again when they die.")
     flags.DEFINE_string("ray_address", None, "HOST:PORT: A Ray cluster; left out: one on this machine, for this job.")
-    flags.DEFINE_integer("ray_workers", None, "N: Workers, a model each; left out: as GPUs or TPUs suffice, or machines.")
+    flags.DEFINE_integer(
+        "ray_workers", None, "N: Workers, a model each; left out: as GPUs or TPUs suffice, or machines."
+    )
     flags.DEFINE_string("state", None, "PATH: Where the job's own files lie, PATH.job.json and others; left out: OUT.")
     flags.DEFINE_integer("slots", 16, "N: Answers that are drawn at once; rounded up to the mesh's data shards.")
     flags.DEFINE_integer("pool_tokens", None, "N: Tokens in the cache at most; left out: all slots at their longest.")

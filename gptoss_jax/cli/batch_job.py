@@ -27,7 +27,7 @@ from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
-from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
+from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts, take_over
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
@@ -224,6 +224,8 @@ class _Job:
             self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
             return 0
         part = self._part(record)
+        if self._options.ray and part is not None and not self._options.restart:
+            take_over(layout, part, record)
         with Store(layout, part, record, restart=self._options.restart) as store:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()

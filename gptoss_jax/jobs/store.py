@@ -4,9 +4,11 @@ Beside OUT lie OUT.job.json, which says what the job is, and, where lines cannot
 in order, compressed, Parquet or remote, or several processes work on it), OUT.parts with a journal for each writer.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from gptoss_jax.jobs.rows import RowError
 from gptoss_jax.jobs.survey import Survey
 
 _SUFFIX = ".journal"
+_LINES_AT_ONCE = 1000
 
 
 class Layout(NamedTuple):
@@ -120,9 +123,12 @@ class Store:
                     path.unlink()
 
     def lines(self) -> Iterator[bytes]:
-        """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off."""
+        """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off.
+
+        Where lines are appended to OUT there are no others: parts may lie there that a `take_over` had begun.
+        """
         yield from (entry.line for entry in self._journal.repaired())
-        for path in parts(self.layout):
+        for path in parts(self.layout) if self.part is not None else ():
             if path != self._journal.path:
                 yield from (entry.line for entry in journal.entries(path, CHECKED))
 
@@ -170,6 +176,28 @@ class PartsReader:
             for offset, line in journal.entries(path, CHECKED, self._ends.get(path, 0)):
                 self._ends[path] = offset + len(CHECKED.pack(line)) + 1
                 yield line
+
+
+def take_over(layout: Layout, part: str, record: Record) -> None:
+    """Has a job whose lines were appended to OUT go on in parts, of which `record` says so: OUT's lines become one.
+
+    Killed at any moment, it can be done again, or the job can go on as before: the record is what counts.
+
+    Raises:
+        JournalError: another process writes OUT.
+        RecordError: the job is another one.
+    """
+    appended = records.read(layout.record)
+    if appended is None or not appended.output.get("appended"):
+        return
+    replace(appended, output=record.output).check_same(record, layout.record)
+    layout.parts.mkdir(exist_ok=True)
+    with Journal(layout.out, PLAIN), Journal(layout.part(part), CHECKED) as own:
+        own.clear()
+        lines = journal.entries(layout.out, PLAIN)
+        while some := list(itertools.islice(lines, _LINES_AT_ONCE)):
+            own.append([line for _, line in some])
+        records.write(layout.record, record)
 
 
 def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:
