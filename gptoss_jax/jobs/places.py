@@ -103,7 +103,7 @@ def faults_of(name: str) -> Iterator[None]:
 def _what(error: Exception) -> str:
     """What an error of the system or of a store's library says, with its kind where the text alone may say nothing."""
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return "no such file or bucket"
     if isinstance(error, TimeoutError):
         return "no answer in time; the store or the network to it is down or slow"
     if isinstance(error, ImportError):

@@ -258,7 +258,7 @@ class _LibraryError(Exception):
         (PermissionError("Forbidden"), "PermissionError: Forbidden"),
         (TimeoutError(), "no answer in time; the store or the network to it is down or slow"),
         (_LibraryError("429,\nslow down"), "_LibraryError: 429,\\nslow down"),
-        (FileNotFoundError("/a.jsonl"), "no such file"),
+        (FileNotFoundError("/a.jsonl"), "no such file or bucket"),
     ],
 )
 def test_a_store_that_fails_is_one_line(memory, step, error, what):

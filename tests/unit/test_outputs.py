@@ -295,7 +295,7 @@ def test_what_cannot_be_written_is_said_before_the_work(monkeypatch):
     text = "cannot write memory://folder: it is a folder, expected a file name"
     assert refusal(outputs.check, "memory://folder") == text
     BrokenStore.fails, BrokenStore.error = "open wb", FileNotFoundError("bucket")
-    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file"
+    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file or bucket"
     BrokenStore.fails = ""
     outputs.check("broken://b/x")
     assert _names("broken://") == []
