@@ -138,7 +138,7 @@ def _source(place: Place) -> _Source:
         with places.faults_of(place.name):
             kind = place.store.info(place.path)["type"]
         if kind == "directory":
-            raise FileError(place.name, "a folder, expected a file")
+            raise _folder(place)
         return _Source(place.name, place.identity(), place.open)
     with contextlib.suppress(OSError, ValueError):  # whatever is wrong, check_regular says it
         if stat.S_ISFIFO(os.stat(place.path).st_mode):
@@ -151,11 +151,17 @@ def _source(place: Place) -> _Source:
 def _open_regular(place: Place) -> io.BufferedReader:
     if "\0" in place.path or not place.path:
         raise FileError(repr(place.name), "expected a file name")
+    if os.path.isdir(place.path):
+        raise _folder(place)
     try:
         files.check_regular(place.path)
     except FileError as error:
         raise FileError(place.name, error.what) from None
     return place.open()
+
+
+def _folder(place: Place) -> FileError:
+    return FileError(place.name, f"a folder, expected files: {place.name.rstrip('/')}/*.jsonl, say")
 
 
 def _copied(file: Any, name: str) -> _Source:

@@ -103,7 +103,8 @@ def faults_of(name: str) -> Iterator[None]:
 def _what(error: Exception) -> str:
     """What an error of the system or of a store's library says, with its kind where the text alone may say nothing."""
     if isinstance(error, FileNotFoundError):
-        return "no such file or bucket"
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        return f"no such file or bucket{cause}"  # over HTTP this is also what stands for a server that is not reached
     if isinstance(error, TimeoutError):
         return "no answer in time; the store or the network to it is down or slow"
     if isinstance(error, ImportError):

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -206,15 +207,17 @@ def test_one_bad_line_is_a_row_and_no_refusal(first):
     assert texts("a.jsonl") == [first, ROWS[0]]
 
 
-def test_what_cannot_be_opened():
+def test_what_cannot_be_opened(memory):
     """Guards names that are no file, each in one line that names it as it was given."""
     Path("folder").mkdir()
     os.symlink("nowhere", "link")
     Path("secret").write_bytes(ROWS[0])
     Path("secret").chmod(0)
     assert refusal("absent.jsonl") == "absent.jsonl: no such file"
-    assert refusal("folder") == "folder: a folder, expected a file"
+    assert refusal("folder") == "folder: a folder, expected files: folder/*.jsonl, say"
     assert refusal(f"file://{Path.cwd()}/absent") == f"file://{Path.cwd()}/absent: no such file"
+    memory.pipe("/far/a.jsonl", ROWS[0])
+    assert refusal("memory://far") == "memory://far: a folder, expected files: memory://far/*.jsonl, say"
     assert refusal("link").startswith("link: a link to nowhere, which is not there")
     assert refusal("") == "'': expected a file name"
     assert refusal("a\0b") == "'a\\x00b': expected a file name"
@@ -251,6 +254,13 @@ class _LibraryError(Exception):
     pass
 
 
+def _unreached() -> FileNotFoundError:
+    """As fsspec's HTTP raises where no server answers."""
+    error = FileNotFoundError("http://b/x")
+    error.__cause__ = _LibraryError("connection refused")
+    return error
+
+
 @pytest.mark.parametrize("step", ["info", "open rb", "read"])
 @pytest.mark.parametrize(
     ("error", "what"),
@@ -259,6 +269,7 @@ class _LibraryError(Exception):
         (TimeoutError(), "no answer in time; the store or the network to it is down or slow"),
         (_LibraryError("429,\nslow down"), "_LibraryError: 429,\\nslow down"),
         (FileNotFoundError("/a.jsonl"), "no such file or bucket"),
+        (_unreached(), "no such file or bucket (_LibraryError: connection refused)"),
     ],
 )
 def test_a_store_that_fails_is_one_line(memory, step, error, what):
@@ -472,3 +483,14 @@ def test_any_bytes_are_lines_or_one_line(content):
         assert str(error).startswith(f"{path}: ") and str(error).isprintable()
     finally:
         path.unlink()
+
+
+def test_what_is_not_needed_is_not_imported():
+    """Guards how soon a job answers, and plain installations: packages of one format or store come with its files."""
+    code = "import sys; from gptoss_jax.jobs import inputs, outputs; inputs.Inputs(['a']); print(*sys.modules)"
+    Path("a").write_bytes(ROWS[0])
+    root = {"PYTHONPATH": str(Path(inputs.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | root, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert {"jax", "numpy", "pyarrow", "zstandard", "fsspec", "pydantic"}.isdisjoint(done.stdout.split())
