@@ -45,7 +45,7 @@ class Place:
     def identity(self) -> object:
         """What is the same for all names of a file: links, hard links, relative paths, URLs."""
         if self.store:
-            return type(self.store), self.path
+            return type(self.store), repr(self.store.storage_options), self.path
         try:
             return identity(os.stat(self.path))
         except OSError:  # it is not there

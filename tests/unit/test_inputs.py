@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,30 @@ def test_a_file_given_twice_is_refused(memory):
     assert "new.jsonl" not in Inputs(["a.jsonl"])
 
 
+def test_files_of_one_name_in_two_archives(memory):
+    """Guards against calling them one file: the store is more than its kind."""
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(name, "w") as archive:
+            archive.writestr("rows.jsonl", ROWS[0])
+    assert texts("zip://rows.jsonl::a.zip", "zip://*.jsonl::b.zip") == [ROWS[0], ROWS[0]]
+    assert "zip://rows.jsonl::a.zip" in Inputs(["zip://rows.jsonl::a.zip"])
+
+
+def test_a_pipe_given_twice_is_not_waited_for():
+    """Guards against a second open that waits for ever."""
+    os.mkfifo("pipe")
+    assert refusal("pipe", "pipe") == "pipe: is given twice"
+
+
+def test_a_long_row_of_parquet_is_a_fault():
+    """Guards the limit on rows in every format."""
+    pq.write_table(pa.table({"id": ["a", "b" * 99]}), "a.parquet")
+    file: Any = open("a.parquet", "rb")
+    with file:
+        found = list(inputs.rows(file, "a.parquet", 50))
+    assert found == [(1, b'{"id":"a"}', ""), (2, b"", "the row is longer than 50 bytes, which no context holds")]
+
+
 class _Stdin:
     def __init__(self, content: bytes):
         self.buffer = io.BytesIO(content)
@@ -119,7 +144,7 @@ def test_stdin_is_read_twice(monkeypatch):
         expected = [Line("stdin", number, row) for number, row in enumerate(ROWS, 1)]
         assert list(zip(found.lines(), found.lines(), strict=True)) == list(zip(expected, expected, strict=True))
     assert os.listdir() == []
-    assert refusal("-", "-") == "stdin (-) is given twice, and can be read once only"
+    assert refusal("-", "-") == "-: is given twice"
     monkeypatch.setattr(sys, "stdin", None)
     assert refusal("-") == "stdin: is closed"
 
@@ -200,7 +225,7 @@ def test_the_commands_that_refusals_name_work(capsys, monkeypatch):
     assert capsys.readouterr().out == '{"id": "1", "prompt": "a\\n\\"b\\""}\n{"id": "1"}\n2\n'
 
 
-@pytest.mark.parametrize("first", [b"not json", b"[1]", b'{"id": 1', b"\xff\xff", b"id,prompt"])
+@pytest.mark.parametrize("first", [b"not json", b"[1]", b'{"id": 1', b"{", b"\xff\xff", b"id,prompt"])
 def test_one_bad_line_is_a_row_and_no_refusal(first):
     """Guards the other rows: what is wrong with one is said of that row, by whoever reads its JSON."""
     Path("a.jsonl").write_bytes(first + b"\n" + ROWS[0])
@@ -394,7 +419,7 @@ def test_a_long_line_takes_no_memory():
         assert tracemalloc.get_traced_memory()[1] < 3 * inputs.MAX_LINE_BYTES
     finally:
         tracemalloc.stop()
-    fault = "the line is longer than 33,554,432 bytes, which no context holds"
+    fault = "the row is longer than 33,554,432 bytes, which no context holds"
     assert lines == [Line("a", 1, b'{"id": "1"}'), Line("a", 2, b"", fault), Line("a", 3, b'{"id": "3"}')]
 
 
