@@ -125,6 +125,7 @@ def test_formats_that_are_not_written():
     for name in ("a.csv", "a.jsonl.bz2", "a.parquet.gz", "s3://b/a.xlsx", "a.tar.gz"):
         text = f"{name}: is written as .jsonl, .jsonl.gz, .jsonl.zst or .parquet only"
         assert refusal(outputs.format_of, name) == text
+    assert refusal(outputs.check, "-") == "-: expected the name of a file; /dev/stdout is standard output"
     assert [outputs.format_of(name) for name in FORMATS] == ["", "", "", "", "gzip", "zstd", "gzip", "parquet"]
 
 
@@ -295,7 +296,7 @@ def test_what_cannot_be_written_is_said_before_the_work(monkeypatch):
     text = "cannot write memory://folder: it is a folder, expected a file name"
     assert refusal(outputs.check, "memory://folder") == text
     BrokenStore.fails, BrokenStore.error = "open wb", FileNotFoundError("bucket")
-    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file"
+    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file or bucket"
     BrokenStore.fails = ""
     outputs.check("broken://b/x")
     assert _names("broken://") == []
