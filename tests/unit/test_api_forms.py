@@ -34,7 +34,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_json_is_asked_or_refused(name, data):
     """Guards a job against one odd row: nothing but our own error, in one line, and an echo that is JSON."""

@@ -68,6 +68,7 @@ def test_the_three_sources_give_the_ids_that_generate_gives():
         ({"prompt": "Hi", "reasoning_effort": "extreme"}, "reasoning_effort is 'extreme', expected one of low, medium"),
         ({"prompt": "Hi", "date": "today"}, "date is 'today', expected a date as YYYY-MM-DD, or none"),
         ({"prompt": "Hi", "system": 3}, "system is 3, expected text"),
+        ({"prompt": "Hi", "date": "instructions"}, "date is 'instructions', expected a date"),
         ({"prompt": "Hi", "tools": [{"name": "a b"}]}, "tools is 'a b', expected letters"),
         ({"prompt": "Hi", "builtin_tools": ["bash"]}, "builtin_tools is ['bash'], expected of browser, python"),
         ({"prompt": "Hi", "response_format": {"type": "json_object"}}, "response_format has type 'json_object'"),
