@@ -129,6 +129,7 @@ def test_an_answer_with_its_call_can_be_given_back():
         (STRAY, "I cannot help.", None),
         (THOUGHT + "<|channel|>commentary<|message|>I will", "I will", "Hm, so."),
         ("<|channel|>analysis<|message|>Let me", None, "Let me"),
+        (PREAMBLE + "<|channel|>final<|message|>", "I will look.", None),
         (CUT_CALL, '{"city": "Par', None),
         ("<|channel|>comm", "comm", None),
         ("<|start|>user<|message|>Me<|end|>", "Me", None),

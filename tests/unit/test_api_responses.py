@@ -161,10 +161,10 @@ def test_an_answer_that_failed_says_why():
 
 def test_log_probabilities_stand_with_the_text_of_each_message():
     """Guards `include`: the tokens of a message are its own, up to the one in which a stop string begins."""
-    text = THOUGHT + PREAMBLE + "<|channel|>final<|message|>One STOP it<|return|>"
-    given = answer(text, stop=("STOP",), top=True)
+    text = THOUGHT + PREAMBLE + "<|channel|>final<|message|>One STOP it now<|return|>"
+    given = answer(text, stop=("STOP it now",), top=True)
     for fields in ({"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}):
-        parts = [item["content"][0] for item in _response(given, stop="STOP", **fields)["output"][1:]]
+        parts = [item["content"][0] for item in _response(given, stop="STOP it now", **fields)["output"][1:]]
         assert ["".join(token["token"] for token in part["logprobs"]) for part in parts] == ["I will look.", "One STOP"]
     (item,) = _response(answer(STRAY), top_logprobs=2)["output"]
     assert "".join(token["token"] for token in item["content"][0]["logprobs"]) == "I cannot help."
