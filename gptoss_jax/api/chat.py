@@ -69,7 +69,7 @@ def _limit(fields: Mapping[str, Any]) -> str | None:
 def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
     """An object `chat.completion`; see `asked.Form`. It holds no clock: `created` is 0."""
     return {
-        "id": response_id,
+        "id": f"chatcmpl-{response_id}",
         "object": "chat.completion",
         "created": 0,
         "model": asked.echo.get("model", model),

@@ -67,7 +67,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     """An object `text_completion`; see `asked.Form`. It holds no clock: `created` is 0."""
     used, tokenizer = usage(asked, answers), load_tokenizer(asked.vocab_path)
     return {
-        "id": response_id,
+        "id": f"cmpl-{response_id}",
         "object": "text_completion",
         "created": 0,
         "model": asked.echo.get("model", model),

@@ -121,7 +121,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     cut = answer.finish_reason == "length"
     failed = answer.finish_reason == "error"
     return {
-        "id": response_id,
+        "id": f"resp_{response_id}",
         "object": "response",
         "created_at": 0,
         "status": _STATUS[answer.finish_reason],

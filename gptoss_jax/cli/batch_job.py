@@ -17,7 +17,6 @@ from gptoss_jax.checkpoints.identity import identity
 from gptoss_jax.cli import command, interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
-from gptoss_jax.cli.prompt_flags import PROMPT_FLAGS
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, listed
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -287,7 +286,8 @@ def _share_of_limit(
     pace: Pace,
 ) -> dict[str, Any]:
     """What the run was beside what the devices' memories allow: the bytes that its decoding steps have to read, per
-    second of the whole run, the reading of prompts included, over the measured bandwidth."""
+    second of the whole run, the reading of prompts included, over the measured bandwidth.
+    """
     done = engine.statistics
     document: dict[str, Any] = {
         "prefix_cache_hit_rate": round(done.hit_rate, 4),
