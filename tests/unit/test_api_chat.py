@@ -23,7 +23,7 @@ def _ask(defaults=DEFAULTS, **fields):
 
 
 def _choice(given, **fields) -> dict:
-    (choice,) = chat.response(_ask(**fields), [given], "chatcmpl-1", "served")["choices"]
+    (choice,) = chat.response(_ask(**fields), [given], "1", "served")["choices"]
     return choice
 
 
@@ -103,7 +103,7 @@ def test_the_answer_is_content_and_the_reasoning_stands_under_both_names():
 def test_calls_have_ids_that_stay_and_the_preamble_is_the_content():
     """Guards tool calls: written again they are the same, and no two answers share an id."""
     given = answer(THOUGHT + PREAMBLE + CALL)
-    first, second = chat.response(_ask(tools=TOOLS, n=2), [given, given], "chatcmpl-1", "m")["choices"]
+    first, second = chat.response(_ask(tools=TOOLS, n=2), [given, given], "1", "m")["choices"]
     (call,) = first["message"]["tool_calls"]
     assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
     assert (first["message"]["content"], first["finish_reason"]) == ("I will look.", "tool_calls")
@@ -185,7 +185,7 @@ def test_a_response_is_openais_with_what_acted_beside():
     """Guards the object: names, sums, no clock, and JSON that holds no infinity."""
     asked = _ask(metadata={"a": "b"}, logprobs=True, top_logprobs=1, messages=[{**HI[0], "id": "x"}])
     given = answer(FINAL, top=True)
-    response = chat.response(asked, [given, given], "chatcmpl-1", "served")
+    response = chat.response(asked, [given, given], "1", "served")
     json.dumps(response, allow_nan=False)
     assert {name: response[name] for name in ("id", "object", "created", "model", "metadata")} == {
         "id": "chatcmpl-1",

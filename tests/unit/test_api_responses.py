@@ -21,7 +21,7 @@ def _ask(defaults=DEFAULTS, **fields):
 
 
 def _response(given, **fields) -> dict:
-    return responses.response(_ask(**fields), [given], "resp_1", "served")
+    return responses.response(_ask(**fields), [given], "1", "served")
 
 
 def test_a_request_asks_what_the_chat_asks():
@@ -175,7 +175,7 @@ def test_a_response_repeats_what_acted():
     fields = {"instructions": "Be brief", "tools": [TOOL], "max_output_tokens": 50, "reasoning": {"effort": "low"}}
     fields |= {"text": {"format": {"type": "json_schema", **SCHEMA}}, "metadata": {"a": "b"}, "top_p": 0.5}
     asked, given = _ask(**fields, parallel_tool_calls=False, top_logprobs=1), answer(FINAL, top=True)
-    response = responses.response(asked, [given], "resp_1", "served")
+    response = responses.response(asked, [given], "1", "served")
     json.dumps(response, allow_nan=False)
     expected = {
         **{"id": "resp_1", "object": "response", "created_at": 0, "model": "gpt-oss-20b", "status": "completed"},
