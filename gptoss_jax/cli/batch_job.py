@@ -25,7 +25,7 @@ from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
-from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
+from gptoss_jax.jobs.store import Layout, Merged, Store, done_rows, remove_parts
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
@@ -209,8 +209,7 @@ class _Job:
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
                 existing.check_same(record, layout.record)
-            self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
-            return 0
+            return _finished(self._screen, layout, self._found)
         part = self._part(record)
         with Store(layout, part, record, restart=self._options.restart) as store:
             done = store.done(self._found, self._tally.add)
@@ -312,13 +311,22 @@ def _input(found: Survey) -> dict[str, Any]:
     return {"files": list(found.places.rows_of_files()), "rows": found.num_rows, "sha256": found.digest}
 
 
+def _finished(screen: Screen, layout: Layout, found: Survey) -> int:
+    """Checks a job that has nothing left to do; gives the exit code."""
+    if missing := int((~done_rows(outputs.read(layout.out), found, layout.out)).sum()):
+        raise GptossError(
+            f"{layout.out} lacks {missing:,} of {found.num_rows:,} rows, which it had: --restart begins anew"
+        )
+    screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
+    return 0
+
+
 def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | None = None) -> int:
     """Makes OUT of the parts, if no row is missing, and removes them; gives the exit code."""
     record = records.read(layout.record)
     if record and layout.is_finished:
         record.check_input(_input(found), layout.record)
-        screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
-        return 0
+        return _finished(screen, layout, found)
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(_input(found), layout.record)
@@ -329,6 +337,8 @@ def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | 
             f"{merged.missing.size:,} of {found.num_rows:,} rows have no line yet, the first at {first}: "
             "run the shards that are missing, or the job without --shard, then --merge"
         )
+    if merged.num_repeated:
+        screen.note(f"{merged.num_repeated:,} lines left out, of rows that were answered twice")
     tally = Tally()
     outputs.write(layout.out, map(tally.noting, merged.lines()))
     summary.write(layout, record, tally, found.num_rows, run)
