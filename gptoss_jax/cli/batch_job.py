@@ -139,7 +139,7 @@ def _defaults(options: flags.FlagValues) -> tuple[Options, list[str]]:
 def _engine_config(options: flags.FlagValues) -> Any:
     if options.slots < 1:
         raise GptossError(f"--slots is {options.slots}, expected at least 1")
-    return sampling_flags.engine_config(options, options.slots, options.pool_tokens)
+    return sampling_flags.engine_config(options, options.slots, pool_tokens=options.pool_tokens)
 
 
 # ---- what the rows are ----
@@ -258,7 +258,7 @@ class _Job:
 
     def _answer(self, store: Store, wanted: np.ndarray) -> int:
         options, screen = self._options, self._screen
-        language_model, engine = model_flags.load_for_answers(options, screen, options.slots, options.pool_tokens)
+        language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 

@@ -1,12 +1,14 @@
 """The flags that every command which runs a model shares: which weights, and on what they run."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gptoss_jax.checkpoints import opening
-from gptoss_jax.cli import interrupts, sampling_flags
+from gptoss_jax.cli import interrupts
+from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
@@ -95,14 +97,15 @@ def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal
 
 
 def load_for_answers(
-    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", slots: int, pool_tokens: int | None = None
+    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", engine_config: EngineConfig
 ) -> tuple["gptoss_jax.runtime.language_model.LanguageModel", "gptoss_jax.engine.engine.Engine"]:
-    """The model, and an engine of at least so many slots, with a progress bar for each.
+    """The model, and an engine with slots for all its data shards alike, with a progress bar for each.
 
     Raises:
         GptossError, KeyboardInterrupt: as `load`.
     """
     language_model = load(options, screen, if_random="the text is noise, not an answer")
-    engine_config = sampling_flags.engine_config(options, language_model.sharding.even_slots(slots), pool_tokens)
+    slots = language_model.sharding.even_slots(engine_config.slots)
+    engine_config = dataclasses.replace(engine_config, slots=slots)
     with interrupts.stopping(screen.say) as pressed, screen.progress("compiling", pressed) as report:
         return language_model, language_model.engine(engine_config, report=report)

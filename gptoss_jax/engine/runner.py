@@ -222,10 +222,9 @@ class ModelRunner:
 
     def _ring_copy(self, slot: int, source: int, target: int) -> RingCopy:
         """A copy within the slot's shard."""
-        of_shards = np.zeros((2, self.num_shards), np.int32)
-        of_shards[:, self.shard_of(slot)] = source, target
-        is_made = np.arange(self.num_shards) == self.shard_of(slot)
-        return RingCopy(*map(self._to_slots, (*of_shards, is_made)))
+        of_shards = np.zeros((len(RingCopy._fields), self.num_shards), np.int32)
+        of_shards[:, self.shard_of(slot)] = source, target, 1
+        return RingCopy(*map(self._to_slots, of_shards))
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
         """Says where a slot's tokens lie: pages of its shard, in the order of its positions."""

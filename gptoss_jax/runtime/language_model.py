@@ -134,7 +134,8 @@ class LanguageModel:
             self.policy.cache,
             engine_config,
             compiled=compiled,
-            compile_program=self._compiler(str(engine_config)),
+            # Programs that take no snapshots are the same whatever their number.
+            compile_program=self._compiler(str(dataclasses.replace(engine_config, prefix_snapshots=None))),
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
