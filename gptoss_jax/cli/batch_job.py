@@ -209,6 +209,7 @@ class _Job:
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
                 existing.check_same(record, layout.record)
+            remove_parts(layout)  # what a crash has left of them
             self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
             return 0
         part = self._part(record)
@@ -217,8 +218,8 @@ class _Job:
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
             code = self._answer(store, wanted) if wanted.any() else 0
-        if part is not None:  # its lines are counted when they are joined
-            return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
+            if part is not None:  # its lines are counted when they are joined, while no other process may write them
+                return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
         self._screen.note(f"{self._tally.line()}; {layout.summary} has it all")
         return code
@@ -317,6 +318,7 @@ def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | 
     record = records.read(layout.record)
     if record and layout.is_finished:
         record.check_input(_input(found), layout.record)
+        remove_parts(layout)
         screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
         return 0
     if record is None or not layout.parts.exists():
