@@ -223,7 +223,7 @@ class Merged:
 
 
 def remove_parts(layout: Layout) -> None:
-    """Removes the journals, once OUT holds all that was in them: all at once, as others see it; or what is left of it."""
+    """Removes the journals, once OUT holds all that was in them: at once, as others see it, or what a crash left."""
     shutil.rmtree(layout.joined, ignore_errors=True)
     if layout.parts.exists():
         layout.parts.rename(layout.joined)
