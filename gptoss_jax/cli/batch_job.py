@@ -216,8 +216,8 @@ class _Job:
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
             code = self._answer(store, wanted) if wanted.any() else 0
-        if part is not None:  # its lines are counted when they are joined
-            return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
+            if part is not None:  # its lines are counted when they are joined, while no other process may write them
+                return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
         self._screen.note(f"{self._tally.line()}; {layout.summary} has it all")
         return code
@@ -317,6 +317,7 @@ def _finished(screen: Screen, layout: Layout, found: Survey) -> int:
         raise GptossError(
             f"{layout.out} lacks {missing:,} of {found.num_rows:,} rows, which it had: --restart begins anew"
         )
+    remove_parts(layout)  # what a crash has left of them
     screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
     return 0
 

@@ -5,10 +5,10 @@ in order, compressed, Parquet or remote, or several processes work on it), OUT.p
 """
 
 import json
-import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from gptoss_jax.jobs.journal import CHECKED, PLAIN, Journal, JournalError
 from gptoss_jax.jobs.record import Record, RecordError
 from gptoss_jax.jobs.rows import RowError
 from gptoss_jax.jobs.survey import Survey
+from gptoss_jax.whole_files import sync_folder
 
 _SUFFIX = ".journal"
+MAX_OPEN_FILES = 512  # systems allow a process 1,024, and a job may have more shards
 
 
 class Layout(NamedTuple):
@@ -53,9 +55,16 @@ class Layout(NamedTuple):
         return self.parts / f"{name}{_SUFFIX}"
 
     @property
+    def joined(self) -> Path:
+        """What that folder is called while it is removed."""
+        return Path(f"{self.state}.joined")
+
+    @property
     def is_finished(self) -> bool:
-        """Whether OUT has been made of parts, all of them."""
-        return self.record.exists() and not self.parts.exists() and outputs.exists(self.out)
+        """Whether OUT has been made of parts, all of them. Of one that lines are appended to, the lines say it."""
+        record = records.read(self.record)
+        has_parts = record is not None and not record.output.get("appended")
+        return has_parts and not self.parts.exists() and outputs.exists(self.out)
 
 
 class Store:
@@ -82,6 +91,7 @@ class Store:
         self.layout, self.part = layout, part
         if part is not None:
             layout.parts.mkdir(exist_ok=True)
+            sync_folder(layout.parts.parent)
         self._journal = Journal(layout.out if part is None else layout.part(part), PLAIN if part is None else CHECKED)
         try:
             if restart:
@@ -118,6 +128,8 @@ class Store:
             if path != self._journal.path:
                 with Journal(path, CHECKED):  # raises where somebody writes it
                     path.unlink()
+        if self.part is None:
+            remove_parts(self.layout)
 
     def lines(self) -> Iterator[bytes]:
         """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off."""
@@ -215,21 +227,27 @@ class Merged:
 
     def lines(self) -> Iterator[bytes]:
         """One for each row."""
-        files = [open(path, "rb") for path in self._paths]
+        files = dict[int, BinaryIO]()
         try:
             for part, offset in zip(self._part_of.tolist(), self._offset_of.tolist(), strict=True):
+                if part not in files:
+                    if len(files) == MAX_OPEN_FILES:
+                        files.pop(next(iter(files))).close()
+                    files[part] = open(self._paths[part], "rb")
                 files[part].seek(offset)
                 line = CHECKED.unpack(files[part].readline().removesuffix(b"\n"))
                 if line is None:
                     raise JournalError(f"{self._paths[part]} has changed: the same command reads it again")
                 yield line
         finally:
-            for file in files:
+            for file in files.values():
                 file.close()
 
 
 def remove_parts(layout: Layout) -> None:
-    """Removes the journals, once OUT holds all that was in them."""
-    for path in parts(layout):
-        path.unlink()
-    os.rmdir(layout.parts)
+    """Removes the journals, once OUT holds all that was in them: at once, as others see it, or what a crash left."""
+    shutil.rmtree(layout.joined, ignore_errors=True)
+    if layout.parts.exists():
+        layout.parts.rename(layout.joined)
+        sync_folder(layout.parts.parent)
+        shutil.rmtree(layout.joined, ignore_errors=True)
