@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.sampling import Draw, Sampling
@@ -45,8 +45,6 @@ class SlotState(NamedTuple):
 OPTIONS_AXES: Any = SlotOptions(stop_ids=("batch", None), sampling=sampling.AXES)  # pyright: ignore[reportArgumentType]
 STATE_AXES: Any = SlotState._make([("batch",), ("batch",), ("batch", "vocab")])
 DRAW_AXES: Any = Draw._make([("batch",), ("batch",), ("batch", None), ("batch", None)])
-DRAWS_AXES: Any = Draw._make([("batch", None), ("batch", None), ("batch", None, None), ("batch", None, None)])
-"""Of the draws of several steps: [B, steps, ...]."""
 
 
 class Chunks(NamedTuple):
@@ -66,6 +64,11 @@ def admit(
         return every.at[slot].set(one)
 
     return lengths.at[slot].set(0), *jax.tree.map(put, (options, state), new)
+
+
+def halt(remaining: Int32[Array, "B"], halted: Bool[Array, "B"]) -> Int32[Array, "B"]:
+    """Tokens that slots may still draw, where some are `halted`."""
+    return jnp.where(halted, 0, remaining)
 
 
 # ---- one step ----

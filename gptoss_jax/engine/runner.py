@@ -51,6 +51,7 @@ class Compiled(NamedTuple):
     """The programs of an engine, compiled for its shapes."""
 
     admit: Any
+    halt: Any
     prefill: dict[int, Any]  # by width
     decode: Any
 
@@ -110,7 +111,7 @@ class ModelRunner:
         axes = (programs.OPTIONS_AXES, programs.STATE_AXES)
         one, count = self._slot(Request((), ()), ()), self._engine_config.slots
         every = jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), one)
-        return jax.device_put(every, self._sharding.named_tree(axes))
+        return jax.tree.map(self._sharding.put, every, axes)
 
     def _slot(self, request: Request, drawn: Sequence[int]) -> tuple[Any, Any]:
         """Options and state of a slot that is not active yet, on the host, without the leading axis."""
@@ -123,32 +124,39 @@ class ModelRunner:
 
     def _to_slots(self, array: np.ndarray) -> jax.Array:
         """A host array with a leading slot axis, each slot on its data shard."""
-        return jax.device_put(array, self._sharding.named(("batch", *(None,) * (array.ndim - 1))))
+        return self._sharding.put(array, ("batch", *(None,) * (array.ndim - 1)))
 
     def _compile(self, compile_program: CompileProgram, report: Callable[[int, int], object]) -> Compiled:
         cache, options, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._options, self._state))
-        draws = self._sharding.named_tree(programs.DRAWS_AXES)
+        draws = self._sharding.readable
         widths = sorted(set(self._engine_config.prefill_widths))
         done = itertools.count(1)
 
         def build(name: str, program: Any, *arguments: Any) -> Any:
             compiled = compile_program(name, program, arguments)
-            report(next(done), len(widths) + 2)
+            report(next(done), len(widths) + 3)
             return compiled
 
         decode = functools.partial(programs.decode, self.forms.decode)
         admit = jax.jit(programs.admit, donate_argnums=(0, 1, 2), out_shardings=(cache.lengths, options, state))
-        prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(None, cache, state))
+        halt = jax.jit(programs.halt, donate_argnums=0, out_shardings=state.remaining)
+        prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         decode = jax.jit(decode, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         slots = (self._options, self._state)
         return Compiled(
             admit=build("admit", admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
+            halt=build("halt", halt, self._state.remaining, self._to_slots(np.zeros(self._engine_config.slots, np.bool_))),
             prefill={
                 width: build(f"prefill-{width}", prefill, self._params, self._cache, *slots, *self._chunks(width, {}))
                 for width in widths
             },
             decode=build("decode", decode, self._params, self._cache, *slots, np.int32(1)),
         )
+
+    @property
+    def on_several_hosts(self) -> bool:
+        """Whether other processes run the same programs, and so have to decide the same on their own."""
+        return self._sharding.mesh.is_multi_process
 
     @property
     def prefills_in_one_batch(self) -> bool:
@@ -181,15 +189,16 @@ class ModelRunner:
     def _send_table(self) -> None:
         """Brings the devices' page table up to date, once a dispatch at most."""
         if self._table_changed:
-            table = jax.device_put(self._table.copy(), self._cache.page_table.sharding)
+            table = self._to_slots(self._table.copy())
             self._cache, self._table_changed = self._cache._replace(page_table=table), False
 
     def halt(self, slots: Sequence[int]) -> None:
         """Has these slots draw no more."""
         if slots:
-            remaining = np.array(self._state.remaining)
-            remaining[list(slots)] = 0
-            self._state = self._state._replace(remaining=self._to_slots(remaining))
+            halted = np.zeros(self._engine_config.slots, np.bool_)
+            halted[list(slots)] = True
+            remaining = self.compiled.halt(self._state.remaining, self._to_slots(halted))
+            self._state = self._state._replace(remaining=remaining)
 
     # ---- dispatches ----
 
