@@ -145,7 +145,9 @@ class ModelRunner:
         slots = (self._options, self._state)
         return Compiled(
             admit=build("admit", admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
-            halt=build("halt", halt, self._state.remaining, self._to_slots(np.zeros(self._engine_config.slots, np.bool_))),
+            halt=build(
+                "halt", halt, self._state.remaining, self._to_slots(np.zeros(self._engine_config.slots, np.bool_))
+            ),
             prefill={
                 width: build(f"prefill-{width}", prefill, self._params, self._cache, *slots, *self._chunks(width, {}))
                 for width in widths

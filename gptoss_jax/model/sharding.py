@@ -212,7 +212,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     if isinstance(mesh, Mesh):
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
-        return _build({}, {}, (devices or jax.devices())[:1])
+        return _build({}, {}, devices or jax.devices())
     if str(mesh).endswith(".json"):
         axes, rules = _read_file(Path(mesh))
     else:
@@ -278,7 +278,7 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
     if idle := set(range(jax.process_count())) - {device.process_index for device in grid.flat}:
         raise MeshError(
-            f"a mesh of {grid.size} devices, the first of {len(devices)}, leaves processes {short(sorted(idle))} "
+            f"a mesh of {grid.size} of the {len(devices)} devices leaves processes {short(sorted(idle))} "
             "without one: expected some of each"
         )
     return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})
