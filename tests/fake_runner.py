@@ -1,6 +1,7 @@
-"""A runner without a model: its cache holds token ids in pages, and a token is drawn from all that it reads there.
+"""A runner without a model: its cache holds token ids in pages and rings, and a token is drawn from all it reads there.
 
-A page that two sequences hold, a chunk in the wrong place or a slot that goes on after its end changes what is drawn.
+A page that two sequences hold, a chunk in the wrong place, a ring of another prefix or a slot that goes on after its
+end changes what is drawn.
 """
 
 import zlib
@@ -10,16 +11,22 @@ import numpy as np
 
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN
 from gptoss_jax.engine.request import EngineConfig
-from gptoss_jax.engine.runner import ModelRunner
+from gptoss_jax.engine.runner import ModelRunner, num_snapshots
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, num_pages
 
 VOCAB = 512
+WINDOW = 50  # tokens of a ring
 
 
 def next_token(tokens) -> int:
     """What is drawn after `tokens`."""
-    return zlib.crc32(np.asarray(tokens, np.int64).tobytes()) % VOCAB
+    return _draw_from(tokens, tokens[-WINDOW:])
+
+
+def _draw_from(held, window) -> int:
+    """What is drawn where full attention sees `held`, and sliding windows see `window`."""
+    return zlib.crc32(np.asarray([*held, *window], np.int64).tobytes()) % VOCAB
 
 
 def answer(prompt, count: int) -> list[int]:
@@ -46,7 +53,10 @@ class FakeRunner(ModelRunner):
         self.pages_per_shard = -(-pages // num_shards)
         self._slots_per_shard = slots // num_shards
         self.compiled = SimpleNamespace(prefill=dict.fromkeys(engine_config.prefill_widths))
+        self.snapshots_per_shard = -(-num_snapshots(engine_config) // num_shards)
         self._memory = np.full((num_shards, self.pages_per_shard, PAGE_TOKENS), -1)
+        self._rings = np.full((slots, WINDOW), -1)
+        self._ring_copies = np.full((num_shards, self.snapshots_per_shard, WINDOW), -1)
         self._pages = [[] for _ in range(slots)]
         self._lengths, self._token = np.zeros(slots, int), np.zeros(slots, int)
         self._remaining, self._stop_ids = np.zeros(slots, int), [tuple[int, ...]() for _ in range(slots)]
@@ -64,9 +74,15 @@ class FakeRunner(ModelRunner):
     def decodes_in_one_batch(self) -> bool:
         return self._one_batch
 
-    def admit(self, slot, request, drawn) -> None:
+    def admit(self, slot, request, drawn, cached=0) -> None:
         assert self._remaining[slot] == 0, "the slot still draws"
-        self._lengths[slot], self._stop_ids[slot], self._pages[slot] = 0, request.stop_ids, []
+        self._lengths[slot], self._stop_ids[slot], self._pages[slot] = cached, request.stop_ids, []
+
+    def save_rings(self, slot, snapshot) -> None:
+        self._ring_copies[self.shard_of(slot), snapshot] = self._rings[slot]
+
+    def restore_rings(self, slot, snapshot) -> None:
+        self._rings[slot] = self._ring_copies[self.shard_of(slot), snapshot]
 
     def set_pages(self, slot, pages) -> None:
         assert list(pages[: len(self._pages[slot])]) == self._pages[slot], "a page moved"
@@ -80,7 +96,7 @@ class FakeRunner(ModelRunner):
         token = np.full(len(self._pages) if self._one_batch else self.num_shards, NO_TOKEN)
         for slot, chunk in chunks.items():
             assert len(chunk.tokens) <= width
-            self._write(slot, chunk.tokens)
+            self._write(slot, self._as_read(chunk.tokens, self._lengths[slot], width))
             if chunk.budget:
                 token[self.place_of(slot)] = self._draw(slot, chunk.budget)
         return _draws(token)
@@ -95,17 +111,32 @@ class FakeRunner(ModelRunner):
                 token[slot, step] = self._draw(slot, self._remaining[slot])
         return _draws(token)
 
+    def _as_read(self, tokens, start, width) -> list[int]:
+        """What the cache holds of a chunk's tokens."""
+        return list(tokens)
+
     def _write(self, slot, tokens) -> None:
         for token in tokens:
             page, place = divmod(self._lengths[slot], PAGE_TOKENS)
             self._memory[self.shard_of(slot), self._pages[slot][page], place] = token
+            self._rings[slot, self._lengths[slot] % WINDOW] = token
             self._lengths[slot] += 1
 
     def _draw(self, slot, budget) -> int:
-        held = self._memory[self.shard_of(slot), self._pages[slot]].reshape(-1)[: self._lengths[slot]]
-        self._token[slot] = token = next_token(held)
+        length = int(self._lengths[slot])
+        held = self._memory[self.shard_of(slot), self._pages[slot]].reshape(-1)[:length]
+        window = self._rings[slot, np.arange(max(0, length - WINDOW), length) % WINDOW]
+        self._token[slot] = token = _draw_from(held, window)
         self._remaining[slot] = 0 if token in self._stop_ids[slot] else budget - 1
         return token
+
+
+class RoundingRunner(FakeRunner):
+    """One whose cache shows in which chunk a token was read, or that it was drawn: as sums are rounded."""
+
+    def _as_read(self, tokens, start, width) -> list[int]:
+        chunk = zlib.crc32(f"{start} {len(tokens)} {width}".encode())
+        return [token + VOCAB * chunk for token in tokens]
 
 
 def _draws(token) -> Draw:

@@ -61,7 +61,9 @@ def _run(
 ) -> int:
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen(quiet=options.quiet)
-    language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
+    language_model, engine = model_flags.load_for_answers(
+        options, screen, slots=min(options.n, MAX_SLOTS), prefix_cache=options.n > 1
+    )
     hosts.check_same("the prompt", [(request.token_ids, request.stop_ids, request.sampling) for request in requests])
     compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
     acting = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
@@ -80,7 +82,12 @@ def _run(
         was_stopped = stopped()  # in any process; from here on each is on its own
         at_length = options.json or options.stats
         statistics = answer_report.measure(
-            language_model, compile_seconds, prompt_tokens, samples, with_bandwidth=at_length
+            language_model,
+            compile_seconds,
+            prompt_tokens,
+            samples,
+            cached_prompt_tokens=engine.statistics.cached_prompt_tokens,
+            with_bandwidth=at_length,
         )
         if options.json:
             settings = answer_report.settings_document(

@@ -99,7 +99,7 @@ def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal
 
 
 def load_for_answers(
-    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", slots: int
+    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", slots: int, *, prefix_cache: bool
 ) -> tuple["gptoss_jax.runtime.language_model.LanguageModel", "gptoss_jax.engine.engine.Engine"]:
     """The model, and an engine of at least so many slots, with a progress bar for each.
 
@@ -107,6 +107,7 @@ def load_for_answers(
         GptossError, KeyboardInterrupt: as `load`.
     """
     language_model = load(options, screen, if_random="the text is noise, not an answer")
-    engine_config = sampling_flags.engine_config(options, slots=language_model.sharding.even_slots(slots))
+    slots = language_model.sharding.even_slots(slots)
+    engine_config = sampling_flags.engine_config(options, slots, prefix_cache=prefix_cache)
     with interrupts.stopping(screen.say) as pressed, screen.progress("compiling", pressed) as report:
         return language_model, language_model.engine(engine_config, report=report)

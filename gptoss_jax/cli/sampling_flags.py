@@ -90,15 +90,23 @@ def request(
     return made
 
 
-def engine_config(options: flags.FlagValues, slots: int = 1) -> EngineConfig:
+def engine_config(options: flags.FlagValues, slots: int = 1, *, prefix_cache: bool = True) -> EngineConfig:
     """What the engine is compiled for.
+
+    Args:
+        options: the command's flags.
+        slots: requests that run at once.
+        prefix_cache: whether another prompt may begin as one before it.
 
     Raises:
         GptossError: a size that cannot be.
     """
     with naming_flags():
         return EngineConfig(
-            slots=slots, max_context_tokens=options.max_context_tokens, deterministic=options.deterministic
+            slots=slots,
+            max_context_tokens=options.max_context_tokens,
+            deterministic=options.deterministic,
+            prefix_snapshots=None if prefix_cache else 0,
         )
 
 

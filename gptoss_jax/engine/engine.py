@@ -17,10 +17,11 @@ from gptoss_jax.engine import sampling
 from gptoss_jax.engine.placement import Placement
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
-from gptoss_jax.engine.runner import Chunk, ModelRunner
+from gptoss_jax.engine.runner import Chunk, ModelRunner, block_tokens
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.engine.scheduler import Decode, Prefill, Scheduler
 from gptoss_jax.engine.sequence import Sequence
+from gptoss_jax.engine.statistics import Statistics
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
@@ -38,6 +39,7 @@ class Engine:
         runner: the part on the devices.
         config: the architecture, by which requests are checked.
         engine_config: slots and lengths.
+        statistics: what it has done so far.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Engine:
     ):
         """`engine_config` is what the runner was made for; `scheduler`: another policy than `Scheduler`'s."""
         self.runner, self.config, self.engine_config = runner, config, engine_config
-        self._scheduler = scheduler or Scheduler()
-        self._placement = Placement(runner, self._scheduler, engine_config.slots)
+        self._scheduler, self.statistics = scheduler or Scheduler(), Statistics()
+        self._placement = Placement(
+            runner, self._scheduler, engine_config.slots, block_tokens(engine_config), self.statistics
+        )
         self._ids = itertools.count()
         self._seconds_per_forward = SECONDS_PER_DISPATCH
 
@@ -80,6 +84,11 @@ class Engine:
         return sequence.request_id
 
     @property
+    def num_waiting(self) -> int:
+        """Submitted requests that have no slot: who submits as answers end need not have more than a few of them."""
+        return len(self._placement.waiting)
+
+    @property
     def is_idle(self) -> bool:
         """Whether every submitted request has ended."""
         return not self._placement.waiting and not self._placement.running
@@ -101,7 +110,7 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Ends a request that nobody waits for any more; one that has ended already is left alone."""
         place = self._placement
-        place.waiting = [sequence for sequence in place.waiting if sequence.request_id != request_id]
+        place.waiting[:] = [sequence for sequence in place.waiting if sequence.request_id != request_id]
         for slot in [slot for slot, sequence in place.running.items() if sequence.request_id == request_id]:
             place.release(slot)
             self.runner.halt([slot])
@@ -126,8 +135,10 @@ class Engine:
         width, slots = self.runner.choose_chunk({slot_of[s.request_id]: s.num_unread for s in sequences})
         chunks = {slot: _chunk(running[slot], width) for slot in slots}
         draw = self.runner.prefill(width, chunks)
+        self.statistics.prefill_dispatches += 1
         for slot, chunk in chunks.items():
             running[slot].prefilled += len(chunk.tokens)
+            self._placement.keep_block(slot)
         places = {slot: self.runner.place_of(slot) for slot in slots if not running[slot].num_unread}
         return self._events(draw, {slot: np.s_[place : place + 1] for slot, place in places.items()})
 
@@ -143,6 +154,8 @@ class Engine:
         draws = self.runner.decode(steps)
         token = np.asarray(draws.token)
         taken = int((token != NO_TOKEN).any(axis=0).sum())
+        self.statistics.decode_dispatches += 1
+        self.statistics.decode_steps += taken
         self._seconds_per_forward = (time.perf_counter() - began) / (max(taken, 1) * forwards)
         return self._events(draws, {slot: np.s_[slot, token[slot] != NO_TOKEN] for slot in self._placement.decoding})
 
@@ -162,8 +175,8 @@ class Engine:
         host = jax.tree.map(np.asarray, draw if asked else draw._replace(top_ids=None, top_logprobs=None))
         events = {slot: _event(running[slot], host, at) for slot, at in where.items()}
         ended = {slot: event.finish_reason for slot, event in events.items() if event.finish_reason}
-        for slot in ended:
-            self._placement.release(slot)
+        for slot, reason in ended.items():
+            self._placement.release(slot, faulty=reason == "error")
         # The device has seen for itself where a stop id or the limit ends an answer, and where it is faulty.
         self.runner.halt([slot for slot in ended if ended[slot] == "stop" and running[slot].request.ends_at])
         return [event for event in events.values() if event.token_ids or event.finish_reason]

@@ -16,7 +16,7 @@ from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model import kv_cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.invariant_sum import row_sum
-from gptoss_jax.model.kv_cache import KVCache
+from gptoss_jax.model.kv_cache import KVCache, Rings
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Model, Params, step
 
@@ -56,14 +56,53 @@ class Chunks(NamedTuple):
 
 
 def admit(
-    lengths: Int32[Array, "B"], options: SlotOptions, state: SlotState, slot: Int32[Array, ""], new: Any
+    lengths: Int32[Array, "B"],
+    options: SlotOptions,
+    state: SlotState,
+    slot: Int32[Array, ""],
+    cached: Int32[Array, ""],
+    new: Any,
 ) -> tuple[Array, SlotOptions, SlotState]:
-    """The slot with `new` options and state, without their leading axis, and nothing in its cache."""
+    """The slot with `new` options and state, without their leading axis, and `cached` tokens in its cache."""
 
     def put(every: Array, one: Array) -> Array:
         return every.at[slot].set(one)
 
-    return lengths.at[slot].set(0), *jax.tree.map(put, (options, state), new)
+    return lengths.at[slot].set(cached), *jax.tree.map(put, (options, state), new)
+
+
+class RingCopy(NamedTuple):
+    """Which rings are copied to which, counted within the data shard."""
+
+    source: Int32[Array, "shards"]
+    target: Int32[Array, "shards"]
+    times: Int32[Array, "shards"]  # 1 where it is made, 0 in the other shards
+
+
+def copy_rings(sharding: Sharding, config: ModelConfig, source: Rings, target: Rings, copy: RingCopy) -> Rings:
+    """`target` with a copy of one of the rings of `source`: from a slot to a snapshot, or back.
+
+    In place, as bits in a loop, for the reason that `kv_cache` writes them so.
+    """
+
+    def on_shard(source: Rings, target: Rings, copy: RingCopy) -> Rings:
+        def copied(x: Array, y: Array) -> Array:
+            new = _as_bits(jax.lax.dynamic_slice_in_dim(x, copy.source[0], 1))
+            pasted = jax.lax.dynamic_update_slice_in_dim(_as_bits(y), new, copy.target[0], 0)
+            return jax.lax.bitcast_convert_type(pasted, y.dtype)
+
+        def copy_once(_, target: Rings) -> Rings:
+            return jax.tree.map(copied, source, target)
+
+        return jax.lax.fori_loop(0, copy.times[0], copy_once, target)
+
+    axes = kv_cache.ring_axes(config)
+    of_shards: Any = RingCopy(("batch",), ("batch",), ("batch",))  # pyright: ignore[reportArgumentType]
+    return sharding.map(on_shard, in_axes=(axes, axes, of_shards), out_axes=axes)(source, target, copy)
+
+
+def _as_bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def halt(remaining: Int32[Array, "B"], halted: Bool[Array, "B"]) -> Int32[Array, "B"]:

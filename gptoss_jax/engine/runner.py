@@ -6,6 +6,7 @@ fixed shapes; what varies (lengths, sampling, stop ids, steps per dispatch) is d
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.engine import programs, sampling
-from gptoss_jax.engine.programs import NO_TOKEN, Chunks, SlotOptions, SlotState
+from gptoss_jax.engine.programs import NO_TOKEN, Chunks, RingCopy, SlotOptions, SlotState
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.model import kv_cache
@@ -54,6 +55,8 @@ class Compiled(NamedTuple):
     halt: Any
     prefill: dict[int, Any]  # by width
     decode: Any
+    save_rings: Any = None  # without a prefix cache, neither
+    restore_rings: Any = None
 
 
 class ModelRunner:
@@ -64,6 +67,7 @@ class ModelRunner:
         forms: how slots share the arithmetic.
         num_shards: data shards, each with its own slots and pages.
         pages_per_shard: pages of the pool of each.
+        snapshots_per_shard: rings that each can keep for prefixes; 0: there is no prefix cache.
         compiled: the programs, for another runner just like this one.
         compile_seconds: what compiling them took.
     """
@@ -101,6 +105,8 @@ class ModelRunner:
             dtype=cache_dtype,
         )()
         self._options, self._state = self._empty_slots()
+        self.snapshots_per_shard = -(-num_snapshots(engine_config) // self.num_shards)
+        self._snapshots = self._empty_snapshots(cache_dtype) if self.snapshots_per_shard else None
         began = time.perf_counter()
         self.compiled = compiled or self._compile(compile_program, report)
         self.compile_seconds = time.perf_counter() - began
@@ -112,6 +118,15 @@ class ModelRunner:
         one, count = self._slot(Request((), ()), ()), self._engine_config.slots
         every = jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), one)
         return jax.tree.map(self._sharding.put, every, axes)
+
+    def _empty_snapshots(self, dtype: jnp.dtype) -> kv_cache.Rings:
+        return kv_cache.ring_allocator(
+            self._config,
+            self._sharding,
+            count=self.snapshots_per_shard * self.num_shards,
+            max_context_tokens=self._engine_config.max_context_tokens,
+            dtype=dtype,
+        )()
 
     def _slot(self, request: Request, drawn: Sequence[int]) -> tuple[Any, Any]:
         """Options and state of a slot that is not active yet, on the host, without the leading axis."""
@@ -134,7 +149,7 @@ class ModelRunner:
 
         def build(name: str, program: Any, *arguments: Any) -> Any:
             compiled = compile_program(name, program, arguments)
-            report(next(done), len(widths) + 3)
+            report(next(done), len(widths) + (3 if self._snapshots is None else 5))
             return compiled
 
         decode = functools.partial(programs.decode, self.forms.decode)
@@ -142,18 +157,30 @@ class ModelRunner:
         halt = jax.jit(programs.halt, donate_argnums=0, out_shardings=state.remaining)
         prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         decode = jax.jit(decode, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
-        slots = (self._options, self._state)
+        slots, none = (self._options, self._state), np.int32(0)
+        nobody = self._to_slots(np.zeros(self._engine_config.slots, np.bool_))
         return Compiled(
-            admit=build("admit", admit, self._cache.lengths, *slots, np.int32(0), self._slot(Request((), ()), ())),
-            halt=build(
-                "halt", halt, self._state.remaining, self._to_slots(np.zeros(self._engine_config.slots, np.bool_))
-            ),
+            admit=build("admit", admit, self._cache.lengths, *slots, none, none, self._slot(Request((), ()), ())),
+            halt=build("halt", halt, self._state.remaining, nobody),
             prefill={
                 width: build(f"prefill-{width}", prefill, self._params, self._cache, *slots, *self._chunks(width, {}))
                 for width in widths
             },
             decode=build("decode", decode, self._params, self._cache, *slots, np.int32(1)),
+            **({} if self._snapshots is None else self._compile_ring_copies(build, self._snapshots)),
         )
+
+    def _compile_ring_copies(self, build: Callable[..., Any], snapshots: kv_cache.Rings) -> dict[str, Any]:
+        """The programs that save rings to `snapshots`, and restore them."""
+        copy = functools.partial(programs.copy_rings, self._sharding, self._config)
+        copy = jax.jit(
+            copy, donate_argnums=1, out_shardings=self._sharding.named_tree(kv_cache.ring_axes(self._config))
+        )
+        rings, nothing = kv_cache.rings(self._config, self._cache), self._ring_copy(0, 0, 0)
+        return {
+            "save_rings": build("save-rings", copy, rings, snapshots, nothing),
+            "restore_rings": build("restore-rings", copy, snapshots, rings, nothing),
+        }
 
     @property
     def on_several_hosts(self) -> bool:
@@ -176,12 +203,37 @@ class ModelRunner:
         """The data shard that a slot and its pages lie in."""
         return slot // self._slots_per_shard
 
-    def admit(self, slot: int, request: Request, drawn: Sequence[int]) -> None:
-        """Makes a slot ready for a request, of whose answer `drawn` is known; its pages come with `set_pages`."""
+    def admit(self, slot: int, request: Request, drawn: Sequence[int], cached: int = 0) -> None:
+        """Makes a slot ready for a request, of whose answer `drawn` is known; its pages come with `set_pages`.
+
+        `cached` tokens of its prompt are in these pages already, and in the rings that `restore_rings` gives it.
+        """
+        numbers = np.int32(slot), np.int32(cached)
         lengths, self._options, self._state = self.compiled.admit(
-            self._cache.lengths, self._options, self._state, np.int32(slot), self._slot(request, drawn)
+            self._cache.lengths, self._options, self._state, *numbers, self._slot(request, drawn)
         )
         self._cache = self._cache._replace(lengths=lengths)
+
+    def save_rings(self, slot: int, snapshot: int) -> None:
+        """Copies a slot's rings to a snapshot of its shard, counted within the shard."""
+        rings, copy = kv_cache.rings(self._config, self._cache), self._ring_copy(slot, self._in_shard(slot), snapshot)
+        self._snapshots = self.compiled.save_rings(rings, self._snapshots, copy)
+
+    def restore_rings(self, slot: int, snapshot: int) -> None:
+        """Copies a snapshot of a slot's shard to the slot's rings."""
+        rings, copy = kv_cache.rings(self._config, self._cache), self._ring_copy(slot, snapshot, self._in_shard(slot))
+        self._cache = kv_cache.with_rings(
+            self._config, self._cache, self.compiled.restore_rings(self._snapshots, rings, copy)
+        )
+
+    def _in_shard(self, slot: int) -> int:
+        return slot % self._slots_per_shard
+
+    def _ring_copy(self, slot: int, source: int, target: int) -> RingCopy:
+        """A copy within the slot's shard."""
+        of_shards = np.zeros((len(RingCopy._fields), self.num_shards), np.int32)
+        of_shards[:, self.shard_of(slot)] = source, target, 1
+        return RingCopy(*map(self._to_slots, of_shards))
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
         """Says where a slot's tokens lie: pages of its shard, in the order of its positions."""
@@ -240,7 +292,7 @@ class ModelRunner:
             place = self.place_of(slot)
             tokens[place, : len(chunk.tokens)] = chunk.tokens
             counts[place], budget[place] = len(chunk.tokens), chunk.budget
-            at[self.shard_of(slot)] = slot % self._slots_per_shard
+            at[self.shard_of(slot)] = self._in_shard(slot)
         return Chunks(*map(self._to_slots, (tokens, counts, budget))), self._to_slots(at)
 
     def decode(self, steps: int) -> Draw:
@@ -250,6 +302,21 @@ class ModelRunner:
             self._params, self._cache, self._options, self._state, np.int32(steps)
         )
         return draws
+
+
+def block_tokens(engine_config: EngineConfig) -> int:
+    """Tokens of a block of the prefix cache: whole pages, and whole chunks of a long prompt."""
+    return math.lcm(max(engine_config.prefill_widths), kv_cache.PAGE_TOKENS)
+
+
+def num_snapshots(engine_config: EngineConfig) -> int:
+    """Snapshots of all shards together: no more than blocks fit the pool, and none if no prompt goes on after one."""
+    block = block_tokens(engine_config)
+    if block >= engine_config.max_context_tokens:
+        return 0
+    wanted = engine_config.prefix_snapshots
+    most = max(1, _pool_pages(engine_config) * kv_cache.PAGE_TOKENS // block)
+    return min(max(16, engine_config.slots), most) if wanted is None else wanted
 
 
 def _pool_pages(engine_config: EngineConfig) -> int:

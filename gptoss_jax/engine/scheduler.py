@@ -3,10 +3,13 @@
 Give `Engine` any object with these methods. None of them changes a sequence.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from gptoss_jax.engine.sequence import Sequence
+
+LOOKAHEAD = 64  # sequences that wait longest, among which one that fits is looked for
 
 
 class Prefill(NamedTuple):
@@ -22,7 +25,10 @@ class Decode(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served; prompts and decoding take turns.
+    """First come, first served, with a bound to what is small and passes by; prompts and decoding take turns.
+
+    A sequence that does not fit yet lets younger ones go first that do, LOOKAHEAD times at most: then all wait for it,
+    so that a large one gets its pages after as many others at the latest.
 
     After each chunk of a prompt the others draw one token, as in a batch that mixes both (chunked prefill, Agrawal et
     al., arXiv:2308.16369): nobody waits longer than one chunk.
@@ -45,9 +51,20 @@ class Scheduler:
         self._chunk_was_last = False
         return Decode(1 if unread else None) if by_age else None
 
-    def admit(self, waiting: Iterable[Sequence]) -> Sequence:
-        """Which of the sequences that wait gets the next free slot; there is at least one."""
-        return min(waiting, key=lambda sequence: sequence.request_id)
+    def admit(self, waiting: Iterable[Sequence], fits: Callable[[Sequence], bool]) -> Sequence | None:
+        """Which of the sequences that wait gets a slot now; None: nobody.
+
+        Args:
+            waiting: the oldest first.
+            fits: whether there is a slot with enough pages for a sequence, and nobody reads just now what it could
+                share in a moment.
+        """
+        for sequence in itertools.islice(waiting, LOOKAHEAD):
+            if fits(sequence):
+                return sequence
+            if sequence.passed >= LOOKAHEAD:
+                return None
+        return None
 
     def preempt(self, running: Iterable[Sequence]) -> Sequence:
         """Which of the sequences that run gives its slot and pages back, to be computed again later: the youngest."""

@@ -21,6 +21,8 @@ class Sequence:
         prefilled: tokens of `prompt` that are in the cache.
         drawn: tokens of the answer that are in `prompt` or were drawn since it was read. Fewer than `tokens` while an
             answer is drawn again after a preemption.
+        block_keys: of the blocks of `prompt`, by which the prefix cache finds them; None: not asked for yet.
+        passed: younger sequences that got a slot while it waited.
     """
 
     request_id: int
@@ -31,6 +33,8 @@ class Sequence:
     prompt: tuple[int, ...] = ()
     prefilled: int = 0
     drawn: int = 0
+    block_keys: list[bytes] | None = None
+    passed: int = 0
 
     def __post_init__(self):
         self.prompt = self.request.token_ids
@@ -64,7 +68,7 @@ class Sequence:
         Args:
             draw_again: whether the engine is deterministic: reading the answer in chunks may round otherwise.
         """
-        self.pages, self.prefilled = [], 0
+        self.pages, self.prefilled, self.block_keys = [], 0, None
         self.prompt = self.request.token_ids if draw_again else (*self.request.token_ids, *self.tokens)
         self.drawn = 0 if draw_again else len(self.tokens)
 

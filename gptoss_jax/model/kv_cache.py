@@ -39,6 +39,13 @@ class KVCache(NamedTuple):
         return self._replace(k=(*self.k[:i], k, *self.k[i + 1 :]), v=(*self.v[:i], v, *self.v[i + 1 :]))
 
 
+class Rings(NamedTuple):
+    """The rings of the sliding-window layers alone: those of a cache, or copies of them."""
+
+    k: tuple[Float[Array, "B W KH"], ...]
+    v: tuple[Float[Array, "B W KH"], ...]
+
+
 def num_pages(tokens: int) -> int:
     """Pages that hold `tokens` tokens."""
     return -(-tokens // PAGE_TOKENS)
@@ -46,11 +53,11 @@ def num_pages(tokens: int) -> int:
 
 def empty(config: ModelConfig, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `slots` empty slots over a pool of `pages` pages, each sequence at most `max_context_tokens` long."""
-    ring = min(config.sliding_window, max_context_tokens)  # a window wider than the context sees all of it
 
     def layer(i: int) -> jax.Array:
-        first = (slots, ring) if config.has_sliding_window(i) else (pages, PAGE_TOKENS)
-        return jnp.zeros((*first, config.num_kv_heads * config.head_dim), dtype)
+        if config.has_sliding_window(i):
+            return _empty_ring(config, slots, max_context_tokens, dtype)
+        return jnp.zeros((pages, PAGE_TOKENS, config.num_kv_heads * config.head_dim), dtype)
 
     return KVCache(
         k=tuple(layer(i) for i in range(config.num_layers)),
@@ -58,6 +65,11 @@ def empty(config: ModelConfig, *, slots: int, pages: int, max_context_tokens: in
         page_table=jnp.zeros((slots, num_pages(max_context_tokens)), jnp.int32),
         lengths=jnp.zeros(slots, jnp.int32),
     )
+
+
+def _empty_ring(config: ModelConfig, count: int, max_context_tokens: int, dtype: jnp.dtype) -> jax.Array:
+    window = min(config.sliding_window, max_context_tokens)  # a window wider than the context sees all of it
+    return jnp.zeros((count, window, config.num_kv_heads * config.head_dim), dtype)
 
 
 def axes(config: ModelConfig) -> KVCache:
@@ -81,6 +93,44 @@ def allocator(
         empty, config, slots=slots, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype
     )
     return jax.jit(make, out_shardings=layout(config, sharding))
+
+
+# ---- the rings alone, of which prefixes keep copies ----
+
+
+def rings(config: ModelConfig, cache: KVCache) -> Rings:
+    """The rings of a cache."""
+    sliding = _sliding_layers(config)
+    return Rings(tuple(cache.k[i] for i in sliding), tuple(cache.v[i] for i in sliding))
+
+
+def with_rings(config: ModelConfig, cache: KVCache, new: Rings) -> KVCache:
+    """The cache with other rings."""
+    for i, k, v in zip(_sliding_layers(config), new.k, new.v, strict=True):
+        cache = cache.with_layer(i, k, v)
+    return cache
+
+
+def ring_axes(config: ModelConfig) -> Rings:
+    """The logical axes of each ring, as Rings of them."""
+    layers = (("batch", None, "heads"),) * len(_sliding_layers(config))
+    return Rings._make([layers, layers])
+
+
+def ring_allocator(
+    config: ModelConfig, sharding: Sharding, *, count: int, max_context_tokens: int, dtype: jnp.dtype
+) -> Callable[[], Rings]:
+    """Makes `count` empty copies of a slot's rings, over the data shards alike."""
+
+    def make() -> Rings:
+        layers = tuple(_empty_ring(config, count, max_context_tokens, dtype) for _ in _sliding_layers(config))
+        return Rings(layers, layers)
+
+    return jax.jit(make, out_shardings=sharding.named_tree(ring_axes(config)))
+
+
+def _sliding_layers(config: ModelConfig) -> list[int]:
+    return [i for i in range(config.num_layers) if config.has_sliding_window(i)]
 
 
 def write_pages(

@@ -97,10 +97,9 @@ class LanguageModel:
 
     def read_bandwidth(self, at_least: float = 0.0) -> float:
         """Bytes per second that all devices together read from their memories, as `device.read_bandwidth`."""
-        devices, first = self.mesh.devices.flat, self.mesh.local_devices[0]
-        shared = first.platform == "cpu"  # a CPU's devices share one memory
-        memories = len({each.process_index for each in devices}) if shared else len(devices)
-        return memories * device.read_bandwidth(first, at_least / memories)
+        # A CPU's devices share one memory.
+        memories = len({d.process_index if d.platform == "cpu" else d.id for d in self.mesh.devices.flat})
+        return memories * device.read_bandwidth(self.mesh.local_devices[0], at_least / memories)
 
     @property
     def mesh(self) -> Mesh:
@@ -135,7 +134,8 @@ class LanguageModel:
             self.policy.cache,
             engine_config,
             compiled=compiled,
-            compile_program=self._compiler(str(engine_config)),
+            # Programs that take no snapshots are the same whatever their number.
+            compile_program=self._compiler(str(dataclasses.replace(engine_config, prefix_snapshots=None))),
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
@@ -361,9 +361,8 @@ class LanguageModel:
                 max_context_tokens=tokens,
                 dtype=self.policy.cache,
             )
-        cache = self._allocators[tokens]()
         table = np.broadcast_to(np.arange(pages, dtype=np.int32), (slots, pages))
-        return cache._replace(page_table=self.sharding.put(table, ("batch", None)))
+        return self._allocators[tokens]()._replace(page_table=self.sharding.put(table, ("batch", None)))
 
     @functools.cached_property
     def _all_logits(self) -> Any:

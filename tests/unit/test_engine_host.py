@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.engine.scheduler import Scheduler
+from gptoss_jax.engine.scheduler import LOOKAHEAD, Scheduler
 from gptoss_jax.model.config import read_config
 from tests.fake_runner import VOCAB, FakeRunner, answer, next_token
 from tests.goldens.make import ROOT
@@ -135,12 +135,38 @@ def test_answers_go_on_while_a_long_prompt_is_read(one_batch):
     assert chunks == 3000 // 128
 
 
+@BOTH
+@pytest.mark.parametrize("smalls", [3, LOOKAHEAD + 30])
+def test_what_fits_passes_what_does_not_but_not_for_ever(one_batch, smalls):
+    """Guards both sides of admission: idle slots behind a request too large for now, and that request's own turn."""
+    config = EngineConfig(slots=4, max_context_tokens=512, pool_tokens=704, prefix_snapshots=0)
+    engine = make_engine(config, one_batch=one_batch)
+    first, large = (engine.submit(Request(prompt(n), (), count)) for n, count in ((250, 200), (400, 20)))
+    for i in range(smalls):
+        engine.submit(Request(prompt(5, i), (), 1))
+    ends = [event.request_id for event in engine.run() if event.finish_reason]
+    assert ends.index(first) == min(smalls, LOOKAHEAD)
+    assert ends.index(large) > ends.index(first)
+    assert sorted(ends) == list(range(smalls + 2))
+
+
+def test_what_waits_is_counted():
+    """Guards callers that submit as answers end: `num_waiting` is what has no slot yet."""
+    engine = make_engine(EngineConfig(slots=2))
+    for i in range(5):
+        engine.submit(Request(prompt(5, i), (), 20))
+    assert engine.num_waiting == 5
+    engine.tick()
+    assert engine.num_waiting == 3
+
+
 def test_another_policy_can_be_given():
     """Guards the joint: who goes first is one small class that a user replaces."""
 
     class ShortestFirst(Scheduler):
-        def admit(self, waiting):
-            return min(waiting, key=lambda sequence: len(sequence.request.token_ids))
+        def admit(self, waiting, fits):
+            by_length = sorted(waiting, key=lambda sequence: len(sequence.request.token_ids))
+            return next(filter(fits, by_length), None)
 
     ends = {}
     for name, scheduler in (("usual", None), ("shortest", ShortestFirst())):
