@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from gptoss_jax.checkpoints import opening
-from gptoss_jax.cli import interrupts
+from gptoss_jax.cli import hosts, interrupts
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import gptoss_jax.engine.engine
     import gptoss_jax.runtime.language_model
 
-MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab")
+MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab", *hosts.HOST_FLAGS)
 
 
 def define_flags() -> None:
@@ -36,14 +36,17 @@ def define_flags() -> None:
         "FOLDER: Where compiled programs are kept; left out: in the user's cache folder; empty: nowhere.",
     )
     flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
+    hosts.define_flags()
 
 
 def config(options: flags.FlagValues) -> ModelConfig:
     """The architecture of --checkpoint, without its weights: what a request can be checked against at once.
 
     Raises:
-        GptossError: --checkpoint is missing, unfinished, or no gpt-oss model.
+        GptossError: --checkpoint is missing, unfinished, or no gpt-oss model; flags of several hosts that do not fit
+            together.
     """
+    hosts.check(options)
     if not options.checkpoint:
         raise GptossError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
     return opening.open_weights(Path(options.checkpoint)).config
@@ -55,9 +58,10 @@ def load(
     """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
 
     Raises:
-        GptossError: as `loading.load`.
+        GptossError: as `loading.load` and `hosts.join`.
         KeyboardInterrupt: Ctrl-C.
     """
+    hosts.join(options, screen)
     with interrupts.ended_by_ctrl_c():
         from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 

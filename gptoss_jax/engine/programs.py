@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from gptoss_jax.engine import sampling
 from gptoss_jax.engine.sampling import Draw, Sampling
@@ -45,8 +45,6 @@ class SlotState(NamedTuple):
 OPTIONS_AXES: Any = SlotOptions(stop_ids=("batch", None), sampling=sampling.AXES)  # pyright: ignore[reportArgumentType]
 STATE_AXES: Any = SlotState._make([("batch",), ("batch",), ("batch", "vocab")])
 DRAW_AXES: Any = Draw._make([("batch",), ("batch",), ("batch", None), ("batch", None)])
-DRAWS_AXES: Any = Draw._make([("batch", None), ("batch", None), ("batch", None, None), ("batch", None, None)])
-"""Of the draws of several steps: [B, steps, ...]."""
 
 
 class Chunks(NamedTuple):
@@ -105,6 +103,11 @@ def copy_rings(sharding: Sharding, config: ModelConfig, source: Rings, target: R
 
 def _as_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def halt(remaining: Int32[Array, "B"], halted: Bool[Array, "B"]) -> Int32[Array, "B"]:
+    """Tokens that slots may still draw, where some are `halted`."""
+    return jnp.where(halted, 0, remaining)
 
 
 # ---- one step ----
