@@ -114,7 +114,7 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Ends a request that nobody waits for any more; one that has ended already is left alone."""
         place = self._placement
-        place.waiting[:] = [sequence for sequence in place.waiting if sequence.request_id != request_id]
+        place.waiting = [sequence for sequence in place.waiting if sequence.request_id != request_id]
         for slot in [slot for slot, sequence in place.running.items() if sequence.request_id == request_id]:
             place.release(slot)
             self.runner.halt([slot])
