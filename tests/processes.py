@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What the commands import when they come to it: they begin without JAX.
-_CONTEXT.set_forkserver_preload(
-    [f"gptoss_jax.{name}" for name in ("cli.answering", "cli.chat", "cli.scoring", "runtime.loading")]
-)
+_MODULES = ("cli.answering", "cli.batch_job", "cli.chat", "cli.scoring", "runtime.loading")
+_CONTEXT.set_forkserver_preload([*(f"gptoss_jax.{name}" for name in _MODULES), "tests.preloaded"])
 
 
 class Done(NamedTuple):
@@ -29,20 +28,28 @@ def run(
     *arguments: Any,
     stdin: str | bytes = "",
     environment: Mapping[str, str | None] = {},
+    prepare: Callable[[], object] | None = None,
     timeout_seconds: float = 300,
+    kill_after_seconds: float | None = None,
 ) -> Done:
     """`python -m module arguments`, its streams being files.
 
-    `environment` names variables to set, or with None to unset.
+    `environment` names variables to set, or with None to unset; `prepare` is called in the process before the command.
+    After `kill_after_seconds`, if given, it gets SIGKILL, and its exit code is -9 if it still ran.
     """
     with tempfile.TemporaryDirectory() as folder:
         names = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         names[0].write_bytes(stdin.encode() if isinstance(stdin, str) else stdin)
-        process = start(module, *arguments, prepare=_Redirect([str(name) for name in names]), environment=environment)
-        process.join(timeout_seconds)
+        for name in names[1:]:
+            name.touch()
+        redirect = _Redirect([str(name) for name in names], prepare)
+        process = start(module, *arguments, prepare=redirect, environment=environment)
+        process.join(timeout_seconds if kill_after_seconds is None else kill_after_seconds)
         if process.is_alive():
             process.kill()
-            raise TimeoutError(f"{module} {arguments} ran longer than {timeout_seconds} s")
+            process.join()
+            if kill_after_seconds is None:
+                raise TimeoutError(f"{module} {arguments} ran longer than {timeout_seconds} s")
         return Done(process.exitcode, *(name.read_text() for name in names[1:]))
 
 
@@ -55,14 +62,17 @@ def start(module: str, *arguments: Any, prepare: Callable[[], object], environme
 
 
 class _Redirect(NamedTuple):
-    """Standard streams from and to files."""
+    """Standard streams from and to files, and what else is to be done."""
 
     names: list[str]
+    prepare: Callable[[], object] | None
 
     def __call__(self) -> None:
         for descriptor, name in enumerate(self.names):
             flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT
             os.dup2(os.open(name, flags), descriptor)
+        if self.prepare:
+            self.prepare()
 
 
 def _child(

@@ -31,9 +31,9 @@ class BrokenStore(MemoryFileSystem):
         self._raise("info")
         return super().info(path, **kwargs)
 
-    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+    def open(self, path: str, mode: str = "rb", *arguments: Any, **kwargs: Any) -> Any:
         self._raise(f"open {mode}")
-        file = super().open(path, mode, **kwargs)
+        file = super().open(path, mode, *arguments, **kwargs)
         return _BrokenFile(file, self) if mode == "rb" else _BrokenUpload(file, self)
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:

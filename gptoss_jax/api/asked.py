@@ -94,5 +94,12 @@ class Form(Protocol):
         ...
 
     def response(self, asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
-        """The response's JSON. It holds no clock: the same answers give the same bytes."""
+        """The response's JSON. It holds no clock: the same answers give the same bytes.
+
+        Args:
+            asked: the request.
+            answers: all n.
+            response_id: the response's own part of its id; a form may put the kind in front, as in "chatcmpl-...".
+            model: what the model is called where the request does not name it.
+        """
         ...

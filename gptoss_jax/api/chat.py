@@ -8,17 +8,16 @@ calls are never all absent if there is text. Reasoning stands in `reasoning` and
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import an_object, boolean, known, only
-from gptoss_jax.api.tokens import log_probabilities, places, usage
+from gptoss_jax.api.tokens import Shown, leftover, log_probabilities, usage
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer, call_document
 from gptoss_jax.harmony.json_values import needed, nonempty_list
-from gptoss_jax.harmony.tokenizer import load_tokenizer
 
 _LIMITS = ("max_completion_tokens", "max_tokens")  # the second is the older name
 _SAME = ("reasoning_effort", "response_format", "n", "logprobs", "top_logprobs")
@@ -70,7 +69,7 @@ def _limit(fields: Mapping[str, Any]) -> str | None:
 def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
     """An object `chat.completion`; see `asked.Form`. It holds no clock: `created` is 0."""
     return {
-        "id": response_id,
+        "id": f"chatcmpl-{response_id}",
         "object": "chat.completion",
         "created": 0,
         "model": asked.echo.get("model", model),
@@ -89,11 +88,12 @@ def _choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[
         {"id": openai_fields.made_id("call", response_id, index, number), "type": "function", "function": call}
         for number, call in enumerate(map(call_document, answer.parsed.calls))
     ]
-    message = {"role": "assistant", "content": content.text, "refusal": None}
     return {
         "index": index,
         "message": {
-            **message,
+            "role": "assistant",
+            "content": content.text if content.text or answer.final is not None else None,
+            "refusal": None,
             "reasoning": reasoning,
             "reasoning_content": reasoning,
             **({"tool_calls": calls} if calls else {}),
@@ -103,29 +103,18 @@ def _choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[
     }
 
 
-class _Content(NamedTuple):
-    """The text that is shown as the answer, and the kinds of places (`tokens.Place`) that it comes from."""
-
-    text: str | None
-    kinds: tuple[str, ...]
-
-
-def _content(answer: Answer) -> _Content:
+def _content(answer: Answer) -> Shown:
+    """What is shown as the answer; of no text where there is none."""
     parsed = answer.parsed
-    if answer.final is not None:
-        return _Content(answer.final, ("final",))
+    if answer.final:
+        return Shown(answer.final, ("final",))
     if said := "\n\n".join(filter(None, (*parsed.preambles, answer.stray_text))):
-        return _Content(said, ("preamble", "unparsed"))
-    if parsed.reasoning or parsed.calls:
-        return _Content(None, ())
-    return _Content(answer.unparsed_text or None, ("other", "cut_call", "header"))
+        return Shown(said, ("preamble", "unparsed"))
+    return Shown("", ()) if parsed.reasoning or parsed.calls else leftover(answer)
 
 
-def _log_probabilities(asked: Asked, answer: Answer, content: _Content) -> dict[str, Any]:
-    tokenizer = load_tokenizer(asked.vocab_path)
-    found = enumerate(places(answer, tokenizer))
-    steps = [step for step, place in found if place.kind in content.kinds and place.is_kept]
-    return {"content": log_probabilities(answer, steps, tokenizer), "refusal": None}
+def _log_probabilities(asked: Asked, answer: Answer, content: Shown) -> dict[str, Any]:
+    return {"content": log_probabilities(asked, answer, content), "refusal": None}
 
 
 def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import known, only, token_ids, whole
-from gptoss_jax.api.tokens import UNLIKELY, likeliest, usage
+from gptoss_jax.api.tokens import finite, likeliest, usage
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
@@ -67,7 +67,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     """An object `text_completion`; see `asked.Form`. It holds no clock: `created` is 0."""
     used, tokenizer = usage(asked, answers), load_tokenizer(asked.vocab_path)
     return {
-        "id": response_id,
+        "id": f"cmpl-{response_id}",
         "object": "text_completion",
         "created": 0,
         "model": asked.echo.get("model", model),
@@ -113,10 +113,9 @@ def _log_probabilities(answer: Answer, ids: Sequence[int], length: int, tokenize
     likely = [{**dict(likeliest(answer, step)), ids[step]: answer.logprobs[step]} for step in steps]
     return {
         "tokens": [_spelled(ids[step], tokenizer) for step in steps],
-        "token_logprobs": [max(answer.logprobs[step], UNLIKELY) for step in steps],
+        "token_logprobs": [finite(answer.logprobs[step]) for step in steps],
         "top_logprobs": [
-            {_spelled(token, tokenizer): max(logprob, UNLIKELY) for token, logprob in at_step.items()}
-            for at_step in likely
+            {_spelled(token, tokenizer): finite(logprob) for token, logprob in at_step.items()} for at_step in likely
         ],
         "text_offset": offsets,
     }

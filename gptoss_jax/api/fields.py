@@ -42,10 +42,8 @@ def naming(field_of: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except GptossError as error:
-        ours = rf"\b({'|'.join(field_of)})\b"
-        pattern = rf"'[^']*'|\"[^\"]*\"|{ours}" if field_of else r"(?!)()"
-        message = re.sub(pattern, lambda found: field_of[found[1]] if found[1] else found[0], str(error))
-        raise GptossError(message) from None
+        words = re.compile(rf"'[^']*'|\"[^\"]*\"|\b(?:{'|'.join(field_of)})\b")
+        raise GptossError(words.sub(lambda found: field_of.get(found[0], found[0]), str(error))) from None
 
 
 def only(fields: Mapping[str, Any], taken: Mapping[str, tuple[object, str]]) -> None:

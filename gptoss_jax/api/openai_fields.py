@@ -6,6 +6,7 @@ from typing import Any
 
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.fields import whole
+from gptoss_jax.api.tokens import all_log_probabilities
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony.answer import Answer, call_document
 from gptoss_jax.harmony.json_values import string
@@ -71,7 +72,7 @@ def additions(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
     """The object `gptoss` of a response: what acted, and what OpenAI's form has no place for."""
     document: dict[str, Any] = {
         "settings": asked.acting,
-        "answers": [{**_kept(answer, raw=asked.raw), **_log_probabilities(asked, answer)} for answer in answers],
+        "answers": [{**_kept(answer, raw=asked.raw), **all_log_probabilities(asked, answer)} for answer in answers],
     }
     return document | ({"remarks": list(asked.remarks)} if asked.remarks else {})
 
@@ -90,11 +91,3 @@ def _kept(answer: Answer, *, raw: bool) -> dict[str, Any]:
         "unparsed_text": answer.unparsed_text,
         "token_ids": list(parsed.token_ids),
     }
-
-
-def _log_probabilities(asked: Asked, answer: Answer) -> dict[str, Any]:
-    """Of all ids, as far as asked for; OpenAI's forms have place for those of the content only."""
-    document: dict[str, Any] = {"logprobs": list(answer.logprobs)} if asked.options.logprobs else {}
-    if asked.options.sampling.top_logprobs:
-        document["top_logprobs"] = [[list(pair) for pair in step] for step in answer.top_logprobs]
-    return document

@@ -7,7 +7,7 @@ from typing import Any
 from gptoss_jax.api import asking, overrides
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import known, token_ids
-from gptoss_jax.api.tokens import usage
+from gptoss_jax.api.tokens import all_log_probabilities, usage
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
@@ -64,13 +64,8 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
 
 
 def _document(asked: Asked, answer: Answer) -> dict[str, Any]:
-    document = answer.document()
-    kept = {name: value for name, value in document.items() if name not in _LEFT_OUT}
-    if asked.options.logprobs:
-        kept["logprobs"] = document["logprobs"]
-    if asked.options.sampling.top_logprobs:
-        kept["top_logprobs"] = document["top_logprobs"]
-    return kept
+    kept = {name: value for name, value in answer.document().items() if name not in _LEFT_OUT}
+    return {**kept, **all_log_probabilities(asked, answer)}
 
 
 def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, int]:

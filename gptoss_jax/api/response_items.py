@@ -1,9 +1,10 @@
 """The items of OpenAI's /v1/responses: a request's input as a chat, an answer as output."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gptoss_jax.api.openai_fields import made_id
+from gptoss_jax.api.tokens import Shown, leftover
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony.answer import Answer, call_document
 from gptoss_jax.harmony.client_keys import are_parts
@@ -12,8 +13,8 @@ from gptoss_jax.harmony.parsed import Message
 
 _PHASES = {"preamble": "commentary", "final": "final_answer"}  # of the kinds of messages that are messages to OpenAI
 
-Logprobs = Callable[[int | None], list[dict[str, Any]]]
-"""Log probabilities of the tokens of one message, or of text in none."""
+Logprobs = Callable[[Shown], list[dict[str, Any]]]
+"""Log probabilities of the tokens of a text."""
 
 
 # ---- input ----
@@ -100,18 +101,19 @@ def output(answer: Answer, response_id: str, logprobs: Logprobs) -> list[dict[st
     """The items of an answer, in its order.
 
     Text outside of any message is a message at the end where there is no final answer; and where nothing else came,
-    whatever the model wrote: no text is without an item unless another says more. Calls that were cut are none.
+    whatever the model wrote. Calls that were cut are none.
     """
     items = [
         item for index, message in enumerate(answer.messages) if (item := _item(message, response_id, index, logprobs))
     ]
-    rest = answer.stray_text if answer.final is None else ""
-    if not items and not rest:
-        rest = answer.unparsed_text
-    if rest:
+    parsed = answer.parsed
+    rest = Shown("" if answer.final else answer.stray_text, ("unparsed",))
+    if not (answer.final or rest.text or parsed.preambles or parsed.reasoning or parsed.calls):
+        rest = leftover(answer)
+    if rest.text:
         status = "completed" if answer.finish_reason == "stop" else "incomplete"
         own_id = made_id("msg", response_id, len(answer.messages))
-        items.append(_message_item(rest, "final", status, own_id, logprobs(None)))
+        items.append(_message_item(rest, "final", status, own_id, logprobs))
     return items
 
 
@@ -124,7 +126,8 @@ def _item(message: Message, response_id: str, index: int, logprobs: Logprobs) ->
             return {"type": "reasoning", "id": own_id, "summary": [], "content": content, "status": status}
         case "preamble" | "final":
             own_id = made_id("msg", response_id, index)
-            return _message_item(message.content, message.kind, status, own_id, logprobs(index))
+            shown = Shown(message.content, (message.kind,), index)
+            return _message_item(shown, message.kind, status, own_id, logprobs)
         case "call":
             ids = {"id": made_id("fc", response_id, index), "call_id": made_id("call", response_id, index)}
             return {"type": "function_call", **ids, **call_document(message), "status": status}
@@ -132,8 +135,8 @@ def _item(message: Message, response_id: str, index: int, logprobs: Logprobs) ->
             return None
 
 
-def _message_item(text: str, kind: str, status: str, own_id: str, logprobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+def _message_item(shown: Shown, kind: str, status: str, own_id: str, logprobs: Logprobs) -> dict[str, Any]:
+    part = {"type": "output_text", "text": shown.text, "annotations": [], "logprobs": logprobs(shown)}
     return {
         "type": "message",
         "id": own_id,

@@ -13,13 +13,12 @@ from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import an_object, boolean, known, only, texts
 from gptoss_jax.api.response_items import chat_of, output
-from gptoss_jax.api.tokens import log_probabilities, places, usage
+from gptoss_jax.api.tokens import Shown, log_probabilities, usage
 from gptoss_jax.engine.request import NOT_FINITE
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.json_values import known_fields, needed, string
-from gptoss_jax.harmony.tokenizer import load_tokenizer
 
 _STORED = "nothing is stored here, so the whole conversation goes into input"
 _ONLY = {
@@ -122,13 +121,13 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     cut = answer.finish_reason == "length"
     failed = answer.finish_reason == "error"
     return {
-        "id": response_id,
+        "id": f"resp_{response_id}",
         "object": "response",
         "created_at": 0,
         "status": _STATUS[answer.finish_reason],
         "error": {"code": "server_error", "message": NOT_FINITE} if failed else None,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": output(answer, response_id, lambda message: _message_logprobs(asked, answer, message)),
+        "output": output(answer, response_id, lambda shown: _message_logprobs(asked, answer, shown)),
         "usage": _usage(asked, answers),
         "model": model,
         **_acted(asked),
@@ -159,18 +158,8 @@ def _acted(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _message_logprobs(asked: Asked, answer: Answer, message: int | None) -> list[dict[str, Any]]:
-    if not asked.options.logprobs:
-        return []
-    tokenizer = load_tokenizer(asked.vocab_path)
-    kinds = ("preamble", "final") if message is not None else ("unparsed", "other", "cut_call", "header")
-    found = enumerate(places(answer, tokenizer))
-    steps = [
-        step
-        for step, place in found
-        if place.kind in kinds and place.is_kept and (message is None or place.message == message)
-    ]
-    return log_probabilities(answer, steps, tokenizer)
+def _message_logprobs(asked: Asked, answer: Answer, shown: Shown) -> list[dict[str, Any]]:
+    return log_probabilities(asked, answer, shown) if asked.options.logprobs else []
 
 
 def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:

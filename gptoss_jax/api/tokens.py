@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gptoss_jax.api.asked import Asked
@@ -10,16 +10,16 @@ from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.parsed import Part
 from gptoss_jax.harmony.tokenizer import STARTOFTEXT, StreamDecoder, Tokenizer, load_tokenizer
 
-UNLIKELY = -9999.0  # OpenAI's; JSON has no infinity
+_UNLIKELY = -9999.0  # OpenAI's; JSON has no infinity
 
 
 class Place(NamedTuple):
-    """Where a token begins.
+    """Where the text of a token stands.
 
     Attributes:
         kind: of the message in whose content it is; "header" or "unparsed" where it is in none; None: a control token.
         message: index into `Answer.messages`; None: of no message.
-        is_kept: what it writes is in `Answer.messages`; tokens of a stop string, and those after it, are not.
+        is_kept: some of it is in `Answer.messages`; of a stop string and what comes after it, nothing is.
     """
 
     kind: str | None
@@ -31,7 +31,7 @@ _CONTROL = Place(None, None, False)
 
 
 def places(answer: Answer, tokenizer: Tokenizer) -> list[Place]:
-    """The place of each of the answer's ids. Tokens of one character have the same."""
+    """The place of each of the answer's ids, which is where its last character is."""
     parts = answer.parsed.parts
     ends = list(itertools.accumulate(len(part.text) for part in parts))
     before = _content_before(parts)
@@ -41,10 +41,11 @@ def places(answer: Answer, tokenizer: Tokenizer) -> list[Place]:
             at += len(decoder.flush())
             found.append(_CONTROL)
             continue
-        index = bisect_right(ends, at)
-        part = parts[index]
-        found.append(_place(answer, part, before[index] + at - (ends[index] - len(part.text))))
-        at += len(decoder.feed(token))
+        length = len(decoder.feed(token))  # 0: the character that it begins or goes on with is still to come
+        index = bisect_right(ends, at + max(length, 1) - 1)
+        begins = before[index] + at - (ends[index] - len(parts[index].text))
+        found.append(_place(answer, parts[index], begins))
+        at += length
     return found
 
 
@@ -59,12 +60,12 @@ def _content_before(parts: Sequence[Part]) -> list[int]:
     return before
 
 
-def _place(answer: Answer, part: Part, at: int) -> Place:
-    """The place of a token in a part; `at`: characters of the message's content before it."""
+def _place(answer: Answer, part: Part, begins: int) -> Place:
+    """The place of a token in a part; `begins`: characters of the message's content before it."""
     if part.kind != "content" or part.message is None:
         return Place(part.kind, part.message, True)
     message = answer.messages[part.message]
-    return Place(message.kind, part.message, at < len(message.content))
+    return Place(message.kind, part.message, begins < len(message.content))
 
 
 class Usage(NamedTuple):
@@ -90,14 +91,29 @@ def usage(asked: Asked, answers: Sequence[Answer]) -> Usage:
     )
 
 
-def log_probabilities(answer: Answer, steps: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The tokens at these steps as OpenAI's chat writes them."""
+class Shown(NamedTuple):
+    """A text that is shown, and the tokens it comes from: those at these kinds of places, of this message or of any."""
+
+    text: str
+    kinds: tuple[str, ...]
+    message: int | None = None
+
+
+def leftover(answer: Answer) -> Shown:
+    """All text that is otherwise not shown, for where nothing else is."""
+    return Shown(answer.unparsed_text, ("other", "cut_call", "unparsed") if answer.messages else ("header", "unparsed"))
+
+
+def log_probabilities(asked: Asked, answer: Answer, shown: Shown) -> list[dict[str, Any]]:
+    """The tokens of a text as OpenAI's chat writes them."""
+    tokenizer = load_tokenizer(asked.vocab_path)
     return [
         {
             **_entry(answer.parsed.token_ids[step], answer.logprobs[step], tokenizer),
             "top_logprobs": [_entry(*likely, tokenizer) for likely in likeliest(answer, step)],
         }
-        for step in steps
+        for step, place in enumerate(places(answer, tokenizer))
+        if place.kind in shown.kinds and place.is_kept and shown.message in (None, place.message)
     ]
 
 
@@ -106,6 +122,23 @@ def likeliest(answer: Answer, step: int) -> Sequence[tuple[int, float]]:
     return answer.top_logprobs[step] if answer.top_logprobs else ()
 
 
+def finite(logprob: float) -> float:
+    """A log probability that JSON can hold."""
+    return max(_UNLIKELY, logprob)
+
+
+def all_log_probabilities(asked: Asked, answer: Answer) -> dict[str, Any]:
+    """Of all ids, as far as asked for: `logprobs`, and `top_logprobs`, pairs of the likeliest ids and theirs."""
+    document: dict[str, Any] = {}
+    if asked.options.logprobs:
+        document["logprobs"] = [finite(logprob) for logprob in answer.logprobs]
+    if asked.options.sampling.top_logprobs:
+        document["top_logprobs"] = [
+            [[token, finite(logprob)] for token, logprob in likely] for likely in answer.top_logprobs
+        ]
+    return document
+
+
 def _entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
     data = tokenizer.token_bytes(token)
-    return {"token": data.decode(errors="replace"), "logprob": max(logprob, UNLIKELY), "bytes": list(data)}
+    return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}

@@ -36,7 +36,7 @@ def identity(path: Path) -> str:
 
 
 def _sample(path: Path, size_bytes: int, digest: "hashlib._Hash") -> None:
-    """The header stands in the first piece; the last one is taken too."""
+    """The header stands in the first sample; the file's end is one too."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for offset in [*range(0, size_bytes, STRIDE_BYTES), max(0, size_bytes - SAMPLE_BYTES)]:

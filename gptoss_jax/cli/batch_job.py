@@ -18,7 +18,6 @@ from gptoss_jax.checkpoints.identity import identity
 from gptoss_jax.cli import command, interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
-from gptoss_jax.cli.prompt_flags import PROMPT_FLAGS
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, listed
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -27,7 +26,7 @@ from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
-from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts, take_over
+from gptoss_jax.jobs.store import Layout, Merged, Store, done_rows, remove_parts, take_over
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
@@ -147,7 +146,7 @@ def _defaults(options: flags.FlagValues) -> tuple[Options, list[str]]:
 def _engine_config(options: flags.FlagValues) -> Any:
     if options.slots < 1:
         raise GptossError(f"--slots is {options.slots}, expected at least 1")
-    return sampling_flags.engine_config(options, options.slots, options.pool_tokens)
+    return sampling_flags.engine_config(options, options.slots, pool_tokens=options.pool_tokens)
 
 
 # ---- what the rows are ----
@@ -221,8 +220,7 @@ class _Job:
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
                 existing.check_same(record, layout.record)
-            self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
-            return 0
+            return _finished(self._screen, layout, self._found)
         part = self._part(record)
         if self._options.ray and part is not None and not self._options.restart:
             take_over(layout, part, record)
@@ -232,8 +230,8 @@ class _Job:
             self._say_what_is_there(done)
             answer = self._answer_on_ray if self._options.ray else self._answer
             code = answer(store, wanted) if wanted.any() else 0
-        if part is not None:  # its lines are counted when they are joined
-            return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
+            if part is not None:  # its lines are counted when they are joined, while no other process may write them
+                return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
         self._screen.note(f"{self._tally.line()}; {layout.summary} has it all")
         return code
@@ -274,7 +272,7 @@ class _Job:
 
     def _answer(self, store: Store, wanted: np.ndarray) -> int:
         options, screen = self._options, self._screen
-        language_model, engine = model_flags.load_for_answers(options, screen, options.slots, options.pool_tokens)
+        language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 
@@ -355,7 +353,8 @@ def _share_of_limit(
     pace: Pace,
 ) -> dict[str, Any]:
     """What the run was beside what the devices' memories allow: the bytes that its decoding steps have to read, per
-    second of the whole run, the reading of prompts included, over the measured bandwidth."""
+    second of the whole run, the reading of prompts included, over the measured bandwidth.
+    """
     done = engine.statistics
     document: dict[str, Any] = {
         "prefix_cache_hit_rate": round(done.hit_rate, 4),
@@ -380,13 +379,23 @@ def _input(found: Survey) -> dict[str, Any]:
     return {"files": list(found.places.rows_of_files()), "rows": found.num_rows, "sha256": found.digest}
 
 
+def _finished(screen: Screen, layout: Layout, found: Survey) -> int:
+    """Checks a job that has nothing left to do; gives the exit code."""
+    if missing := int((~done_rows(outputs.read(layout.out), found, layout.out)).sum()):
+        raise GptossError(
+            f"{layout.out} lacks {missing:,} of {found.num_rows:,} rows, which it had: --restart begins anew"
+        )
+    remove_parts(layout)  # what a crash has left of them
+    screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
+    return 0
+
+
 def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | None = None) -> int:
     """Makes OUT of the parts, if no row is missing, and removes them; gives the exit code."""
     record = records.read(layout.record)
     if record and layout.is_finished:
         record.check_input(_input(found), layout.record)
-        screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
-        return 0
+        return _finished(screen, layout, found)
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(_input(found), layout.record)
@@ -397,6 +406,8 @@ def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | 
             f"{merged.missing.size:,} of {found.num_rows:,} rows have no line yet, the first at {first}: "
             "run the shards that are missing, or the job without --shard, then --merge"
         )
+    if merged.num_repeated:
+        screen.note(f"{merged.num_repeated:,} lines left out, of rows that were answered twice")
     tally = Tally()
     outputs.write(layout.out, map(tally.noting, merged.lines()))
     summary.write(layout, record, tally, found.num_rows, run)

@@ -1,6 +1,7 @@
 """A job's input: files of any number and length -> lines, as often as wanted, in bounded memory. Reads no JSON."""
 
 import codecs
+import collections
 import contextlib
 import functools
 import glob
@@ -73,8 +74,9 @@ class Inputs:
         Raises:
             FileError: a name stands for no file, or for one that cannot be read; a file is given twice.
         """
-        if list(names).count("-") > 1:
-            raise GptossError("stdin (-) is given twice, and can be read once only")
+        for name, count in collections.Counter(names).items():
+            if count > 1:  # said before a pipe is waited for twice
+                raise FileError(name, "is given twice")
         self.names = tuple(names)
         self._sources = [source for name in names for source in _sources(name)]
         _check_distinct(self._sources)
@@ -147,7 +149,7 @@ def _source(place: Place) -> _Source:
         with places.faults_of(place.name):
             kind = place.store.info(place.path)["type"]
         if kind == "directory":
-            raise FileError(place.name, "a folder, expected a file")
+            raise _folder(place)
         return _Source(place.name, place.identity(), place.open)
     with contextlib.suppress(OSError, ValueError):  # whatever is wrong, check_regular says it
         if stat.S_ISFIFO(os.stat(place.path).st_mode):
@@ -160,11 +162,17 @@ def _source(place: Place) -> _Source:
 def _open_regular(place: Place) -> io.BufferedReader:
     if "\0" in place.path or not place.path:
         raise FileError(repr(place.name), "expected a file name")
+    if os.path.isdir(place.path):
+        raise _folder(place)
     try:
         files.check_regular(place.path)
     except FileError as error:
         raise FileError(place.name, error.what) from None
     return place.open()
+
+
+def _folder(place: Place) -> FileError:
+    return FileError(place.name, f"a folder, expected files: {place.name.rstrip('/')}/*.jsonl, say")
 
 
 def _copied(file: Any, name: str) -> _Source:
@@ -230,16 +238,17 @@ def rows(file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTE
     Raises:
         FileError: the file is damaged, or of another kind.
     """
+    too_long = f"the row is longer than {max_line_bytes:,} bytes, which no context holds"
     if file.peek(4).startswith(b"PAR1"):
-        yield from parquet(name).rows(file, name)
+        for number, text, fault in parquet(name).rows(file, name):
+            yield (number, text, fault) if len(text) <= max_line_bytes else (number, b"", too_long)
         return
     number = 0
     try:
         lines = compression.unpacked(file, name)
         _check_jsonl(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES], name)
         for number, (text, is_whole) in enumerate(_lines(lines, max_line_bytes), 1):
-            fault = f"the line is longer than {max_line_bytes:,} bytes, which no context holds"
-            yield (number, text, "") if is_whole else (number, b"", fault)
+            yield (number, text, "") if is_whole else (number, b"", too_long)
     except compression.Damaged as error:
         what = f"cannot be unpacked after line {number}: {error}; it was cut or damaged: make or fetch it again"
         raise FileError(name, what) from None
@@ -277,7 +286,7 @@ def _check_jsonl(head: bytes, name: str) -> None:
 def _other_kind(lines: Sequence[bytes], name: str) -> str:
     """What a file is by its first lines; "" if it may be JSONL, of which any line may be wrong."""
     first = lines[0] if lines else b"{}"
-    if first == b"{":
+    if first == b"{" and not any(line.startswith(b"{") for line in lines[1:2]):
         return _DOCUMENT
     if first == b"[" or first.startswith((b"[{", b"[ {")):
         return _ARRAY

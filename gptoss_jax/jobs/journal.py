@@ -144,7 +144,9 @@ def entries(path: str | Path, framing: Framing, start: int = 0) -> Iterator[Entr
     with open(path, "rb") as file:
         offset = file.seek(start)
         for number, framed in enumerate(file, 1):
-            line = framing.unpack(framed[:-1]) if framed.endswith(b"\n") else None
+            if not framed.endswith(b"\n"):
+                return  # what may come behind it by now is its rest
+            line = framing.unpack(framed[:-1])
             if line is None:
                 torn = torn or number
             elif torn:

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow
-import ray
-import ray.data
-import ray.exceptions
-from ray.data.block import BlockMetadata
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import ray  # pyright: ignore[reportMissingImports]  (only those who ask for it have it)
+import ray.data  # pyright: ignore[reportMissingImports]
+import ray.exceptions  # pyright: ignore[reportMissingImports]
+from ray.data.block import BlockMetadata  # pyright: ignore[reportMissingImports]
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
 from gptoss_jax.errors import GptossError, one_line, short
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.jobs.inputs import Inputs, Line
 from gptoss_jax.jobs.journal import CHECKED, Journal
 from gptoss_jax.jobs.rows import RowReader
-from gptoss_jax.jobs.store import Layout, PartsReader
+from gptoss_jax.jobs.store import Layout, PartsReader, done_rows
 from gptoss_jax.jobs.survey import Survey
 from gptoss_jax.jobs.work import Reading, Task, Worker, in_order
 
@@ -254,7 +254,9 @@ def _run_dataset(job: Any, wanted: Any, rows: int, needs: Mapping[str, int], wor
     context.enable_progress_bars = False
     job_ref, wanted_ref = ray.put(job), ray.put(wanted)
     kinds = {"CPU": "num_cpus", "GPU": "num_gpus"}
-    resources = {kinds[kind]: count for kind, count in needs.items() if kind in kinds} or {"resources": dict(needs)}
+    resources: dict[str, Any] = {kinds[kind]: count for kind, count in needs.items() if kind in kinds} or {
+        "resources": dict(needs)
+    }
     reading = {"num_cpus": 0}  # it would wait for CPUs that workers have
     groups = ray.data.read_datasource(
         _Groups(job_ref, wanted_ref, rows), override_num_blocks=1, ray_remote_args=reading
@@ -342,7 +344,8 @@ class _Actor:
         job = self._job
         os.chdir(job.folder)
         engine = _engine(job, self._cpus)
-        self._done = _done(job)
+        written = PartsReader(job.layout).new_lines()
+        self._done = done_rows(written, job.survey, str(job.layout.parts), may_repeat=True)
         name = f"ray-{secrets.token_hex(8)}"
         with Journal(job.layout.part(name), CHECKED) as own:
             put = functools.partial(self._put, own)
@@ -378,14 +381,6 @@ class _Actor:
         self._open = [group for group in self._open if group not in ended]
         for group in ended:
             group.end.set_result(None)
-
-
-def _done(job: Job) -> np.ndarray:
-    """Which rows are finished, bool [N]."""
-    done = np.zeros(job.survey.num_rows, np.bool_)
-    for line in PartsReader(job.layout).new_lines():
-        done[job.survey.find(json.loads(line))] = True
-    return done
 
 
 def _engine(job: Job, cpus: int | None) -> "gptoss_jax.engine.engine.Engine":

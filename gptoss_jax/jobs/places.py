@@ -45,7 +45,7 @@ class Place:
     def identity(self) -> object:
         """What is the same for all names of a file: links, hard links, relative paths, URLs."""
         if self.store:
-            return type(self.store), self.path
+            return type(self.store), repr(self.store.storage_options), self.path
         try:
             return identity(os.stat(self.path))
         except OSError:  # it is not there
@@ -103,7 +103,8 @@ def faults_of(name: str) -> Iterator[None]:
 def _what(error: Exception) -> str:
     """What an error of the system or of a store's library says, with its kind where the text alone may say nothing."""
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+        return f"no such file or bucket{cause}"  # over HTTP this is also what stands for a server that is not reached
     if isinstance(error, TimeoutError):
         return "no answer in time; the store or the network to it is down or slow"
     if isinstance(error, ImportError):

@@ -82,6 +82,7 @@ def create(path: Path, record: Record) -> None:
     write(own, record)
     try:
         os.link(own, path)
+        whole_files.sync_folder(path.parent)
     except FileExistsError:
         if existing := read(path):
             existing.check_same(record, path)

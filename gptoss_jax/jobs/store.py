@@ -6,11 +6,11 @@ in order, compressed, Parquet or remote, or several processes work on it), OUT.p
 
 import itertools
 import json
-import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from gptoss_jax.jobs.journal import CHECKED, PLAIN, Journal, JournalError
 from gptoss_jax.jobs.record import Record, RecordError
 from gptoss_jax.jobs.rows import RowError
 from gptoss_jax.jobs.survey import Survey
+from gptoss_jax.whole_files import sync_folder
 
 _SUFFIX = ".journal"
 _LINES_AT_ONCE = 1000
+MAX_OPEN_FILES = 512  # systems allow a process 1,024, and a job may have more shards
 
 
 class Layout(NamedTuple):
@@ -56,9 +58,16 @@ class Layout(NamedTuple):
         return self.parts / f"{name}{_SUFFIX}"
 
     @property
+    def joined(self) -> Path:
+        """What that folder is called while it is removed."""
+        return Path(f"{self.state}.joined")
+
+    @property
     def is_finished(self) -> bool:
-        """Whether OUT has been made of parts, all of them."""
-        return self.record.exists() and not self.parts.exists() and outputs.exists(self.out)
+        """Whether OUT has been made of parts, all of them. Of one that lines are appended to, the lines say it."""
+        record = records.read(self.record)
+        has_parts = record is not None and not record.output.get("appended")
+        return has_parts and not self.parts.exists() and outputs.exists(self.out)
 
 
 class Store:
@@ -85,6 +94,7 @@ class Store:
         self.layout, self.part = layout, part
         if part is not None:
             layout.parts.mkdir(exist_ok=True)
+            sync_folder(layout.parts.parent)
         self._journal = Journal(layout.out if part is None else layout.part(part), PLAIN if part is None else CHECKED)
         try:
             if restart:
@@ -121,6 +131,8 @@ class Store:
             if path != self._journal.path:
                 with Journal(path, CHECKED):  # raises where somebody writes it
                     path.unlink()
+        if self.part is None:
+            remove_parts(self.layout)
 
     def lines(self) -> Iterator[bytes]:
         """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off.
@@ -138,17 +150,7 @@ class Store:
         Raises:
             JournalError: a line that answers no row, or in OUT a second one that answers the same.
         """
-        done = np.zeros(survey.num_rows, np.bool_)
-        for number, line in enumerate(self.lines(), 1):
-            document = json.loads(line)
-            ordinal = _ordinal(document, survey, f"{self._journal.path}, line {number}")
-            if not done[ordinal]:
-                note(document)
-            elif self.part is None:
-                where = survey.places.where(ordinal)
-                raise JournalError(f"{self._journal.path}, line {number}: the row {where} has a line already")
-            done[ordinal] = True
-        return done
+        return done_rows(self.lines(), survey, str(self._journal.path), note, may_repeat=self.part is not None)
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Adds finished lines; they are on the disk when this returns.
@@ -200,6 +202,38 @@ def take_over(layout: Layout, part: str, record: Record) -> None:
         records.write(layout.record, record)
 
 
+def done_rows(
+    lines: Iterator[bytes],
+    survey: Survey,
+    where: str,
+    note: Callable[[Any], None] = lambda document: None,
+    *,
+    may_repeat: bool = False,
+) -> np.ndarray:
+    """Which rows have one of the lines, bool [N].
+
+    Args:
+        lines: of a job's output.
+        survey: of its input.
+        where: what errors call the lines.
+        note: gets the document of each row's first line.
+        may_repeat: whether rows may have several, as in the journals of writers that did not know of each other.
+
+    Raises:
+        JournalError: a line that answers no row, or one row's second.
+    """
+    done = np.zeros(survey.num_rows, np.bool_)
+    for number, line in enumerate(lines, 1):
+        document = json.loads(line)
+        ordinal = _ordinal(document, survey, f"{where}, line {number}")
+        if not done[ordinal]:
+            note(document)
+        elif not may_repeat:
+            raise JournalError(f"{where}, line {number}: the row {survey.places.where(ordinal)} has a line already")
+        done[ordinal] = True
+    return done
+
+
 def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:
     try:
         return survey.find(document)
@@ -235,21 +269,27 @@ class Merged:
 
     def lines(self) -> Iterator[bytes]:
         """One for each row."""
-        files = [open(path, "rb") for path in self._paths]
+        files = dict[int, BinaryIO]()
         try:
             for part, offset in zip(self._part_of.tolist(), self._offset_of.tolist(), strict=True):
+                if part not in files:
+                    if len(files) == MAX_OPEN_FILES:
+                        files.pop(next(iter(files))).close()
+                    files[part] = open(self._paths[part], "rb")
                 files[part].seek(offset)
                 line = CHECKED.unpack(files[part].readline().removesuffix(b"\n"))
                 if line is None:
                     raise JournalError(f"{self._paths[part]} has changed: the same command reads it again")
                 yield line
         finally:
-            for file in files:
+            for file in files.values():
                 file.close()
 
 
 def remove_parts(layout: Layout) -> None:
-    """Removes the journals, once OUT holds all that was in them."""
-    for path in parts(layout):
-        path.unlink()
-    os.rmdir(layout.parts)
+    """Removes the journals, once OUT holds all that was in them: at once, as others see it, or what a crash left."""
+    shutil.rmtree(layout.joined, ignore_errors=True)
+    if layout.parts.exists():
+        layout.parts.rename(layout.joined)
+        sync_folder(layout.parts.parent)
+        shutil.rmtree(layout.joined, ignore_errors=True)

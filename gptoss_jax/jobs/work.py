@@ -84,12 +84,14 @@ class Reading:
         reader, count = RowReader(survey.forms), 0
         for ordinal, line in enumerate(inputs.lines()):
             count += 1
-            if count > survey.num_rows:
-                break
+            if not survey.places.has(ordinal, line):
+                raise GptossError(
+                    f"{line.file}:{line.number} has changed while the job ran, expected what it began with"
+                )
             if wanted[ordinal]:
                 yield self.task(survey.checked(reader.read(ordinal, line)))
         if count != survey.num_rows:
-            raise GptossError(f"the input has changed while the job ran: it had {survey.num_rows} rows at its start")
+            raise GptossError(f"the input had {survey.num_rows:,} rows when the job began, and {count:,} now")
 
 
 def in_order(tasks: Sequence[Task]) -> list[Task]:

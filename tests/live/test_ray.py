@@ -101,6 +101,7 @@ class Folder(NamedTuple):
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Fails if the process ends before."""
     end = time.monotonic() + 120
     while not true():
         assert process.poll() is None, process.communicate()
@@ -131,6 +132,7 @@ def folder() -> Iterator[Folder]:
 
 @pytest.fixture(scope="module")
 def machines(folder: Folder) -> Iterator[Machines]:
+    """Two, which this one plays."""
     process = folder.start([sys.executable, "-c", TWO_MACHINES])
     assert process.stdout
     address, raylet = process.stdout.readline().split()
@@ -150,11 +152,12 @@ def workers_of_ray(root: Path) -> list[int]:
 
 
 def children_of(parent: int) -> list[int]:
+    """Processes that a process has started, and not theirs."""
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 def test_a_killed_worker_loses_nothing(folder):
-    """Guards a job on one machine: a worker dies, and its rows are answered by the next, the finished ones not again."""
+    """Guards a job on one machine: a worker dies, and the next one answers its rows, but for those that are finished."""
     process = folder.start(folder.batch("a.jsonl", "--ray", "--ray-workers", WORKERS))
     kept = folder.root / "kept"
     kept.mkdir()

@@ -14,16 +14,17 @@ from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.settings import Settings
 from tests.made_answers import CALL, FINAL, PREAMBLE, THOUGHT, WEATHER, WORDS, answer
 
+DEFAULTS = Options()
 HI = [{"role": "user", "content": "Hi"}]
 DEVELOPER = {"role": "developer", "content": [{"type": "developer_content", "instructions": "Own"}]}
 SYSTEM = {"role": "system", "content": [{"type": "system_content", "reasoning_effort": "High"}]}
 
 
-def _text(body, defaults=Options()) -> str:
+def _text(body, defaults=DEFAULTS) -> str:
     return WORDS.decode(PLAIN.ask(body, defaults).token_ids)
 
 
-def _refused(body, defaults=Options()) -> str:
+def _refused(body, defaults=DEFAULTS) -> str:
     with pytest.raises(GptossError) as caught:
         PLAIN.ask(body, defaults)
     assert "\n" not in str(caught.value)
@@ -67,6 +68,7 @@ def test_the_three_sources_give_the_ids_that_generate_gives():
         ({"prompt": "Hi", "reasoning_effort": "extreme"}, "reasoning_effort is 'extreme', expected one of low, medium"),
         ({"prompt": "Hi", "date": "today"}, "date is 'today', expected a date as YYYY-MM-DD, or none"),
         ({"prompt": "Hi", "system": 3}, "system is 3, expected text"),
+        ({"prompt": "Hi", "date": "instructions"}, "date is 'instructions', expected a date"),
         ({"prompt": "Hi", "tools": [{"name": "a b"}]}, "tools is 'a b', expected letters"),
         ({"prompt": "Hi", "builtin_tools": ["bash"]}, "builtin_tools is ['bash'], expected of browser, python"),
         ({"prompt": "Hi", "response_format": {"type": "json_object"}}, "response_format has type 'json_object'"),
@@ -107,7 +109,7 @@ def test_every_option_replaces_the_default_and_null_leaves_it():
     own |= {"banned_ids": [9], "max_new_tokens": 5, "stop": "END", "stop_ids": [4], "n": 3, "logprobs": True}
     asked = PLAIN.ask({"prompt": "Hi", **own}, Options())
     numbers: dict = {name: option.low for name, option in OPTIONS.items()}
-    drawn = SamplingParams(**numbers, logit_bias={7: 2, 8: -math.inf}, banned_ids=(9,))
+    drawn = SamplingParams(**numbers, logit_bias={7: 2.0, 8: -math.inf}, banned_ids=(9,))
     assert asked.options == Options(Settings(), drawn, 5, ("END",), (4,), 3, True)
     silent = PLAIN.ask({"prompt": "Hi", **dict.fromkeys(own)}, asked.options)
     assert silent.options == asked.options

@@ -5,10 +5,12 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,30 @@ def test_a_file_given_twice_is_refused(memory):
     assert "new.jsonl" not in Inputs(["a.jsonl"])
 
 
+def test_files_of_one_name_in_two_archives(memory):
+    """Guards against calling them one file: the store is more than its kind."""
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(name, "w") as archive:
+            archive.writestr("rows.jsonl", ROWS[0])
+    assert texts("zip://rows.jsonl::a.zip", "zip://*.jsonl::b.zip") == [ROWS[0], ROWS[0]]
+    assert "zip://rows.jsonl::a.zip" in Inputs(["zip://rows.jsonl::a.zip"])
+
+
+def test_a_pipe_given_twice_is_not_waited_for():
+    """Guards against a second open that waits for ever."""
+    os.mkfifo("pipe")
+    assert refusal("pipe", "pipe") == "pipe: is given twice"
+
+
+def test_a_long_row_of_parquet_is_a_fault():
+    """Guards the limit on rows in every format."""
+    pq.write_table(pa.table({"id": ["a", "b" * 99]}), "a.parquet")
+    file: Any = open("a.parquet", "rb")
+    with file:
+        found = list(inputs.rows(file, "a.parquet", 50))
+    assert found == [(1, b'{"id":"a"}', ""), (2, b"", "the row is longer than 50 bytes, which no context holds")]
+
+
 class _Stdin:
     def __init__(self, content: bytes):
         self.buffer = io.BytesIO(content)
@@ -118,7 +144,7 @@ def test_stdin_is_read_twice(monkeypatch):
         expected = [Line("stdin", number, row) for number, row in enumerate(ROWS, 1)]
         assert list(zip(found.lines(), found.lines(), strict=True)) == list(zip(expected, expected, strict=True))
     assert os.listdir() == []
-    assert refusal("-", "-") == "stdin (-) is given twice, and can be read once only"
+    assert refusal("-", "-") == "-: is given twice"
     monkeypatch.setattr(sys, "stdin", None)
     assert refusal("-") == "stdin: is closed"
 
@@ -199,22 +225,24 @@ def test_the_commands_that_refusals_name_work(capsys, monkeypatch):
     assert capsys.readouterr().out == '{"id": "1", "prompt": "a\\n\\"b\\""}\n{"id": "1"}\n2\n'
 
 
-@pytest.mark.parametrize("first", [b"not json", b"[1]", b'{"id": 1', b"\xff\xff", b"id,prompt"])
+@pytest.mark.parametrize("first", [b"not json", b"[1]", b'{"id": 1', b"{", b"\xff\xff", b"id,prompt"])
 def test_one_bad_line_is_a_row_and_no_refusal(first):
     """Guards the other rows: what is wrong with one is said of that row, by whoever reads its JSON."""
     Path("a.jsonl").write_bytes(first + b"\n" + ROWS[0])
     assert texts("a.jsonl") == [first, ROWS[0]]
 
 
-def test_what_cannot_be_opened():
+def test_what_cannot_be_opened(memory):
     """Guards names that are no file, each in one line that names it as it was given."""
     Path("folder").mkdir()
     os.symlink("nowhere", "link")
     Path("secret").write_bytes(ROWS[0])
     Path("secret").chmod(0)
     assert refusal("absent.jsonl") == "absent.jsonl: no such file"
-    assert refusal("folder") == "folder: a folder, expected a file"
+    assert refusal("folder") == "folder: a folder, expected files: folder/*.jsonl, say"
     assert refusal(f"file://{Path.cwd()}/absent") == f"file://{Path.cwd()}/absent: no such file"
+    memory.pipe("/far/a.jsonl", ROWS[0])
+    assert refusal("memory://far") == "memory://far: a folder, expected files: memory://far/*.jsonl, say"
     assert refusal("link").startswith("link: a link to nowhere, which is not there")
     assert refusal("") == "'': expected a file name"
     assert refusal("a\0b") == "'a\\x00b': expected a file name"
@@ -251,6 +279,13 @@ class _LibraryError(Exception):
     pass
 
 
+def _unreached() -> FileNotFoundError:
+    """As fsspec's HTTP raises where no server answers."""
+    error = FileNotFoundError("http://b/x")
+    error.__cause__ = _LibraryError("connection refused")
+    return error
+
+
 @pytest.mark.parametrize("step", ["info", "open rb", "read"])
 @pytest.mark.parametrize(
     ("error", "what"),
@@ -258,7 +293,8 @@ class _LibraryError(Exception):
         (PermissionError("Forbidden"), "PermissionError: Forbidden"),
         (TimeoutError(), "no answer in time; the store or the network to it is down or slow"),
         (_LibraryError("429,\nslow down"), "_LibraryError: 429,\\nslow down"),
-        (FileNotFoundError("/a.jsonl"), "no such file"),
+        (FileNotFoundError("/a.jsonl"), "no such file or bucket"),
+        (_unreached(), "no such file or bucket (_LibraryError: connection refused)"),
     ],
 )
 def test_a_store_that_fails_is_one_line(memory, step, error, what):
@@ -383,7 +419,7 @@ def test_a_long_line_takes_no_memory():
         assert tracemalloc.get_traced_memory()[1] < 3 * inputs.MAX_LINE_BYTES
     finally:
         tracemalloc.stop()
-    fault = "the line is longer than 33,554,432 bytes, which no context holds"
+    fault = "the row is longer than 33,554,432 bytes, which no context holds"
     assert lines == [Line("a", 1, b'{"id": "1"}'), Line("a", 2, b"", fault), Line("a", 3, b'{"id": "3"}')]
 
 
@@ -472,3 +508,14 @@ def test_any_bytes_are_lines_or_one_line(content):
         assert str(error).startswith(f"{path}: ") and str(error).isprintable()
     finally:
         path.unlink()
+
+
+def test_what_is_not_needed_is_not_imported():
+    """Guards how soon a job answers, and plain installations: packages of one format or store come with its files."""
+    code = "import sys; from gptoss_jax.jobs import inputs, outputs; inputs.Inputs(['a']); print(*sys.modules)"
+    Path("a").write_bytes(ROWS[0])
+    root = {"PYTHONPATH": str(Path(inputs.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | root, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert {"jax", "numpy", "pyarrow", "zstandard", "fsspec", "pydantic"}.isdisjoint(done.stdout.split())

@@ -125,6 +125,7 @@ def test_formats_that_are_not_written():
     for name in ("a.csv", "a.jsonl.bz2", "a.parquet.gz", "s3://b/a.xlsx", "a.tar.gz"):
         text = f"{name}: is written as .jsonl, .jsonl.gz, .jsonl.zst or .parquet only"
         assert refusal(outputs.format_of, name) == text
+    assert refusal(outputs.check, "-") == "-: expected the name of a file; /dev/stdout is standard output"
     assert [outputs.format_of(name) for name in FORMATS] == ["", "", "", "", "gzip", "zstd", "gzip", "parquet"]
 
 
@@ -295,7 +296,7 @@ def test_what_cannot_be_written_is_said_before_the_work(monkeypatch):
     text = "cannot write memory://folder: it is a folder, expected a file name"
     assert refusal(outputs.check, "memory://folder") == text
     BrokenStore.fails, BrokenStore.error = "open wb", FileNotFoundError("bucket")
-    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file"
+    assert refusal(outputs.check, "broken://b/x") == "cannot write broken://b/x: no such file or bucket"
     BrokenStore.fails = ""
     outputs.check("broken://b/x")
     assert _names("broken://") == []
@@ -366,3 +367,20 @@ def test_the_names_of_unfinished_files_say_so():
     outputs.write("a.jsonl", rows())
     outputs.write("memory://a.jsonl", rows())
     assert re.fullmatch(r"\.unfinished-\w+ \S+ /a\.jsonl\.unfinished-\w+", " ".join(seen)), seen
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_no_changed_byte_goes_unseen(kind):
+    """Guards results against a disk that returns other bytes: each format carries checksums, and they are read."""
+    rows = packed([{"id": str(number), "final": f"{number * 7919:x}"} for number in range(20)])
+    outputs.write(kind, rows)
+    whole = Path(kind).read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8 if kind == "a.parquet" else 0  # Parquet has none of its own
+    unseen = []
+    for at in range(4, len(whole) - footer, len(whole) // 150 + 1):
+        Path(kind).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            unseen += [at] if list(outputs.read(kind)) != rows else []
+        except GptossError:
+            pass
+    assert unseen == []
