@@ -33,8 +33,8 @@ test-all: test proofs
 mutations: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/unit/test_parser.py tests/unit/test_answer_view.py -k "mutations or well_formed" --hypothesis-profile=full
 
-# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, Ray, and
-# the vendors' compilers for GPUs and TPUs, which lie in a folder of their own: JAX would look for devices if it saw them.
+# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, jobs
+# on Ray, and the vendors' compilers for GPUs and TPUs, in a folder of their own: JAX would look for devices otherwise.
 gates: $(VENV)/.gates $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
 	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m compilers

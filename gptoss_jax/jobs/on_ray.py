@@ -119,7 +119,7 @@ def run(
     rows = int(wanted.sum()) // (GROUPS_PER_WORKER * workers)
     size = max(1, min(2 * job.reading.engine_config.slots, rows))
     # The dataset runs in a process of its own on this machine: so it can be ended whatever it is doing.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_run_dataset)
     running = remote.remote(ray.put(job), ray.put(wanted), size, needs, workers)
     following = _Following(job, wanted, finished)

@@ -48,15 +48,16 @@ def as_they_end(
     most = AHEAD * engine.engine_config.slots
     began = time.perf_counter()
     while not interrupted():
-        pair = None
+        more_may_come = False
         for pair in itertools.islice(coming, most - len(growing)):
-            if pair is None:
+            if more_may_come := pair is None:
                 break
             request, stream = pair
             growing[engine.submit(request)] = next(numbers), _Growing(stream, show)
-        else:
-            if not growing:
-                return
+        if not growing:
+            if more_may_come:
+                continue
+            return
         ended = []
         for event in engine.tick():
             number, answer = growing[event.request_id]

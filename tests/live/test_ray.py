@@ -157,7 +157,7 @@ def children_of(parent: int) -> list[int]:
 
 
 def test_a_killed_worker_loses_nothing(folder):
-    """Guards a job on one machine: a worker dies, and the next one answers its rows, but for those that are finished."""
+    """Guards a job on one machine: a worker dies, and the next one answers its rows, but for the finished ones."""
     process = folder.start(folder.batch("a.jsonl", "--ray", "--ray-workers", WORKERS))
     kept = folder.root / "kept"
     kept.mkdir()
