@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,6 +25,7 @@ ROWS, SLOTS, WORKERS = 80, 4, 2
 BAD = 5  # the row, from 0, that cannot be answered
 OPTIONS = ("--slots", SLOTS, "--max-context-tokens", 256, "--deterministic", "--compilation-cache")
 STORE_BYTES = 80 << 20
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 in both ways
 # A head and a second machine, as it were; says where they are and the process whose death is the second one's.
 TWO_MACHINES = f"""
 import sys
@@ -140,15 +141,47 @@ def machines(folder: Folder) -> Iterator[Machines]:
     process.communicate()
 
 
-def workers_of_ray(root: Path) -> list[int]:
-    """Processes that answer rows, under a Ray whose files are in `root`."""
+def processes_of_ray(root: Path) -> list[Path]:
+    """Folders in /proc of those that have their files in `root`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_ours = f"RAY_TMPDIR={root}".encode() in (entry / "environ").read_bytes()
-            if is_ours and (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
+            if f"RAY_TMPDIR={root}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry)
+    return found
+
+
+def workers_of_ray(root: Path) -> list[int]:
+    """Those that answer rows."""
+    found = []
+    for entry in processes_of_ray(root):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
                 found.append(int(entry.name))
     return found
+
+
+def listening(root: Path) -> set[str]:
+    """Addresses that processes of Ray listen to, as /proc/net has them."""
+    sockets = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A":
+                sockets[f"socket:[{rest[5]}]"] = local.partition(":")[0]
+    found = set()
+    for entry in processes_of_ray(root):
+        with contextlib.suppress(OSError):
+            found |= {sockets.get(os.readlink(descriptor), "") for descriptor in (entry / "fd").iterdir()}
+    return found - {""}
+
+
+def wait_until_gone(found: Callable[[Path], list[Any]], root: Path) -> None:
+    """Processes end when they see that the driver has."""
+    end = time.monotonic() + 60
+    while found(root):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def children_of(parent: int) -> list[int]:
@@ -162,6 +195,8 @@ def test_a_killed_worker_loses_nothing(folder):
     kept = folder.root / "kept"
     kept.mkdir()
     folder.wait_for_lines("a.jsonl", 10, process)
+    addresses = listening(folder.root)
+    assert addresses and addresses <= LOOPBACK
     os.kill(workers_of_ray(folder.root)[0], signal.SIGKILL)
 
     def seen() -> bool:
@@ -174,6 +209,7 @@ def test_a_killed_worker_loses_nothing(folder):
     folder.check("a.jsonl", process)
     times = Counter(name for path in kept.glob("ray-*") for name in _ids(path) if name)
     assert times.total() == len(times), "a finished row was answered again"
+    wait_until_gone(processes_of_ray, folder.root)
 
 
 def test_a_killed_driver_redoes_what_was_in_flight_only(folder, machines):
@@ -186,19 +222,11 @@ def test_a_killed_driver_redoes_what_was_in_flight_only(folder, machines):
         process.kill()
         process.communicate()
         done = sum(map(Counter.total, folder.journals("b.jsonl").values()))
-        wait_until_gone(folder.root)
+        wait_until_gone(workers_of_ray, folder.root)
     process = folder.start(folder.batch("b.jsonl", "--keep-order"))
     said = folder.check("b.jsonl", process)
     summary = json.loads((folder.root / "b.jsonl.summary.json").read_text())
     assert summary["run"]["rows"] <= ROWS - done, said
-
-
-def wait_until_gone(root: Path) -> None:
-    """Workers end when Ray sees that their driver has."""
-    end = time.monotonic() + 60
-    while workers_of_ray(root):
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_worker_that_cannot_go_on_ends_the_job(folder, machines):

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ LINES = [b'{"id":"%d"}' % i for i in range(3)]
 
 @pytest.fixture
 def layout(tmp_path):
+    """Of a job that has not begun."""
     return Layout(str(tmp_path / "out.jsonl"), str(tmp_path / "out.jsonl"))
 
 
@@ -38,6 +40,7 @@ def found(tmp_path):
 
 
 def done(layout, part, record, found) -> list[bool]:
+    """Which rows a writer takes for finished."""
     with Store(layout, part, record) as store:
         return store.done(found, lambda document: None).tolist()
 
@@ -91,7 +94,7 @@ def test_another_job_is_not_taken_over(layout):
 
 def test_refused_rows_are_put_before_a_worker_waits():
     """Guards a group of bad rows only: nothing is under way then, and its end would never come."""
-    engine = SimpleNamespace(engine_config=EngineConfig(slots=1))
+    engine: Any = SimpleNamespace(engine_config=EngineConfig(slots=1))
     written = []
     worker = Worker(engine, load_tokenizer(), "model", lambda lines: written.extend(lines))
 
