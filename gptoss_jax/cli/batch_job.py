@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from absl import flags
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import command, interrupts, model_flags, prompts, ray_job, sampling_flags
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.cli.terminal import Screen
@@ -69,9 +68,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     """
     screen = Screen(quiet=options.quiet)
     if options.ray:
-        _on_ray(options)  # here, so that what is missing is said before all rows are read
-    if options.ray_workers is not None and options.ray_workers < 1:
-        raise GptossError(f"--ray-workers is {options.ray_workers}, expected at least 1")
+        ray_job.check(options)  # here, so that what is missing is said before all rows are read
     names, out = _names(options, arguments)
     shard = _shard(options)
     if options.merge and out is not None:
@@ -298,53 +295,12 @@ class _Job:
 
     def _answer_on_ray(self, store: Store, wanted: np.ndarray) -> int:
         """As `_answer`, by workers that put lines into parts of their own; `store` only keeps others from the job."""
-        from gptoss_jax.model import sharding  # here: it imports JAX
-
-        options, screen, on_ray = self._options, self._screen, _on_ray(self._options)
-        model = {name: options[name].value for name in ("dtype", "dense", "kernels")}
-        job = on_ray.Job(
-            folder=os.getcwd(),
-            inputs=self._inputs.names,
-            layout=Layout(store.layout.out, os.path.abspath(store.layout.state)),
-            survey=self._found,
-            reading=self._reading,
-            model={"path": options.checkpoint, "mesh": options.mesh or None, **model},
-            programs=options.compilation_cache,
-            model_name=self._model_name,
-        )
-        cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
+        job = ray_job.job(self._options, self._inputs, store.layout, self._found, self._reading, self._model_name)
+        ray_job.say_if_random(self._options, self._screen)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
-        with (
-            on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
-            screen.status() as show,
-            interrupts.noted_with_sigterm() as signalled,
-        ):
-
-            def finished(document: Any) -> None:
-                self._tally.add(document)
-                show(pace.line())
-
-            workers = on_ray.run(job, wanted, cluster, finished, screen.note, signalled)
-            number = signalled()
-            pace.end()
+        workers, number = ray_job.answer(self._options, self._screen, job, wanted, pace)
         self._run = {**pace.document(), "workers": workers}
         return self._ended(pace, number)
-
-
-def _on_ray(options: flags.FlagValues) -> ModuleType:
-    """The module that needs Ray, which is large and slow to import.
-
-    Raises:
-        GptossError: it is not installed.
-    """
-    if (options.ray_address or "127.0.0.1").partition(":")[0] in ("127.0.0.1", "localhost"):
-        # A cluster of this machine alone: Ray would take the address that others know it by, and listen to them.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    try:
-        from gptoss_jax.jobs import on_ray
-    except ModuleNotFoundError as error:
-        raise GptossError(f"--ray needs the package {error.name}: pip install 'gptoss-jax[ray]'") from None
-    return on_ray
 
 
 def _share_of_limit(
