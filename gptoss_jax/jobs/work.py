@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gptoss_jax.api.asked import Asked, Options
-from gptoss_jax.engine.request import EngineConfig, Request
+from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ class Worker:
 
     def _requests(self, tasks: Iterable[Task]) -> Iterator[tuple[Request, AnswerStream]]:
         number = itertools.count()
-        for row, asked in tasks:
+        for row, asked in map(self._checked, tasks):
             if asked is None:
                 self._refused.append(row.error_line())
                 if len(self._refused) >= LINES_AT_ONCE:
@@ -175,6 +175,17 @@ class Worker:
             for place, pair in enumerate(pairs):
                 self._open[next(number)] = opened, place
                 yield pair
+
+    def _checked(self, task: Task) -> Task:
+        """The task, refused where the engine's memory, which is known only now, can never hold it."""
+        if task.asked is None:
+            return task
+        try:
+            options = task.asked.options
+            self.engine.check(Request(task.asked.token_ids, (), options.max_new_tokens, options.sampling))
+        except RequestError as error:
+            return Task(task.row.refused(str(error)), None)
+        return task
 
     def _line(self, number: int, sample: Sample) -> bytes | None:
         """The line of a row, once the last of its answers is there."""

@@ -6,7 +6,9 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,14 @@ def test_a_job_that_dies_at_any_write_goes_on(kind, half_way, folder, tmp_path):
     assert at > 6  # the record, its lines, the summary
 
 
+def _killing(seconds: float) -> Callable[[Any], None]:
+    def kill(process: Any) -> None:
+        process.join(seconds)
+        process.kill()
+
+    return kill
+
+
 @pytest.mark.parametrize(("kind", "model"), [("appended", "real"), ("ordered", "fake")])
 def test_a_job_that_is_killed_twenty_times_ends_as_one_that_is_not(kind, model, folder, tmp_path):
     """Guards `kill -9` at any moment of a run, with a real model too: the same lines in the end, each id once."""
@@ -109,8 +119,8 @@ def test_a_job_that_is_killed_twenty_times_ends_as_one_that_is_not(kind, model, 
     moments, num_killed, num_finished, before = random.Random(13), 0, 0, {}
     place = _place(tmp_path, "whole", rows)
     while num_killed < NUM_KILLS or not num_finished:
-        after = moments.uniform(0, seconds) if num_killed < NUM_KILLS else None
-        done = _run(folder, place, out, model=model, kill_after_seconds=after)
+        kill = _killing(moments.uniform(0, seconds)) if num_killed < NUM_KILLS else None
+        done = _run(folder, place, out, model=model, meanwhile=kill)
         _assert_untouched(before)
         before = _written(place)
         if done.returncode == -signal.SIGKILL:
