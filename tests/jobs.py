@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,14 +44,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def wordy(folder: Path) -> Path:
     """Random weights that take prompts in words, published; only the first call in a folder writes them."""
     return folder / "published" if (folder / "published").exists() else TinyModel(WORDY).write(folder)
-
-
-def run(
-    checkpoint: Path, *arguments: Any, model: str = "fake", dying: "Dying | None" = None, **options: Any
-) -> processes.Done:
-    """The command with a fake model, or with that of the checkpoint."""
-    prepare = {"prepare": Fake(dying)} if model == "fake" else {}
-    return processes.run(BATCH, *arguments, "--checkpoint", checkpoint, **prepare | options)
 
 
 class Dying(NamedTuple):
@@ -138,9 +130,20 @@ class Instant(NamedTuple):
         Fake()()
         found = [answer(FINAL)]
 
-        def run(worker: Any, tasks: Any, interrupted: Any) -> None:
+        def run(self: Worker, tasks: Any, interrupted: Any) -> None:
             while group := list(itertools.islice(tasks, 256)):
-                worker._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
+                self._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
 
         Worker.run = run
         util.Finalize(None, lambda: Path(self.report).write_text(str(peak_bytes())), exitpriority=0)
+
+
+REAL = None
+"""In place of a fake: the model that the checkpoint holds."""
+
+
+def run(
+    checkpoint: Path, *arguments: Any, model: Callable[[], object] | None = Fake(), **options: Any
+) -> processes.Done:
+    """The command; `model` is called in its process before it."""
+    return processes.run(BATCH, *arguments, "--checkpoint", checkpoint, prepare=model, **options)

@@ -25,7 +25,7 @@ def _peak_bytes(folder: Path, count: int, *flags: str) -> int:
             file.write(f'{{"id": "row-{i}", "token_ids": [{i % 1000 + 1}], "max_new_tokens": 5}}\n')
     report = folder / "peak"
     arguments = (folder / "in.jsonl", folder / "out.jsonl", "--restart", *flags)
-    done = jobs.run(folder / "published", *arguments, prepare=jobs.Instant(str(report)), timeout_seconds=900)
+    done = jobs.run(folder / "published", *arguments, model=jobs.Instant(str(report)), timeout_seconds=900)
     assert done.returncode == 0, done.stderr
     assert (folder / "out.jsonl").read_bytes().count(b"\n") == count
     return int(report.read_text())

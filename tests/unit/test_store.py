@@ -106,7 +106,7 @@ def test_an_input_that_changes_meanwhile_is_refused(change, message, tmp_path):
     assert len([*READING.tasks(inputs, found, np.ones(5, np.bool_))]) == 5
     jobs.write_rows(tmp_path / "in0.jsonl", change(rows))
     with pytest.raises(GptossError, match=message):
-        [*READING.tasks(inputs, found, np.ones(5, np.bool_))]
+        list(READING.tasks(inputs, found, np.ones(5, np.bool_)))
 
 
 # ---- the record ----
@@ -278,4 +278,4 @@ def test_a_part_that_changes_under_a_merge_is_seen(tmp_path):
     merged = Merged(layout, found)
     layout.part("all").write_bytes(b"x" + layout.part("all").read_bytes())
     with pytest.raises(JournalError, match="has changed: the same command reads it again"):
-        [*merged.lines()]
+        list(merged.lines())
