@@ -138,12 +138,11 @@ class Instant(NamedTuple):
         util.Finalize(None, lambda: Path(self.report).write_text(str(peak_bytes())), exitpriority=0)
 
 
+FAKE = Fake()
 REAL = None
 """In place of a fake: the model that the checkpoint holds."""
 
 
-def run(
-    checkpoint: Path, *arguments: Any, model: Callable[[], object] | None = Fake(), **options: Any
-) -> processes.Done:
+def run(checkpoint: Path, *arguments: Any, model: Callable[[], object] | None = FAKE, **options: Any) -> processes.Done:
     """The command; `model` is called in its process before it."""
     return processes.run(BATCH, *arguments, "--checkpoint", checkpoint, prepare=model, **options)

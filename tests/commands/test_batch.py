@@ -99,7 +99,7 @@ def test_what_a_model_says_stands_in_the_line(folder, tmp_path):
         scripted.write(tmp_path / name, name)
         out = tmp_path / f"{name}.jsonl"
         cache = ("--compilation-cache", folder / "programs")
-        _succeeded(jobs.run(tmp_path / name, tmp_path / "in.jsonl", out, "--slots", "1", *cache, model=jobs.REAL))
+        _succeeded(jobs.run(tmp_path / name, tmp_path / "in.jsonl", out, *cache, model=jobs.REAL))
         line = jobs.read_rows(out)[0]
         assert {key: line[key] for key in expected} == expected
         assert (line["parse_status"], line["finish_reason"], line["faults"]) == ("ok", "stop", [])
@@ -271,15 +271,7 @@ def test_a_file_that_can_grow_no_more_is_one_line(run, tmp_path):
     least, whole = _sizes(run, tmp_path)
     content = b""
     for size in range(least + 200, len(whole), 1500):
-        arguments = (
-            tmp_path / "in.jsonl",
-            tmp_path / "out.jsonl",
-            "--checkpoint",
-            folder / "published",
-            "--slots",
-            "2",
-        )
-        done = processes.run(jobs.BATCH, *arguments, "--quiet", prepare=Limited(size))
+        done = run("in.jsonl", "out.jsonl", "--slots", "2", "--quiet", model=Limited(size))
         assert _refused(done) == f"batch: {tmp_path}/out.jsonl: File too large"
         content = (tmp_path / "out.jsonl").read_bytes()
         assert len(content) <= size

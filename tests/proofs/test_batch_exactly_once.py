@@ -105,7 +105,7 @@ def _killing(seconds: float) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"), [("appended", jobs.REAL), ("ordered", jobs.Fake())], ids=["appended", "ordered"]
+    ("kind", "model"), [("appended", jobs.REAL), ("ordered", jobs.FAKE)], ids=["appended", "ordered"]
 )
 def test_a_job_that_is_killed_twenty_times_ends_as_one_that_is_not(kind, model, folder, tmp_path):
     """Guards `kill -9` at any moment of a run, with a real model too: the same lines in the end, each id once."""
