@@ -6,8 +6,8 @@
 FOLDER is as published (safetensors in any format); --layers takes the random weights that `benchmarks.cpu --layers`
 makes in memory. Experts keep their MXFP4 bits: a block of llama.cpp is its scale byte, then 16 bytes whose low nibbles
 are elements 0 to 15 and whose high nibbles are elements 16 to 31. Dense matrices are bfloat16 as they are, or rounded
-to Q8_0; vectors and the router are float32, as llama.cpp's own converter has them. The file has no tokenizer: its
-vocabulary is as large as ours, and its ids are ours. Needs the gguf package.
+to Q8_0; vectors and the router are float32, as llama.cpp's own converter has them. The file's
+tokenizer is a placeholder: its ids are ours, and each is spelled as its number. Needs the gguf package.
 """
 
 # pyright: reportMissingImports=false
@@ -162,6 +162,11 @@ def _experts(leaves: Leaves, path: str, name: str) -> Iterator[Tensor]:
             )
 
 
+def missing() -> str | None:
+    """Why no file can be written here, or None."""
+    return None if importlib.util.find_spec("gguf") else "the gguf package is not installed: make gates installs it"
+
+
 def write(path: Path, leaves: Leaves, dense: str) -> int:
     """Writes the file, a tensor at a time, and gives its bytes."""
     import gguf
@@ -209,7 +214,11 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
     writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("gpt2")  # a placeholder: servers spell what they draw
+    writer.add_tokenizer_pre("gpt-4o")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["< >"])
 
 
 def define_flags() -> None:
@@ -225,8 +234,8 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     if len(arguments) != 1:
         raise GptossError(f"expected one file to write, got {arguments or 'none'}")
-    if importlib.util.find_spec("gguf") is None:
-        raise GptossError("the gguf package is not installed: make gates installs it")
+    if reason := missing():
+        raise GptossError(reason)
     if (options.checkpoint is None) == (options.layers is None):
         raise GptossError("expected either --checkpoint or --layers")
     began = time.monotonic()

@@ -87,6 +87,7 @@ def main(arguments: list[str]) -> None:
     flag_values.refuse_together(
         options, ("validate", "merge"), ("validate", "restart"), ("shard", "merge"), ("restart", "merge")
     )
+    flag_values.refuse_together(options, ("coordinator", "validate"), ("coordinator", "merge"))
     sys.exit(batch_job.run(options, arguments))
 
 

@@ -87,7 +87,9 @@ def main(arguments: list[str]) -> None:
     from gptoss_jax.cli import answering, chat  # here, so that --help need not wait for what they import
 
     options = flags.FLAGS
-    flag_values.refuse_together(options, ("raw", "json"), ("raw", "show_reasoning"), ("stats", "quiet"))
+    flag_values.refuse_together(
+        options, ("raw", "json"), ("raw", "show_reasoning"), ("stats", "quiet"), ("chat", "coordinator")
+    )
     if options.chat:
         chat.run(options, arguments)
         return

@@ -38,11 +38,17 @@ def answer(prompt, count: int) -> list[int]:
 
 
 class FakeRunner(ModelRunner):
-    """See the top of this file. `dispatches` lists what it did: "prefill" or "decode", and which slots took part."""
+    """See the top of this file.
 
-    def __init__(self, engine_config: EngineConfig, *, num_shards: int = 1, one_batch: bool = False):
+    `dispatches` lists what it did, "prefill" or "decode", and which slots took part; `steps`, of each that decoded.
+    """
+
+    def __init__(
+        self, engine_config: EngineConfig, *, num_shards: int = 1, one_batch: bool = False, several_hosts: bool = False
+    ):
         slots, tokens = engine_config.slots, engine_config.pool_tokens
         self.deterministic, self._one_batch, self.num_shards = not one_batch, one_batch, num_shards
+        self._several_hosts = several_hosts
         pages = slots * num_pages(engine_config.max_context_tokens) if tokens is None else num_pages(tokens)
         self.pages_per_shard = -(-pages // num_shards)
         self._slots_per_shard = slots // num_shards
@@ -54,7 +60,11 @@ class FakeRunner(ModelRunner):
         self._pages = [[] for _ in range(slots)]
         self._lengths, self._token = np.zeros(slots, int), np.zeros(slots, int)
         self._remaining, self._stop_ids = np.zeros(slots, int), [tuple[int, ...]() for _ in range(slots)]
-        self.dispatches = []
+        self.dispatches, self.steps = [], []
+
+    @property
+    def on_several_hosts(self) -> bool:
+        return self._several_hosts
 
     @property
     def prefills_in_one_batch(self) -> bool:
@@ -92,6 +102,7 @@ class FakeRunner(ModelRunner):
         return _draws(token)
 
     def decode(self, steps) -> Draw:
+        self.steps.append(steps)
         self.dispatches.append(("decode", np.flatnonzero(self._remaining).tolist()))
         token = np.full((len(self._pages), MAX_STEPS_PER_DISPATCH), NO_TOKEN)
         for step in range(steps):

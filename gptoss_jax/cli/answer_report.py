@@ -23,6 +23,7 @@ def measure(
     prompt_tokens: int,
     samples: Sequence[Sample],
     *,
+    cached_prompt_tokens: int,
     with_bandwidth: bool,
 ) -> Statistics:
     """Seconds, rates over all answers, and of a single one, if wanted, the share of what memory bandwidth allows."""
@@ -34,6 +35,7 @@ def measure(
     rate = steps / seconds if steps > 0 and seconds > 0 else None
     statistics: Statistics = {
         "prompt_tokens": prompt_tokens,
+        "cached_prompt_tokens": cached_prompt_tokens,  # of all samples' prompts
         "answer_tokens": sum(tokens),
         "load_seconds": round(language_model.load_seconds, 3),
         "compile_seconds": round(compile_seconds, 3),
@@ -58,6 +60,8 @@ def statistics_line(statistics: dict[str, Any], *, at_length: bool) -> str:
     line = f"first token after {statistics['first_token_seconds']:.2f} s; {tokens} tokens"
     if rate:
         line += f", {rate:.2f} tokens/s"
+    if statistics["cached_prompt_tokens"]:
+        line += f", {statistics['cached_prompt_tokens']} prompt tokens read once for several"
     if "share_of_bandwidth_limit" in statistics:
         line += (
             f", {100 * statistics['share_of_bandwidth_limit']:.1f} % of what "

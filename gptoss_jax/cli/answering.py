@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from gptoss_jax import whole_files
-from gptoss_jax.cli import answer_report, command, interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import Request
@@ -61,7 +61,9 @@ def _run(
 ) -> int:
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
     screen = Screen(quiet=options.quiet)
-    language_model, engine = model_flags.load_for_answers(options, screen, slots=min(options.n, MAX_SLOTS))
+    engine_config = sampling_flags.engine_config(options, min(options.n, MAX_SLOTS), prefix_cache=options.n > 1)
+    language_model, engine = model_flags.load_for_answers(options, screen, engine_config)
+    hosts.check_same("the prompt", [(request.token_ids, request.stop_ids, request.sampling) for request in requests])
     compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
     acting = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
     screen.note(f"compiled in {compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {acting}")
@@ -72,12 +74,19 @@ def _run(
     shown = _Answers(screen, options, [request.sampling.seed for request in requests])
     samples: list[Sample] = []
     with interrupts.noted() as pressed:  # until what had come is printed and saved
-        for sample in collect(engine, requests, streams, shown.show, lambda: pressed() or screen.reader_left):
+        stopped = hosts.agreed(lambda: pressed() or screen.reader_left)
+        for sample in collect(engine, requests, streams, shown.show, stopped):
             shown.finish(sample)
             samples.append(sample)
+        was_stopped = stopped()  # in any process; from here on each is on its own
         at_length = options.json or options.stats
         statistics = answer_report.measure(
-            language_model, compile_seconds, prompt_tokens, samples, with_bandwidth=at_length
+            language_model,
+            compile_seconds,
+            prompt_tokens,
+            samples,
+            cached_prompt_tokens=engine.statistics.cached_prompt_tokens,
+            with_bandwidth=at_length,
         )
         if options.json:
             settings = answer_report.settings_document(
@@ -85,12 +94,12 @@ def _run(
             )
             screen.document(answer_report.document(settings, prompt, samples, statistics))
         screen.note(answer_report.statistics_line(statistics, at_length=at_length))
-        if options.save:
+        if options.save and hosts.is_first():
             messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
     screen.check_reader()
     if any(sample.answer.finish_reason == "error" for sample in samples):
         return command.EXIT_CODE
-    return interrupts.EXIT_CODE if pressed() else 0
+    return interrupts.EXIT_CODE if pressed() or was_stopped else 0
 
 
 class _Answers:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from absl import flags
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import command, hosts, interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.cli.terminal import Screen
@@ -25,7 +26,7 @@ from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
-from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
+from gptoss_jax.jobs.store import Layout, Merged, Store, done_rows, remove_parts
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import gptoss_jax.runtime.language_model
 
 _WITHOUT_OTHERS = "all"  # the part of a job that no shard shares
-_NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache")  # the weights' hash says what the first one names
+_NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache", *hosts.HOST_FLAGS)  # a hash says what the first one names
 MAX_SHARDS = 100_000
 
 
@@ -77,6 +78,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     reading = Reading(defaults, config, _engine_config(options), options.vocab)
     inputs = Inputs(names)
     layout = None if out is None else _layout(options, out, inputs)
+    hosts.join(options, screen)  # from here on the first process alone speaks
     for remark in remarks:
         screen.say(remark)
     found = _survey(screen, inputs, reading.fault_of)
@@ -139,7 +141,7 @@ def _defaults(options: flags.FlagValues) -> tuple[Options, list[str]]:
 def _engine_config(options: flags.FlagValues) -> Any:
     if options.slots < 1:
         raise GptossError(f"--slots is {options.slots}, expected at least 1")
-    return sampling_flags.engine_config(options, options.slots, options.pool_tokens)
+    return sampling_flags.engine_config(options, options.slots, pool_tokens=options.pool_tokens)
 
 
 # ---- what the rows are ----
@@ -205,19 +207,52 @@ class _Job:
         self._run: dict[str, Any] | None = None  # how fast this one was
 
     def run(self) -> int:
+        """Does what is left, over several hosts with all of them; gives the exit code."""
+        if self._options.coordinator is None:
+            return self._lead(lambda wanted: None)
+        hosts.check_same("the input", self._found.digest)
+        return self._lead_others() if hosts.is_first() else self._follow()
+
+    def _lead_others(self) -> int:
+        """As `_lead`; whatever becomes of it, the others hear what to do."""
+        told = np.zeros(self._found.num_rows + 1, np.bool_)  # the rows to answer, and whether the job goes on
+        has_told = False
+
+        def tell(wanted: np.ndarray, *, goes_on: bool = True) -> None:
+            nonlocal has_told
+            told[:-1], told[-1], has_told = wanted, goes_on, True
+            hosts.of_first(told)
+
+        try:
+            code = self._lead(tell)
+        except BaseException:
+            if not has_told:
+                tell(told[:-1], goes_on=False)
+            raise
+        if not has_told:
+            tell(told[:-1])
+        return code
+
+    def _follow(self) -> int:
+        """Answers what the first process answers, which alone keeps the lines."""
+        told = hosts.of_first(np.zeros(self._found.num_rows + 1, np.bool_))
+        if not told[-1]:
+            return command.EXIT_CODE
+        return self._answer(lambda lines: None, told[:-1]) if told[:-1].any() else 0
+
+    def _lead(self, tell: Callable[[np.ndarray], None]) -> int:
         layout, record = self._layout, self._record()
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
                 existing.check_same(record, layout.record)
-            remove_parts(layout)  # what a crash has left of them
-            self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
-            return 0
+            return _finished(self._screen, layout, self._found)
         part = self._part(record)
         with Store(layout, part, record, restart=self._options.restart) as store:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
-            code = self._answer(store, wanted) if wanted.any() else 0
+            tell(wanted)
+            code = self._answer(store.append, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
                 return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
@@ -258,21 +293,23 @@ class _Job:
         if done.any():
             self._screen.note(f"going on: {int(done.sum()):,} of {len(done):,} rows are done")
 
-    def _answer(self, store: Store, wanted: np.ndarray) -> int:
+    def _answer(self, keep: Callable[[Sequence[bytes]], None], wanted: np.ndarray) -> int:
+        """Answers the rows that are wanted; `keep` puts their lines on the disk."""
         options, screen = self._options, self._screen
-        language_model, engine = model_flags.load_for_answers(options, screen, options.slots, options.pool_tokens)
+        language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 
             def put(lines: Sequence[bytes]) -> None:
-                store.append(lines)
+                keep(lines)
                 for line in lines:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
             worker = Worker(engine, load_tokenizer(options.vocab), f"gpt-oss {self._weights[:12]}", put)
-            worker.run(self._reading.tasks(self._inputs, self._found, wanted), lambda: bool(signalled()))
-            number = signalled()
+            stopped = hosts.agreed(lambda: bool(signalled()))
+            is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
+            number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
         screen.note(pace.line())
@@ -313,14 +350,23 @@ def _input(found: Survey) -> dict[str, Any]:
     return {"files": list(found.places.rows_of_files()), "rows": found.num_rows, "sha256": found.digest}
 
 
+def _finished(screen: Screen, layout: Layout, found: Survey) -> int:
+    """Checks a job that has nothing left to do; gives the exit code."""
+    if missing := int((~done_rows(outputs.read(layout.out), found, layout.out)).sum()):
+        raise GptossError(
+            f"{layout.out} lacks {missing:,} of {found.num_rows:,} rows, which it had: --restart begins anew"
+        )
+    remove_parts(layout)  # what a crash has left of them
+    screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
+    return 0
+
+
 def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | None = None) -> int:
     """Makes OUT of the parts, if no row is missing, and removes them; gives the exit code."""
     record = records.read(layout.record)
     if record and layout.is_finished:
         record.check_input(_input(found), layout.record)
-        remove_parts(layout)
-        screen.note(f"nothing is left to do: {layout.out} has all {found.num_rows:,} rows")
-        return 0
+        return _finished(screen, layout, found)
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(_input(found), layout.record)
@@ -331,6 +377,8 @@ def _merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | 
             f"{merged.missing.size:,} of {found.num_rows:,} rows have no line yet, the first at {first}: "
             "run the shards that are missing, or the job without --shard, then --merge"
         )
+    if merged.num_repeated:
+        screen.note(f"{merged.num_repeated:,} lines left out, of rows that were answered twice")
     tally = Tally()
     outputs.write(layout.out, map(tally.noting, merged.lines()))
     summary.write(layout, record, tally, found.num_rows, run)

@@ -54,7 +54,7 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     request = sampling_flags.request(options, config, [START], sampling)
     tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)
     AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for
-    _, engine = model_flags.load_for_answers(options, screen, slots=1)
+    _, engine = model_flags.load_for_answers(options, screen, sampling_flags.engine_config(options))
     messages, settings = list(opening.conversation.messages), opening.settings
     screen.note(prompts.settings_line(render.acting(settings, messages), sampling.seed))
     for remark in opening.all_remarks():
@@ -215,6 +215,8 @@ class _Console:
         limit = self._session.engine.engine_config.max_context_tokens
         speed = f" at {(tokens - len(self._session.samples)) / seconds:.2f} tokens/s" if seconds else ""
         self._screen.say(f"answers: {len(self._session.samples)}, of {tokens} tokens{speed}")
+        found = self._session.engine.statistics
+        self._screen.say(f"prompts: {found.prompt_tokens} tokens, {found.cached_prompt_tokens} of them read before")
         self._screen.say(
             f"conversation: {context} of {limit} tokens; effort: {self._session.settings.reasoning_effort}"
         )

@@ -1,12 +1,14 @@
 """The flags that every command which runs a model shares: which weights, and on what they run."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gptoss_jax.checkpoints import opening
-from gptoss_jax.cli import interrupts, sampling_flags
+from gptoss_jax.cli import hosts, interrupts
+from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import gptoss_jax.engine.engine
     import gptoss_jax.runtime.language_model
 
-MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab")
+MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab", *hosts.HOST_FLAGS)
 
 
 def define_flags() -> None:
@@ -34,14 +36,17 @@ def define_flags() -> None:
         "FOLDER: Where compiled programs are kept; left out: in the user's cache folder; empty: nowhere.",
     )
     flags.DEFINE_string("vocab", None, "FILE: A vocabulary in place of the packaged o200k_base.tiktoken.")
+    hosts.define_flags()
 
 
 def config(options: flags.FlagValues) -> ModelConfig:
     """The architecture of --checkpoint, without its weights: what a request can be checked against at once.
 
     Raises:
-        GptossError: --checkpoint is missing, unfinished, or no gpt-oss model.
+        GptossError: --checkpoint is missing, unfinished, or no gpt-oss model; flags of several hosts that do not fit
+            together.
     """
+    hosts.check(options)
     if not options.checkpoint:
         raise GptossError("--checkpoint is missing, expected a converted checkpoint or a folder of safetensors")
     return opening.open_weights(Path(options.checkpoint)).config
@@ -53,9 +58,10 @@ def load(
     """The model that the flags name, loaded under a progress bar, and what people should know of it on stderr.
 
     Raises:
-        GptossError: as `loading.load`.
+        GptossError: as `loading.load` and `hosts.join`.
         KeyboardInterrupt: Ctrl-C.
     """
+    hosts.join(options, screen)
     with interrupts.ended_by_ctrl_c():
         from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 
@@ -95,14 +101,15 @@ def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal
 
 
 def load_for_answers(
-    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", slots: int, pool_tokens: int | None = None
+    options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", engine_config: EngineConfig
 ) -> tuple["gptoss_jax.runtime.language_model.LanguageModel", "gptoss_jax.engine.engine.Engine"]:
-    """The model, and an engine of at least so many slots, with a progress bar for each.
+    """The model, and an engine with slots for all its data shards alike, with a progress bar for each.
 
     Raises:
         GptossError, KeyboardInterrupt: as `load`.
     """
     language_model = load(options, screen, if_random="the text is noise, not an answer")
-    engine_config = sampling_flags.engine_config(options, language_model.sharding.even_slots(slots), pool_tokens)
+    slots = language_model.sharding.even_slots(engine_config.slots)
+    engine_config = dataclasses.replace(engine_config, slots=slots)
     with interrupts.stopping(screen.say) as pressed, screen.progress("compiling", pressed) as report:
         return language_model, language_model.engine(engine_config, report=report)

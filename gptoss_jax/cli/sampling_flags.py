@@ -90,8 +90,16 @@ def request(
     return made
 
 
-def engine_config(options: flags.FlagValues, slots: int = 1, pool_tokens: int | None = None) -> EngineConfig:
+def engine_config(
+    options: flags.FlagValues, slots: int = 1, *, pool_tokens: int | None = None, prefix_cache: bool = True
+) -> EngineConfig:
     """What the engine is compiled for.
+
+    Args:
+        options: the command's flags.
+        slots: requests that run at once.
+        pool_tokens: as in EngineConfig.
+        prefix_cache: whether another prompt may begin as one before it.
 
     Raises:
         GptossError: a size that cannot be.
@@ -102,6 +110,7 @@ def engine_config(options: flags.FlagValues, slots: int = 1, pool_tokens: int | 
             max_context_tokens=options.max_context_tokens,
             pool_tokens=pool_tokens,
             deterministic=options.deterministic,
+            prefix_snapshots=None if prefix_cache else 0,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from gptoss_jax.cli import flag_values, interrupts, model_flags
+from gptoss_jax.cli import flag_values, hosts, interrupts, model_flags
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.errors import GptossError
@@ -37,6 +37,7 @@ def score(options: flags.FlagValues, source: tuple[str, str], echoed: Sequence[s
         check_named(token_ids, config)
     screen, scores = Screen(quiet=options.quiet), []
     language_model = model_flags.load(options, screen, if_random="the probabilities are of noise")
+    hosts.check_same("the text", texts)
     score_window = functools.partial(language_model.score, top_logprobs=options.top_logprobs)
     with interrupts.stopping(screen.say) as pressed, screen.progress("scoring", pressed) as report:
         for i, token_ids in enumerate(texts):

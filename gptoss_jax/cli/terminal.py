@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from gptoss_jax.cli import command
-from gptoss_jax.cli.escapes import raw_stream, visible
+from gptoss_jax.cli.escapes import guard_terminals, raw_stream, visible
 
 
 class _Errors(Console):
@@ -44,6 +44,19 @@ class Screen:
         self._open = ""  # the stream whose last line is unfinished
         self._bars: Progress | None = None  # what an answer must not be written into
         self._lost: OSError | None = None  # why stdout takes no more
+
+    def hush(self) -> None:
+        """From now on nothing is written to either stream: another process of the same run says it."""
+        self._errors.quiet = True
+        command.write_nowhere(sys.stdout)
+
+    def leave_stdout_to_answers(self) -> None:
+        """From now on what libraries print to stdout's descriptor goes nowhere."""
+        unguarded = raw_stream(sys.stdout)
+        unguarded.flush()
+        sys.stdout = os.fdopen(os.dup(unguarded.fileno()), "w", encoding=unguarded.encoding, errors=unguarded.errors)
+        guard_terminals()
+        command.write_nowhere(unguarded)
 
     def say(self, line: str) -> None:
         """A line on stderr, cut at words to the width of a terminal; elsewhere a line stays a line."""

@@ -27,6 +27,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
 
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
+STEPS_PER_DISPATCH_ON_SEVERAL_HOSTS = 8
 
 
 class Engine:
@@ -113,7 +114,7 @@ class Engine:
     def cancel(self, request_id: int) -> None:
         """Ends a request that nobody waits for any more; one that has ended already is left alone."""
         place = self._placement
-        place.waiting[:] = [sequence for sequence in place.waiting if sequence.request_id != request_id]
+        place.waiting = [sequence for sequence in place.waiting if sequence.request_id != request_id]
         for slot in [slot for slot, sequence in place.running.items() if sequence.request_id == request_id]:
             place.release(slot)
             self.runner.halt([slot])
@@ -148,7 +149,10 @@ class Engine:
     def _decode(self, most: int) -> list[Event]:
         """As many steps in one dispatch as take about SECONDS_PER_DISPATCH; none after every answer has ended."""
         forwards = self._forwards_per_step()
-        wanted = int(SECONDS_PER_DISPATCH / (self._seconds_per_forward * forwards))
+        if self.runner.on_several_hosts:  # whose clocks differ
+            wanted = STEPS_PER_DISPATCH_ON_SEVERAL_HOSTS
+        else:
+            wanted = int(SECONDS_PER_DISPATCH / (self._seconds_per_forward * forwards))
         steps = self._placement.make_room(max(1, min(wanted, most)))
         began = time.perf_counter()
         draws = self.runner.decode(steps)

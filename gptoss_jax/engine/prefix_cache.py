@@ -93,9 +93,10 @@ class PrefixCache:
 class Snapshots:
     """Which block has which snapshot. Where all are taken, the one that is least likely wanted is given away.
 
-    Long prompts and tails that come once would push out a prefix that many share, so those that were wanted are kept
-    apart, each group by its last use (segmented LRU: Karedla et al., Caching strategies to improve disk system
-    performance, 1994). They are half of all at most: else nothing new would stay until it is wanted.
+    Long prompts and tails that come once would push out a prefix that many share. So there are two lists, of new ones
+    and of those that were wanted, each in the order of use, and new ones go first (segmented LRU: Karedla et al.,
+    Caching strategies to improve disk system performance, 1994). Wanted ones are half of all at most: else nothing new
+    would stay until it is wanted.
     """
 
     def __init__(self, count: int):

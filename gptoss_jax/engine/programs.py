@@ -45,8 +45,6 @@ class SlotState(NamedTuple):
 OPTIONS_AXES: Any = SlotOptions(stop_ids=("batch", None), sampling=sampling.AXES)  # pyright: ignore[reportArgumentType]
 STATE_AXES: Any = SlotState._make([("batch",), ("batch",), ("batch", "vocab")])
 DRAW_AXES: Any = Draw._make([("batch",), ("batch",), ("batch", None), ("batch", None)])
-DRAWS_AXES: Any = Draw._make([("batch", None), ("batch", None), ("batch", None, None), ("batch", None, None)])
-"""Of the draws of several steps: [B, steps, ...]."""
 
 
 class Chunks(NamedTuple):
@@ -74,30 +72,42 @@ def admit(
 
 
 class RingCopy(NamedTuple):
-    """Which rings are copied to which, one of each data shard at most, counted within the shard."""
+    """Which rings are copied to which, counted within the data shard."""
 
     source: Int32[Array, "shards"]
     target: Int32[Array, "shards"]
-    is_made: Bool[Array, "shards"]  # whether the shard copies any
+    times: Int32[Array, "shards"]  # 1 where it is made, 0 in the other shards
 
 
 def copy_rings(sharding: Sharding, config: ModelConfig, source: Rings, target: Rings, copy: RingCopy) -> Rings:
     """`target` with a copy of one of the rings of `source`: from a slot to a snapshot, or back.
 
-    As bits, for the reason that `kv_cache` writes them so.
+    In place, as bits in a loop, for the reason that `kv_cache` writes them so.
     """
+
+    def on_shard(source: Rings, target: Rings, copy: RingCopy) -> Rings:
+        def copied(x: Array, y: Array) -> Array:
+            new = _as_bits(jax.lax.dynamic_slice_in_dim(x, copy.source[0], 1))
+            pasted = jax.lax.dynamic_update_slice_in_dim(_as_bits(y), new, copy.target[0], 0)
+            return jax.lax.bitcast_convert_type(pasted, y.dtype)
+
+        def copy_once(_, target: Rings) -> Rings:
+            return jax.tree.map(copied, source, target)
+
+        return jax.lax.fori_loop(0, copy.times[0], copy_once, target)
+
     axes = kv_cache.ring_axes(config)
-    source_bits, target_bits = jax.tree.map(_as_bits, (source, target))
-    new = sharding.take_slot(source_bits, copy.source, axes)
-    old = sharding.take_slot(target_bits, copy.target, axes)
-    is_made = copy.is_made[:, None, None]
-    copied = jax.tree.map(lambda new, old: jnp.where(is_made, new, old), new, old)
-    pasted = sharding.put_slot(target_bits, copied, copy.target, axes)
-    return jax.tree.map(lambda bits, x: jax.lax.bitcast_convert_type(bits, x.dtype), pasted, target)
+    of_shards: Any = RingCopy(("batch",), ("batch",), ("batch",))  # pyright: ignore[reportArgumentType]
+    return sharding.map(on_shard, in_axes=(axes, axes, of_shards), out_axes=axes)(source, target, copy)
 
 
 def _as_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def halt(remaining: Int32[Array, "B"], halted: Bool[Array, "B"]) -> Int32[Array, "B"]:
+    """Tokens that slots may still draw, where some are `halted`."""
+    return jnp.where(halted, 0, remaining)
 
 
 # ---- one step ----

@@ -52,6 +52,7 @@ class Compiled(NamedTuple):
     """The programs of an engine, compiled for its shapes."""
 
     admit: Any
+    halt: Any
     prefill: dict[int, Any]  # by width
     decode: Any
     save_rings: Any = None  # without a prefix cache, neither
@@ -116,7 +117,7 @@ class ModelRunner:
         axes = (programs.OPTIONS_AXES, programs.STATE_AXES)
         one, count = self._slot(Request((), ()), ()), self._engine_config.slots
         every = jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), one)
-        return jax.device_put(every, self._sharding.named_tree(axes))
+        return jax.tree.map(self._sharding.put, every, axes)
 
     def _empty_snapshots(self, dtype: jnp.dtype) -> kv_cache.Rings:
         return kv_cache.ring_allocator(
@@ -138,26 +139,29 @@ class ModelRunner:
 
     def _to_slots(self, array: np.ndarray) -> jax.Array:
         """A host array with a leading slot axis, each slot on its data shard."""
-        return jax.device_put(array, self._sharding.named(("batch", *(None,) * (array.ndim - 1))))
+        return self._sharding.put(array, ("batch", *(None,) * (array.ndim - 1)))
 
     def _compile(self, compile_program: CompileProgram, report: Callable[[int, int], object]) -> Compiled:
         cache, options, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._options, self._state))
-        draws = self._sharding.named_tree(programs.DRAWS_AXES)
+        draws = self._sharding.readable
         widths = sorted(set(self._engine_config.prefill_widths))
         done = itertools.count(1)
 
         def build(name: str, program: Any, *arguments: Any) -> Any:
             compiled = compile_program(name, program, arguments)
-            report(next(done), len(widths) + (2 if self._snapshots is None else 4))
+            report(next(done), len(widths) + (3 if self._snapshots is None else 5))
             return compiled
 
         decode = functools.partial(programs.decode, self.forms.decode)
         admit = jax.jit(programs.admit, donate_argnums=(0, 1, 2), out_shardings=(cache.lengths, options, state))
-        prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(None, cache, state))
+        halt = jax.jit(programs.halt, donate_argnums=0, out_shardings=state.remaining)
+        prefill = jax.jit(self.forms.prefill.prefill, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         decode = jax.jit(decode, donate_argnums=(1, 3), out_shardings=(draws, cache, state))
         slots, none = (self._options, self._state), np.int32(0)
+        nobody = self._to_slots(np.zeros(self._engine_config.slots, np.bool_))
         return Compiled(
             admit=build("admit", admit, self._cache.lengths, *slots, none, none, self._slot(Request((), ()), ())),
+            halt=build("halt", halt, self._state.remaining, nobody),
             prefill={
                 width: build(f"prefill-{width}", prefill, self._params, self._cache, *slots, *self._chunks(width, {}))
                 for width in widths
@@ -177,6 +181,11 @@ class ModelRunner:
             "save_rings": build("save-rings", copy, rings, snapshots, nothing),
             "restore_rings": build("restore-rings", copy, snapshots, rings, nothing),
         }
+
+    @property
+    def on_several_hosts(self) -> bool:
+        """Whether other processes run the same programs, and so have to decide the same on their own."""
+        return self._sharding.mesh.is_multi_process
 
     @property
     def prefills_in_one_batch(self) -> bool:
@@ -222,10 +231,9 @@ class ModelRunner:
 
     def _ring_copy(self, slot: int, source: int, target: int) -> RingCopy:
         """A copy within the slot's shard."""
-        of_shards = np.zeros((2, self.num_shards), np.int32)
-        of_shards[:, self.shard_of(slot)] = source, target
-        is_made = np.arange(self.num_shards) == self.shard_of(slot)
-        return RingCopy(*map(self._to_slots, (*of_shards, is_made)))
+        of_shards = np.zeros((len(RingCopy._fields), self.num_shards), np.int32)
+        of_shards[:, self.shard_of(slot)] = source, target, 1
+        return RingCopy(*map(self._to_slots, of_shards))
 
     def set_pages(self, slot: int, pages: Sequence[int]) -> None:
         """Says where a slot's tokens lie: pages of its shard, in the order of its positions."""
@@ -235,15 +243,16 @@ class ModelRunner:
     def _send_table(self) -> None:
         """Brings the devices' page table up to date, once a dispatch at most."""
         if self._table_changed:
-            table = jax.device_put(self._table.copy(), self._cache.page_table.sharding)
+            table = self._to_slots(self._table.copy())
             self._cache, self._table_changed = self._cache._replace(page_table=table), False
 
     def halt(self, slots: Sequence[int]) -> None:
         """Has these slots draw no more."""
         if slots:
-            remaining = np.array(self._state.remaining)
-            remaining[list(slots)] = 0
-            self._state = self._state._replace(remaining=self._to_slots(remaining))
+            halted = np.zeros(self._engine_config.slots, np.bool_)
+            halted[list(slots)] = True
+            remaining = self.compiled.halt(self._state.remaining, self._to_slots(halted))
+            self._state = self._state._replace(remaining=remaining)
 
     # ---- dispatches ----
 

@@ -144,17 +144,7 @@ class Store:
         Raises:
             JournalError: a line that answers no row, or in OUT a second one that answers the same.
         """
-        done = np.zeros(survey.num_rows, np.bool_)
-        for number, line in enumerate(self.lines(), 1):
-            document = json.loads(line)
-            ordinal = _ordinal(document, survey, f"{self._journal.path}, line {number}")
-            if not done[ordinal]:
-                note(document)
-            elif self.part is None:
-                where = survey.places.where(ordinal)
-                raise JournalError(f"{self._journal.path}, line {number}: the row {where} has a line already")
-            done[ordinal] = True
-        return done
+        return done_rows(self.lines(), survey, str(self._journal.path), note, may_repeat=self.part is not None)
 
     def append(self, lines: Sequence[bytes]) -> None:
         """Adds finished lines; they are on the disk when this returns.
@@ -168,6 +158,38 @@ class Store:
 def parts(layout: Layout) -> list[Path]:
     """The journals of all writers."""
     return sorted(layout.parts.glob(f"*{_SUFFIX}")) if layout.parts.exists() else []
+
+
+def done_rows(
+    lines: Iterator[bytes],
+    survey: Survey,
+    where: str,
+    note: Callable[[Any], None] = lambda document: None,
+    *,
+    may_repeat: bool = False,
+) -> np.ndarray:
+    """Which rows have one of the lines, bool [N].
+
+    Args:
+        lines: of a job's output.
+        survey: of its input.
+        where: what errors call the lines.
+        note: gets the document of each row's first line.
+        may_repeat: whether rows may have several, as in the journals of writers that did not know of each other.
+
+    Raises:
+        JournalError: a line that answers no row, or one row's second.
+    """
+    done = np.zeros(survey.num_rows, np.bool_)
+    for number, line in enumerate(lines, 1):
+        document = json.loads(line)
+        ordinal = _ordinal(document, survey, f"{where}, line {number}")
+        if not done[ordinal]:
+            note(document)
+        elif not may_repeat:
+            raise JournalError(f"{where}, line {number}: the row {survey.places.where(ordinal)} has a line already")
+        done[ordinal] = True
+    return done
 
 
 def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:

@@ -140,16 +140,27 @@ class Worker:
         self._refused: list[bytes] = []
         self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
 
-    def run(self, tasks: Iterable[Task], interrupted: Callable[[], bool]) -> None:
+    def run(self, tasks: Iterable[Task], interrupted: Callable[[], bool]) -> bool:
         """Answers them all, or until interrupted: what was under way then has no line.
+
+        Returns:
+            Whether they are all answered.
 
         Raises:
             OSError: a line cannot be put.
             GptossError: as `tasks` raises it.
         """
-        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=interrupted):
+        was_interrupted = False
+
+        def stops() -> bool:
+            nonlocal was_interrupted
+            was_interrupted = interrupted()
+            return was_interrupted
+
+        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=stops):
             self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
         self._put_lines([])
+        return not was_interrupted
 
     def _requests(self, tasks: Iterable[Task]) -> Iterator[tuple[Request, AnswerStream]]:
         number = itertools.count()

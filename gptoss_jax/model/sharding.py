@@ -96,6 +96,17 @@ class Sharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(axes))
 
+    def put(self, array: Any, axes: Axes) -> jax.Array:
+        """An array on the mesh as `axes` say; over several hosts, each of which has it, none waits for another."""
+        if not self.mesh.is_multi_process or isinstance(array, jax.Array):
+            return jax.device_put(array, self.named(axes))
+        return jax.make_array_from_callback(array.shape, self.named(axes), lambda part: array[part])
+
+    @property
+    def readable(self) -> NamedSharding:
+        """Where results for slots lie so that the host can read them: over several hosts, whole on every device."""
+        return self.named((None,) if self.mesh.is_multi_process else ("batch",))
+
     def row_major(self, axes: Axes) -> Format:
         """`named`, with the last axis innermost in memory.
 
@@ -201,7 +212,7 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     if isinstance(mesh, Mesh):
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
-        return _build({}, {}, (devices or jax.devices())[:1])
+        return _build({}, {}, devices or jax.devices())
     if str(mesh).endswith(".json"):
         axes, rules = _read_file(Path(mesh))
     else:
@@ -251,7 +262,8 @@ def _too_few(wanted: int, devices: Sequence[Any]) -> str:
     message = f"a mesh of {wanted} devices, but there are {len(devices)}"
     if devices[0].platform != "cpu":
         return message
-    return f"{message}; to simulate them on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+    of_each = -(-wanted // jax.process_count())
+    return f"{message}; to simulate them on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={of_each}"
 
 
 def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
@@ -264,4 +276,9 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
     if math.prod(shape) > len(devices):
         raise MeshError(_too_few(math.prod(shape), devices))
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
+    if idle := set(range(jax.process_count())) - {device.process_index for device in grid.flat}:
+        raise MeshError(
+            f"a mesh of {grid.size} of the {len(devices)} devices leaves processes {short(sorted(idle))} "
+            "without one: expected some of each"
+        )
     return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})

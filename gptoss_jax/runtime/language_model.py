@@ -97,9 +97,9 @@ class LanguageModel:
 
     def read_bandwidth(self, at_least: float = 0.0) -> float:
         """Bytes per second that all devices together read from their memories, as `device.read_bandwidth`."""
-        devices = self.mesh.devices.flat
-        memories = 1 if devices[0].platform == "cpu" else len(devices)  # a CPU's devices share one
-        return memories * device.read_bandwidth(devices[0], at_least / memories)
+        # A CPU's devices share one memory.
+        memories = len({d.process_index if d.platform == "cpu" else d.id for d in self.mesh.devices.flat})
+        return memories * device.read_bandwidth(self.mesh.local_devices[0], at_least / memories)
 
     @property
     def mesh(self) -> Mesh:
@@ -134,7 +134,8 @@ class LanguageModel:
             self.policy.cache,
             engine_config,
             compiled=compiled,
-            compile_program=self._compiler(str(engine_config)),
+            # Programs that take no snapshots are the same whatever their number.
+            compile_program=self._compiler(str(dataclasses.replace(engine_config, prefix_snapshots=None))),
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
@@ -289,7 +290,8 @@ class LanguageModel:
         ids, slots = self._checked(token_ids), self.sharding.size("batch")
         tokens = np.zeros((slots, -(-ids.size // LOGITS_CHUNK_TOKENS) * LOGITS_CHUNK_TOKENS), np.int32)
         tokens[:, : ids.size] = ids
-        run = self._tapped.setdefault(tuple(taps), jax.jit(functools.partial(self._forward, tuple(taps))))
+        program = functools.partial(self._forward, tuple(taps))
+        run = self._tapped.setdefault(tuple(taps), jax.jit(program, out_shardings=self.sharding.readable))
         found = run(self.params, tokens, np.full(slots, ids.size, np.int32))
         return {name: np.asarray(activation)[0, : ids.size] for name, activation in found.items()}
 
@@ -359,13 +361,12 @@ class LanguageModel:
                 max_context_tokens=tokens,
                 dtype=self.policy.cache,
             )
-        cache = self._allocators[tokens]()
         table = np.broadcast_to(np.arange(pages, dtype=np.int32), (slots, pages))
-        return cache._replace(page_table=jax.device_put(table, cache.page_table.sharding))
+        return self._allocators[tokens]()._replace(page_table=self.sharding.put(table, ("batch", None)))
 
     @functools.cached_property
     def _all_logits(self) -> Any:
-        shardings = self.sharding.named(("batch", None, None)), kv_cache.layout(self.config, self.sharding)
+        shardings = self.sharding.readable, kv_cache.layout(self.config, self.sharding)
         return jax.jit(functools.partial(transformer.all_logits, self.model), donate_argnums=3, out_shardings=shardings)
 
     @functools.cached_property
@@ -376,7 +377,7 @@ class LanguageModel:
             total = row_sum(self.mesh.size)
             return (*report_logprobs(logits, targets, with_top, self.config.num_token_ids, total), finite), cache
 
-        shardings = None, kv_cache.layout(self.config, self.sharding)
+        shardings = self.sharding.readable, kv_cache.layout(self.config, self.sharding)
         return jax.jit(all_reports, donate_argnums=3, out_shardings=shardings)
 
 

@@ -33,7 +33,7 @@ def to_devices(model: Model, sharding: Sharding) -> Transform:
     """Puts each leaf where its axes belong on the mesh; a device on a CPU takes host memory as it is."""
 
     def place(path: str, array: Any) -> jax.Array:
-        return jax.device_put(array, sharding.named(model.leaves[path].axes))
+        return sharding.put(array, model.leaves[path].axes)
 
     return place
 

@@ -44,6 +44,7 @@ effort is high (low, medium, high)
 unknown command /rest: did you mean /reset? (a space in front makes it text)
 > /stats
 answers: 1, of 35 tokens at N tokens/s
+prompts: 73 tokens, 0 of them read before
 conversation: 110 of 4096 tokens; effort: high
 > and
   in two lines?
@@ -228,6 +229,20 @@ def test_a_session_survives_what_is_no_text_and_what_is_no_number(folder):
     assert done.stderr.count("the answer ended at step 26: logits are not finite") == 2
     assert "answers: 2, of 52 tokens" in done.stderr
     assert "this list" not in done.stderr
+
+
+def test_a_chat_does_not_read_its_history_again(folder):
+    """Guards long sessions: a turn begins as the prompt before it did, and reads what is new."""
+    environment = {"XDG_CACHE_HOME": str(folder / "home")}
+    lines = f"Count: {' '.join(map(str, range(300)))}\n" + "Go on.\n/stats\n" * 2
+    done = processes.run(
+        "gptoss_jax.generate", "--checkpoint", folder / "thinker", "--chat", stdin=lines, environment=environment
+    )
+    assert done[:2] == (0, 3 * f"{scripted.ANSWER}\n"), done.stderr
+    (first, _), (asked, cached) = [
+        tuple(map(int, pair)) for pair in re.findall(r"prompts: (\d+) tokens, (\d+) ", done.stderr)
+    ]
+    assert asked - cached < first / 2 + 2 * (128 + 40)  # of the first prompt, and of what is new in two turns
 
 
 def test_hidden_reasoning_is_shown_by_a_command(folder):

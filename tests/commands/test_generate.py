@@ -241,6 +241,10 @@ def test_n_answers_are_those_of_their_seeds(folder):
         assert (alone["token_ids"], alone["logprobs"]) == (answer["token_ids"], answer["logprobs"])
     assert len({tuple(answer["token_ids"]) for answer in answers}) == 3
     assert document["conversation"] == []
+    assert document["statistics"]["cached_prompt_tokens"] == 0
+    long = ",".join(map(str, range(1, 301)))
+    document = _document(folder, "checkpoint", "--token-ids", long, "--max-new-tokens", "2", "--n", "3")
+    assert document["statistics"]["cached_prompt_tokens"] == 2 * 256  # read once for all
     done = _generate(folder, "thinker", "Why?", "--n", "2")
     assert done.stdout == 2 * (scripted.ANSWER + "\n")
     assert "answer 1 of 2 (seed 0):\nanswer 2 of 2 (seed 1):\n" in done.stderr

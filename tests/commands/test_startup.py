@@ -127,6 +127,23 @@ MISTAKES = {
         "--checkpoint GOOD --messages LONG",
         "long.json: a number of 5000 digits is out of range",
     ),
+    "half of hosts": (GENERATE, "--checkpoint GOOD --coordinator a:1 Hello", "has an effect with --num-processes and"),
+    "no address": (
+        SCORE,
+        "--checkpoint GOOD --coordinator a --num-processes 2 --process-id 0 Hello",
+        "--coordinator is 'a', expected HOST:PORT such as 10.0.0.1:8476, or auto",
+    ),
+    "no coordinator": (
+        GENERATE,
+        "--checkpoint GOOD --process-id 1 Hello",
+        "have an effect with --coordinator HOST:PORT",
+    ),
+    "no such process": (
+        GENERATE,
+        "--checkpoint GOOD --coordinator a:1 --num-processes 2 --process-id 2 Hello",
+        "--process-id is 2, expected 0 to 1",
+    ),
+    "chat of hosts": (GENERATE, "--checkpoint GOOD --chat --coordinator auto", "--chat and --coordinator: leave one"),
     "bad tools": (GENERATE, "--checkpoint GOOD --tools BROKEN Hello", "broken.json, line 1, column 3: "),
     "bad chat": (GENERATE, "--checkpoint GOOD --chat --messages BROKEN", "broken.json, line 1, column 3: "),
     "score missing": (SCORE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),

@@ -33,7 +33,9 @@ def _sample(tokens: int, first: float, last: float) -> Sample:
 def test_the_share_of_the_limit_follows_from_bytes_and_time():
     """Guards the arithmetic: 20 steps in half a second read 40,000 of the 80,000 bytes that a second allows."""
     model = _Model()
-    statistics = answer_report.measure(model, 2.5, 7, [_sample(21, 1.0, 1.5)], with_bandwidth=True)
+    statistics = answer_report.measure(
+        model, 2.5, 7, [_sample(21, 1.0, 1.5)], cached_prompt_tokens=0, with_bandwidth=True
+    )
     assert statistics["decode_tokens_per_second"] == 40.0
     assert statistics["share_of_bandwidth_limit"] == 0.5
     assert (statistics["load_seconds"], statistics["compile_seconds"]) == (1.5, 2.5)
@@ -50,8 +52,8 @@ def test_the_share_of_the_limit_follows_from_bytes_and_time():
 def test_the_memory_is_measured_only_where_its_share_is_reported(samples):
     """Guards the end of a run: no benchmark for several answers, which share their reads, nor for a single token."""
     model, several = _Model(), [_sample(*sample) for sample in samples]
-    answer_report.measure(model, 2.5, 7, [_sample(21, 1.0, 1.5)], with_bandwidth=False)
-    statistics = answer_report.measure(model, 2.5, 7, several, with_bandwidth=True)
+    answer_report.measure(model, 2.5, 7, [_sample(21, 1.0, 1.5)], cached_prompt_tokens=0, with_bandwidth=False)
+    statistics = answer_report.measure(model, 2.5, 7, several, cached_prompt_tokens=0, with_bandwidth=True)
     assert model.asked == []
     assert "share_of_bandwidth_limit" not in statistics
     assert "GB/s" not in answer_report.statistics_line(statistics, at_length=True)

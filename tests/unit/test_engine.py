@@ -92,6 +92,9 @@ def test_more_requests_than_slots_of_mixed_lengths(make_engine, deterministic):
     answers = _answers(engine, requests)
     _streams(engine, [dataclasses.replace(r, ends_at=lambda token: token % 7 == 0) for r in _mixed_requests(9)])
     engine.cancel(engine.submit(Request(_prompt(100), (), 40, GREEDY)))
+    before = engine.statistics.cached_prompt_tokens
+    assert _answers(engine, [requests[4]] * 3) == [answers[4]] * 3
+    assert engine.statistics.cached_prompt_tokens - before >= 2 * 256  # its prompt, read once for all
     assert compiled == []
     tensors = TinyModel(CONFIG).tensors
     for request, (tokens, reason) in zip(requests, answers, strict=True):

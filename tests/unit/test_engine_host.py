@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import itertools
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -59,6 +61,22 @@ def test_pages_are_taken_on_demand(one_batch):
     for _ in range(20):
         engine.tick()
     assert runner.dispatches[-1] == ("decode", list(range(8)))
+
+
+def test_over_several_hosts_no_clock_decides(monkeypatch):
+    """Guards hosts of different speed: one that decoded more steps than another would wait for it for ever."""
+    steps = []
+    for seconds in (1e-6, 1e3):
+        clock = itertools.count(0, seconds)
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: next(clock))
+        config = EngineConfig(slots=2, max_context_tokens=256)
+        runner = FakeRunner(config, several_hosts=True)
+        engine = Engine(runner, CONFIG, config)
+        engine.submit(Request(prompt(4), (), 100))
+        run(engine)
+        steps.append(runner.steps)
+    assert steps[0] == steps[1]
+    assert max(steps[0]) > 1
 
 
 @BOTH

@@ -105,6 +105,29 @@ def test_each_data_shard_has_its_own():
     assert all_pages_are_free(engine)
 
 
+def test_a_slot_where_more_is_shared_is_taken_first():
+    """Guards shards: of two free slots, that of the shard which holds the prompt's beginning."""
+    engine = make_engine(EngineConfig(slots=2, max_context_tokens=1024), num_shards=2)
+    other = engine.submit(Request(prompt(5), (), 500))
+    engine.tick()
+    engine.submit(Request(prompt(300), (), 1))  # in the second shard
+    while not engine.is_idle:
+        engine.tick()
+        if engine.statistics.prompt_tokens > 300 and len(engine._placement.running) == 1:
+            engine.cancel(other)
+    answers(engine, [prompt(300)])
+    assert engine.statistics.cached_prompt_tokens == 256
+
+
+def test_who_reads_again_what_lost_its_rings_has_them_kept():
+    """Guards a shared beginning of long prompts that come one by one: their own tails would push its rings out."""
+    engine = make_engine(EngineConfig(slots=1, max_context_tokens=4096, pool_tokens=32_768, prefix_snapshots=4))
+    shared = prompt(512)
+    for i in range(4):
+        answers(engine, [shared + prompt(1500, i)])
+    assert engine.statistics.cached_prompt_tokens == 2 * 512  # of the third and the fourth
+
+
 def test_prefixes_give_way_to_what_runs():
     """Guards memory: pages that nobody holds are free, whatever is kept in them; the oldest goes first."""
     config = EngineConfig(slots=1, max_context_tokens=768, pool_tokens=768)
@@ -114,6 +137,14 @@ def test_prefixes_give_way_to_what_runs():
     assert engine.statistics.cached_prompt_tokens == 256  # of seed 3, the second time
     assert engine.statistics.evictions >= 4
     assert engine.statistics.preemptions == 0
+
+
+def test_the_end_of_a_prefix_gives_way_first():
+    """Guards what is left of it: without its beginning, pages of a prefix's end would be kept for nothing."""
+    engine = make_engine(EngineConfig(slots=1, max_context_tokens=1024, pool_tokens=1024))
+    for ids in (prompt(700), prompt(400), prompt(700)):
+        assert answers(engine, [ids]) == [answer(ids, 3)]
+    assert engine.statistics.cached_prompt_tokens == 4 * 128  # of five blocks, the last lost a page
 
 
 def test_without_it_there_is_none():
@@ -224,14 +255,20 @@ def test_keys_are_those_of_all_before_them():
 def test_a_block_without_a_snapshot_ends_no_prefix():
     """Guards sliding windows: pages alone are no hit; the last block that has its rings is the end of one."""
     pool = PagePool(8)
-    cache = PrefixCache(pool, 1, Statistics())
+    statistics = Statistics()
+    cache = PrefixCache(pool, 1, statistics)
     pages = pool.allocate(6)
     for key, its_pages in ((b"1", pages[:2]), (b"2", pages[2:4])):
         assert cache.add(key, its_pages) == 0
     assert cache.find([b"1"]).pages == ()
     assert cache.find([b"1", b"2", b"3"])[1:] == (pages[:4], 0)
+    assert statistics.evictions == 1
     cache.forget(pages[:1])
     assert cache.find([b"1", b"2"]).pages == ()
+    cache.forget(pages[2:4])
+    assert statistics.evictions == 3
+    assert cache.add(b"1", pages[4:]) == 0  # nobody has lost it
+    assert statistics.evictions == 3
 
 
 def test_a_prefix_that_was_wanted_outlasts_those_that_come_once():
@@ -246,6 +283,9 @@ def test_a_prefix_that_was_wanted_outlasts_those_that_come_once():
     for i in range(10, 16):  # what was wanted long ago gives way to what was wanted since
         snapshots.take(b"%d" % i, wanted=True)
     assert snapshots.find(b"shared") is None
+    for i in range(16, 18):  # and there is always room for what may be wanted
+        snapshots.take(b"%d" % i, wanted=False)
+    assert snapshots.find(b"16") is not None
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "wanted", "want", "drop"]), st.integers(0, 7)), max_size=60))

@@ -1,0 +1,152 @@
+"""One model over several hosts: every host runs the same command, and process 0 alone answers.
+
+The processes decide everything for themselves and alike, from the same input; what could differ, a hand on a keyboard,
+they tell one another.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from gptoss_jax.cli import interrupts, roll_call
+from gptoss_jax.errors import GptossError, short
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import gptoss_jax.cli.terminal
+
+HOST_FLAGS = ("coordinator", "num_processes", "process_id", "coordinator_timeout")
+AUTO = "auto"
+SHUTDOWN_SECONDS = 60  # that a process which ends waits for the others; then JAX ends them too
+_OF_ONE_HOST = {"process_id", "checkpoint", "compilation_cache", "vocab", "save"}  # flags that name places of a host
+
+
+def define_flags() -> None:
+    """The flags named in HOST_FLAGS."""
+    flags.DEFINE_string(
+        "coordinator", None, 'HOST:PORT: Several hosts run one model: where process 0 listens; "auto" asks the cluster.'
+    )
+    flags.DEFINE_integer("num_processes", None, "N: Processes in all, one a host; each runs this command.")
+    flags.DEFINE_integer("process_id", None, "I: Which of them this one is, from 0; 0 alone prints and writes files.")
+    flags.DEFINE_integer("coordinator_timeout", 300, "SECONDS: How long to wait until all processes are there.")
+
+
+def check(options: flags.FlagValues) -> None:
+    """Raises GptossError for flags of HOST_FLAGS that do not fit together."""
+    if options.coordinator_timeout < 1:
+        raise GptossError(f"--coordinator-timeout is {options.coordinator_timeout}, expected at least 1 second")
+    coordinator, count, process_id = options.coordinator, options.num_processes, options.process_id
+    if coordinator is None or coordinator == AUTO:
+        if count is not None or process_id is not None:
+            raise GptossError("--num-processes and --process-id have an effect with --coordinator HOST:PORT only")
+        return
+    _address(coordinator)
+    if count is None or process_id is None:
+        raise GptossError("--coordinator HOST:PORT has an effect with --num-processes and --process-id only: give both")
+    if not 0 <= process_id < count:
+        raise GptossError(f"--process-id is {process_id}, expected 0 to {count - 1}: one less than --num-processes")
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\s]+)):(\d{1,5})", coordinator)
+    if not found or not 0 < int(found[3]) < 1 << 16:
+        raise GptossError(f"--coordinator is {short(coordinator)}, expected HOST:PORT such as 10.0.0.1:8476, or auto")
+    return found[1] or found[2], int(found[3])
+
+
+def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> None:
+    """Waits for all processes of the run, if the flags name several; all but the first say no more than errors.
+
+    A second call does nothing. To be called before anything asks JAX for devices.
+
+    Raises:
+        GptossError: processes are missing, or were not started alike.
+    """
+    if options.coordinator is None or _is_joined():
+        return
+    where = {}
+    if options.coordinator != AUTO:
+        where = {
+            "coordinator_address": options.coordinator,
+            "num_processes": options.num_processes,
+            "process_id": options.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+        roll_call.wait(
+            *_address(options.coordinator), options.num_processes, options.process_id, options.coordinator_timeout
+        )
+    screen.leave_stdout_to_answers()  # gloo prints there
+    with interrupts.ended_by_ctrl_c():
+        import jax
+
+        try:
+            jax.distributed.initialize(
+                initialization_timeout=options.coordinator_timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS, **where
+            )
+        except ValueError as error:  # auto, where there is no cluster
+            raise GptossError(f"--coordinator auto: {error} Expected a cluster that JAX knows, or HOST:PORT") from None
+    if not is_first():
+        screen.hush()
+    alike = {name: value for name, value in options.flag_values_dict().items() if name not in _OF_ONE_HOST}
+    check_same("the command line", alike)
+
+
+def _is_joined() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files: the first of a run over several hosts, or the only one."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def check_same(what: str, value: object) -> None:
+    """Raises GptossError, in every process, if `value` does not print alike in all of them."""
+    digest = hashlib.sha256(repr(value).encode(errors="surrogateescape")).digest()
+    found = _gathered(digest)
+    if different := [process for process, its in enumerate(found) if its != found[0]]:
+        raise GptossError(
+            f"{what} of process {', '.join(map(str, different))} is not process 0's: start the same command, on the "
+            "same input, on every host"
+        )
+
+
+def of_first(values: "np.ndarray") -> "np.ndarray":
+    """The values that the first process has, in every process; all call it with arrays of one shape."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def agreed(asked: Callable[[], bool]) -> Callable[[], bool]:
+    """`asked`, true in every process as soon as it is in one: all have to call it equally often."""
+    import jax
+
+    if jax.process_count() == 1:
+        return asked
+    return lambda: b"\1" in _gathered(b"\1" if asked() else b"\0")
+
+
+def _gathered(content: bytes) -> list[bytes]:
+    """What each process gave, in their order; all of the same length."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [content]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    everybody = multihost_utils.process_allgather(np.frombuffer(content, np.uint8))
+    return [each.tobytes() for each in np.asarray(everybody).reshape(jax.process_count(), -1)]
