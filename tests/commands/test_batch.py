@@ -69,7 +69,7 @@ def test_all_forms_with_a_real_model(run, tmp_path):
     jobs.write_rows(tmp_path / "in1.jsonl", plain)
     jobs.write_rows(tmp_path / "in2.jsonl", [batch_row(url, custom_id=url) for url in BODIES])
     options = ("--max-new-tokens", "4", "--seed", "5", "--date", "2026-11-28")
-    done = _succeeded(run("in1.jsonl", "in2.jsonl", "out.jsonl", *options, model="real"))
+    done = _succeeded(run("in1.jsonl", "in2.jsonl", "out.jsonl", *options, model=jobs.REAL))
     assert f"{tmp_path}/in1.jsonl: 2 rows in the plain form\n" in done.stderr
     assert f"{tmp_path}/in2.jsonl: 3 rows in OpenAI's Batch form\n" in done.stderr
     assert "5 of 5 rows, " in done.stderr
@@ -99,7 +99,7 @@ def test_what_a_model_says_stands_in_the_line(folder, tmp_path):
         scripted.write(tmp_path / name, name)
         out = tmp_path / f"{name}.jsonl"
         cache = ("--compilation-cache", folder / "programs")
-        _succeeded(jobs.run(tmp_path / name, tmp_path / "in.jsonl", out, "--slots", "1", *cache, model="real"))
+        _succeeded(jobs.run(tmp_path / name, tmp_path / "in.jsonl", out, *cache, model=jobs.REAL))
         line = jobs.read_rows(out)[0]
         assert {key: line[key] for key in expected} == expected
         assert (line["parse_status"], line["finish_reason"], line["faults"]) == ("ok", "stop", [])
@@ -114,7 +114,7 @@ def test_a_row_whose_numbers_are_not_finite_ends_alone(folder, tmp_path):
     rows += [{"id": "later", "prompt": "Why?", "n": 2}, {"id": "also good", "prompt": "Why?", "max_new_tokens": 2}]
     jobs.write_rows(tmp_path / "in.jsonl", rows)
     cache = ("--compilation-cache", folder / "programs")
-    done = jobs.run(tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl", *cache, model="real")
+    done = jobs.run(tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl", *cache, model=jobs.REAL)
     assert "2 errors" in _succeeded(done).stderr
     codes = {line["id"]: line["error"] and line["error"]["code"] for line in jobs.read_rows(tmp_path / "out.jsonl")}
     expected = {"good": None, "at once": "numerics_error", "later": "numerics_error", "also good": None}
@@ -266,19 +266,12 @@ def _sizes(run: Run, tmp_path: Path) -> tuple[int, bytes]:
     return (tmp_path / "out-whole.jsonl.job.json").stat().st_size, (tmp_path / "out-whole.jsonl").read_bytes()
 
 
-def test_a_file_that_can_grow_no_more_is_one_line(run, folder, tmp_path):
+def test_a_file_that_can_grow_no_more_is_one_line(run, tmp_path):
     """Guards full disks, by a limit on files: whole lines stay, one line says why, the same command goes on later."""
     least, whole = _sizes(run, tmp_path)
+    content = b""
     for size in range(least + 200, len(whole), 1500):
-        arguments = (
-            tmp_path / "in.jsonl",
-            tmp_path / "out.jsonl",
-            "--checkpoint",
-            folder / "published",
-            "--slots",
-            "2",
-        )
-        done = processes.run(jobs.BATCH, *arguments, "--quiet", prepare=Limited(size))
+        done = run("in.jsonl", "out.jsonl", "--slots", "2", "--quiet", model=Limited(size))
         assert _refused(done) == f"batch: {tmp_path}/out.jsonl: File too large"
         content = (tmp_path / "out.jsonl").read_bytes()
         assert len(content) <= size
@@ -356,7 +349,7 @@ def test_a_second_job_on_the_same_output_refuses(run, tmp_path):
     assert len({line["id"] for line in jobs.read_rows(tmp_path / "out.jsonl")}) == 150
 
 
-def test_a_finished_job_says_so_and_another_refuses(run, folder, tmp_path):
+def test_a_finished_job_says_so_and_another_refuses(run, tmp_path):
     """Guards what is there: nothing is computed or written twice, every difference is named, --restart begins anew."""
     (tmp_path / "tools.json").write_text(json.dumps([_tool("a")]))
     for order in ((), ("--keep-order",)):
@@ -404,11 +397,10 @@ class Backwards(NamedTuple):
         jobs.Fake()()
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(run, folder, tmp_path):
+def test_a_clock_that_goes_backwards_changes_nothing(run, tmp_path):
     """Guards results and progress against the time of day: clocks are set, and summer ends."""
     _, whole = _sizes(run, tmp_path)
-    arguments = (tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--checkpoint", folder / "published")
-    _succeeded(processes.run(jobs.BATCH, *arguments, prepare=Backwards()))
+    _succeeded(run("in.jsonl", "out.jsonl", model=Backwards()))
     assert (tmp_path / "out.jsonl").read_bytes() == whole
     assert json.loads((tmp_path / "out.jsonl.summary.json").read_text())["run"]["wall_seconds"] > 0
 
@@ -456,28 +448,28 @@ def test_a_rows_line_is_the_same_in_any_batch_order_and_shard(run, tmp_path):
     jobs.write_rows(tmp_path / "in.jsonl", SAMPLED)
     shuffled = random.Random(0).sample(SAMPLED, len(SAMPLED))
     jobs.write_rows(tmp_path / "in-shuffled.jsonl", shuffled)
-    _succeeded(run("in.jsonl", "out.jsonl", model="real"))
+    _succeeded(run("in.jsonl", "out.jsonl", model=jobs.REAL))
     expected = _lines(tmp_path / "out.jsonl")
     assert len({line.partition(b'"token_ids"')[2] for line in expected.values()}) == len(ROWS)
     for slots in ("1", "3"):
-        _succeeded(run("in.jsonl", f"out-{slots}.jsonl", "--slots", slots, model="real"))
+        _succeeded(run("in.jsonl", f"out-{slots}.jsonl", "--slots", slots, model=jobs.REAL))
         assert _lines(tmp_path / f"out-{slots}.jsonl") == expected
-    _succeeded(run("in-shuffled.jsonl", "out-shuffled.jsonl", model="real"))
+    _succeeded(run("in-shuffled.jsonl", "out-shuffled.jsonl", model=jobs.REAL))
     assert _lines(tmp_path / "out-shuffled.jsonl") == expected
     for shard in ("0/2", "1/2"):
-        _succeeded(run("in.jsonl", "out-sharded.jsonl", "--shard", shard, model="real"))
+        _succeeded(run("in.jsonl", "out-sharded.jsonl", "--shard", shard, model=jobs.REAL))
     _succeeded(run("in.jsonl", "out-sharded.jsonl", "--merge"))
     assert _lines(tmp_path / "out-sharded.jsonl") == expected
     content = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").write_bytes(content[: len(content) // 2])
-    _succeeded(run("in.jsonl", "out.jsonl", "--slots", "3", model="real"))
+    _succeeded(run("in.jsonl", "out.jsonl", "--slots", "3", model=jobs.REAL))
     assert _lines(tmp_path / "out.jsonl") == expected
 
 
 # ---- the summary ----
 
 
-def test_the_summary_has_what_became_of_the_rows(run, folder, tmp_path):
+def test_the_summary_has_what_became_of_the_rows(run, tmp_path):
     """Guards programs that read it: counts, rates, the run, what the job was, and that it adds up after a resume."""
     jobs.write_rows(tmp_path / "in.jsonl", [*ROWS, "no JSON"])
     _succeeded(run("in.jsonl", "out.jsonl"))

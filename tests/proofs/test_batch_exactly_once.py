@@ -77,9 +77,10 @@ def test_a_job_that_dies_at_any_write_goes_on(kind, half_way, folder, tmp_path):
     whole = _place(tmp_path, "whole", documents)
     assert _run(folder, whole, out).returncode == 0
     expected = _lines(whole / "out" / out[0])
+    num_deaths = 0
     for at in itertools.count(1):
         place = _place(tmp_path, "whole", documents)  # the same name, which the lines' errors give
-        died = _run(folder, place, out, dying=jobs.Dying(str(place / "out"), at, half_way))
+        died = _run(folder, place, out, model=jobs.Fake(jobs.Dying(str(place / "out"), at, half_way)))
         before = _written(place)
         if kind != "appended" and (place / "out" / out[0]).exists():
             assert _lines(place / "out" / out[0]) == expected
@@ -91,7 +92,8 @@ def test_a_job_that_dies_at_any_write_goes_on(kind, half_way, folder, tmp_path):
         if died.returncode == 0:
             break
         assert died.returncode == -signal.SIGKILL, died.stderr
-    assert at > 6  # the record, its lines, the summary
+        num_deaths += 1
+    assert num_deaths > 6  # the record, its lines, the summary
 
 
 def _killing(seconds: float) -> Callable[[Any], None]:
@@ -102,7 +104,9 @@ def _killing(seconds: float) -> Callable[[Any], None]:
     return kill
 
 
-@pytest.mark.parametrize(("kind", "model"), [("appended", "real"), ("ordered", "fake")])
+@pytest.mark.parametrize(
+    ("kind", "model"), [("appended", jobs.REAL), ("ordered", jobs.FAKE)], ids=["appended", "ordered"]
+)
 def test_a_job_that_is_killed_twenty_times_ends_as_one_that_is_not(kind, model, folder, tmp_path):
     """Guards `kill -9` at any moment of a run, with a real model too: the same lines in the end, each id once."""
     rows = [

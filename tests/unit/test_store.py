@@ -106,7 +106,7 @@ def test_an_input_that_changes_meanwhile_is_refused(change, message, tmp_path):
     assert len([*READING.tasks(inputs, found, np.ones(5, np.bool_))]) == 5
     jobs.write_rows(tmp_path / "in0.jsonl", change(rows))
     with pytest.raises(GptossError, match=message):
-        [*READING.tasks(inputs, found, np.ones(5, np.bool_))]
+        list(READING.tasks(inputs, found, np.ones(5, np.bool_)))
 
 
 # ---- the record ----
@@ -214,6 +214,22 @@ def test_a_job_is_finished_when_its_output_is_made_of_parts(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.job.json"]
 
 
+def test_parts_vanish_at_once(tmp_path, monkeypatch):
+    """Guards a crash while they are removed: rows of those that are gone would be answered again."""
+    layout = _layout(tmp_path)
+    for part in ("shard-0-of-2", "shard-1-of-2"):
+        with Store(layout, part, PARTS) as store:
+            store.append([_line(part)])
+    outputs.write(layout.out, [_line("a")])
+    monkeypatch.setattr(stores.shutil, "rmtree", lambda folder, ignore_errors=False: None)
+    remove_parts(layout)
+    assert layout.is_finished
+    assert layout.joined.exists()
+    monkeypatch.undo()
+    remove_parts(layout)
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.job.json"]
+
+
 def test_done_tells_which_rows_have_a_line(tmp_path):
     """Guards resuming: each line counts once; what answers no row, or one twice, is no output of this job."""
     _, found = _survey(tmp_path, jobs.rows(4))
@@ -278,4 +294,4 @@ def test_a_part_that_changes_under_a_merge_is_seen(tmp_path):
     merged = Merged(layout, found)
     layout.part("all").write_bytes(b"x" + layout.part("all").read_bytes())
     with pytest.raises(JournalError, match="has changed: the same command reads it again"):
-        [*merged.lines()]
+        list(merged.lines())
