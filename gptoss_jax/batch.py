@@ -26,6 +26,11 @@ A job cut in parts, for any cluster (then --merge makes OUT of them):
     python -m gptoss_jax.batch IN OUT --checkpoint DIR --shard 0/8
     python -m gptoss_jax.batch IN OUT --merge
 
+With Ray (pip install 'gptoss-jax[ray]'), one command for a whole cluster, whose
+machines share the folders of OUT, IN and the checkpoint:
+
+    python -m gptoss_jax.batch IN OUT --checkpoint DIR --ray --ray-address HOST:6379
+
 Exit codes: 0 every row has its line, an answer or an error; 2 bad input; 130
 and 143 interrupted with Ctrl-C or SIGTERM: the same command goes on.
 """
@@ -47,13 +52,12 @@ SECTIONS = {
         "on_bad_row",
         "keep_order",
         "restart",
-        "shard",
-        "merge",
         "state",
         "slots",
         "pool_tokens",
         "quiet",
     ),
+    "Many machines": ("shard", "merge", "ray", "ray_address", "ray_workers"),
     "What the system and developer messages say, where a row does not": prompt_flags.PROMPT_FLAGS,
     "How tokens are drawn, where a row does not say": ("n", "logprobs", *sampling_flags.SAMPLING_FLAGS),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
@@ -68,6 +72,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("restart", False, "Throw away what an earlier job has written to OUT.")
     flags.DEFINE_string("shard", None, "I/N: Answer every N-th row only, from row I on, I from 0; --merge joins them.")
     flags.DEFINE_bool("merge", False, "Make OUT of what shards have written, and check that no row is missing.")
+    flags.DEFINE_bool("ray", False, "Have workers answer that Ray starts, and starts again when they die.")
+    flags.DEFINE_string("ray_address", None, "HOST:PORT: A Ray cluster; left out: one on this machine, for this job.")
+    flags.DEFINE_integer(
+        "ray_workers", None, "N: Workers, a model each; left out: as GPUs or TPUs suffice, or machines."
+    )
     flags.DEFINE_string("state", None, "PATH: Where the job's own files lie, PATH.job.json and others; left out: OUT.")
     flags.DEFINE_integer("slots", 16, "N: Answers that are drawn at once; rounded up to the mesh's data shards.")
     flags.DEFINE_integer("pool_tokens", None, "N: Tokens in the cache at most; left out: all slots at their longest.")
@@ -88,6 +97,8 @@ def main(arguments: list[str]) -> None:
         options, ("validate", "merge"), ("validate", "restart"), ("shard", "merge"), ("restart", "merge")
     )
     flag_values.refuse_together(options, ("coordinator", "validate"), ("coordinator", "merge"))
+    flag_values.refuse_together(options, ("ray", "shard"), ("ray", "merge"))
+    flag_values.refuse_without(options, ("ray_address", "ray"), ("ray_workers", "ray"))
     sys.exit(batch_job.run(options, arguments))
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
-from gptoss_jax.jobs.store import Layout, Merged, Store, done_rows, remove_parts
+from gptoss_jax.jobs.store import Layout, Merged, Store, done_rows, remove_parts, take_over
 from gptoss_jax.jobs.summary import Pace, Tally
 from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading, Worker
@@ -68,6 +69,10 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
         OSError: what is on a disk is there, and no more fits.
     """
     screen = Screen(quiet=options.quiet)
+    if options.ray:
+        _on_ray(options)  # here, so that what is missing is said before all rows are read
+    if options.ray_workers is not None and options.ray_workers < 1:
+        raise GptossError(f"--ray-workers is {options.ray_workers}, expected at least 1")
     names, out = _names(options, arguments)
     shard = _shard(options)
     if options.merge and out is not None:
@@ -77,6 +82,8 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     config = model_flags.config(options)
     reading = Reading(defaults, config, _engine_config(options), options.vocab)
     inputs = Inputs(names)
+    if options.ray:
+        inputs.check_others_can_read()
     layout = None if out is None else _layout(options, out, inputs)
     hosts.join(options, screen)  # from here on the first process alone speaks
     for remark in remarks:
@@ -206,6 +213,10 @@ class _Job:
         self._tally = Tally()
         self._run: dict[str, Any] | None = None  # how fast this one was
 
+    @property
+    def _model_name(self) -> str:
+        return f"gpt-oss {self._weights[:12]}"
+
     def run(self) -> int:
         """Does what is left, over several hosts with all of them; gives the exit code."""
         if self._options.coordinator is None:
@@ -247,12 +258,15 @@ class _Job:
                 existing.check_same(record, layout.record)
             return _finished(self._screen, layout, self._found)
         part = self._part(record)
+        if self._options.ray and part is not None and not self._options.restart:
+            take_over(layout, part, record)
         with Store(layout, part, record, restart=self._options.restart) as store:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
             tell(wanted)
-            code = self._answer(store.append, wanted) if wanted.any() else 0
+            answer = self._answer_on_ray if self._options.ray else self._answer
+            code = answer(store, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
                 return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
@@ -274,7 +288,7 @@ class _Job:
     def _is_appended(self) -> bool:
         """Whether finished lines are appended to OUT itself: not if an earlier run of the job has written parts."""
         options, layout = self._options, self._layout
-        if options.keep_order or self._shard or not outputs.can_append(layout.out):
+        if options.keep_order or options.ray or self._shard or not outputs.can_append(layout.out):
             return False
         existing = None if options.restart else records.read(layout.record)
         return existing is None or existing.output.get("appended") is not False
@@ -306,16 +320,70 @@ class _Job:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
-            worker = Worker(engine, load_tokenizer(options.vocab), f"gpt-oss {self._weights[:12]}", put)
+            worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
             stopped = hosts.agreed(lambda: bool(signalled()))
             is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
             number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
-        screen.note(pace.line())
+        return self._ended(pace, number)
+
+    def _ended(self, pace: Pace, number: int) -> int:
+        """The exit code of a run that a signal of this number has ended; 0: none has."""
+        self._screen.note(pace.line())
         if number:
-            screen.say("interrupted: the same command goes on")
+            self._screen.say("interrupted: the same command goes on")
         return 128 + number if number else 0
+
+    def _answer_on_ray(self, store: Store, wanted: np.ndarray) -> int:
+        """As `_answer`, by workers that put lines into parts of their own; `store` only keeps others from the job."""
+        from gptoss_jax.model import sharding  # here: it imports JAX
+
+        options, screen, on_ray = self._options, self._screen, _on_ray(self._options)
+        model = {name: options[name].value for name in ("dtype", "dense", "kernels")}
+        job = on_ray.Job(
+            folder=os.getcwd(),
+            inputs=self._inputs.names,
+            layout=Layout(store.layout.out, os.path.abspath(store.layout.state)),
+            survey=self._found,
+            reading=self._reading,
+            model={"path": options.checkpoint, "mesh": options.mesh or None, **model},
+            programs=options.compilation_cache,
+            model_name=self._model_name,
+        )
+        cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
+        pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
+        with (
+            on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
+            screen.status() as show,
+            interrupts.noted_with_sigterm() as signalled,
+        ):
+
+            def finished(document: Any) -> None:
+                self._tally.add(document)
+                show(pace.line())
+
+            workers = on_ray.run(job, wanted, cluster, finished, screen.note, signalled)
+            number = signalled()
+            pace.end()
+        self._run = {**pace.document(), "workers": workers}
+        return self._ended(pace, number)
+
+
+def _on_ray(options: flags.FlagValues) -> ModuleType:
+    """The module that needs Ray, which is large and slow to import.
+
+    Raises:
+        GptossError: it is not installed.
+    """
+    if (options.ray_address or "127.0.0.1").partition(":")[0] in ("127.0.0.1", "localhost"):
+        # A cluster of this machine alone: Ray would take the address that others know it by, and listen to them.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    try:
+        from gptoss_jax.jobs import on_ray
+    except ModuleNotFoundError as error:
+        raise GptossError(f"--ray needs the package {error.name}: pip install 'gptoss-jax[ray]'") from None
+    return on_ray
 
 
 def _share_of_limit(

@@ -53,12 +53,14 @@ class _Source(NamedTuple):
     name: str
     identity: object
     open: Callable[[], io.BufferedReader]
+    is_copy: bool = False  # that only this process has
 
 
 class Inputs:
     """The rows of a job, read as often as wanted: JSONL, plain or packed with gzip or zstd, and Parquet.
 
     Attributes:
+        names: what they are given as.
         files: what `Line.file` may be, in the order of the lines.
         blank_lines: how many the last whole pass found.
     """
@@ -75,6 +77,7 @@ class Inputs:
         for name, count in collections.Counter(names).items():
             if count > 1:  # said before a pipe is waited for twice
                 raise FileError(name, "is given twice")
+        self.names = tuple(names)
         self._sources = [source for name in names for source in _sources(name)]
         _check_distinct(self._sources)
         self.files = tuple(source.name for source in self._sources)
@@ -84,6 +87,12 @@ class Inputs:
         """Whether a file is one of these, by whatever name."""
         found = places.find(name).identity()
         return any(source.identity == found for source in self._sources)
+
+    def check_others_can_read(self) -> None:
+        """Raises FileError for what only this process can read again: stdin and pipes."""
+        for source in self._sources:
+            if source.is_copy:
+                raise FileError(source.name, "cannot be read by other processes, expected a file")
 
     def lines(self) -> Iterator[Line]:
         """Each row, in the order of the files; blank lines are passed over.
@@ -170,14 +179,17 @@ def _copied(file: Any, name: str) -> _Source:
     """What can be read once only, as a file that has no name and ends with the process."""
     try:
         copy = tempfile.TemporaryFile(buffering=0)
-        source = _Source(name, _identity_of(file), lambda: io.BufferedReader(_Copy(copy.fileno()), BUFFER_BYTES))
-        weakref.finalize(source.open, copy.close)
+
+        def opened() -> io.BufferedReader:
+            return io.BufferedReader(_Copy(copy.fileno()), BUFFER_BYTES)
+
+        weakref.finalize(opened, copy.close)
         while chunk := file.read(BUFFER_BYTES):
             copy.write(chunk)
     except OSError as error:
         what = f"cannot be copied to {tempfile.gettempdir()}: {error.strerror}; TMPDIR names another folder"
         raise FileError(name, what) from None
-    return source
+    return _Source(name, _identity_of(file), opened, is_copy=True)
 
 
 def _identity_of(file: Any) -> object:
@@ -214,7 +226,7 @@ class _Copy(io.RawIOBase):
 
 def _check_distinct(sources: Sequence[_Source]) -> None:
     first: dict[object, str] = {}
-    for name, identity, _ in sources:
+    for name, identity, *_ in sources:
         if identity in first:
             raise FileError(name, f"is given twice, the first time as {first[identity]}")
         first[identity] = name

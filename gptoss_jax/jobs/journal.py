@@ -134,15 +134,15 @@ class Journal:
         self._size = size
 
 
-def entries(path: str | Path, framing: Framing) -> Iterator[Entry]:
-    """The lines of a journal that were written whole, whoever writes it meanwhile.
+def entries(path: str | Path, framing: Framing, start: int = 0) -> Iterator[Entry]:
+    """The lines of a journal that were written whole, from the byte `start` on, whoever writes it meanwhile.
 
     Raises:
         JournalError: one that was not stands before one that was.
     """
     torn = 0  # the number of the first line that is not whole
     with open(path, "rb") as file:
-        offset = 0
+        offset = file.seek(start)
         for number, framed in enumerate(file, 1):
             if not framed.endswith(b"\n"):
                 return  # it may be under way: what follows by now is its rest

@@ -4,9 +4,11 @@ Beside OUT lie OUT.job.json, which says what the job is, and, where lines cannot
 in order, compressed, Parquet or remote, or several processes work on it), OUT.parts with a journal for each writer.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +23,7 @@ from gptoss_jax.jobs.survey import Survey
 from gptoss_jax.whole_files import sync_folder
 
 _SUFFIX = ".journal"
+_LINES_AT_ONCE = 1000
 MAX_OPEN_FILES = 512  # systems allow a process 1,024, and a job may have more shards
 
 
@@ -132,9 +135,12 @@ class Store:
             remove_parts(self.layout)
 
     def lines(self) -> Iterator[bytes]:
-        """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off."""
+        """All lines of this writer, then of the others so far; what a crash left half written of its own is cut off.
+
+        Where lines are appended to OUT there are no others: parts may lie there that a `take_over` had begun.
+        """
         yield from (entry.line for entry in self._journal.repaired())
-        for path in parts(self.layout):
+        for path in parts(self.layout) if self.part is not None else ():
             if path != self._journal.path:
                 yield from (entry.line for entry in journal.entries(path, CHECKED))
 
@@ -158,6 +164,42 @@ class Store:
 def parts(layout: Layout) -> list[Path]:
     """The journals of all writers."""
     return sorted(layout.parts.glob(f"*{_SUFFIX}")) if layout.parts.exists() else []
+
+
+class PartsReader:
+    """Reads what all writers add to the parts of a job, as often as it is asked."""
+
+    def __init__(self, layout: Layout):
+        self._layout, self._ends = layout, dict[Path, int]()
+
+    def new_lines(self) -> Iterator[bytes]:
+        """The finished lines that have come since it was asked last; at first all."""
+        for path in parts(self._layout):
+            for offset, line in journal.entries(path, CHECKED, self._ends.get(path, 0)):
+                self._ends[path] = offset + len(CHECKED.pack(line)) + 1
+                yield line
+
+
+def take_over(layout: Layout, part: str, record: Record) -> None:
+    """Has a job whose lines were appended to OUT go on in parts, of which `record` says so: OUT's lines become one.
+
+    Killed at any moment, it can be done again, or the job can go on as before: the record is what counts.
+
+    Raises:
+        JournalError: another process writes OUT.
+        RecordError: the job is another one.
+    """
+    appended = records.read(layout.record)
+    if appended is None or not appended.output.get("appended"):
+        return
+    replace(appended, output=record.output).check_same(record, layout.record)
+    layout.parts.mkdir(exist_ok=True)
+    with Journal(layout.out, PLAIN), Journal(layout.part(part), CHECKED) as own:
+        own.clear()
+        lines = journal.entries(layout.out, PLAIN)
+        while some := list(itertools.islice(lines, _LINES_AT_ONCE)):
+            own.append([line for _, line in some])
+        records.write(layout.record, record)
 
 
 def done_rows(

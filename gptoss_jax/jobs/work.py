@@ -140,8 +140,10 @@ class Worker:
         self._refused: list[bytes] = []
         self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
 
-    def run(self, tasks: Iterable[Task], interrupted: Callable[[], bool]) -> bool:
+    def run(self, tasks: Iterable[Task | None], interrupted: Callable[[], bool]) -> bool:
         """Answers them all, or until interrupted: what was under way then has no line.
+
+        None among the tasks: there are no more as yet; the next one is asked for once the engine has done a dispatch.
 
         Returns:
             Whether they are all answered.
@@ -162,9 +164,14 @@ class Worker:
         self._put_lines([])
         return not was_interrupted
 
-    def _requests(self, tasks: Iterable[Task]) -> Iterator[tuple[Request, AnswerStream]]:
+    def _requests(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Request, AnswerStream] | None]:
         number = itertools.count()
-        for row, asked in map(self._checked, tasks):
+        for task in tasks:
+            if task is None:
+                self._put_lines([])
+                yield None
+                continue
+            row, asked = self._checked(task)
             if asked is None:
                 self._refused.append(row.error_line())
                 if len(self._refused) >= LINES_AT_ONCE:

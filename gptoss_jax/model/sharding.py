@@ -213,11 +213,26 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
         return _build({}, {}, devices or jax.devices())
-    if str(mesh).endswith(".json"):
-        axes, rules = _read_file(Path(mesh))
-    else:
-        axes, rules = _parse(str(mesh)), {}
-    return _build(axes, rules, devices or jax.devices())
+    return _build(*_axes_and_rules(mesh), devices or jax.devices())
+
+
+def num_devices(mesh: str | Path) -> int:
+    """How many devices `make` takes for a mesh that is a text or a file.
+
+    Raises:
+        MeshError: as `make`.
+    """
+    return math.prod(_axes_and_rules(mesh)[0].values()) if mesh else 1
+
+
+def _axes_and_rules(mesh: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    axes, rules = _read_file(Path(mesh)) if str(mesh).endswith(".json") else (_parse(str(mesh)), {})
+    for name, size in axes.items():
+        if name not in MESH_AXES:
+            raise _unknown_axis(name)
+        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
+            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
+    return axes, rules
 
 
 def _with_all_axes(mesh: Mesh) -> Mesh:
@@ -267,11 +282,6 @@ def _too_few(wanted: int, devices: Sequence[Any]) -> str:
 
 
 def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
-    for name, size in axes.items():
-        if name not in MESH_AXES:
-            raise _unknown_axis(name)
-        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
-            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
     shape = [axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
         raise MeshError(_too_few(math.prod(shape), devices))

@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
 def as_they_end(
     engine: "gptoss_jax.engine.engine.Engine",
-    asked: Iterable[tuple[Request, AnswerStream]],
+    asked: Iterable[tuple[Request, AnswerStream] | None],
     show: Callable[[list[Delta]], None] = lambda deltas: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[tuple[int, Sample]]]:
@@ -40,17 +40,23 @@ def as_they_end(
     Args:
         engine: runs them.
         asked: requests, each with the stream that its `ends_at` belongs to; taken as slots become free, so that there
-            may be millions.
+            may be millions. None: there are no more as yet; the next one is asked for after a dispatch.
         show: gets what each event of any request brings.
         interrupted: asked before each dispatch.
     """
-    numbered, growing = enumerate(asked), dict[int, tuple[int, _Growing]]()
+    coming, numbers, growing = iter(asked), itertools.count(), dict[int, tuple[int, _Growing]]()
     most = AHEAD * engine.engine_config.slots
     began = time.perf_counter()
     while not interrupted():
-        for number, (request, stream) in itertools.islice(numbered, most - len(growing)):
-            growing[engine.submit(request)] = number, _Growing(stream, show)
+        more_may_come = False
+        for pair in itertools.islice(coming, most - len(growing)):
+            if more_may_come := pair is None:
+                break
+            request, stream = pair
+            growing[engine.submit(request)] = next(numbers), _Growing(stream, show)
         if not growing:
+            if more_may_come:
+                continue
             return
         ended = []
         for event in engine.tick():

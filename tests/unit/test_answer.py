@@ -293,3 +293,17 @@ def test_requests_are_taken_as_slots_become_free_and_an_interruption_ends_all():
     samples = list(collect(stopped, [Request((1,), ())] * 3, fresh, interrupted=lambda: True))
     assert [sample.answer.finish_reason for sample in samples] == ["cancelled"] * 3
     assert stopped.submitted == []
+
+
+def test_requests_that_come_later_join_those_under_way():
+    """Guards workers whose rows come in groups: an engine that waits for one to end before the next has empty slots."""
+    events = [Event(0, (), (), None), Event(1, (), (), "stop"), Event(0, (), (), "stop")]
+    runner, dispatches = _Runner(events, slots=2), []
+
+    def asked():
+        for comes in (False, True, False, True, False, False):
+            dispatches.append(3 - len(runner.coming))
+            yield (Request((1,), ()), AnswerStream(WORDS)) if comes else None
+
+    assert [[number for number, _ in ended] for ended in as_they_end(runner, asked())] == [[1], [0]]
+    assert dispatches == [0, 0, 0, 1, 1, 2]  # that were behind it when the next was asked for
