@@ -11,11 +11,14 @@ so that drawing a token is the same share of a step as in the whole model. Answe
 drawn at temperature 1.
 
 The job runs through the engine (its slots filled again as answers end), in static batches (the next begins when the
-longest answer of the last has ended), and, some of its rows, one at a time. Beside the engine its own programs are
-dispatched again with the same arguments and no engine around them: what that saves is the engine's overhead. Then rows
-that share a prefix, with and without the prefix cache. llama-server gets the same ids and lengths over HTTP, with as
-many parallel slots; llama-batched-bench decodes equal sequences, which is the most that llama.cpp could reach. All take
-turns in each round; figures are medians, and ratios are medians of the rounds' own.
+longest answer of the last has ended), and, some of its rows, one at a time. An ended answer costs this engine nothing;
+of the first rows a static batch is therefore run as others compute it too, where every row is drawn until the longest
+has ended (only the tokens that were asked for count). Beside the engine its own programs are dispatched again with the
+same arguments and no engine around them: what that saves is the engine's overhead. On a busy machine two runs are never
+alike, so the time in which no program ran is reported beside it. Then rows that share a prefix, with and without the
+prefix cache. llama-server gets the same ids and lengths over HTTP, with as many parallel slots; llama-batched-bench
+decodes equal sequences, which is the most that llama.cpp could reach. All take turns in each round; figures are
+medians, and ratios are medians of the rounds' own.
 """
 
 import json
@@ -113,14 +116,19 @@ def run_in_batches(engine: Engine, rows: Sequence[Row], size: int) -> float:
     return sum(run(engine, rows[first : first + size]) for first in range(0, len(rows), size))
 
 
+def run_padded(engine: Engine, rows: Sequence[Row]) -> float:
+    """Seconds of one static batch whose every answer is drawn until the longest has ended."""
+    return run(engine, [row._replace(answer_tokens=max(row.answer_tokens for row in rows)) for row in rows])
+
+
 def answer_tokens(rows: Sequence[Row]) -> int:
     """Tokens of all answers."""
     return sum(row.answer_tokens for row in rows)
 
 
 def context_tokens(rows: Sequence[Row]) -> int:
-    """What the longest row takes of a context."""
-    return max(len(row.prompt) + row.answer_tokens for row in rows)
+    """What the longest prompt with the longest answer takes of a context."""
+    return max(len(row.prompt) for row in rows) + max(row.answer_tokens for row in rows)
 
 
 # ---- its programs alone ----
@@ -135,23 +143,41 @@ class Call(NamedTuple):
     page_table: np.ndarray | None  # of the cache that it was given
 
 
-def recorded(compiled: Compiled, calls: list[Call]) -> Compiled:
-    """The same programs, each of whose dispatches is noted in `calls`; of an engine without a prefix cache."""
+class Recorder:
+    """Notes every dispatch of an engine without a prefix cache, and how long its programs ran.
 
-    def note(kind: str, program: Any, own: int) -> Callable[..., Any]:
+    Attributes:
+        calls: the dispatches, in order.
+        seconds: from each dispatch until its results were there, added up.
+    """
+
+    def __init__(self):
+        self.calls: list[Call] = []
+        self.seconds = 0.0
+
+    def clear(self) -> None:
+        """Forgets what was noted."""
+        self.calls, self.seconds = [], 0.0
+
+    def around(self, compiled: Compiled) -> Compiled:
+        """The same programs, each of whose dispatches is noted."""
+        return Compiled(
+            admit=self._noting("admit", compiled.admit, 3),
+            halt=self._noting("halt", compiled.halt, 1),
+            prefill={width: self._noting("prefill", program, 4) for width, program in compiled.prefill.items()},
+            decode=self._noting("decode", compiled.decode, 4),
+        )
+
+    def _noting(self, kind: str, program: Any, given: int) -> Callable[..., Any]:
         def dispatch(*arguments: Any) -> Any:
-            table = np.array(arguments[1].page_table) if kind in ("prefill", "decode") else None
-            calls.append(Call(kind, program, arguments[own:], table))
-            return program(*arguments)
+            table = np.array(arguments[1].page_table) if given == 4 else None
+            self.calls.append(Call(kind, program, arguments[given:], table))
+            began = time.perf_counter()
+            results = jax.block_until_ready(program(*arguments))
+            self.seconds += time.perf_counter() - began
+            return results
 
         return dispatch
-
-    return Compiled(
-        admit=note("admit", compiled.admit, 3),
-        halt=note("halt", compiled.halt, 1),
-        prefill={width: note("prefill", program, 4) for width, program in compiled.prefill.items()},
-        decode=note("decode", compiled.decode, 4),
-    )
 
 
 def dispatch_again(runner: ModelRunner, calls: Sequence[Call]) -> float:
@@ -211,23 +237,26 @@ def measure(model: LanguageModel, gguf: Path | None, options: flags.FlagValues) 
     names = ("engine", "its programs", "static batches", "llama-server")
     results = Results(
         {name: mixed for name in names}
-        | {"one at a time": few}
+        | {"one at a time": few, "static batch, padded": mixed[:slots]}
         | {name: shared for name in ("prefix cache", "no prefix cache", "llama-server, prefix")}
     )
-    longest, calls = context_tokens([*mixed, *shared]), list[Call]()
+    longest, recorder, host_shares = context_tokens([*mixed, *shared]), Recorder(), list[float]()
     without = EngineConfig(slots=slots, max_context_tokens=longest, prefix_snapshots=0)
     compiled = model.engine(without).runner.compiled
-    engine, noting = (model.engine(without, compiled=each) for each in (compiled, recorded(compiled, calls)))
+    engine, noting = (model.engine(without, compiled=each) for each in (compiled, recorder.around(compiled)))
     alone = model.engine(EngineConfig(max_context_tokens=longest, prefix_snapshots=0))
     caching = EngineConfig(slots=slots, max_context_tokens=longest)
     compiled_caching = model.engine(caching).runner.compiled
     for each in (engine, noting, alone):
         run(each, mixed[:1])  # pages are touched
     for _ in range(options.rounds):
-        calls.clear()
-        results.take("engine", run(noting, mixed))
-        results.take("its programs", dispatch_again(noting.runner, calls))
+        recorder.clear()
+        seconds = run(noting, mixed)
+        host_shares.append(seconds / recorder.seconds - 1)
+        results.take("engine", seconds)
+        results.take("its programs", dispatch_again(noting.runner, recorder.calls))
         results.take("static batches", run_in_batches(engine, mixed, slots))
+        results.take("static batch, padded", run_padded(engine, mixed[:slots]))
         results.take("one at a time", run_in_batches(alone, few, 1))
         results.take("no prefix cache", run(engine, shared))
         cached = model.engine(caching, compiled=compiled_caching)  # empty
@@ -239,19 +268,16 @@ def measure(model: LanguageModel, gguf: Path | None, options: flags.FlagValues) 
                 results.take(
                     name, server.seconds([(row.prompt, row.answer_tokens) for row in rows], cache_prompt=cache_prompt)
                 )
-    figures = {"tokens_per_second": results.rates(), "overhead": _overhead(results)}
-    for other in ("static batches", "one at a time", "llama-server"):
+    figures: dict[str, Any] = {"tokens_per_second": results.rates()}
+    figures["overhead"] = round((results.faster("its programs", "engine") or 1) - 1, 4)
+    figures["time between its programs"] = round(statistics.median(host_shares), 4)
+    for other in ("static batches", "static batch, padded", "one at a time", "llama-server"):
         figures[f"engine over {other}"] = results.faster("engine", other)
     for other in ("no prefix cache", "llama-server, prefix"):
         figures[f"prefix cache over {other}"] = results.faster("prefix cache", other)
     if gguf and options.llama_batched_bench:
         figures["llama-batched-bench"] = _batched_bench(gguf, mixed, options)
     return figures
-
-
-def _overhead(results: Results) -> float:
-    """The engine's own time as a share of its programs'."""
-    return round((results.faster("its programs", "engine") or 1) - 1, 4)
 
 
 def _batched_bench(gguf: Path, rows: Sequence[Row], options: flags.FlagValues) -> float:
