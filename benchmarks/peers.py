@@ -7,11 +7,17 @@ prefill, which is why nobody wants them at 131,072 tokens.
 # pyright: reportMissingImports=false
 # (torch and transformers are installed by `make gates` alone, and looked for where they are asked for)
 
+import concurrent.futures
+import contextlib
+import functools
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import time
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +84,85 @@ class Llama(NamedTuple):
         if done.returncode:
             raise GptossError(f"{' '.join(arguments)}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
         return done.stdout
+
+
+class LlamaServer(NamedTuple):
+    """llama.cpp's server, in a process per measurement, with continuous batching over parallel slots.
+
+    Attributes:
+        program: llama-server.
+        model: the GGUF file.
+        threads: how many it may use.
+        slots: sequences at once.
+        context_tokens: of each slot.
+    """
+
+    program: Path
+    model: Path
+    threads: int
+    slots: int
+    context_tokens: int
+
+    def seconds(self, rows: Sequence[tuple[Sequence[int], int]], *, cache_prompt: bool) -> float:
+        """Seconds until the last answer has come to rows of a prompt and the length of its answer, all asked at once.
+
+        `cache_prompt`: whether a prompt may go on from what its slot holds.
+        """
+        with self._running() as address, concurrent.futures.ThreadPoolExecutor(len(rows)) as callers:
+            self._answer(address, ([1, 2, 3], 2), cache_prompt=False)  # what is done once is done
+            began = time.perf_counter()
+            drawn = list(callers.map(functools.partial(self._answer, address, cache_prompt=cache_prompt), rows))
+            seconds = time.perf_counter() - began
+        if drawn != [tokens for _, tokens in rows]:
+            raise GptossError("llama-server: answers of other lengths than were asked for")
+        return seconds
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[str]:
+        """Its address, while it runs; weights in huge pages, as `Llama`."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        sizes = ["-np", self.slots, "-c", self.slots * (self.context_tokens + 8), "-t", self.threads]
+        command = [self.program, "-m", self.model, "--load-mode", "none", "--host", "127.0.0.1", "--port", port, *sizes]
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while not self._is_ready(address):
+                if process.poll() is not None:
+                    raise GptossError(f"{self.program}: exit code {process.returncode} while it started")
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.kill()
+            process.wait()
+
+    def _is_ready(self, address: str) -> bool:
+        with contextlib.suppress(OSError), _DIRECT.open(f"{address}/health", timeout=5) as reply:
+            return reply.status == 200
+        return False
+
+    def _answer(self, address: str, row: tuple[Sequence[int], int], *, cache_prompt: bool) -> int:
+        """Tokens of an answer."""
+        prompt, tokens = row
+        asked = {
+            "prompt": list(prompt),
+            "n_predict": tokens,
+            "ignore_eos": True,
+            "cache_prompt": cache_prompt,
+            "samplers": ["temperature"],
+            "temperature": 1.0,
+        }
+        request = urllib.request.Request(
+            f"{address}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with _DIRECT.open(request) as reply:
+            return json.load(reply)["tokens_predicted"]
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows no 127.0.0.1
 
 
 class Transformers:

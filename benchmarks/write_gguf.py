@@ -162,6 +162,11 @@ def _experts(leaves: Leaves, path: str, name: str) -> Iterator[Tensor]:
             )
 
 
+def missing() -> str | None:
+    """Why no file can be written here, or None."""
+    return None if importlib.util.find_spec("gguf") else "the gguf package is not installed: make gates installs it"
+
+
 def write(path: Path, leaves: Leaves, dense: str) -> int:
     """Writes the file, a tensor at a time, and gives its bytes."""
     import gguf
@@ -229,8 +234,8 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     if len(arguments) != 1:
         raise GptossError(f"expected one file to write, got {arguments or 'none'}")
-    if importlib.util.find_spec("gguf") is None:
-        raise GptossError("the gguf package is not installed: make gates installs it")
+    if reason := missing():
+        raise GptossError(reason)
     if (options.checkpoint is None) == (options.layers is None):
         raise GptossError("expected either --checkpoint or --layers")
     began = time.monotonic()

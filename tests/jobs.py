@@ -1,10 +1,12 @@
 """Batch jobs for tests: commands with a model that is not there, which die at any write that a test names."""
 
 import io
+import itertools
 import json
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from multiprocessing import util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,14 +44,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def wordy(folder: Path) -> Path:
     """Random weights that take prompts in words, published; only the first call in a folder writes them."""
     return folder / "published" if (folder / "published").exists() else TinyModel(WORDY).write(folder)
-
-
-def run(
-    checkpoint: Path, *arguments: Any, model: str = "fake", dying: "Dying | None" = None, **options: Any
-) -> processes.Done:
-    """The command with a fake model, or with that of the checkpoint."""
-    prepare = Fake(dying) if model == "fake" else None
-    return processes.run(BATCH, *arguments, "--checkpoint", checkpoint, prepare=prepare, **options)
 
 
 class Dying(NamedTuple):
@@ -113,11 +107,41 @@ class Fake(NamedTuple):
             self.dying.install()
 
 
-def _load_fake(options: Any, screen: Any, slots: int, pool_tokens: int | None = None) -> tuple[Any, Any]:
-    from gptoss_jax.cli import model_flags, sampling_flags
+def _load_fake(options: Any, screen: Any, engine_config: Any) -> tuple[Any, Any]:
+    from gptoss_jax.cli import model_flags
     from gptoss_jax.engine.engine import Engine
     from tests.fake_runner import FakeRunner
 
-    engine_config = sampling_flags.engine_config(options, slots, pool_tokens)
     model = SimpleNamespace(decode_bytes=lambda slots, context: slots, read_bandwidth=lambda at_least: 1e9)
     return model, Engine(FakeRunner(engine_config), model_flags.config(options), engine_config)
+
+
+class Instant(NamedTuple):
+    """In a command's process: every row has the same answer at once; the most memory held is written to a file."""
+
+    report: str
+
+    def __call__(self) -> None:
+        from gptoss_jax.jobs.work import Worker
+        from tests.made_answers import FINAL, answer
+        from tests.memory import peak_bytes
+
+        Fake()()
+        found = [answer(FINAL)]
+
+        def run(self: Worker, tasks: Any, interrupted: Any) -> None:
+            while group := list(itertools.islice(tasks, 256)):
+                self._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
+
+        Worker.run = run
+        util.Finalize(None, lambda: Path(self.report).write_text(str(peak_bytes())), exitpriority=0)
+
+
+FAKE = Fake()
+REAL = None
+"""In place of a fake: the model that the checkpoint holds."""
+
+
+def run(checkpoint: Path, *arguments: Any, model: Callable[[], object] | None = FAKE, **options: Any) -> processes.Done:
+    """The command; `model` is called in its process before it."""
+    return processes.run(BATCH, *arguments, "--checkpoint", checkpoint, prepare=model, **options)

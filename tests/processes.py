@@ -29,13 +29,13 @@ def run(
     stdin: str | bytes = "",
     environment: Mapping[str, str | None] = {},
     prepare: Callable[[], object] | None = None,
+    meanwhile: Callable[[Any], object] | None = None,
     timeout_seconds: float = 300,
-    kill_after_seconds: float | None = None,
 ) -> Done:
     """`python -m module arguments`, its streams being files.
 
     `environment` names variables to set, or with None to unset; `prepare` is called in the process before the command.
-    After `kill_after_seconds`, if given, it gets SIGKILL, and its exit code is -9 if it still ran.
+    `meanwhile` gets the process while it runs: a multiprocessing.Process.
     """
     with tempfile.TemporaryDirectory() as folder:
         names = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
@@ -44,12 +44,12 @@ def run(
             name.touch()
         redirect = _Redirect([str(name) for name in names], prepare)
         process = start(module, *arguments, prepare=redirect, environment=environment)
-        process.join(timeout_seconds if kill_after_seconds is None else kill_after_seconds)
+        if meanwhile is not None:
+            meanwhile(process)
+        process.join(timeout_seconds)
         if process.is_alive():
             process.kill()
-            process.join()
-            if kill_after_seconds is None:
-                raise TimeoutError(f"{module} {arguments} ran longer than {timeout_seconds} s")
+            raise TimeoutError(f"{module} {arguments} ran longer than {timeout_seconds} s")
         return Done(process.exitcode, *(name.read_text() for name in names[1:]))
 
 
@@ -71,7 +71,7 @@ class _Redirect(NamedTuple):
         for descriptor, name in enumerate(self.names):
             flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT
             os.dup2(os.open(name, flags), descriptor)
-        if self.prepare:
+        if self.prepare is not None:
             self.prepare()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from absl import flags
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, interrupts, model_flags, prompts, ray_job, sampling_flags
+from gptoss_jax.cli import command, hosts, interrupts, model_flags, prompts, ray_job, sampling_flags
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.cli.terminal import Screen
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import gptoss_jax.runtime.language_model
 
 _WITHOUT_OTHERS = "all"  # the part of a job that no shard shares
-_NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache")  # the weights' hash says what the first one names
+_NOT_FOR_ANSWERS = ("checkpoint", "compilation_cache", *hosts.HOST_FLAGS)  # a hash says what the first one names
 MAX_SHARDS = 100_000
 
 
@@ -81,6 +82,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     if options.ray:
         inputs.check_others_can_read()
     layout = None if out is None else _layout(options, out, inputs)
+    hosts.join(options, screen)  # from here on the first process alone speaks
     for remark in remarks:
         screen.say(remark)
     found = _survey(screen, inputs, reading.fault_of)
@@ -213,6 +215,40 @@ class _Job:
         return f"gpt-oss {self._weights[:12]}"
 
     def run(self) -> int:
+        """Does what is left, over several hosts with all of them; gives the exit code."""
+        if self._options.coordinator is None:
+            return self._lead(lambda wanted: None)
+        hosts.check_same("the input", self._found.digest)
+        return self._lead_others() if hosts.is_first() else self._follow()
+
+    def _lead_others(self) -> int:
+        """As `_lead`; whatever becomes of it, the others hear what to do."""
+        told = np.zeros(self._found.num_rows + 1, np.bool_)  # the rows to answer, and whether the job goes on
+        has_told = False
+
+        def tell(wanted: np.ndarray, *, goes_on: bool = True) -> None:
+            nonlocal has_told
+            told[:-1], told[-1], has_told = wanted, goes_on, True
+            hosts.of_first(told)
+
+        try:
+            code = self._lead(tell)
+        except BaseException:
+            if not has_told:
+                tell(told[:-1], goes_on=False)
+            raise
+        if not has_told:
+            tell(told[:-1])
+        return code
+
+    def _follow(self) -> int:
+        """Answers what the first process answers, which alone keeps the lines."""
+        told = hosts.of_first(np.zeros(self._found.num_rows + 1, np.bool_))
+        if not told[-1]:
+            return command.EXIT_CODE
+        return self._answer(lambda lines: None, told[:-1]) if told[:-1].any() else 0
+
+    def _lead(self, tell: Callable[[np.ndarray], None]) -> int:
         layout, record = self._layout, self._record()
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
@@ -225,8 +261,8 @@ class _Job:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
-            answer = self._answer_on_ray if self._options.ray else self._answer
-            code = answer(store, wanted) if wanted.any() else 0
+            tell(wanted)
+            code = self._answered(store, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
                 return code if code or self._shard else _merge(self._screen, layout, self._found, self._run)
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
@@ -267,21 +303,26 @@ class _Job:
         if done.any():
             self._screen.note(f"going on: {int(done.sum()):,} of {len(done):,} rows are done")
 
-    def _answer(self, store: Store, wanted: np.ndarray) -> int:
+    def _answered(self, store: Store, wanted: np.ndarray) -> int:
+        return self._answer_on_ray(wanted) if self._options.ray else self._answer(store.append, wanted)
+
+    def _answer(self, keep: Callable[[Sequence[bytes]], None], wanted: np.ndarray) -> int:
+        """Answers the rows that are wanted; `keep` puts their lines on the disk."""
         options, screen = self._options, self._screen
         language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 
             def put(lines: Sequence[bytes]) -> None:
-                store.append(lines)
+                keep(lines)
                 for line in lines:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
             worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
-            worker.run(self._reading.tasks(self._inputs, self._found, wanted), lambda: bool(signalled()))
-            number = signalled()
+            stopped = hosts.agreed(lambda: bool(signalled()))
+            is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
+            number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
         return self._ended(pace, number)
@@ -293,10 +334,9 @@ class _Job:
             self._screen.say("interrupted: the same command goes on")
         return 128 + number if number else 0
 
-    def _answer_on_ray(self, store: Store, wanted: np.ndarray) -> int:
-        """As `_answer`, by workers that put lines into parts of their own; `store` only keeps others from the job."""
-        job = ray_job.job(self._options, self._inputs, store.layout, self._found, self._reading, self._model_name)
-        ray_job.say_if_random(self._options, self._screen)
+    def _answer_on_ray(self, wanted: np.ndarray) -> int:
+        """As `_answer`, by workers that keep the lines in parts of their own."""
+        job = ray_job.job(self._options, self._inputs, self._layout, self._found, self._reading, self._model_name)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
         workers, number = ray_job.answer(self._options, self._screen, job, wanted, pace)
         self._run = {**pace.document(), "workers": workers}

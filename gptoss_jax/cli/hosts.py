@@ -6,6 +6,7 @@ they tell one another.
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from gptoss_jax.cli import interrupts, roll_call
 from gptoss_jax.errors import GptossError, short
 
 if TYPE_CHECKING:
+    import numpy as np
+
     import gptoss_jax.cli.terminal
 
 HOST_FLAGS = ("coordinator", "num_processes", "process_id", "coordinator_timeout")
@@ -59,12 +62,12 @@ def _address(coordinator: str) -> tuple[str, int]:
 def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> None:
     """Waits for all processes of the run, if the flags name several; all but the first say no more than errors.
 
-    To be called before anything asks JAX for devices.
+    A second call does nothing. To be called before anything asks JAX for devices.
 
     Raises:
         GptossError: processes are missing, or were not started alike.
     """
-    if options.coordinator is None:
+    if options.coordinator is None or _is_joined():
         return
     where = {}
     if options.coordinator != AUTO:
@@ -93,6 +96,14 @@ def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") ->
     check_same("the command line", alike)
 
 
+def _is_joined() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process prints and writes files: the first of a run over several hosts, or the only one."""
     import jax
@@ -109,6 +120,14 @@ def check_same(what: str, value: object) -> None:
             f"{what} of process {', '.join(map(str, different))} is not process 0's: start the same command, on the "
             "same input, on every host"
         )
+
+
+def of_first(values: "np.ndarray") -> "np.ndarray":
+    """The values that the first process has, in every process; all call it with arrays of one shape."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def agreed(asked: Callable[[], bool]) -> Callable[[], bool]:

@@ -55,12 +55,6 @@ def job(
     )
 
 
-def say_if_random(options: flags.FlagValues, screen: Screen) -> None:
-    """What a model that is loaded here says of itself."""
-    if opening.open_weights(Path(options.checkpoint)).are_random:
-        screen.say("these weights are RANDOM: the text is noise, not an answer")
-
-
 def answer(
     options: flags.FlagValues, screen: Screen, job: "gptoss_jax.jobs.on_ray.Job", wanted: np.ndarray, pace: Pace
 ) -> tuple[int, int]:
@@ -75,6 +69,8 @@ def answer(
     from gptoss_jax.model import sharding  # here: it imports JAX
 
     on_ray = _on_ray(options)
+    if opening.open_weights(Path(options.checkpoint)).are_random:
+        screen.say("these weights are RANDOM: the text is noise, not an answer")
     cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
     with (
         on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
@@ -87,9 +83,8 @@ def answer(
             show(pace.line())
 
         workers = on_ray.run(job, wanted, cluster, finished, screen.note, signalled)
-        number = signalled()
         pace.end()
-    return workers, number
+        return workers, 0 if pace.tally.rows == pace.total else signalled()
 
 
 def _on_ray(options: flags.FlagValues) -> ModuleType:

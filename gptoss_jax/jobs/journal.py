@@ -145,7 +145,7 @@ def entries(path: str | Path, framing: Framing, start: int = 0) -> Iterator[Entr
         offset = file.seek(start)
         for number, framed in enumerate(file, 1):
             if not framed.endswith(b"\n"):
-                return  # what may come behind it by now is its rest
+                return  # it may be under way: what follows by now is its rest
             line = framing.unpack(framed[:-1])
             if line is None:
                 torn = torn or number

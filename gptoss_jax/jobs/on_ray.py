@@ -269,9 +269,7 @@ def _run_dataset(shared: _Shared, rows: int, needs: Mapping[str, int], workers: 
         "resources": dict(needs)
     }
     reading = {"num_cpus": 0}  # it would wait for CPUs that workers have
-    groups = ray.data.read_datasource(
-        _Groups(shared, rows), override_num_blocks=1, ray_remote_args=reading
-    )
+    groups = ray.data.read_datasource(_Groups(shared, rows), override_num_blocks=1, ray_remote_args=reading)
     ended = groups.map_batches(
         _Actor,
         fn_constructor_args=(shared.job, needs.get("CPU")),

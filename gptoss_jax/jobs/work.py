@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gptoss_jax.api.asked import Asked, Options
-from gptoss_jax.engine.request import EngineConfig, Request
+from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.tokenizer import Tokenizer
@@ -140,18 +140,29 @@ class Worker:
         self._refused: list[bytes] = []
         self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
 
-    def run(self, tasks: Iterable[Task | None], interrupted: Callable[[], bool]) -> None:
+    def run(self, tasks: Iterable[Task | None], interrupted: Callable[[], bool]) -> bool:
         """Answers them all, or until interrupted: what was under way then has no line.
 
         None among the tasks: there are no more as yet; the next one is asked for once the engine has done a dispatch.
+
+        Returns:
+            Whether they are all answered.
 
         Raises:
             OSError: a line cannot be put.
             GptossError: as `tasks` raises it.
         """
-        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=interrupted):
+        was_interrupted = False
+
+        def stops() -> bool:
+            nonlocal was_interrupted
+            was_interrupted = interrupted()
+            return was_interrupted
+
+        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=stops):
             self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
         self._put_lines([])
+        return not was_interrupted
 
     def _requests(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Request, AnswerStream] | None]:
         number = itertools.count()
@@ -160,7 +171,7 @@ class Worker:
                 self._put_lines([])
                 yield None
                 continue
-            row, asked = task
+            row, asked = self._checked(task)
             if asked is None:
                 self._refused.append(row.error_line())
                 if len(self._refused) >= LINES_AT_ONCE:
@@ -171,6 +182,17 @@ class Worker:
             for place, pair in enumerate(pairs):
                 self._open[next(number)] = opened, place
                 yield pair
+
+    def _checked(self, task: Task) -> Task:
+        """The task, refused where the engine's memory, which is known only now, can never hold it."""
+        if task.asked is None:
+            return task
+        try:
+            options = task.asked.options
+            self.engine.check(Request(task.asked.token_ids, (), options.max_new_tokens, options.sampling))
+        except RequestError as error:
+            return Task(task.row.refused(str(error)), None)
+        return task
 
     def _line(self, number: int, sample: Sample) -> bytes | None:
         """The line of a row, once the last of its answers is there."""

@@ -17,8 +17,10 @@ CUT = ("--config", "CONFIG", "--layers", 2)
 GPU_SIZES = ("--memory-gib", 0.02, "--copy-elements", 4096, "--matrix-side", 32, "--calls", 1, "--steps", 1)
 GPU_CASES = ("--batch", 1, "--contexts", 16, "--prefill", 8, "--chunk", 8, "--op-tokens", 1, "--op-attention", "1x1x40")
 GPU_CHECKS = ("--check-tokens", 2, "--check-attention", "2x1")
+BATCH_SIZES = ("--scale", 0.02, "--slots", 2, "--rows", 3, "--alone-rows", 1, "--prefix-rows", 3, "--rounds", 1)
 TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, FILE for one to write
     "ahead_of_time": ("models", "--target", "v6e"),
+    "batch": ("--config", "CONFIG", *BATCH_SIZES),
     "compilers": (),
     "cpu": (*CUT, "--contexts", 16, "--batch", 1, "--prefill", 8, "--steps", 2, "--rounds", 1, "--notransformers"),
     "cpu_attention": ("--contexts", 64, "--chunk", 4, "--rounds", 1),

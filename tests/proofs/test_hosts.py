@@ -181,3 +181,24 @@ def test_ctrl_c_at_one_process_ends_all_and_keeps_what_had_come(folders, tmp_pat
     assert (first.returncode, second.returncode) == (130, 130)
     assert "the answer was interrupted after" in first.stderr
     assert (second.stdout, second.stderr) == ("", "")
+
+
+def test_two_processes_do_one_job(folders, tmp_path):
+    """Guards batch jobs of a model over several hosts: one of them keeps the lines, and all end together."""
+    rows = [{"id": str(i), "prompt": f"Question {i}?", "max_new_tokens": 4 + i} for i in range(5)] + [{"id": "bad"}]
+    given = tmp_path / "in.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--checkpoint", folders / "converted", "--mesh", MESHES[0], "--dtype", "float32", "--slots", 4]
+    one = tmp_path / "one.jsonl"
+    assert end(start("batch", given, one, *asked, devices=8, folder=tmp_path / "one"), tmp_path / "one").returncode == 0
+    both = tmp_path / "both.jsonl"
+    for run in ("first", "again"):
+        (tmp_path / run).mkdir()
+        first, second = run_both(tmp_path / run, "batch", given, both, *asked)
+        assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+        assert (second.stdout, second.stderr) == ("", "")
+    assert sorted(both.read_bytes().splitlines()) == sorted(one.read_bytes().splitlines())
+    (tmp_path / "other").mkdir()
+    other, also = run_both(tmp_path / "other", "batch", given, both, "--seed", 1, *asked)
+    assert (other.returncode, also.returncode) == (2, 2)
+    assert "settings, seed: 0 then, 1 now" in other.stderr

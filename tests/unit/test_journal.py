@@ -1,11 +1,13 @@
 """Lines appended to a file: what a crash, a full disk or a second writer may leave of them."""
 
 import errno
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from gptoss_jax.jobs import journal
 from gptoss_jax.jobs.journal import CHECKED, PLAIN, Journal, JournalError
 from tests.goldens.make import ROOT
 
-LINES = [json.dumps({"id": str(i), "text": "é✓\u2028" * i}, ensure_ascii=False).encode() for i in range(4)]
+LINES = [json.dumps({"id": str(i), "text": "é✓\u2028"[:i]}, ensure_ascii=False).encode() for i in range(4)]
 BOTH = pytest.mark.parametrize("framing", [PLAIN, CHECKED], ids=["plain", "checked"])
 
 
@@ -173,11 +175,21 @@ def test_a_line_is_on_the_disk_when_append_returns(framing, tmp_path, monkeypatc
         assert calls == [str(tmp_path), b"".join(framing.pack(line) + b"\n" for line in LINES[:2]), str(tmp_path / "j")]
 
 
-def test_a_journal_is_read_while_it_is_written(tmp_path, monkeypatch):
-    """Guards a driver that looks at a worker's lines: it sees a beginning of them, whole, whenever it looks.
+class _Growing(io.BytesIO):
+    """A file whose second line was half there when a reader came to its end."""
 
-    Once the rest of a line that was half there was taken for a line of its own.
-    """
+    def __iter__(self) -> Any:
+        return iter([LINES[0] + b"\n", LINES[1][:5], LINES[1][5:] + b"\n", LINES[2] + b"\n"])
+
+
+def test_the_rest_of_half_a_line_is_no_line(monkeypatch):
+    """Guards a reader beside a writer: it stops at half a line, whose rest, there by now, would be damage to it."""
+    monkeypatch.setattr(journal, "open", lambda path, mode: _Growing(), raising=False)
+    assert _read("j", PLAIN) == LINES[:1]
+
+
+def test_a_journal_is_read_while_it_is_written(tmp_path, monkeypatch):
+    """Guards a driver that looks at a worker's lines: it sees a beginning of them, whole, whenever it looks."""
     write, wanted = os.write, [b"%d " % i + b"x" * 1500 for i in range(200)]
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data[:400])))
     with Journal(tmp_path / "j", CHECKED) as opened:
