@@ -296,7 +296,7 @@ class _Groups(ray.data.Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ray.data.ReadTask]:
+    def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[Any]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [ray.data.ReadTask(functools.partial(_groups, self._shared, self._rows), unknown)]
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -245,3 +247,14 @@ def test_a_lost_machine_loses_nothing(folder, machines):
     for pid in (machines.raylet, *children_of(machines.raylet)):
         os.kill(pid, signal.SIGKILL)
     folder.check("d.jsonl", process)
+
+
+def test_what_a_worker_cannot_do_is_said_by_every_call(monkeypatch):
+    """Guards calls that come after a worker's end, which would wait forever; no cluster runs here."""
+    from gptoss_jax.jobs import on_ray
+
+    monkeypatch.setattr(on_ray.ray, "get", lambda job: job)
+    worker = on_ray._Actor(SimpleNamespace(folder="/nowhere"), None)
+    for _ in range(2):
+        (fault,) = worker({"group": [pickle.dumps([(0, "in.jsonl", 1, b"{}", "")])]})["fault"]
+        assert fault == f"a worker on {os.uname().nodename}: [Errno 2] No such file or directory: '/nowhere'"
