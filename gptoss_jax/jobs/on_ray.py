@@ -37,7 +37,7 @@ from gptoss_jax.jobs.journal import CHECKED, Journal
 from gptoss_jax.jobs.rows import RowReader
 from gptoss_jax.jobs.store import Layout, PartsReader, done_rows
 from gptoss_jax.jobs.survey import Survey
-from gptoss_jax.jobs.work import Reading, Task, Worker, in_order
+from gptoss_jax.jobs.work import Reading, Task, Worker, in_order, wanted_lines
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
@@ -302,12 +302,16 @@ class _Groups(ray.data.Datasource):
 
 
 def _groups(shared: _Shared, rows: int) -> Iterator[pyarrow.Table]:
-    """The read task: groups of (ordinal, line), as they are wanted by workers."""
+    """The read task: groups of (ordinal, line), as workers take them; a fault ends them, as a group of its own."""
     job, wanted = ray.get([shared.job, shared.wanted])
-    os.chdir(job.folder)
-    lines = ((ordinal, line) for ordinal, line in enumerate(Inputs(job.inputs).lines()) if wanted[ordinal])
-    while group := list(itertools.islice(lines, rows)):
-        yield pyarrow.table({"group": [pickle.dumps([(ordinal, *line) for ordinal, line in group])]})
+    try:
+        os.chdir(job.folder)
+        lines = wanted_lines(Inputs(job.inputs), job.survey, wanted)
+        while group := list(itertools.islice(lines, rows)):
+            content = pickle.dumps([(ordinal, *line) for ordinal, line in group])
+            yield pyarrow.table({"group": [content], "fault": [""]})
+    except (GptossError, OSError) as error:
+        yield pyarrow.table({"group": [b""], "fault": [str(error)]})
 
 
 # ---- a worker ----
@@ -332,6 +336,8 @@ class _Actor:
 
     def __call__(self, table: Mapping[str, Any]) -> dict[str, list[str]]:
         """Answers a group; gives why it cannot, or ""."""
+        if fault := str(table["fault"][0]):  # there is none to answer
+            return {"fault": [fault]}
         pairs = [(ordinal, Line(*line)) for ordinal, *line in pickle.loads(table["group"][0])]
         group = _Group(pairs)
         self._arrived.put(group)

@@ -12,7 +12,7 @@ from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.tokenizer import Tokenizer
-from gptoss_jax.jobs.inputs import Inputs
+from gptoss_jax.jobs.inputs import Inputs, Line
 from gptoss_jax.jobs.rows import Row, RowReader
 from gptoss_jax.jobs.survey import Survey
 from gptoss_jax.model.config import ModelConfig
@@ -81,17 +81,26 @@ class Reading:
             yield from in_order(window)
 
     def _tasks(self, inputs: Inputs, survey: Survey, wanted: np.ndarray) -> Iterator[Task]:
-        reader, count = RowReader(survey.forms), 0
-        for ordinal, line in enumerate(inputs.lines()):
-            count += 1
-            if not survey.places.has(ordinal, line):
-                raise GptossError(
-                    f"{line.file}:{line.number} has changed while the job ran, expected what it began with"
-                )
-            if wanted[ordinal]:
-                yield self.task(survey.checked(reader.read(ordinal, line)))
-        if count != survey.num_rows:
-            raise GptossError(f"the input had {survey.num_rows:,} rows when the job began, and {count:,} now")
+        reader = RowReader(survey.forms)
+        for ordinal, line in wanted_lines(inputs, survey, wanted):
+            yield self.task(survey.checked(reader.read(ordinal, line)))
+
+
+def wanted_lines(inputs: Inputs, survey: Survey, wanted: np.ndarray) -> Iterator[tuple[int, Line]]:
+    """The lines of the rows that are wanted, bool [N], and their ordinals.
+
+    Raises:
+        GptossError: the input has changed since the survey.
+    """
+    count = 0
+    for ordinal, line in enumerate(inputs.lines()):
+        count += 1
+        if not survey.places.has(ordinal, line):
+            raise GptossError(f"{line.file}:{line.number} has changed while the job ran, expected what it began with")
+        if wanted[ordinal]:
+            yield ordinal, line
+    if count != survey.num_rows:
+        raise GptossError(f"the input had {survey.num_rows:,} rows when the job began, and {count:,} now")
 
 
 def in_order(tasks: Sequence[Task]) -> list[Task]:

@@ -16,9 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from gptoss_jax.jobs import journal
+from gptoss_jax.jobs.inputs import Inputs
+from gptoss_jax.jobs.survey import survey
 from tests import scripted
 
 pytest.importorskip("ray", reason="ray is not installed: make gates does it")
@@ -256,5 +259,29 @@ def test_what_a_worker_cannot_do_is_said_by_every_call(monkeypatch):
     monkeypatch.setattr(on_ray.ray, "get", lambda job: job)
     worker = on_ray._Actor(SimpleNamespace(folder="/nowhere"), None)
     for _ in range(2):
-        (fault,) = worker({"group": [pickle.dumps([(0, "in.jsonl", 1, b"{}", "")])]})["fault"]
+        group = pickle.dumps([(0, "in.jsonl", 1, b"{}", "")])
+        (fault,) = worker({"group": [group], "fault": [""]})["fault"]
         assert fault == f"a worker on {os.uname().nodename}: [Errno 2] No such file or directory: '/nowhere'"
+
+
+def test_an_input_that_changes_ends_the_job_with_a_line(monkeypatch, tmp_path):
+    """Guards answers to rows that nobody has checked, and a traceback where a file is gone; no cluster runs here."""
+    from gptoss_jax.jobs import on_ray
+
+    monkeypatch.setattr(on_ray.ray, "get", lambda shared: shared)
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "in.jsonl"
+    rows.write_text('{"prompt":"?"}\n' * 3)
+    job = SimpleNamespace(folder=tmp_path, inputs=["in.jsonl"], survey=survey(Inputs(["in.jsonl"])))
+
+    def groups() -> list[tuple[int, str]]:
+        """How many rows each has, and its fault."""
+        shared = on_ray._Shared(job, np.array([True, False, True]))
+        tables = [table.to_pylist()[0] for table in on_ray._groups(shared, 1)]
+        return [(len(pickle.loads(table["group"] or pickle.dumps([]))), table["fault"]) for table in tables]
+
+    assert groups() == [(1, ""), (1, "")]
+    rows.write_text('{"prompt":"?"}\n' * 2)
+    assert groups() == [(1, ""), (0, "the input had 3 rows when the job began, and 2 now")]
+    rows.unlink()
+    assert groups() == [(0, "in.jsonl: no such file")]
