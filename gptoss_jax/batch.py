@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
         options, ("validate", "merge"), ("validate", "restart"), ("shard", "merge"), ("restart", "merge")
     )
     flag_values.refuse_together(options, ("coordinator", "validate"), ("coordinator", "merge"))
-    flag_values.refuse_together(options, ("ray", "shard"), ("ray", "merge"))
+    flag_values.refuse_together(options, ("ray", "shard"), ("ray", "merge"), ("ray", "coordinator"))
     flag_values.refuse_without(options, ("ray_address", "ray"), ("ray_workers", "ray"))
     sys.exit(batch_job.run(options, arguments))
 
