@@ -107,12 +107,11 @@ class Fake(NamedTuple):
             self.dying.install()
 
 
-def _load_fake(options: Any, screen: Any, slots: int, pool_tokens: int | None = None) -> tuple[Any, Any]:
-    from gptoss_jax.cli import model_flags, sampling_flags
+def _load_fake(options: Any, screen: Any, engine_config: Any) -> tuple[Any, Any]:
+    from gptoss_jax.cli import model_flags
     from gptoss_jax.engine.engine import Engine
     from tests.fake_runner import FakeRunner
 
-    engine_config = sampling_flags.engine_config(options, slots, pool_tokens)
     model = SimpleNamespace(decode_bytes=lambda slots, context: slots, read_bandwidth=lambda at_least: 1e9)
     return model, Engine(FakeRunner(engine_config), model_flags.config(options), engine_config)
 
@@ -130,9 +129,10 @@ class Instant(NamedTuple):
         Fake()()
         found = [answer(FINAL)]
 
-        def run(self: Worker, tasks: Any, interrupted: Any) -> None:
+        def run(self: Worker, tasks: Any, interrupted: Any) -> bool:
             while group := list(itertools.islice(tasks, 256)):
                 self._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
+            return True
 
         Worker.run = run
         util.Finalize(None, lambda: Path(self.report).write_text(str(peak_bytes())), exitpriority=0)
