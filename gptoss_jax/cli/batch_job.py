@@ -8,9 +8,9 @@ from typing import Any
 from absl import flags
 
 from gptoss_jax.api.asked import Options
-from gptoss_jax.cli import command, hosts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import command, hosts, model_flags, prompts, ray_job, sampling_flags
 from gptoss_jax.cli.batch_merge import merge
-from gptoss_jax.cli.batch_run import JobRun, Shard, ray_module
+from gptoss_jax.cli.batch_run import JobRun, Shard
 from gptoss_jax.cli.flag_values import token_ids
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.cli.terminal import Screen
@@ -41,9 +41,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     """
     screen = Screen(quiet=options.quiet)
     if options.ray:
-        ray_module(options)  # here, so that what is missing is said before all rows are read
-    if options.ray_workers is not None and options.ray_workers < 1:
-        raise GptossError(f"--ray-workers is {options.ray_workers}, expected at least 1")
+        ray_job.check(options)  # here, so that what is missing is said before all rows are read
     names, out = _names(options, arguments)
     shard = _shard(options)
     if options.merge and out is not None:

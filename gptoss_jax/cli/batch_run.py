@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +12,9 @@ from absl import flags
 
 from gptoss_jax.api import overrides
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, hosts, interrupts, model_flags, sampling_flags
+from gptoss_jax.cli import command, hosts, interrupts, model_flags, ray_job, sampling_flags
 from gptoss_jax.cli.batch_merge import check_finished, input_document, merge
 from gptoss_jax.cli.terminal import Screen
-from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.jobs import outputs, summary
 from gptoss_jax.jobs import record as records
@@ -81,32 +78,32 @@ class JobRun:
 
     def _lead_others(self) -> int:
         """As `_lead`; whatever becomes of it, the others hear what to do."""
-        told = np.zeros(self._found.num_rows + 1, np.bool_)  # the rows to answer, and whether the job goes on
-        has_told = False
+        message = np.zeros(self._found.num_rows + 1, np.bool_)  # the rows to answer, and whether the job goes on
+        has_sent = False
 
-        def tell(wanted: np.ndarray, *, goes_on: bool = True) -> None:
-            nonlocal has_told
-            told[:-1], told[-1], has_told = wanted, goes_on, True
-            hosts.of_first(told)
+        def send(wanted: np.ndarray, *, goes_on: bool = True) -> None:
+            nonlocal has_sent
+            message[:-1], message[-1], has_sent = wanted, goes_on, True
+            hosts.of_first(message)
 
         try:
-            code = self._lead(tell)
+            code = self._lead(send)
         except BaseException:
-            if not has_told:
-                tell(told[:-1], goes_on=False)
+            if not has_sent:
+                send(message[:-1], goes_on=False)
             raise
-        if not has_told:
-            tell(told[:-1])
+        if not has_sent:
+            send(message[:-1])
         return code
 
     def _follow(self) -> int:
         """Answers what the first process answers, which alone keeps the lines."""
-        told = hosts.of_first(np.zeros(self._found.num_rows + 1, np.bool_))
-        if not told[-1]:
+        message = hosts.of_first(np.zeros(self._found.num_rows + 1, np.bool_))
+        if not message[-1]:
             return command.EXIT_CODE
-        return self._answer(lambda lines: None, told[:-1]) if told[:-1].any() else 0
+        return self._answer(lambda lines: None, message[:-1]) if message[:-1].any() else 0
 
-    def _lead(self, tell: Callable[[np.ndarray], None]) -> int:
+    def _lead(self, send: Callable[[np.ndarray], None]) -> int:
         layout, record = self._layout, self._record()
         if layout.is_finished and not self._options.restart:
             if existing := records.read(layout.record):
@@ -119,7 +116,7 @@ class JobRun:
             done = store.done(self._found, self._tally.add)
             wanted = ~done & self._is_mine()
             self._say_what_is_there(done)
-            tell(wanted)
+            send(wanted)
             code = self._answer_all(store, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
                 return code if code or self._shard else merge(self._screen, layout, self._found, self._run)
@@ -193,54 +190,12 @@ class JobRun:
         return 128 + number if number else 0
 
     def _answer_on_ray(self, wanted: np.ndarray) -> int:
-        """As `_answer`, by workers that put lines into parts of their own; the store only keeps others from the job."""
-        from gptoss_jax.model import sharding  # here: it imports JAX
-
-        options, screen, on_ray = self._options, self._screen, ray_module(self._options)
-        model = {name: options[name].value for name in ("dtype", "dense", "kernels")}
-        job = on_ray.Job(
-            folder=os.getcwd(),
-            inputs=self._inputs.names,
-            layout=Layout(self._layout.out, os.path.abspath(self._layout.state)),
-            survey=self._found,
-            reading=self._reading,
-            model={"path": options.checkpoint, "mesh": options.mesh or None, **model},
-            programs=options.compilation_cache,
-            model_name=self._model_name,
-        )
-        cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
+        """As `_answer`, by workers that keep the lines in parts of their own."""
+        job = ray_job.job(self._options, self._inputs, self._layout, self._found, self._reading, self._model_name)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
-        with (
-            on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
-            screen.status() as show,
-            interrupts.noted_with_sigterm() as signalled,
-        ):
-
-            def finished(document: Any) -> None:
-                self._tally.add(document)
-                show(pace.line())
-
-            workers = on_ray.run(job, wanted, cluster, finished, screen.note, signalled)
-            number = signalled()
-            pace.end()
+        workers, number = ray_job.answer(self._options, self._screen, job, wanted, pace)
         self._run = {**pace.document(), "workers": workers}
         return self._ended(pace, number)
-
-
-def ray_module(options: flags.FlagValues) -> ModuleType:
-    """The module that needs Ray, which is large and slow to import.
-
-    Raises:
-        GptossError: it is not installed.
-    """
-    if (options.ray_address or "127.0.0.1").partition(":")[0] in ("127.0.0.1", "localhost"):
-        # A cluster of this machine alone: Ray would take the address that others know it by, and listen to them.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    try:
-        from gptoss_jax.jobs import on_ray
-    except ModuleNotFoundError as error:
-        raise GptossError(f"--ray needs the package {error.name}: pip install 'gptoss-jax[ray]'") from None
-    return on_ray
 
 
 def _share_of_limit(

@@ -58,7 +58,7 @@ class Job:
     Attributes:
         folder: the driver's, which relative names are meant from.
         inputs: names of the input.
-        layout: the job's files, on a folder that all machines share.
+        layout: the job's files, in a folder that all machines share.
         survey: of the input.
         reading: how rows are read.
         model: arguments of `runtime.loading.load`, but for `programs_folder`.
@@ -121,7 +121,7 @@ def run(
     # The dataset runs in a process of its own on this machine: so it can be ended whatever it is doing.
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_run_dataset)
-    running = remote.remote(ray.put(job), ray.put(wanted), size, needs, workers)
+    running = remote.remote(_Shared(ray.put(job), ray.put(wanted)), size, needs, workers)
     following = _Following(job, wanted, finished)
     while following.left.any() and not interrupted():
         ended, _ = ray.wait([running], timeout=SECONDS_BETWEEN_LOOKS)
@@ -247,23 +247,32 @@ def _described(needs: Mapping[str, int]) -> str:
 # ---- the dataset ----
 
 
-def _run_dataset(job: Any, wanted: Any, rows: int, needs: Mapping[str, int], workers: int) -> str:
+class _Shared(NamedTuple):
+    """Of what is large, and every process of a job reads: where Ray has it.
+
+    Attributes:
+        job: a Job.
+        wanted: bool [N].
+    """
+
+    job: Any
+    wanted: Any
+
+
+def _run_dataset(shared: _Shared, rows: int, needs: Mapping[str, int], workers: int) -> str:
     """Reads rows and has them answered; gives why a worker could not go on, "" if all went well. Runs in Ray."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1  # byte: each group is a block, and goes where a worker waits for it
     context.enable_progress_bars = False
-    job_ref, wanted_ref = ray.put(job), ray.put(wanted)
     kinds = {"CPU": "num_cpus", "GPU": "num_gpus"}
     resources: dict[str, Any] = {kinds[kind]: count for kind, count in needs.items() if kind in kinds} or {
         "resources": dict(needs)
     }
     reading = {"num_cpus": 0}  # it would wait for CPUs that workers have
-    groups = ray.data.read_datasource(
-        _Groups(job_ref, wanted_ref, rows), override_num_blocks=1, ray_remote_args=reading
-    )
+    groups = ray.data.read_datasource(_Groups(shared, rows), override_num_blocks=1, ray_remote_args=reading)
     ended = groups.map_batches(
         _Actor,
-        fn_constructor_args=(job_ref, needs.get("CPU")),
+        fn_constructor_args=(shared.job, needs.get("CPU")),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=workers,
@@ -281,20 +290,20 @@ def _run_dataset(job: Any, wanted: Any, rows: int, needs: Mapping[str, int], wor
 class _Groups(ray.data.Datasource):
     """Rows of a job, some at a time; what the table calls a row is a whole group."""
 
-    def __init__(self, job: Any, wanted: Any, rows: int):
-        self._job, self._wanted, self._rows = job, wanted, rows
+    def __init__(self, shared: _Shared, rows: int):
+        self._shared, self._rows = shared, rows
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ray.data.ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ray.data.ReadTask(functools.partial(_groups, self._job, self._wanted, self._rows), unknown)]
+        return [ray.data.ReadTask(functools.partial(_groups, self._shared, self._rows), unknown)]
 
 
-def _groups(job_ref: Any, wanted_ref: Any, rows: int) -> Iterator[pyarrow.Table]:
+def _groups(shared: _Shared, rows: int) -> Iterator[pyarrow.Table]:
     """The read task: groups of (ordinal, line), as they are wanted by workers."""
-    job, wanted = ray.get([job_ref, wanted_ref])
+    job, wanted = ray.get([shared.job, shared.wanted])
     os.chdir(job.folder)
     lines = ((ordinal, line) for ordinal, line in enumerate(Inputs(job.inputs).lines()) if wanted[ordinal])
     while group := list(itertools.islice(lines, rows)):
