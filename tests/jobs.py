@@ -129,9 +129,10 @@ class Instant(NamedTuple):
         Fake()()
         found = [answer(FINAL)]
 
-        def run(self: Worker, tasks: Any, interrupted: Any) -> None:
+        def run(self: Worker, tasks: Any, interrupted: Any) -> bool:
             while group := list(itertools.islice(tasks, 256)):
                 self._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
+            return True
 
         Worker.run = run
         util.Finalize(None, lambda: Path(self.report).write_text(str(peak_bytes())), exitpriority=0)

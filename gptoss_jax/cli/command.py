@@ -110,7 +110,7 @@ def _flag_help(flag: flags.Flag) -> str:
 
 def _value_and_meaning(flag: flags.Flag) -> tuple[str, str]:
     """Help that begins with `WORD: ` names the flag's value so; absl begins an enum's with `<one|another>: `."""
-    found = re.fullmatch(r"<?([A-Z][A-Z=,.]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
+    found = re.fullmatch(r"<?([A-Z][A-Z=,./:]*|[\w|-]+(?=>))>?: (.*)", flag.help or "", re.DOTALL)
     return (found[1], found[2]) if found else (flag.flag_type().upper(), flag.help or "")
 
 
