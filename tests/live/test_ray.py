@@ -254,10 +254,10 @@ def test_a_lost_machine_loses_nothing(folder, machines):
 
 def test_what_a_worker_cannot_do_is_said_by_every_call(monkeypatch):
     """Guards calls that come after a worker's end, which would wait forever; no cluster runs here."""
-    from gptoss_jax.jobs import on_ray
+    from gptoss_jax.jobs import ray_worker
 
-    monkeypatch.setattr(on_ray.ray, "get", lambda job: job)
-    worker = on_ray._Actor(SimpleNamespace(folder="/nowhere"), None)
+    monkeypatch.setattr(ray_worker.ray, "get", lambda job: job)
+    worker = ray_worker.Actor(SimpleNamespace(folder="/nowhere"), None)
     for _ in range(2):
         group = pickle.dumps([(0, "in.jsonl", 1, b"{}", "")])
         (fault,) = worker({"group": [group], "fault": [""]})["fault"]
