@@ -114,22 +114,28 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes | str, name: str | Path, objects: Callable[[list[tuple[str, Any]]], Any] = distinct) -> Any:
+def parse_json(
+    data: bytes | str,
+    name: str | Path,
+    objects: Callable[[list[tuple[str, Any]]], Any] = distinct,
+    whole: str = "the file",
+) -> Any:
     """The value that a JSON text stands for.
 
     Args:
         data: the text, or its bytes in UTF-8, of which a byte order mark is passed over.
         name: of the file, for errors.
         objects: makes an object of its keys and values.
+        whole: what errors call all of the text.
 
     Raises:
         FileError: no JSON; a key twice in one object; NaN, infinities, numbers out of float64's range, half characters,
             deep nesting.
     """
     try:
-        text = data if isinstance(data, str) else decoded(data, "the file")
+        text = data if isinstance(data, str) else decoded(data, whole)
         value = json.loads(text, object_pairs_hook=objects, parse_int=_integer)
-        check_value(value, "the file")
+        check_value(value, whole)
         return value
     except json.JSONDecodeError as error:
         fault, joint = f"line {error.lineno}, column {error.colno}: {error.msg}; expected JSON", ", "

@@ -7,12 +7,12 @@ from typing import Any
 
 from absl import flags
 
+from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
 from gptoss_jax.cli import command, hosts, model_flags, prompts, ray_job, sampling_flags
 from gptoss_jax.cli.batch_merge import merge
 from gptoss_jax.cli.batch_run import JobRun, Shard
-from gptoss_jax.cli.flag_values import token_ids
-from gptoss_jax.cli.mistakes import spelled
+from gptoss_jax.cli.flag_values import naming_flags, token_ids
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, listed
 from gptoss_jax.jobs import outputs, places
@@ -23,6 +23,7 @@ from gptoss_jax.jobs.survey import Survey, survey
 from gptoss_jax.jobs.work import Reading
 
 MAX_SHARDS = 100_000
+MAX_SLOTS = 1 << 16
 
 
 def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
@@ -50,6 +51,8 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     defaults, remarks = _defaults(options)
     config = model_flags.config(options)
     reading = Reading(defaults, config, _engine_config(options), options.vocab)
+    with naming_flags():
+        reading.check_defaults()
     inputs = Inputs(names)
     if options.ray:
         inputs.check_others_can_read()
@@ -108,15 +111,16 @@ def _defaults(options: flags.FlagValues) -> tuple[Options, list[str]]:
         "n": options.n,
         "logprobs": options.logprobs or sampling.top_logprobs > 0,
     }
-    for name, least in (("n", 1), ("max_new_tokens", 1)):
-        if given[name] is not None and given[name] < least:
-            raise GptossError(f"{spelled(name)} is {given[name]}, expected at least {least}")
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise GptossError(f"--max-new-tokens is {options.max_new_tokens}, expected at least 1")
+    if not 1 <= options.n <= overrides.MAX_ANSWERS:
+        raise GptossError(f"--n is {options.n}, expected 1 to {overrides.MAX_ANSWERS}")
     return Options(settings, sampling, **given), remarks
 
 
 def _engine_config(options: flags.FlagValues) -> Any:
-    if options.slots < 1:
-        raise GptossError(f"--slots is {options.slots}, expected at least 1")
+    if not 1 <= options.slots <= MAX_SLOTS:
+        raise GptossError(f"--slots is {options.slots}, expected 1 to {MAX_SLOTS}")
     return sampling_flags.engine_config(options, options.slots, pool_tokens=options.pool_tokens)
 
 

@@ -34,7 +34,7 @@ class Framing(NamedTuple):
 def _json_object(line: bytes) -> bytes | None:
     try:
         return line if isinstance(json.loads(line), dict) else None
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8; nested without end
         return None
 
 

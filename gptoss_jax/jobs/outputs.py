@@ -19,7 +19,7 @@ def format_of(name: str) -> str:
         FileError: the name ends as that of a format which is not written.
     """
     if name == "-":
-        raise FileError(name, "expected the name of a file; /dev/stdout is standard output")
+        raise FileError(name, "expected the name of a file, from which a job can go on")
     lower = name.lower()
     packed = next((suffix for suffix in _PACKED if lower.endswith(suffix)), "")
     inner = lower.removesuffix(packed)

@@ -100,7 +100,7 @@ def place_of(file: str, number: int) -> str:
 
 def id_digest(row_id: str) -> bytes:
     """16 bytes that stand for an id."""
-    return hashlib.blake2b(row_id.encode(), digest_size=16).digest()
+    return hashlib.blake2b(row_id.encode(errors="surrogatepass"), digest_size=16).digest()  # edited output has any
 
 
 def answers_whom(document: Mapping[str, Any]) -> str | int:
@@ -159,9 +159,9 @@ def _document(line: Line) -> dict[str, Any]:
     if line.fault:
         raise RowError(line.fault)
     try:
-        document = parse_json(line.text, "the row")
-    except FileError as error:
-        raise RowError(error.what.removeprefix("line 1, ")) from None  # it has no other
+        document = parse_json(line.text, "the row", whole="the row")
+    except FileError as error:  # it has no other line
+        raise RowError(str(error).removeprefix("the row: ").removeprefix("the row, line 1, ")) from None
     if not isinstance(document, dict):
         raise RowError(f"the row is {short(document)}, expected a JSON object")
     return document
@@ -186,7 +186,7 @@ def _envelope_fault(document: Mapping[str, Any]) -> str:
         return f"unknown field {short(unknown[0])}, expected {', '.join(_ENVELOPE)}"
     if document.get("method", "POST") != "POST":
         return f"method is {short(document['method'])}, expected 'POST'"
-    if document.get("url") not in forms.OPENAI:
+    if document.get("url") not in list(forms.OPENAI):  # whatever it is, a list too
         return f"url is {short(document.get('url'))}, expected one of {', '.join(forms.OPENAI)}"
     if not isinstance(document.get("body"), dict):
         return f"body is {short(document.get('body'))}, expected a JSON object"

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gptoss_jax.errors import short
 from gptoss_jax.jobs import journal, outputs
 from gptoss_jax.jobs import record as records
 from gptoss_jax.jobs.journal import CHECKED, PLAIN, Journal, JournalError
@@ -93,6 +94,8 @@ class Store:
         """
         self.layout, self.part = layout, part
         if part is not None:
+            if not layout.record.exists() and outputs.exists(layout.out):
+                raise _not_ours(layout)
             layout.parts.mkdir(exist_ok=True)
             sync_folder(layout.parts.parent)
         self._journal = Journal(layout.out if part is None else layout.part(part), PLAIN if part is None else CHECKED)
@@ -117,9 +120,7 @@ class Store:
         if existing:
             existing.check_same(record, self.layout.record)
         elif not self._journal.is_empty or (self.part is not None and outputs.exists(self.layout.out)):
-            raise RecordError(
-                f"{self.layout.out} is there already, and no job wrote it: name another OUT, or remove it"
-            )
+            raise _not_ours(self.layout)
         else:
             records.create(self.layout.record, record)
 
@@ -159,6 +160,10 @@ class Store:
             OSError: they are not, and none of them is there.
         """
         self._journal.append(lines)
+
+
+def _not_ours(layout: Layout) -> RecordError:
+    return RecordError(f"{layout.out} is there already, and no job wrote it: name another OUT, or remove it")
 
 
 def parts(layout: Layout) -> list[Path]:
@@ -227,11 +232,18 @@ def done_rows(
         document = json.loads(line)
         ordinal = _ordinal(document, survey, f"{where}, line {number}")
         if not done[ordinal]:
-            note(document)
+            _note(document, note, f"{where}, line {number}")
         elif not may_repeat:
             raise JournalError(f"{where}, line {number}: the row {survey.places.where(ordinal)} has a line already")
         done[ordinal] = True
     return done
+
+
+def _note(document: dict[str, Any], note: Callable[[Any], None], where: str) -> None:
+    try:
+        note(document)
+    except (AttributeError, KeyError, TypeError):  # somebody has edited OUT
+        raise JournalError(f"{where}: {short(document)} is no line of a job's output") from None
 
 
 def _ordinal(document: dict[str, Any], survey: Survey, where: str) -> int:

@@ -60,8 +60,9 @@ class Tally:
         answers, cut = self.finish_reasons.total(), self.finish_reasons["length"]
         repaired = self.parse_statuses["repaired"] + self.parse_statuses["unparsed"]
         return (
-            f"{self.rows:,} row{'s' * (self.rows != 1)}: {answers:,} answers ({cut:,} cut at their limit, "
-            f"{repaired:,} that broke the format), {self.num_errors:,} errors"
+            f"{self.rows:,} row{'s' * (self.rows != 1)}: {answers:,} answer{'s' * (answers != 1)} "
+            f"({cut:,} cut at their limit, {repaired:,} that broke the format), "
+            f"{self.num_errors:,} error{'s' * (self.num_errors != 1)}"
         )
 
     @property

@@ -49,6 +49,11 @@ class Reading:
     engine_config: EngineConfig
     vocab_path: str | None = None
 
+    def check_defaults(self) -> None:
+        """Raises RequestError for defaults under which no row can be answered, however short."""
+        request = Request((0,), self.stop_ids(self.defaults), 1, self.defaults.sampling)
+        request.check(self.config, self.engine_config)
+
     def task(self, row: Row) -> Task:
         """What a row asks, checked against the model."""
         if row.fault:

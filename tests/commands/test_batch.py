@@ -222,11 +222,23 @@ MISTAKES = {
     "empty": (("in-empty.jsonl", "out.jsonl"), "the input has no rows"),
     "today": (("in.jsonl", "out.jsonl", "--date", "today"), "--date is today, which is another day tomorrow"),
     "shard": (("in.jsonl", "out.jsonl", "--shard", "2/2"), "--shard is '2/2', expected I/N such as 0/8"),
-    "slots": (("in.jsonl", "out.jsonl", "--slots", "0"), "--slots is 0, expected at least 1"),
+    "slots": (("in.jsonl", "out.jsonl", "--slots", "0"), "--slots is 0, expected 1 to 65536"),
+    "too many slots": (
+        ("in.jsonl", "out.jsonl", "--slots", "1000000000"),
+        "--slots is 1000000000, expected 1 to 65536",
+    ),
+    "too many answers": (("in.jsonl", "out.jsonl", "--n", "1025"), "--n is 1025, expected 1 to 1024"),
+    "no token": (("in.jsonl", "out.jsonl", "--stop-ids=-1"), "199999, -1), expected ids from 0 to"),
+    "banned": (
+        ("in.jsonl", "out.jsonl", "--banned-ids", "300000"),
+        "--banned-ids names id 300000, expected ids from 0",
+    ),
+    "context": (("in.jsonl", "out.jsonl", "--max-context-tokens", "100000000"), "the model has 131072 at most"),
+    "in order, own file": (("in.jsonl", "out-own.jsonl", "--keep-order"), "is there already, and no job wrote it"),
     "both": (("in.jsonl", "out.jsonl", "--validate", "--merge"), "--merge"),
     "nothing to merge": (("in.jsonl", "out.jsonl", "--merge"), "no shard of a job with this OUT has begun"),
     "own file": (("in.jsonl", "out-own.jsonl"), "is there already, and no job wrote it"),
-    "n": (("in.jsonl", "out.jsonl", "--n", "0"), "--n is 0, expected at least 1"),
+    "n": (("in.jsonl", "out.jsonl", "--n", "0"), "--n is 0, expected 1 to 1024"),
     "range": (("in.jsonl", "out.jsonl", "--top-p", "2"), "--top-p is 2.0, expected 0 to 1"),
 }
 

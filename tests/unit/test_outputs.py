@@ -125,7 +125,7 @@ def test_formats_that_are_not_written():
     for name in ("a.csv", "a.jsonl.bz2", "a.parquet.gz", "s3://b/a.xlsx", "a.tar.gz"):
         text = f"{name}: is written as .jsonl, .jsonl.gz, .jsonl.zst or .parquet only"
         assert refusal(outputs.format_of, name) == text
-    assert refusal(outputs.check, "-") == "-: expected the name of a file; /dev/stdout is standard output"
+    assert refusal(outputs.check, "-") == "-: expected the name of a file, from which a job can go on"
     assert [outputs.format_of(name) for name in FORMATS] == ["", "", "", "", "gzip", "zstd", "gzip", "parquet"]
 
 
