@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
@@ -78,7 +79,7 @@ def create(path: Path, record: Record) -> None:
         RecordError: another process has put another job's there.
         WriteError: it cannot be written.
     """
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # process ids are alike on several machines
     write(own, record)
     try:
         os.link(own, path)
