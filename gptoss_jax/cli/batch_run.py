@@ -166,19 +166,28 @@ class JobRun:
         options, screen = self._options, self._screen
         language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
+        failed: list[OSError] = []
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 
             def put(lines: Sequence[bytes]) -> None:
-                keep(lines)
+                try:
+                    if not failed:
+                        keep(lines)
+                except OSError as error:  # raised when all hosts have stopped: the others would wait for this one
+                    failed.append(error)
+                if failed:
+                    return
                 for line in lines:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
             worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
-            stopped = hosts.agreed(lambda: bool(signalled()))
+            stopped = hosts.agreed(lambda: bool(signalled() or failed))
             is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
             number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
+        if failed:
+            raise failed[0]
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
         return self._ended(pace, number)
 
@@ -215,7 +224,8 @@ def _share_of_limit(
     if not (done.decode_steps and pace.new_answers):
         return document
     active = pace.new_answer_tokens / done.decode_steps
-    context = (pace.new_prompt_tokens + pace.new_answer_tokens // 2) // pace.new_answers
+    # On the average half an answer is there; several of them may share a prompt, which is counted once a row.
+    context = pace.new_prompt_tokens // pace.new_rows + pace.new_answer_tokens // (2 * pace.new_answers)
     bytes_per_second = done.decode_steps * language_model.decode_bytes(max(1, round(active)), context) / pace.seconds
     bandwidth = language_model.read_bandwidth(at_least=bytes_per_second)
     return document | {
