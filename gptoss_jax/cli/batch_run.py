@@ -120,6 +120,9 @@ class JobRun:
             code = self._answer_all(store, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
                 return code if code or self._shard else merge(self._screen, layout, self._found, self._run)
+        if self._run is None and summary.is_complete(layout):
+            self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")
+            return code
         summary.write(layout, record, self._tally, self._found.num_rows, self._run)
         self._screen.note(f"{self._tally.line()}; {layout.summary} has it all")
         return code
@@ -166,19 +169,28 @@ class JobRun:
         options, screen = self._options, self._screen
         language_model, engine = model_flags.load_for_answers(options, screen, self._reading.engine_config)
         pace = Pace(self._tally, self._tally.rows + int(wanted.sum()))
+        failed: list[OSError] = []
         with screen.status() as show, interrupts.noted_with_sigterm() as signalled:
 
             def put(lines: Sequence[bytes]) -> None:
-                keep(lines)
+                try:
+                    if not failed:
+                        keep(lines)
+                except OSError as error:  # raised when all hosts have stopped: the others would wait for this one
+                    failed.append(error)
+                if failed:
+                    return
                 for line in lines:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
             worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
-            stopped = hosts.agreed(lambda: bool(signalled()))
+            stopped = hosts.agreed(lambda: bool(signalled() or failed))
             is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
             number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
+        if failed:
+            raise failed[0]
         self._run = {**pace.document(), **_share_of_limit(language_model, engine, pace)}
         return self._ended(pace, number)
 
@@ -214,8 +226,9 @@ def _share_of_limit(
     }
     if not (done.decode_steps and pace.new_answers):
         return document
-    active = pace.new_answer_tokens / done.decode_steps
-    context = (pace.new_prompt_tokens + pace.new_answer_tokens // 2) // pace.new_answers
+    active = (pace.new_answer_tokens - pace.new_answers) / done.decode_steps  # an answer's first token needs no step
+    # On the average half an answer is there; several of them may share a prompt, which is counted once a row.
+    context = pace.new_prompt_tokens // pace.new_rows + pace.new_answer_tokens // (2 * pace.new_answers)
     bytes_per_second = done.decode_steps * language_model.decode_bytes(max(1, round(active)), context) / pace.seconds
     bandwidth = language_model.read_bandwidth(at_least=bytes_per_second)
     return document | {

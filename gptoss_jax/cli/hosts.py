@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HOST_FLAGS = ("coordinator", "num_processes", "process_id", "coordinator_timeout")
 AUTO = "auto"
-SHUTDOWN_SECONDS = 60  # that a process which ends waits for the others; then JAX ends them too
+SHUTDOWN_SECONDS = 3600  # that a process which ends waits for the others, one of which may have much to write
 _OF_ONE_HOST = {"process_id", "checkpoint", "compilation_cache", "vocab", "save"}  # flags that name places of a host
 
 

@@ -188,7 +188,7 @@ class Engine:
 
 def _chunk(sequence: Sequence, width: int) -> Chunk:
     """The next `width` tokens of a prompt; with the last of them the answer goes on."""
-    tokens = sequence.prompt[sequence.prefilled :][:width]
+    tokens = sequence.prompt[sequence.prefilled : sequence.prefilled + width]
     is_last = len(tokens) == sequence.num_unread
     return Chunk(tokens, sequence.limit - sequence.drawn if is_last else 0)
 

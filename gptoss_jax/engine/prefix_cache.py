@@ -50,14 +50,14 @@ class PrefixCache:
 
     def find(self, keys: Sequence[Key]) -> Prefix:
         """The longest beginning of the blocks `keys` that a prompt can go on from."""
-        pages, found = [], Prefix()
+        pages, length, num_pages, snapshot = list[int](), 0, 0, None
         for count, key in enumerate(keys, 1):
             if key not in self._pages:
                 break
             pages += self._pages[key]
-            if (snapshot := self._snapshots.find(key)) is not None:
-                found = Prefix(keys[:count], pages[:], snapshot)
-        return found
+            if (kept := self._snapshots.find(key)) is not None:
+                length, snapshot, num_pages = count, kept, len(pages)
+        return Prefix(keys[:length], pages[:num_pages], snapshot)
 
     def use(self, prefix: Prefix) -> None:
         """Counts one more holder of a prefix's pages; it has shown its worth."""

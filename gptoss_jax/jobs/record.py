@@ -87,6 +87,10 @@ def create(path: Path, record: Record) -> None:
     except FileExistsError:
         if existing := read(path):
             existing.check_same(record, path)
+    except OSError as error:  # some file systems of clusters know no second name for a file
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; --state names a folder that has hard links"
+        ) from None
     finally:
         own.unlink()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptoss_jax import whole_files
+from gptoss_jax import files, whole_files
 from gptoss_jax.jobs.record import Record
 from gptoss_jax.jobs.store import Layout
 
@@ -203,3 +203,15 @@ def write(layout: Layout, record: Record, tally: Tally, total: int, run: Mapping
         "versions": {"python": platform.python_version(), **versions},
     }
     whole_files.write_whole(layout.summary, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def is_complete(layout: Layout) -> bool:
+    """Whether there is a summary of all rows already.
+
+    Raises:
+        GptossError: something else stands there.
+    """
+    if not layout.summary.exists():
+        return False
+    document = files.read_json(layout.summary)
+    return isinstance(document, dict) and document.get("complete") is True

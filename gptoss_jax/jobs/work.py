@@ -190,6 +190,7 @@ class Worker:
                 self._refused.append(row.error_line())
                 if len(self._refused) >= LINES_AT_ONCE:
                     self._put_lines([])
+                    yield None  # an interruption is heard
                 continue
             opened = _Open(row, asked)
             pairs = zip(*asked.requests(self._tokenizer, self.engine.config.stop_ids), strict=True)
