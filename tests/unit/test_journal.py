@@ -70,7 +70,9 @@ def test_a_file_that_was_cut_anywhere_is_repaired(framing, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("tail", [b"\0" * 5000, b"\0" * 5000 + b"\n", b"\n\n", b"x\ny\nz", b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 5000, b"\0" * 5000 + b"\n", b"\n\n", b"x\ny\nz", b"[" * 100_000 + b"\n", b'{"a": 1}']
+)
 def test_what_no_job_wrote_at_the_end_is_cut_off(framing, tail, tmp_path):
     """Guards file systems that fill the end of a file with zeros or with another's bytes when the power fails."""
     content = _write(tmp_path / "j", framing)

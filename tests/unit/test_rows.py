@@ -88,6 +88,12 @@ def test_a_plain_rows_id(document, row_id):
         (batch_row(custom_id=""), "custom_id is '', expected a text of 1 to 512 characters"),
         (batch_row(method="GET"), "method is 'GET', expected 'POST'"),
         (batch_row("/v1/embeddings"), "url is '/v1/embeddings', expected one of /v1/chat/completions, "),
+        (
+            {**batch_row(), "url": ["/v1/embeddings"]},
+            "url is ['/v1/embeddings'], expected one of /v1/chat/completions, ",
+        ),
+        (b'{"prompt": "a", "temperature": NaN}', "the row, 'temperature': NaN is no JSON"),
+        (b'{"prompt": ' + b"[" * 100_000, "the row is nested too deeply, at most 64 levels are taken"),
         (batch_row(body=[1]), "body is [1], expected a JSON object"),
         (batch_row(extra=1), "unknown field 'extra', expected custom_id, method, url, body"),
         (batch_row(body=BODIES["/v1/chat/completions"] | {"stream": True}), "stream is True"),

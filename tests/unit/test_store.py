@@ -18,6 +18,7 @@ from gptoss_jax.jobs.journal import CHECKED, Journal, JournalError
 from gptoss_jax.jobs.record import Record, RecordError
 from gptoss_jax.jobs.rows import RowReader
 from gptoss_jax.jobs.store import Layout, Merged, Store, remove_parts
+from gptoss_jax.jobs.summary import Tally
 from gptoss_jax.jobs.survey import Ids, Survey, survey
 from tests import jobs
 from tests.unit.test_rows import READING, batch_row
@@ -246,6 +247,25 @@ def test_done_tells_which_rows_have_a_line(tmp_path):
         store.append([_line("another")])
         with pytest.raises(JournalError, match=r"out.jsonl, line 1: it answers the row 'another', which the input"):
             store.done(found, noted.append)
+
+
+@pytest.mark.parametrize("fields", [{"error": 5}, {"error": {"row": 1}}, {"usage": 5, "finish_reason": "stop"}])
+def test_a_line_that_somebody_has_edited_is_named(fields, tmp_path):
+    """Guards resuming against a traceback: such a line answers a row, but cannot be counted."""
+    _, found = _survey(tmp_path, jobs.rows(1))
+    with Store(_layout(tmp_path), None, RECORD) as store:
+        store.append([json.dumps({"id": jobs.rows(1)[0]["id"], "error": None} | fields).encode()])
+        with pytest.raises(JournalError, match=r"out.jsonl, line 1: .* is no line of a job's output"):
+            store.done(found, Tally().add)
+
+
+def test_an_id_of_half_a_character_answers_no_row(tmp_path):
+    """Guards the same against an id that no row can have."""
+    _, found = _survey(tmp_path, jobs.rows(1))
+    with Store(_layout(tmp_path), None, RECORD) as store:
+        store.append([b'{"id": "\\ud800", "error": null}'])
+        with pytest.raises(JournalError, match=r"line 1: it answers the row '.ud800', which the input does not have"):
+            store.done(found, Tally().add)
 
 
 # ---- several writers ----
