@@ -74,7 +74,9 @@ def _names(options: flags.FlagValues, arguments: Sequence[str]) -> tuple[list[st
     if options.validate and len(arguments) == 1:
         return list(arguments), None
     if len(arguments) < 2:
-        raise GptossError(f"{len(arguments)} file names, expected IN and OUT: python -m gptoss_jax.batch IN OUT")
+        raise GptossError(
+            f"got {' '.join(arguments) or 'no file'}, expected IN and OUT: python -m gptoss_jax.batch IN OUT"
+        )
     return list(arguments[:-1]), arguments[-1]
 
 

@@ -33,6 +33,10 @@ def merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | N
     if record and layout.is_finished:
         record.check_input(input_document(found), layout.record)
         return check_finished(screen, layout, found)
+    if record and record.output.get("appended"):
+        raise GptossError(
+            f"{layout.out} is of a job without shards, which appends its lines: there is nothing to merge"
+        )
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(input_document(found), layout.record)

@@ -119,6 +119,8 @@ class JobRun:
             send(wanted)
             code = self._answer_all(store, wanted) if wanted.any() else 0
             if part is not None:  # its lines are counted when they are joined, while no other process may write them
+                if self._shard and not code:
+                    self._screen.note("this shard is done; when all are, --merge makes OUT of them")
                 return code if code or self._shard else merge(self._screen, layout, self._found, self._run)
         if self._run is None and summary.is_complete(layout):
             self._screen.note(f"nothing is left to do: {layout.out} has all {self._found.num_rows:,} rows")

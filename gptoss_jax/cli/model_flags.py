@@ -76,6 +76,7 @@ def load(
             programs_folder=programs_folder,
             report=report,
         )
+    hosts.check_same("the model's config.json", language_model.config)
     screen.note(f"loaded {language_model.source} in {language_model.load_seconds:.1f} s")
     screen.note(language_model.kernels)
     if language_model.weights_are_random:

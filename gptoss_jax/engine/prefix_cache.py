@@ -57,7 +57,7 @@ class PrefixCache:
             pages += self._pages[key]
             if (kept := self._snapshots.find(key)) is not None:
                 length, snapshot, num_pages = count, kept, len(pages)
-        return Prefix(keys[:length], pages[:num_pages], snapshot)
+        return Prefix() if snapshot is None else Prefix(keys[:length], pages[:num_pages], snapshot)
 
     def use(self, prefix: Prefix) -> None:
         """Counts one more holder of a prefix's pages; it has shown its worth."""

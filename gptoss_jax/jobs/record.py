@@ -11,7 +11,7 @@ from typing import Any
 
 from gptoss_jax import whole_files
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.files import read_json
+from gptoss_jax.files import FileError, read_json
 
 FORMAT = 1
 
@@ -46,6 +46,11 @@ class Record:
 
     def check_same(self, now: "Record", path: Path) -> None:
         """Raises RecordError, a line for each difference, where this record, that at `path`, is of another job."""
+        if self.output.get("appended") and not now.output.get("appended"):
+            raise RecordError(
+                f"{path} is of a job that appends its lines to OUT, and --keep-order and --shard write them elsewhere: "
+                "leave these out; --restart begins anew"
+            )
         differences = []
         for part in map(attrgetter("name"), fields(self)):
             before, after = getattr(self, part), getattr(now, part)
@@ -103,7 +108,10 @@ def read(path: Path) -> Record | None:
     """
     if not path.exists():
         return None
-    document = read_json(path)
+    try:
+        document = read_json(path)
+    except FileError as error:
+        raise RecordError(f"{path} is damaged, {error.what}: remove it together with the job's output") from None
     parts = ("input", "model", "settings", "output")
     is_one = isinstance(document, dict) and all(isinstance(document.get(part), dict) for part in parts)
     if not is_one or document.get("format") != FORMAT:

@@ -93,9 +93,8 @@ class Store:
             RecordError: what is there is another job's, or no job's.
         """
         self.layout, self.part = layout, part
-        existing = records.read(layout.record)
-        if existing and not restart:
-            existing.check_same(record, layout.record)  # before anything is made
+        if not restart and (existing := records.read(layout.record)):  # before anything is made
+            existing.check_same(record, layout.record)
         if part is not None:
             if not layout.record.exists() and outputs.exists(layout.out):
                 raise _not_ours(layout)

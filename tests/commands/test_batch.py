@@ -214,7 +214,7 @@ def test_a_row_that_the_page_pool_can_never_hold_is_an_error_row(run, tmp_path):
 
 
 MISTAKES = {
-    "no OUT": (("in.jsonl",), "1 file names, expected IN and OUT"),
+    "no OUT": (("in.jsonl",), "expected IN and OUT"),
     "absent": (("in-absent.jsonl", "out.jsonl"), "no such file"),
     "the same": (("in.jsonl", "in.jsonl"), "is an input of this job too"),
     "a link": (("in.jsonl", "out-link.jsonl"), "is an input of this job too"),
