@@ -69,7 +69,7 @@ $(VENV)/.develops: $(VENV)/.created $(BUILT)
 
 $(VENV)/.gates: $(VENV)/.develops
 	@echo "Installing torch, transformers, gguf and ray into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'gguf>=0.19,<0.20' '.[ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'gguf>=0.19,<0.20' --editable '.[dev,ray]'
 	@touch $@
 
 $(VENV)/.compilers: $(VENV)/.develops
