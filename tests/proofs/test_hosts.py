@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -38,14 +39,18 @@ def folders(tmp_path_factory):
     return folder
 
 
-def start(module: str, *arguments: object, devices: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A command on so many devices, its streams into files of `folder`."""
+def start(
+    module: str, *arguments: object, devices: int, folder: Path, file_bytes: int = resource.RLIM_INFINITY
+) -> subprocess.Popen[bytes]:
+    """A command on so many devices, its streams into files of `folder`; no file can grow beyond `file_bytes`."""
     environment = {name: value for name, value in os.environ.items() if name not in PROXIES}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     folder.mkdir()
     command = [sys.executable, "-m", f"gptoss_jax.{module}", *map(str, arguments)]
     with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    return process
 
 
 def end(process: subprocess.Popen[bytes], folder: Path, timeout_seconds: float = 240) -> Ended:
@@ -63,7 +68,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_both(tmp_path: Path, module: str, *arguments: object) -> list[subprocess.Popen[bytes]]:
+def start_both(
+    tmp_path: Path, module: str, *arguments: object, file_bytes: int = resource.RLIM_INFINITY
+) -> list[subprocess.Popen[bytes]]:
     """The same command as processes 0 and 1 of two; `{process_id}` in arguments is its own."""
     hosts = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2]
     return [
@@ -74,6 +81,7 @@ def start_both(tmp_path: Path, module: str, *arguments: object) -> list[subproce
             *(str(argument).replace("{process_id}", str(i)) for argument in arguments),
             devices=4,
             folder=tmp_path / str(i),
+            file_bytes=file_bytes,
         )
         for i in range(2)
     ]
@@ -202,3 +210,17 @@ def test_two_processes_do_one_job(folders, tmp_path):
     other, also = run_both(tmp_path / "other", "batch", given, both, "--seed", 1, *asked)
     assert (other.returncode, also.returncode) == (2, 2)
     assert "settings, seed: 0 then, 1 now" in other.stderr
+
+
+def test_a_full_disk_at_the_first_ends_both(folders, tmp_path):
+    """Guards a process that waits for another which has left: what is on the disk stays, and all end in a moment."""
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    given.write_text("".join(f'{{"id": "{i}", "prompt": "Question {i}?", "max_new_tokens": 8}}\n' for i in range(9)))
+    asked = ["--checkpoint", folders / "converted", "--mesh", MESHES[0], "--dtype", "float32", "--slots", 2]
+    processes = start_both(tmp_path, "batch", given, out, *asked, "--compilation-cache=", file_bytes=4096)
+    first, second = (end(process, tmp_path / str(i)) for i, process in enumerate(processes))
+    assert (first.returncode, second.returncode) == (2, 130), first.stderr + second.stderr
+    assert first.stderr.splitlines()[-1] == f"batch: {out}: File too large"
+    lines = out.read_bytes()
+    assert 0 < len(lines) <= 4096 and lines.endswith(b"\n")
+    assert all(json.loads(line) for line in lines.splitlines())
