@@ -698,7 +698,7 @@ def _defined_flags(module: str) -> set[str]:
 
 def _compiled_in(said: str) -> set[str]:
     """Of the engine's programs, those that JAX says it traced."""
-    return {name for name in ("admit", "prefill", "decode") if f"tracing {name} " in said}
+    return {name for name in ("admit", "halt", "prefill", "decode") if f"tracing {name} " in said}
 
 
 def test_kept_programs_are_not_compiled_again_and_garbled_ones_are(folder):
@@ -714,9 +714,9 @@ def test_kept_programs_are_not_compiled_again_and_garbled_ones_are(folder):
         return _compiled_in(done.stderr), json.loads(done.stdout)["answers"]
 
     everything, fresh = answers()
-    assert everything == {"admit", "prefill", "decode"}
+    assert everything == {"admit", "halt", "prefill", "decode"}
     assert answers() == (set(), fresh)
-    admit, decode, prefill = sorted(programs.iterdir())
+    admit, decode, _, prefill = sorted(programs.iterdir())
     exchanged = admit.read_bytes(), prefill.read_bytes()
     for path, content in zip((prefill, admit), exchanged, strict=True):
         path.write_bytes(content)
