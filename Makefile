@@ -18,7 +18,7 @@ demo: $(VENV)/.runs
 	@echo
 	@echo "The demo's weights are RANDOM: the text above is noise, and that is what it should be."
 
-# What a contributor needs, in 6 to 7 minutes on two cores; docs/testing.md says what each folder of tests holds.
+# What a contributor needs, in 7 to 8 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
 	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "unit or commands"
 
