@@ -33,6 +33,10 @@ class Options:
     n: int = 1
     logprobs: bool = False
 
+    def all_stop_ids(self, of_model: Sequence[int]) -> tuple[int, ...]:
+        """The model's stop ids and these, each once."""
+        return tuple(dict.fromkeys((*of_model, *self.stop_ids)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -62,7 +66,7 @@ class Asked:
     def requests(self, tokenizer: Tokenizer, model_stop_ids: Sequence[int]) -> tuple[list[Request], list[AnswerStream]]:
         """For each of the n answers what an engine is asked, and what reads it."""
         options, requests, streams = self.options, [], []
-        stop_ids = tuple(dict.fromkeys((*model_stop_ids, *options.stop_ids)))
+        stop_ids = options.all_stop_ids(model_stop_ids)
         for i in range(options.n):
             streams.append(AnswerStream(tokenizer, stop_strings=options.stop, raw=self.raw))
             sampling = dataclasses.replace(options.sampling, seed=(options.sampling.seed + i) % 2**32)

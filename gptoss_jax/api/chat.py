@@ -119,9 +119,4 @@ def _log_probabilities(asked: Asked, answer: Answer, content: Shown) -> dict[str
 
 def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
     used = usage(asked, answers)
-    return {
-        "prompt_tokens": used.prompt,
-        "completion_tokens": used.answered,
-        "total_tokens": used.total,
-        "completion_tokens_details": {"reasoning_tokens": used.reasoning},
-    }
+    return {**used.document(), "completion_tokens_details": {"reasoning_tokens": used.reasoning}}

@@ -65,18 +65,14 @@ def _prompt_ids(prompt: object, vocab_path: str | None) -> Sequence[int]:
 
 def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: str) -> dict[str, Any]:
     """An object `text_completion`; see `asked.Form`. It holds no clock: `created` is 0."""
-    used, tokenizer = usage(asked, answers), load_tokenizer(asked.vocab_path)
+    tokenizer = load_tokenizer(asked.vocab_path)
     return {
         "id": f"cmpl-{response_id}",
         "object": "text_completion",
         "created": 0,
         "model": asked.echo.get("model", model),
         "choices": [_choice(asked, answer, index, tokenizer) for index, answer in enumerate(answers)],
-        "usage": {
-            "prompt_tokens": used.prompt,
-            "completion_tokens": used.answered,
-            "total_tokens": used.total,
-        },
+        "usage": usage(asked, answers).document(),
         "system_fingerprint": None,
         "gptoss": openai_fields.additions(asked, answers),
     }

@@ -80,6 +80,10 @@ class Usage(NamedTuple):
         """Read once, whatever the number of answers, and written."""
         return self.prompt + self.answered
 
+    def document(self) -> dict[str, int]:
+        """As OpenAI's chat and completions write it."""
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answered, "total_tokens": self.total}
+
 
 def usage(asked: Asked, answers: Sequence[Answer]) -> Usage:
     """What a request took. Plain text has no chain of thought."""

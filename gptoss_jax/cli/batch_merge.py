@@ -40,7 +40,8 @@ def merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | N
     if record is None or not layout.parts.exists():
         raise GptossError(f"{layout.parts} is not there: no shard of a job with this OUT has begun, or all are joined")
     record.check_input(input_document(found), layout.record)
-    merged = Merged(layout, found)
+    tally = Tally()
+    merged = Merged(layout, found, tally.add)
     if merged.missing.size:
         first = found.places.where(int(merged.missing[0]))
         raise GptossError(
@@ -49,8 +50,7 @@ def merge(screen: Screen, layout: Layout, found: Survey, run: dict[str, Any] | N
         )
     if merged.num_repeated:
         screen.note(f"{merged.num_repeated:,} lines left out, of rows that were answered twice")
-    tally = Tally()
-    outputs.write(layout.out, map(tally.noting, merged.lines()))
+    outputs.write(layout.out, merged.lines())
     summary.write(layout, record, tally, found.num_rows, run)
     remove_parts(layout)
     screen.note(f"{tally.line()}; {layout.summary} has it all")

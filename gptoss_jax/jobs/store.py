@@ -262,18 +262,20 @@ class Merged:
         num_repeated: lines of rows that another line has answered already.
     """
 
-    def __init__(self, layout: Layout, survey: Survey):
-        """Reads where each line stands: some 12 bytes a row are kept."""
+    def __init__(self, layout: Layout, survey: Survey, note: Callable[[Any], None] = lambda document: None):
+        """Reads where each line stands: some 12 bytes a row are kept; `note` gets the document of each row's first."""
         self._paths = parts(layout)
         self._part_of = np.full(survey.num_rows, -1, np.int32)
         self._offset_of = np.zeros(survey.num_rows, np.int64)
         self.num_repeated = 0
         for part, path in enumerate(self._paths):
             for number, entry in enumerate(journal.entries(path, CHECKED), 1):
-                ordinal = _ordinal(json.loads(entry.line), survey, f"{path}, line {number}")
+                document, where = json.loads(entry.line), f"{path}, line {number}"
+                ordinal = _ordinal(document, survey, where)
                 if self._part_of[ordinal] >= 0:
                     self.num_repeated += 1
                 else:
+                    _note(document, note, where)
                     self._part_of[ordinal], self._offset_of[ordinal] = part, entry.offset
 
     @property

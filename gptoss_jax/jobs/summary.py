@@ -50,11 +50,6 @@ class Tally:
             if "parse_status" in answer:  # plain text is not parsed
                 self.parse_statuses[answer["parse_status"]] += 1
 
-    def noting(self, line: bytes) -> bytes:
-        """The line, which is counted."""
-        self.add(json.loads(line))
-        return line
-
     def line(self) -> str:
         """For people."""
         answers, cut = self.finish_reasons.total(), self.finish_reasons["length"]

@@ -68,9 +68,13 @@ class Places:
         self._number_of.append(line.number)
         self._checksum_of.append(zlib.crc32(line.text))
 
+    def file(self, ordinal: int) -> str:
+        """The file that a row stands in."""
+        return self._files[self._file_of[ordinal]]
+
     def where(self, ordinal: int) -> str:
         """File and line, for people."""
-        return place_of(self._files[self._file_of[ordinal]], self._number_of[ordinal])
+        return place_of(self.file(ordinal), self._number_of[ordinal])
 
     def has(self, ordinal: int, line: Line) -> bool:
         """Whether this is the line that stood there."""
@@ -152,7 +156,7 @@ def survey(inputs: Inputs, fault_of: Callable[[Row], str] = lambda row: row.faul
             faults.append((ordinal, Fault(row.where, fault)))
     ids = Ids(bytes(digests))
     for ordinal in np.flatnonzero(ids.is_repeated)[: MAX_FAULTS - len(faults)].tolist():
-        form = reader.forms.get(places.where(ordinal).rpartition(":")[0], "plain")
+        form = reader.forms.get(places.file(ordinal), "plain")
         faults.append((ordinal, Fault(places.where(ordinal), _repeated(form, ids, places, ordinal))))
     num_faults = int((np.frombuffer(is_faulty, np.bool_) | ids.is_repeated).sum())
     in_order = tuple(fault for _, fault in sorted(faults))

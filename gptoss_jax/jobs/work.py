@@ -1,5 +1,6 @@
 """The work of a job: rows to be answered, in an order that suits the engine, and finished lines, as they come."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,8 +52,7 @@ class Reading:
 
     def check_defaults(self) -> None:
         """Raises RequestError for defaults under which no row can be answered, however short."""
-        request = Request((0,), self.stop_ids(self.defaults), 1, self.defaults.sampling)
-        request.check(self.config, self.engine_config)
+        self._check((0,), dataclasses.replace(self.defaults, max_new_tokens=1))
 
     def task(self, row: Row) -> Task:
         """What a row asks, checked against the model."""
@@ -60,16 +60,14 @@ class Reading:
             return Task(row, None)
         try:
             asked = row.ask(self.defaults, self.vocab_path)
-            options = asked.options
-            request = Request(asked.token_ids, self.stop_ids(options), options.max_new_tokens, options.sampling)
-            request.check(self.config, self.engine_config)
+            self._check(asked.token_ids, asked.options)
         except GptossError as error:
             return Task(row.refused(str(error)), None)
         return Task(row, asked)
 
-    def stop_ids(self, options: Options) -> tuple[int, ...]:
-        """The model's and those of the row."""
-        return tuple(dict.fromkeys((*self.config.stop_ids, *options.stop_ids)))
+    def _check(self, token_ids: tuple[int, ...], options: Options) -> None:
+        stop_ids = options.all_stop_ids(self.config.stop_ids)
+        Request(token_ids, stop_ids, options.max_new_tokens, options.sampling).check(self.config, self.engine_config)
 
     def fault_of(self, row: Row) -> str:
         """Why a row cannot be answered; "" if it can."""
