@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -34,6 +35,19 @@ def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Ids that no other length and seed has."""
     return tuple((seed * 131 + 7 * length + i) % VOCAB for i in range(length))
+
+
+def run_cancelling(engine: Engine, cancelled: Mapping[int, int]) -> Mapping[int, list[int]]:
+    """Tokens of each request until all have ended; of some, `cancelled` says after how many ticks."""
+    tokens, ticks = collections.defaultdict(list), 0
+    while not engine.is_idle:
+        for event in engine.tick():
+            tokens[event.request_id] += event.token_ids
+        ticks += 1
+        assert ticks < 20_000
+        for i in [i for i, after in cancelled.items() if after < ticks]:
+            engine.cancel(i)
+    return tokens
 
 
 def run(engine: Engine) -> dict[int, list[int]]:
@@ -199,14 +213,7 @@ def test_any_jobs_with_any_cancels_come_out_right(jobs, slots, pool, one_batch, 
         expected[i] = whole[: whole.index(stop) + 1] if stop in whole else whole
         if after is not None:
             cancelled[i] = after
-    tokens, ticks = collections.defaultdict(list), 0
-    while not engine.is_idle:
-        for event in engine.tick():
-            tokens[event.request_id] += event.token_ids
-        ticks += 1
-        assert ticks < 20_000
-        for i in [i for i, after in cancelled.items() if after < ticks]:
-            engine.cancel(i)
+    tokens = run_cancelling(engine, cancelled)
     for i, whole in expected.items():
         assert tokens[i] == whole[: len(tokens[i])]
         assert i in cancelled or tokens[i] == whole

@@ -1,6 +1,5 @@
 """Prompts that begin alike read it once: what is found again, what is not, and what it costs. No model runs."""
 
-import collections
 import dataclasses
 
 import pytest
@@ -15,7 +14,7 @@ from gptoss_jax.engine.runner import num_snapshots
 from gptoss_jax.engine.sampling import FAULTY
 from gptoss_jax.engine.statistics import Statistics
 from tests.fake_runner import VOCAB, FakeRunner, RoundingRunner, answer
-from tests.unit.test_engine_host import BOTH, CONFIG, all_pages_are_free, prompt, run
+from tests.unit.test_engine_host import BOTH, CONFIG, all_pages_are_free, prompt, run, run_cancelling
 
 
 def make_engine(config: EngineConfig, runner=FakeRunner, **options) -> Engine:
@@ -224,15 +223,7 @@ def test_any_jobs_draw_what_they_draw_without_it(runner, jobs, slots, pool, shar
     engine = make_engine(config, runner, num_shards=shards, one_batch=one_batch)
     for ids, count in asked:
         engine.submit(Request(ids, (), count))
-    tokens, ticks = collections.defaultdict(list), 0
-    while not engine.is_idle:
-        for event in engine.tick():
-            tokens[event.request_id] += event.token_ids
-        ticks += 1
-        assert ticks < 20_000
-        for i, (*_, after) in enumerate(jobs):
-            if after is not None and after < ticks:
-                engine.cancel(i)
+    tokens = run_cancelling(engine, {i: after for i, (*_, after) in enumerate(jobs) if after is not None})
     for i, whole in enumerate(expected):
         assert tokens[i] == whole[: len(tokens[i])]
         assert jobs[i][-1] is not None or tokens[i] == whole
