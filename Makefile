@@ -48,7 +48,7 @@ types: $(VENV)/.develops
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis cpu_kernels/*.so
-	find gptoss_jax pallas_kernels cpu_kernels converters benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find gptoss_jax pallas_kernels cpu_kernels converters demo benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: each is written last, so what was interrupted is done again, and a changed pyproject.toml is installed again.
 $(VENV)/.created:
@@ -68,8 +68,8 @@ $(VENV)/.develops: $(VENV)/.created $(BUILT)
 	@touch $@
 
 $(VENV)/.gates: $(VENV)/.develops
-	@echo "Installing torch, transformers, gguf and ray into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'gguf>=0.19,<0.20' --editable '.[dev,ray]'
+	@echo "Installing torch, transformers, peft, gguf and ray into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' --editable '.[dev,ray]'
 	@touch $@
 
 $(VENV)/.compilers: $(VENV)/.develops
