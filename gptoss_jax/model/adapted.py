@@ -17,7 +17,10 @@ def put(config: ModelConfig, adapters: Mapping[str, LowRank], sharding: Sharding
     targets = names.targets(config)
     return {
         path: LowRank(
-            *(sharding.put(jnp.asarray(factor, jnp.bfloat16), axes) for factor, axes in zip(factors, targets[path].axes))
+            *(
+                sharding.put(jnp.asarray(factor, jnp.bfloat16), axes)
+                for factor, axes in zip(factors, targets[path].axes)
+            )
         )
         for path, factors in adapters.items()
     }

@@ -92,7 +92,9 @@ def check(config: ModelConfig, adapters: dict[str, LowRank]) -> None:
     known = targets(config)
     for path, factors in adapters.items():
         if path not in known:
-            raise GptossError(f"adapter of {short(path)}: this model has no such matrix; is it another model's adapter?")
+            raise GptossError(
+                f"adapter of {short(path)}: this model has no such matrix; is it another model's adapter?"
+            )
         rank = factors.b.shape[-1]
         wanted = known[path].shapes(rank)
         found = LowRank(tuple(factors.a.shape), tuple(factors.b.shape))

@@ -71,9 +71,7 @@ class MixtureOfExperts(nnx.Module):
         tap("router", logits)
         packed, axes = self._weights()
         tokens = ("batch", None, None)
-        run = self.sharding.map(
-            self._run_local, in_axes=(tokens, tokens, ("batch", None), axes), out_axes=tokens
-        )
+        run = self.sharding.map(self._run_local, in_axes=(tokens, tokens, ("batch", None), axes), out_axes=tokens)
         return run(x.astype(self.dtype), logits, is_token, packed)
 
     def _weights(self) -> tuple[op.ExpertWeights, op.ExpertWeights]:

@@ -1,5 +1,6 @@
 """What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -18,7 +19,7 @@ from gptoss_jax.model.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
-from pallas_kernels.choice import Choice, Hardware, KernelError
+from pallas_kernels.choice import Choice, Hardware, KernelError, by_name
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -37,19 +38,23 @@ class Kernels(NamedTuple):
         return self[:3] == tuple(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op))
 
 
-def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) -> tuple[Kernels, str]:
+def choose_kernels(
+    names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16, *, expert_adapters: bool = False
+) -> tuple[Kernels, str]:
     """Each op's implementation on `hardware`, and one line that says which and why.
 
     Args:
         names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
         hardware: what the devices are.
         dtype: of the activations.
+        expert_adapters: whether the experts have adapters, which few implementations know.
 
     Raises:
         GptossError: `names` is no text, or no op or no implementation has that name.
     """
     attention = functools.partial(attention_op.choose, dtype=dtype)
-    ops = {"attention": attention, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
+    experts = expert_op.choose_with_adapters if expert_adapters else expert_op.choose
+    ops = {"attention": attention, "expert_mlp": experts, "linear": linear_op.choose}
     chosen, line = _chosen(names, hardware, ops)
     return Kernels(**chosen), line
 
@@ -73,7 +78,7 @@ def _chosen(names: str, hardware: Hardware, ops: Mapping[str, Callable[..., Choi
 
 
 def choose_training_kernels(
-    names: str, hardware: Hardware, *, dense_experts: bool, num_experts: int
+    names: str, hardware: Hardware, *, dense_experts: bool, expert_adapters: bool, num_experts: int, dtype: jnp.dtype
 ) -> tuple[Kernels, str]:
     """As `choose_kernels`, of what a training step runs on packed rows; plain products are XLA's there.
 
@@ -81,16 +86,24 @@ def choose_training_kernels(
         names: "auto", "reference", or "packed_attention=NAME,expert_mlp=NAME" (left out: auto).
         hardware: what the devices are.
         dense_experts: whether the experts are trained themselves, and so are no packed bytes.
+        expert_adapters: whether they have adapters.
         num_experts: of a layer.
+        dtype: of the activations.
 
     Raises:
         GptossError: no op or no implementation has that name.
     """
 
     def experts(name: str, hardware: Hardware) -> Choice:
-        return expert_op.choose_for_training(name, hardware, dense=dense_experts, num_experts=num_experts)
+        if name != "auto":
+            known = collections.ChainMap(expert_op.DENSE_IMPLEMENTATIONS, expert_op.IMPLEMENTATIONS)
+            return by_name("expert_mlp", known, name, hardware)
+        return expert_op.choose_for_training(
+            hardware, dense=dense_experts, num_experts=num_experts, adapters=expert_adapters
+        )
 
-    chosen, line = _chosen(names, hardware, {"packed_attention": attention_op.choose_packed, "expert_mlp": experts})
+    attention = functools.partial(attention_op.choose_packed, dtype=dtype)
+    chosen, line = _chosen(names, hardware, {"packed_attention": attention, "expert_mlp": experts})
     return Kernels(**chosen), line
 
 

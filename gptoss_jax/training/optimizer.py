@@ -31,21 +31,18 @@ def schedule(options: OptimizerOptions, total_steps: int, step: Int32[Array, ""]
     return jnp.clip(jnp.minimum((step + 1) / warmup, (total_steps - step) / decay), 0, 1)
 
 
-def optimizer(
-    options: OptimizerOptions, total_steps: int, trained: Mapping[str, Any]
-) -> optax.GradientTransformation:
+def optimizer(options: OptimizerOptions, total_steps: int, trained: Mapping[str, Any]) -> optax.GradientTransformation:
     """What turns gradients of `trained`, by path, into updates; gradients are clipped by their global norm first."""
-
 
     def rate(full: float) -> optax.Schedule:
         return lambda count: full * schedule(options, total_steps, count)
 
     clip = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
     betas, decay = {"b1": 0.9, "b2": 0.95}, options.weight_decay
-    if options.name == "adamw":
+    if options.matrix_learning_rate is None:
         return optax.chain(clip, optax.adamw(rate(options.learning_rate), **betas, weight_decay=decay))
     muon = optax.contrib.muon(
-        rate(options.muon_learning_rate),
+        rate(options.matrix_learning_rate),
         weight_decay=decay,
         adam_b1=betas["b1"],
         adam_b2=betas["b2"],
@@ -60,9 +57,7 @@ def _matrix(path: str) -> MuonDimensionNumbers | None:
     return next((numbers for end, numbers in MATRICES.items() if path.endswith(end)), None)
 
 
-def update(
-    transformation: optax.GradientTransformation, gradients: Any, state: Any, trained: Any
-) -> tuple[Any, Any]:
+def update(transformation: optax.GradientTransformation, gradients: Any, state: Any, trained: Any) -> tuple[Any, Any]:
     """The trained weights after one update, and the optimiser's state then."""
     with jax.numpy_dtype_promotion("standard"):  # as optax is written
         updates, state = transformation.update(gradients, state, trained)

@@ -85,14 +85,17 @@ class Trainer:
         self.config, self.sharding, self.options, self.total_steps = weights.config, sharding, options, total_steps
         self.are_random, self.source = weights.are_random, weights.described
         self._vocabulary = None if rows is None else CompactVocabulary.of(rows, weights.config.vocab_size)
-        full = options.method == "full"
-        hardware = Hardware.of(sharding.mesh.devices.flat[0])
-        chosen, self.kernels = layers.choose_training_kernels(
-            kernels, hardware, dense_experts=full, num_experts=weights.config.num_experts
-        )
         policy = transformer.DTYPE_POLICIES[options.dtype]
+        chosen, self.kernels = layers.choose_training_kernels(
+            kernels,
+            Hardware.of(sharding.mesh.devices.flat[0]),
+            dense_experts=options.lora is None,
+            expert_adapters=options.lora is not None and "experts" in options.lora.targets,
+            num_experts=weights.config.num_experts,
+            dtype=policy.activations,
+        )
         self._model = transformer.declare(weights.config, sharding, chosen, policy)
-        if full:
+        if options.lora is None:
             self._trainable = FullWeights(self._model, weights, sharding, self._vocabulary)
         else:
             self._trainable = Adapters(self._model, weights, sharding, options.lora)
@@ -213,7 +216,7 @@ class Trainer:
     def learning_rate(self, step: Int32[Array, ""] | int) -> Float[Array, ""]:
         """At `step`, of Muon where it trains matrices."""
         asked = self.options.optimizer
-        full = asked.learning_rate if asked.name == "adamw" else asked.muon_learning_rate
+        full = asked.matrix_learning_rate or asked.learning_rate
         return full * optimizers.schedule(asked, self.total_steps, step)
 
     @functools.cache  # noqa: B019

@@ -144,6 +144,17 @@ def choose(name: str, hardware: Hardware) -> Choice:
     return choice._replace(implementation=_tpu(hardware.name)) if choice.name == "tpu" else choice
 
 
+def choose_with_adapters(name: str, hardware: Hardware) -> Choice:
+    """As `choose`, of those that know adapters; for "auto" the portable one, since no kernel does.
+
+    Raises:
+        KernelError: no implementation has that name, or it cannot run here.
+    """
+    if name == "auto":
+        return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, which knows adapters")
+    return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+
+
 def choose_for_training(hardware: Hardware, *, dense: bool, num_experts: int, adapters: bool) -> Choice:
     """The best implementation on `hardware` with gradients to what is trained.
 
@@ -172,6 +183,7 @@ __all__ = [
     "WeightLayout",
     "choose",
     "choose_for_training",
+    "choose_with_adapters",
     "is_dense",
     "packed",
     "packed_axes",
