@@ -74,13 +74,13 @@ def _with_header(name: str, header: bytes, entries: Mapping[str, Any]) -> Shard:
 def from_header(
     name: str, header: bytes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Shard:
-    """A file with a header that is given, as it is, or with more metadata.
+    """A file with a header that is given, as it is, or with other metadata.
 
     Args:
         name: of the file.
         header: its first bytes, up to the tensors.
         tensors: all that there may be, by name.
-        metadata: what is to be added.
+        metadata: what it is to say of itself; None: what it says.
 
     Raises:
         HeaderError: the header's tensors are not of these, have other shapes, overlap, or leave holes.
@@ -90,7 +90,7 @@ def from_header(
         entries = {tensor: entry for tensor, entry in content.items() if tensor != "__metadata__"}
         _check_entries(name, entries, tensors)
         if metadata:
-            content = {"__metadata__": {**content.get("__metadata__", {}), **metadata}, **entries}
+            content = {"__metadata__": dict(metadata), **entries}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise error if isinstance(error, HeaderError) else HeaderError(f"{name}: no header: {error}") from None
     return _with_header(name, _encoded(content) if metadata else header, entries)

@@ -10,7 +10,6 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -96,7 +95,7 @@ class UnfinishedFolder:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
 
-    def write(self, name: str, content: "bytes | np.ndarray[Any, Any]", offset: int) -> None:
+    def write(self, name: str, content: bytes | np.ndarray, offset: int) -> None:
         """Writes into a file that was reserved."""
         left = memoryview(content).cast("B") if isinstance(content, bytes) else content.reshape(-1).view(np.uint8).data
         while left:

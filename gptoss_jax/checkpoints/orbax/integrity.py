@@ -83,6 +83,9 @@ def _origin_problems(path: Path, manifest: Manifest) -> Iterator[Fault]:
         file = path / ORIGIN / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
             yield Fault(str(file), f"missing, or not as written: {_AGAIN}")
+    there = {file.name for file in (path / ORIGIN).iterdir()} if (path / ORIGIN).is_dir() else set()
+    for name in sorted(there - manifest.origin.keys()):
+        yield Fault(str(path / ORIGIN / name), f"not named in {MANIFEST}: {_AGAIN}")
 
 
 def _has_text(path: Path, text: str) -> bool:
