@@ -15,7 +15,7 @@ from gptoss_jax.training.rows import Member
 _FIRST_ROWS = 64
 _NONE = -1 << 62  # less than any score
 
-Conversation = Int64[np.ndarray, "examples"]
+Conversation = Int64[np.ndarray, "_"]
 """The numbers of one conversation's examples."""
 
 
