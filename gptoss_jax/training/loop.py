@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class NotFiniteError(GptossError):
     """A step whose loss or gradient is no finite number."""
 
 
+@runtime_checkable
 class Trains(Protocol):
     """What the loop needs of a `gptoss_jax.training.step.Trainer`."""
 
@@ -42,6 +43,7 @@ class Trains(Protocol):
         ...
 
 
+@runtime_checkable
 class Data(Protocol):
     """What the loop needs of the conversations."""
 
