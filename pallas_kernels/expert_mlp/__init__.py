@@ -1,4 +1,4 @@
-"""The top_k experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
+"""The top_k experts' MLPs, of packed MXFP4 or dense weights: what the operation takes and promises, who can do it.
 
 A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
 `IMPLEMENTATIONS`.
@@ -21,6 +21,7 @@ from pallas_kernels.expert_mlp.weights import (
     ExpertWeights,
     Rearrangement,
     WeightLayout,
+    is_dense,
     packed,
     packed_axes,
     published,
@@ -37,7 +38,7 @@ class RunExperts(Protocol):
     outside [0, E) is skipped: padding has such, and so have experts that live on another device.
 
     Raises:
-        NotImplementedError: the weights have adapters, and the implementation does not know them.
+        NotImplementedError: the weights have adapters, or are dense, and the implementation does not know such.
     """
 
     def __call__(  # noqa: D102
@@ -69,6 +70,12 @@ def _for_device(run: RunExperts, layout: WeightLayout) -> ExpertMlp:
 
 def _reference() -> ExpertMlp:
     return _with_gradient(reference.expert_mlp)
+
+
+def _all_experts() -> ExpertMlp:
+    from pallas_kernels.expert_mlp import dense
+
+    return ExpertMlp(dense.expert_mlp)  # JAX derives its gradient
 
 
 def _cpu() -> ExpertMlp:
@@ -116,6 +123,13 @@ IMPLEMENTATIONS = Implementations[ExpertMlp](
 )
 
 
+DENSE_IMPLEMENTATIONS = Implementations[ExpertMlp]({"reference": _reference, "all-experts": _all_experts})
+"""Those that take dense weights, as published, with gradients to them too."""
+
+FEW_EXPERTS = 16
+"""Up to so many, computing all of them in two large products is faster than sorting tokens by expert."""
+
+
 def choose(name: str, hardware: Hardware) -> Choice:
     """The implementation called `name`, or for "auto" the best on `hardware`.
 
@@ -130,8 +144,36 @@ def choose(name: str, hardware: Hardware) -> Choice:
     return choice._replace(implementation=_tpu(hardware.name)) if choice.name == "tpu" else choice
 
 
+def choose_with_adapters(name: str, hardware: Hardware) -> Choice:
+    """As `choose`, of those that know adapters; for "auto" the portable one, since no kernel does.
+
+    Raises:
+        KernelError: no implementation has that name, or it cannot run here.
+    """
+    if name == "auto":
+        return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, which knows adapters")
+    return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+
+
+def choose_for_training(hardware: Hardware, *, dense: bool, num_experts: int, adapters: bool) -> Choice:
+    """The best implementation on `hardware` with gradients to what is trained.
+
+    Args:
+        hardware: what it will run on.
+        dense: whether the experts are dense floats, and not packed MXFP4.
+        num_experts: how many a layer has.
+        adapters: whether they have adapters.
+    """
+    if not dense and not adapters:
+        return choose("auto", hardware)
+    if dense and num_experts <= FEW_EXPERTS:
+        return Choice("all-experts", DENSE_IMPLEMENTATIONS["all-experts"], f"all {num_experts} experts in two products")
+    return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, the one that trains these")
+
+
 __all__ = [
     "AS_PUBLISHED",
+    "DENSE_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "Adapter",
     "ExpertMlp",
@@ -140,6 +182,9 @@ __all__ = [
     "RunExperts",
     "WeightLayout",
     "choose",
+    "choose_for_training",
+    "choose_with_adapters",
+    "is_dense",
     "packed",
     "packed_axes",
     "published",
