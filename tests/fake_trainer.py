@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.training.batch import Batch
+from gptoss_jax.training.packing import Position
 from pallas_kernels.attention.packed import Places
 
 LAYERS, EXPERTS = 3, 5
@@ -77,18 +78,23 @@ def _step(state: State, target: Any) -> tuple[State, Any]:
 
 
 class FakeData:
-    """Batches of two rows of seven tokens, each step's from the step alone."""
+    """Batches of two rows of seven tokens, each step's from its place alone; an epoch is four batches."""
 
-    def batch(self, step: int) -> Batch:
-        tokens = np.random.default_rng(step).integers(0, 9, (2, 7)).astype(np.int32)
-        position = np.tile(np.arange(7, dtype=np.int32), (2, 1))
-        zeros = np.zeros_like(tokens)
-        places: Any = Places  # of NumPy arrays
-        return Batch(tokens, places(position, zeros, zeros), zeros, np.ones((2, 7), np.float32))
+    def take(self, position: Position) -> tuple[Batch, Position]:
+        epoch, row = position
+        return _batch(4 * epoch + row), Position(epoch, row + 1) if row < 3 else Position(epoch + 1, 0)
 
-    def places(self, step: int) -> Sequence[str]:
-        return [f"data.jsonl:{step + 1}", f"data.jsonl:{step + 2}, {step + 3}"]
+    def places(self, position: Position) -> Sequence[str]:
+        line = 4 * position.epoch + position.row + 1
+        return [f"data.jsonl, line {line}", f"data.jsonl, line {line + 1}; data.jsonl, line {line + 2}"]
 
     def validation(self) -> Iterator[Batch]:
-        yield self.batch(1000)
-        yield self.batch(1001)
+        yield from (_batch(1000), _batch(1001))
+
+
+def _batch(seed: int) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 9, (2, 7)).astype(np.int32)
+    position = np.tile(np.arange(7, dtype=np.int32), (2, 1))
+    zeros = np.zeros_like(tokens)
+    places: Any = Places  # of NumPy arrays
+    return Batch(tokens, places(position, zeros, zeros), zeros, np.ones((2, 7), np.float32))

@@ -1,23 +1,24 @@
 """The run around the training step: steps from where the saved state says, rows of metrics, validation, states.
 
-Knows neither files of conversations nor how a step is computed. What happens in step n depends on the state and on n
-alone, so that a run that goes on from a saved state does what one that was never interrupted does.
+Knows neither files of conversations nor how a step is computed. What a step does depends on the state and on the place
+in the data alone, so that a run that goes on from a saved state does what one that was never interrupted does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from gptoss_jax.errors import GptossError, short
+from gptoss_jax.errors import GptossError, short, shortened
 from gptoss_jax.training import plot
 from gptoss_jax.training.metrics import Metrics, Row
+from gptoss_jax.training.packing import Position
 from gptoss_jax.training.run_folder import RunFolder
 from gptoss_jax.training.speed import Pace
-from gptoss_jax.training.states import States
+from gptoss_jax.training.states import StateError, States
 
 _NAMED_ROWS = 8  # of a batch, in an error
 
@@ -45,14 +46,14 @@ class Trains(Protocol):
 
 @runtime_checkable
 class Data(Protocol):
-    """What the loop needs of the conversations."""
+    """What the loop needs of the conversations: see `gptoss_jax.training.feed.Feed`."""
 
-    def batch(self, step: int) -> Any:
-        """The Batch of a step, counted from 0: always the same one."""
+    def take(self, position: Position) -> tuple[Any, Position]:
+        """The Batch at a place in the data, always the same one, and the place after it."""
         ...
 
-    def places(self, step: int) -> Sequence[str]:
-        """For each row of that batch: which conversations it holds, as FILE:LINE."""
+    def places(self, position: Position) -> Sequence[str]:
+        """For each row of that batch: which conversations it holds, as file and line."""
         ...
 
     def validation(self) -> Iterable[Any]:
@@ -136,49 +137,48 @@ class Loop:
             StateError: the saved state is damaged.
             OSError: something cannot be written.
         """
-        state, step = self._first_state()
+        state, step, position = self._first_state()
         self._pace.start(step)
         with Metrics(self._folder.path, step) as metrics:
             if not metrics.has_tensorboard:
-                self._note(
-                    "tensorboardX is not installed: no files for TensorBoard (pip install 'gptoss-jax[finetune]')"
-                )
-            outcome = self._steps(state, step, metrics)
-            self._plot(metrics)
+                self._note("no files for TensorBoard: tensorboardX is not installed (pip install 'gptoss-jax[finetune]')")
+            outcome = self._steps(state, step, position, metrics)
+            if not self._plot(metrics):
+                self._note("no plot of the loss: matplotlib is not installed (pip install 'gptoss-jax[finetune]')")
         return outcome
 
-    def _first_state(self) -> tuple[Any, int]:
+    def _first_state(self) -> tuple[Any, int, Position]:
         """Of the newest saved state; without one, of the beginning."""
         state, steps = self._trainer.init(), self._states.steps()
         if not steps:
-            return state, 0
-        self._states.position(steps[-1])
+            return state, 0, Position()
+        position = _position(self._states.position(steps[-1]))
         state = self._states.restore(steps[-1], state)
         self._note(f"going on from step {steps[-1]:,} of {self._schedule.total_steps:,}")
-        return state, steps[-1]
+        return state, steps[-1], position
 
-    def _steps(self, state: Any, step: int, metrics: Metrics) -> Outcome:
+    def _steps(self, state: Any, step: int, position: Position, metrics: Metrics) -> Outcome:
         schedule, row = self._schedule, metrics.rows[-1] if metrics.rows else None
-        batch = self._data.batch(step) if step < schedule.total_steps else None
+        batch, after = self._data.take(position)
         while step < schedule.total_steps and not self._stopped():
             state, report = self._trainer.step(state, batch)
             step += 1
-            done, batch = batch, self._data.batch(step) if step < schedule.total_steps else None  # while it computes
-            row = self._row(step, report)
-            self._pace.add(done)
-            row = self._evaluated(row, state)
+            this, begun, position = batch, position, after
+            batch, after = self._data.take(position)  # while the step computes
+            row = self._evaluated(self._row(step, report, begun), state)
+            self._pace.add(this)
             if row.validation_loss is not None or schedule.is_due(schedule.log_every, step):
                 router = (np.asarray(report.router.load), np.asarray(report.router.entropy))
                 metrics.add(row, *router, self._pace.scalars())
             self._show(self._line(row))
             if schedule.is_due(schedule.save_every, step):
-                self._save(step, state, metrics)
+                self._save(step, state, position, metrics)
         number = 0 if step == schedule.total_steps else self._stopped()
         if number:
-            self._save(step, state, metrics)
+            self._save(step, state, position, metrics)
         return Outcome(state, step, number, row)
 
-    def _row(self, step: int, report: Any) -> Row:
+    def _row(self, step: int, report: Any, position: Position) -> Row:
         row = Row(
             step,
             float(report.loss),
@@ -189,12 +189,12 @@ class Loop:
         )
         for name in ("loss", "balance", "gradient_norm"):
             if not math.isfinite(value := getattr(row, name)):
-                raise NotFiniteError(self._not_finite(step, name, value))
+                raise NotFiniteError(self._not_finite(step, position, name, value))
         return row
 
-    def _not_finite(self, step: int, name: str, value: float) -> str:
-        places = self._data.places(step - 1)
-        rows = [f"  row {number}: {short(place, 300)}" for number, place in enumerate(places[:_NAMED_ROWS])]
+    def _not_finite(self, step: int, position: Position, name: str, value: float) -> str:
+        places = self._data.places(position)
+        rows = [f"  row {number}: {shortened(place, 300)}" for number, place in enumerate(places[:_NAMED_ROWS])]
         more = [f"  and {len(places) - _NAMED_ROWS} more rows"] if len(places) > _NAMED_ROWS else []
         saved = self._states.steps()
         kept = f"the state after step {saved[-1]:,} is kept" if saved else "no state had been saved"
@@ -217,15 +217,16 @@ class Loop:
         self._note(f"step {row.step:,}: validation loss {loss / learned:.4f}, accuracy {right / learned:.2%}")
         return row
 
-    def _save(self, step: int, state: Any, metrics: Metrics) -> None:
+    def _save(self, step: int, state: Any, position: Position, metrics: Metrics) -> None:
         with self._pace.paused():
             metrics.sync()
-            self._states.save(step, state, {"next_batch": step})
+            self._states.save(step, state, position._asdict())
             self._plot(metrics)
 
-    def _plot(self, metrics: Metrics) -> None:
-        if metrics.rows:
-            plot.write(self._folder.path / plot.PLOT, metrics.rows, _title(metrics.rows[-1], self._folder.path))
+    def _plot(self, metrics: Metrics) -> bool:
+        """Whether the plot could be drawn, or there is nothing to draw."""
+        rows, path = metrics.rows, self._folder.path
+        return not rows or plot.write(path / plot.PLOT, rows, _title(rows[-1], path))
 
     def _line(self, row: Row) -> str:
         return f"step {row.step:,} of {self._schedule.total_steps:,}, loss {row.loss:.4f}, {self._pace.line()}"
@@ -233,3 +234,10 @@ class Loop:
 
 def _title(row: Row, path: Path) -> str:
     return f"{path.name}: loss {row.loss:.4f} after {row.step:,} steps"
+
+
+def _position(saved: Mapping[str, Any]) -> Position:
+    try:
+        return Position(int(saved["epoch"]), int(saved["row"]))
+    except (KeyError, TypeError, ValueError):
+        raise StateError(f"the saved place in the data is {short(saved)}: remove the last state") from None

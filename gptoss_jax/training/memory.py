@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from gptoss_jax.model import adapters
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.training.options import LoraOptions, TrainOptions
@@ -112,17 +113,12 @@ def _weights(config: ModelConfig, shards: Mapping[str, int], vocab_rows: int) ->
 
 
 def _adapters(config: ModelConfig, lora: LoraOptions, shards: Mapping[str, int]) -> float:
-    """Numbers of the adapters on each device: of those to experts its own experts', of all others all."""
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sides = {  # inputs and outputs of the products, of one layer
-        "attention": 2 * (hidden + query) + 2 * (hidden + key),
-        "router": hidden + experts,
-        "experts": experts / shards.get("experts", 1) * (hidden + 2 * inner + inner + hidden),
-    }
-    of_layers = config.num_layers * sum(size for name, size in sides.items() if name in lora.targets)
-    of_unembedding = hidden + config.vocab_size if "unembedding" in lora.targets else 0
-    return lora.rank * (of_layers + of_unembedding)
+    """Numbers of the adapters on each device."""
+    count = 0.0
+    for target in adapters.targets(config, lora.targets).values():
+        for shape, axes in zip(target.shapes(lora.rank), target.axes, strict=True):
+            count += math.prod(shape) / math.prod(shards.get(axis, 1) for axis in axes if axis)
+    return count
 
 
 def _activations(config: ModelConfig, shards: Mapping[str, int], itemsize: int, *, rematerialize: bool) -> float:

@@ -6,6 +6,7 @@ A run is what its options, its data and the weights that it starts from say; a f
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, read_json
 
 FORMAT = 1
-RUN, LOCK, STATES = "run.json", ".lock", "states"
+RUN, LOCK, STATES, CORPORA = "run.json", ".lock", "states", "tokens"
 CHECKPOINT, ADAPTER = "checkpoint", "adapter"  # the results of the two methods
 
 
@@ -103,6 +104,21 @@ class RunFolder:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._lock)
+
+    def abandon(self) -> None:
+        """Takes back what made the folder that of a run, where none has done a step: another may have it then."""
+        if self.states.exists() or not self.is_new:
+            return
+        (self.path / RUN).unlink(missing_ok=True)
+        shutil.rmtree(self.corpora, ignore_errors=True)
+        if os.listdir(self.path) == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+
+    @property
+    def corpora(self) -> Path:
+        """The folder of token ids that were made of the conversations."""
+        return self.path / CORPORA
 
     @property
     def states(self) -> Path:

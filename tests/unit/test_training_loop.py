@@ -15,6 +15,7 @@ from gptoss_jax.training import metrics as metrics_files
 from gptoss_jax.training import plot, speed
 from gptoss_jax.training.loop import Loop, NotFiniteError, Schedule
 from gptoss_jax.training.metrics import Metrics, MetricsError, Row
+from gptoss_jax.training.packing import Position
 from gptoss_jax.training.run_folder import RunFolder, RunRecord
 from gptoss_jax.training.speed import Counts, Pace
 from gptoss_jax.training.states import StateError, States
@@ -97,7 +98,10 @@ def test_a_loss_that_is_no_number_names_its_step_and_its_conversations(tmp_path,
         _run(tmp_path / "run", trainer=FakeTrainer(broken_at=4))
     lines = str(caught.value).split("\n")
     assert lines[0].startswith("step 4: the loss is nan; the state after step 2 is kept in ")
-    assert "row 0: 'data.jsonl:4'" in lines[2] and "row 1: 'data.jsonl:5, 6'" in lines[3]
+    assert lines[2:] == [
+        "  row 0: data.jsonl, line 4",
+        "  row 1: data.jsonl, line 5; data.jsonl, line 6",
+    ]
     assert States(tmp_path / "run" / "states").steps() == [2]
 
 
@@ -195,7 +199,7 @@ def test_smoothing_keeps_the_mean_at_the_ends():
 
 def test_useful_operations_are_those_of_the_products():
     """Guards the share of the matrix rate: a factor of two, padding, all experts in place of top_k."""
-    counts = speed.count(FakeData().batch(0), window=3)
+    counts = speed.count(FakeData().take(Position())[0], window=3)
     assert counts == Counts(14, 14, 2 * 28, 2 * (1 + 2 + 5 * 3))
     hidden, inner, layers = 96, 160, 5
     per_layer = 2 * 64 * (6 + 2) * hidden + 4 * 3 * inner * hidden + 7 * hidden
@@ -214,10 +218,10 @@ def test_the_pace_counts_neither_compiling_nor_pauses():
     pace.start(2)
     assert pace.line() == "compiling and measuring"
     now[0] = 100.0
-    pace.add(FakeData().batch(0))
+    pace.add(FakeData().take(Position())[0])
     for step in range(2):
         now[0] += 2.0
-        pace.add(FakeData().batch(step))
+        pace.add(FakeData().take(Position(0, step))[0])
         with pace.paused():
             now[0] += 50.0
     assert pace.seconds == 4.0
