@@ -60,7 +60,9 @@ def define_flags() -> None:
 def _define_run() -> None:
     flags.DEFINE_string("checkpoint", None, "FOLDER: What to start from: a checkpoint, or published safetensors.")
     flags.DEFINE_list("data", [], "FILES: Conversations, JSONL; several with commas between them.")
-    flags.DEFINE_list("validation", [], "FILES: Others, to measure with; or the share of --data to keep for that: 0.05.")
+    flags.DEFINE_list(
+        "validation", [], "FILES: Others, to measure with; or the share of --data to keep for that: 0.05."
+    )
     flags.DEFINE_string("output", None, "FOLDER: Of this run: metrics, states, and its result.")
     flags.DEFINE_integer("steps", None, "N: Length of the run; or --epochs, which is 1 where neither is given.")
     flags.DEFINE_float("epochs", None, "X: How often the run goes through the conversations.")

@@ -1,9 +1,10 @@
-"""A run of fine-tuning from flags to exit code: what is wrong is said before JAX is imported, where the files show it."""
+"""A run of fine-tuning, from flags to exit code: what the flags and files show is said before JAX is imported."""
 
 import dataclasses
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,12 @@ def _config(options: flags.FlagValues) -> ModelConfig:
 
 def _record(options: flags.FlagValues, asked: TrainOptions, sources: feed.Sources) -> RunRecord:
     """What the run's bits depend on; --dtype=auto is what a machine makes of it, and the machine is not part of it."""
-    as_asked = {**train_options.to_dict(asked), "dtype": options.dtype, "mesh": options.mesh, "kernels": options.kernels}
+    as_asked = {
+        **train_options.to_dict(asked),
+        "dtype": options.dtype,
+        "mesh": options.mesh,
+        "kernels": options.kernels,
+    }
     return RunRecord(
         asked=as_asked | {"validation_share": sources.share},
         data={
@@ -97,7 +103,6 @@ def _read(screen: Screen, asked: TrainOptions, sources: feed.Sources, folder: Pa
         found = feed.read(sources, asked, folder, report=lambda count: show(f"conversations so far: {count:,}"))
     for remark in found.remarks:
         screen.note(remark)
-    screen.note(found.described)
     return found
 
 
@@ -109,7 +114,7 @@ def _dry_run(
     if sources.training:
         found = _read(screen, asked, sources, None)
         rows = None if found.vocabulary is None else len(found.vocabulary)
-        screen.answer(f"{found.described}\n{found.total_steps:,} steps\n")
+        screen.answer(f"{found.described}\nsteps: {found.total_steps:,}\n")
     shards: dict[str, int] = {}
     if options.mesh:
         from gptoss_jax.model import sharding  # here, since it imports JAX
@@ -117,11 +122,11 @@ def _dry_run(
         shards = sharding.num_shards(options.mesh)
     if options.dtype == finetune_flags.AUTO:
         screen.note("--dtype is auto: float32, as on CPUs, is what is counted")
-    found_both = [
-        memory.memory(config, dataclasses.replace(asked, rematerialize=again), shards, vocab_rows=rows)
-        for again in (False, True)
-    ]
-    screen.answer("\n".join(["bytes on each device:", *memory.table(*found_both, asked)]) + "\n")
+    kept, again = (
+        memory.memory(config, dataclasses.replace(asked, rematerialize=rematerialize), shards, vocab_rows=rows)
+        for rematerialize in (False, True)
+    )
+    screen.answer("\n".join(["bytes on each device:", *memory.table(kept, again, asked)]) + "\n")
     return 0
 
 
@@ -150,11 +155,12 @@ class _Run:
             return 0
         try:
             data = _read(self._screen, self._asked, self._sources, self._folder.corpora)
+            self._screen.note(data.described)
             trainer = self._trainer(data)
+            return self._train(data, trainer)
         except (GptossError, OSError):
             self._folder.abandon()
             raise
-        return self._train(data, trainer)
 
     def _trainer(self, data: Feed) -> "gptoss_jax.training.step.Trainer":
         options, screen = self._options, self._screen
@@ -192,11 +198,7 @@ class _Run:
             vocab_rows=None if rows is None else len(rows),
         )
         schedule = Schedule(data.total_steps, options.log_every, options.evaluate_every, options.save_every)
-        with interrupts.noted_with_sigterm() as signalled, screen.status() as show:
-            loop = Loop(
-                trainer, data, self._folder, schedule, pace, note=screen.note, show=show, stopped=signalled
-            )
-            outcome = loop.run()
+        outcome = self._loop(lambda **hands: Loop(trainer, data, self._folder, schedule, pace, **hands))
         screen.note(pace.summary())
         if outcome.signal:
             screen.say(f"interrupted after step {outcome.step:,}, which is saved: the same command goes on")
@@ -204,9 +206,23 @@ class _Run:
         self._finish(trainer, outcome)
         return 0
 
-    def _finish(
-        self, trainer: "gptoss_jax.training.step.Trainer", outcome: "gptoss_jax.training.loop.Outcome"
-    ) -> None:
+    def _loop(self, made: "Callable[..., gptoss_jax.training.loop.Loop]") -> "gptoss_jax.training.loop.Outcome":
+        """Runs a loop that signals stop after a step. A second Ctrl-C ends the process: a step may compile for long."""
+        screen, outcome = self._screen, None
+        with interrupts.noted_with_sigterm() as terminated:
+            try:
+                with interrupts.stopping(screen.say) as pressed, screen.status() as show:
+
+                    def stopped() -> int:
+                        return terminated() or (int(signal.SIGINT) if pressed() else 0)
+
+                    outcome = made(note=screen.note, show=show, stopped=stopped).run()
+            except KeyboardInterrupt:  # that is how `stopping` ends
+                if outcome is None:
+                    raise
+        return outcome
+
+    def _finish(self, trainer: "gptoss_jax.training.step.Trainer", outcome: "gptoss_jax.training.loop.Outcome") -> None:
         from gptoss_jax.training import result
 
         last = outcome.last
@@ -216,5 +232,8 @@ class _Run:
             provenance: dict[str, Any] = {"trained_by": "gptoss_jax.finetune", "run": trained, "options": options}
             path = result.write_checkpoint(self._folder, trainer, outcome.state, provenance)
         else:
-            path = result.write_adapter(self._folder, trainer, outcome.state, self._asked)
+            from gptoss_jax.checkpoints import peft
+
+            adapters, lora = trainer.trained_adapters(outcome.state), self._asked.lora
+            path = result.write_adapter(self._folder, lambda to: peft.write(to, self._config, adapters, lora))
         self._screen.note(f"{path} is written; {self._folder.path} has metrics.csv and the loss plot")

@@ -62,10 +62,10 @@ class Feed:
     def described(self) -> str:
         """For people: a line with all numbers."""
         corpus, plan = self.training.corpus, self.training.plan(0)
+        learned, row_tokens = int(corpus.learned.sum()), self.options.row_tokens
         line = (
-            f"{corpus.conversations:,} conversations, {len(corpus.ids):,} tokens, of which {int(corpus.learned.sum()):,} "
-            f"are learned; an epoch is {len(plan):,} rows of {self.options.row_tokens:,} tokens "
-            f"({plan.padding_share:.1%} padding)"
+            f"{corpus.conversations:,} conversations, {len(corpus.ids):,} tokens, {learned:,} of them learned; "
+            f"an epoch is {len(plan):,} rows of {row_tokens:,} tokens, {plan.padding_share:.1%} of them padding"
         )
         if self.held_out is not None:
             line += f"; {self.held_out.corpus.conversations:,} conversations for validation"

@@ -141,7 +141,9 @@ class Loop:
         self._pace.start(step)
         with Metrics(self._folder.path, step) as metrics:
             if not metrics.has_tensorboard:
-                self._note("no files for TensorBoard: tensorboardX is not installed (pip install 'gptoss-jax[finetune]')")
+                self._note(
+                    "no files for TensorBoard: tensorboardX is not installed (pip install 'gptoss-jax[finetune]')"
+                )
             outcome = self._steps(state, step, position, metrics)
             if not self._plot(metrics):
                 self._note("no plot of the loss: matplotlib is not installed (pip install 'gptoss-jax[finetune]')")

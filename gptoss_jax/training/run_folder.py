@@ -15,6 +15,7 @@ from typing import Any
 from gptoss_jax import whole_files
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, read_json
+from gptoss_jax.training.metrics import METRICS
 
 FORMAT = 1
 RUN, LOCK, STATES, CORPORA = "run.json", ".lock", "states", "tokens"
@@ -106,8 +107,8 @@ class RunFolder:
         os.close(self._lock)
 
     def abandon(self) -> None:
-        """Takes back what made the folder that of a run, where none has done a step: another may have it then."""
-        if self.states.exists() or not self.is_new:
+        """Takes back what made the folder that of a run, where none has begun a step: another may have it then."""
+        if self.states.exists() or (self.path / METRICS).exists() or self.result("full").exists():
             return
         (self.path / RUN).unlink(missing_ok=True)
         shutil.rmtree(self.corpora, ignore_errors=True)
