@@ -20,7 +20,7 @@ _TO_JSONL = {
 
 
 def lines(
-    file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTES
+    file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTES, *, may_be_lists: bool = False
 ) -> Iterator[tuple[int, bytes | None]]:
     """Each line of a file: its number from 1, and what it holds without its end; b"" where it is blank.
 
@@ -28,6 +28,7 @@ def lines(
         file: where it begins; packed with gzip or zstd, or not.
         name: for errors.
         max_line_bytes: of a longer line None is given.
+        may_be_lists: whether lines may be JSON arrays; where not, a file that begins with one is refused as a whole.
 
     Raises:
         FileError: the file is damaged, or of another kind.
@@ -35,7 +36,7 @@ def lines(
     number = 0
     try:
         unpacked = compression.unpacked(file, name)
-        _check_jsonl(unpacked.peek(_HEAD_BYTES)[:_HEAD_BYTES], name)
+        _check_jsonl(unpacked.peek(_HEAD_BYTES)[:_HEAD_BYTES], name, may_be_lists)
         for number, (text, is_whole) in enumerate(_lines(unpacked, max_line_bytes), 1):
             yield number, text if is_whole else None
     except compression.Damaged as error:
@@ -54,7 +55,7 @@ def _lines(file: io.BufferedReader, max_bytes: int) -> Iterator[tuple[bytes, boo
         yield line if line.strip() else b"", is_whole and len(line) <= max_bytes
 
 
-def _check_jsonl(head: bytes, name: str) -> None:
+def _check_jsonl(head: bytes, name: str, may_be_lists: bool) -> None:
     """Refuses a file of another kind as a whole: each of its lines would be a fault.
 
     Raises:
@@ -67,17 +68,20 @@ def _check_jsonl(head: bytes, name: str) -> None:
     if known := files.recognize(head):
         raise FileError(name, known)
     lines = [line.strip() for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if kind := _other_kind(lines, name):
+    if kind := _other_kind(lines, name, may_be_lists):
         fix = f": make it with `{_TO_JSONL[kind]} > FILE.jsonl`" if kind in _TO_JSONL else ""
         raise FileError(name, f"{kind}, expected JSONL, one object a line{fix}")
 
 
-def _other_kind(lines: Sequence[bytes], name: str) -> str:
+def _other_kind(lines: Sequence[bytes], name: str, may_be_lists: bool) -> str:
     """What a file is by its first lines; "" if it may be JSONL, of which any line may be wrong."""
     first = lines[0] if lines else b"{}"
     if first == b"{" and not any(line.startswith(b"{") for line in lines[1:2]):
         return _DOCUMENT
-    if first == b"[" or first.startswith((b"[{", b"[ {")):
+    begins_with_list = first.startswith((b"[{", b"[ {"))
+    if may_be_lists and begins_with_list:
+        return ""
+    if first == b"[" or begins_with_list:
         return _ARRAY
     if not first.startswith(b"{") and name.lower().endswith((".csv", ".tsv")):
         return _TABLE

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from gptoss_jax.training.packing import Row, empty_row
+from gptoss_jax.training import rows as packed_rows
+from gptoss_jax.training.rows import Row
 from gptoss_jax.training.vocabulary import CompactVocabulary
 from pallas_kernels.attention.packed import Places
 
@@ -35,7 +36,7 @@ def stack(rows: Sequence[Row], batch_rows: int, vocabulary: CompactVocabulary | 
         batch_rows: rows of the batch; where fewer are given, the others are padding.
         vocabulary: makes rows of the compact embedding of the ids.
     """
-    padding = [empty_row(len(rows[0].tokens))] * (batch_rows - len(rows))
+    padding = [packed_rows.empty(len(rows[0].tokens))] * (batch_rows - len(rows))
     tokens, position, first, head, targets, learned = map(np.stack, zip(*rows, *padding, strict=True))
     if vocabulary is not None:
         tokens = _mapped(tokens, position >= 0, vocabulary)

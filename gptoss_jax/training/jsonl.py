@@ -91,14 +91,14 @@ class Reader:
     def _of_file(self, index: int, name: str) -> Iterator[Found]:
         files.check_regular(name)
         with open(name, "rb") as file:
-            for number, line in jsonl.lines(file, name):
+            for number, line in jsonl.lines(file, name, may_be_lists=True):
                 if line == b"":
                     continue
                 self.conversations += 1
                 try:
                     examples = self._of_line(line)
                 except GptossError as error:
-                    what = error.what if isinstance(error, FileError) else str(error)
+                    what = error.what.removeprefix("line 1, ") if isinstance(error, FileError) else str(error)
                     self._faults.append(Fault(f"{name}, line {number}", what))
                     continue
                 digest = int.from_bytes(hashlib.sha256(line or b"").digest()[:8], "little")
