@@ -19,7 +19,7 @@ def put(config: ModelConfig, adapters: Mapping[str, LowRank], sharding: Sharding
         path: LowRank(
             *(
                 sharding.put(jnp.asarray(factor, jnp.bfloat16), axes)
-                for factor, axes in zip(factors, targets[path].axes)
+                for factor, axes in zip(factors, targets[path].axes, strict=True)
             )
         )
         for path, factors in adapters.items()

@@ -5,7 +5,7 @@ share of every softmax (openai/gpt-oss torch/model.py, AttentionBlock).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -106,11 +106,12 @@ class Attention(nnx.Module):
         self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], places: Places
     ) -> Float[Array, "B T N H"]:
         """Attends within rows that several sequences share, each token to those of its own that come before it."""
-        tokens, by_row = ("batch", None, "heads", None), ("batch", None)
+        tokens = ("batch", None, "heads", None)
+        by_row: Any = ("batch", None)
         window = self.config.sliding_window if self.config.has_sliding_window(self.layer) else None
         attend = self.sharding.map(
             functools.partial(self.packed_kernel, window=window),
-            in_axes=(tokens, tokens, tokens, Places(*[by_row] * len(Places._fields)), ("heads",)),
+            in_axes=(tokens, tokens, tokens, Places(by_row, by_row, by_row), ("heads",)),
             out_axes=tokens,
         )
         return attend(q, k, v, places, self.sinks[...])

@@ -1,6 +1,5 @@
 """What attention and experts are both made of: kernels, weights, RMSNorm, linear maps, weights of eight bits."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -96,7 +95,8 @@ def choose_training_kernels(
 
     def experts(name: str, hardware: Hardware) -> Choice:
         if name != "auto":
-            known = collections.ChainMap(expert_op.DENSE_IMPLEMENTATIONS, expert_op.IMPLEMENTATIONS)
+            dense = name in expert_op.DENSE_IMPLEMENTATIONS
+            known = expert_op.DENSE_IMPLEMENTATIONS if dense else expert_op.IMPLEMENTATIONS
             return by_name("expert_mlp", known, name, hardware)
         return expert_op.choose_for_training(
             hardware, dense=dense_experts, num_experts=num_experts, adapters=expert_adapters

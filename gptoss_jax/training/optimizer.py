@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers
 
 from gptoss_jax.training.options import OptimizerOptions
+
+BETA1, BETA2 = 0.9, 0.95  # of Adam's moments
 
 MATRICES = {
     "attention/q/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(0, 1)),
@@ -23,7 +25,7 @@ MATRICES = {
 """The weights that Muon trains, by the end of their paths, as matrices: one an expert."""
 
 
-def schedule(options: OptimizerOptions, total_steps: int, step: Int32[Array, ""] | int) -> Float[Array, ""]:
+def schedule(options: OptimizerOptions, total_steps: int, step: Any) -> Float[Array, ""]:
     """Share of the full learning rate at `step`, from 0: a linear warm-up, flat, then linear down to the run's end."""
     warmup = max(1, round(options.warmup * total_steps))
     decay = max(1, total_steps - math.floor(options.decay_from * total_steps))
@@ -38,17 +40,18 @@ def optimizer(options: OptimizerOptions, total_steps: int, trained: Mapping[str,
         return lambda count: full * schedule(options, total_steps, count)
 
     clip = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
-    betas, decay = {"b1": 0.9, "b2": 0.95}, options.weight_decay
+    decay = options.weight_decay
     if options.matrix_learning_rate is None:
-        return optax.chain(clip, optax.adamw(rate(options.learning_rate), **betas, weight_decay=decay))
+        return optax.chain(clip, optax.adamw(rate(options.learning_rate), b1=BETA1, b2=BETA2, weight_decay=decay))
+    matrices: Any = {path: _matrix(path) for path in trained}
     muon = optax.contrib.muon(
         rate(options.matrix_learning_rate),
         weight_decay=decay,
-        adam_b1=betas["b1"],
-        adam_b2=betas["b2"],
+        adam_b1=BETA1,
+        adam_b2=BETA2,
         adam_weight_decay=decay,
         adam_learning_rate=rate(options.learning_rate),
-        muon_weight_dimension_numbers={path: _matrix(path) for path in trained},
+        muon_weight_dimension_numbers=matrices,
     )
     return optax.chain(clip, muon)
 

@@ -32,7 +32,7 @@ from pallas_kernels.choice import Hardware
 class State(NamedTuple):
     """All that changes from step to step, beside the place in the data."""
 
-    step: Int32[Array, ""]  # updates so far
+    step: Any  # int32 scalar: updates so far
     trained: Trained  # float32 arrays by path
     optimizer: Any  # optax's state
 
@@ -56,7 +56,7 @@ class Evaluation(NamedTuple):
     learned: int
 
     def __add__(self, other: "Evaluation") -> "Evaluation":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Evaluation(*(a + b for a, b in zip(self, other, strict=True)))
+        return Evaluation(self.loss + other.loss, self.right + other.right, self.learned + other.learned)
 
 
 class Trainer:
@@ -259,7 +259,7 @@ class Trainer:
         (gradients, sums, (router, balance)), _ = lax.scan(add, zero, (batch, jnp.arange(parts)))
         return gradients, sums, router, balance
 
-    def _losses(self, params: transformer.Params, batch: Batch) -> tuple[Losses, Router, Float[Array, ""]]:
+    def _losses(self, params: transformer.Params, batch: Any) -> tuple[Losses, Router, Float[Array, ""]]:
         run = self._model.bind(params)
         places = [f"layers/{i}/router" for i in range(self.config.num_layers)]
         taps = Taps(places, self.config.num_layers)

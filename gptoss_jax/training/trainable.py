@@ -94,17 +94,15 @@ class FullWeights:
         for path, array in self._weights.read(self._model.leaves, self._sharding):
             matrix, _, name = path.rpartition("/")
             if not matrix.endswith(_EXPERTS) or name == "bias":
-                cut = self._vocabulary is not None and path in TABLES
-                yield path, self._put(path, self._vocabulary.cut(path, np.asarray(array)) if cut else array)
+                if self._vocabulary is not None and path in TABLES:
+                    array = self._vocabulary.cut(path, np.asarray(array))
+                yield path, self._sharding.put(jnp.asarray(array, jnp.float32), self.axes(path))
                 continue
             blocks[path] = array
             both = f"{matrix}/blocks", f"{matrix}/scales"
             if all(part in blocks for part in both):
-                packed = (self._sharding.put(blocks.pop(part), self._model.leaves[part].axes) for part in both)
-                yield f"{matrix}/weight", mxfp4.dequantize(*packed, jnp.float32)
-
-    def _put(self, path: str, array: Any) -> jax.Array:
-        return self._sharding.put(jnp.asarray(array, jnp.float32), self.axes(path))
+                codes, scales = (self._sharding.put(blocks.pop(part), self._model.leaves[part].axes) for part in both)
+                yield f"{matrix}/weight", mxfp4.dequantize(codes, scales, jnp.float32)
 
     def axes(self, path: str) -> Axes:
         """The logical axes of a trained array."""

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
+from cpu_kernels import packed_attention as cpu
 from pallas_kernels.choice import Choice, Hardware, Implementations, best, by_name
 
 
@@ -101,7 +102,11 @@ def _reference() -> AttendPacked:
     return attend_packed
 
 
-PACKED = Implementations[AttendPacked]({"reference": _reference})
+def _cpu() -> AttendPacked:
+    return cpu.attend_packed
+
+
+PACKED = Implementations[AttendPacked]({"reference": _reference, "cpu": _cpu})
 
 
 def choose_packed(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Choice:
