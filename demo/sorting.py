@@ -33,7 +33,7 @@ def sorting_numbers(random: Random, held_out: bool) -> Question:
             break
     texts = [str(number) for number in numbers]
     width = max(map(len, texts))
-    items = [_Item(label, text.zfill(width), text) for label, text in zip(LABELS, texts)]
+    items = [_Item(label, text.zfill(width), text) for label, text in zip(LABELS[: len(texts)], texts, strict=True)]
     down = random.random() < 0.3
     listed = ", ".join(texts)
     wordings = [f"Sort these numbers {random.choice(DESCENDING if down else ASCENDING)}: {listed}."]
@@ -49,7 +49,7 @@ def sorting_words(random: Random, held_out: bool) -> Question:
         differ = len({word[:2] for word in words}) == len(words)
         if differ and is_held_out("sorting_words", *sorted(words)) == held_out:
             break
-    items = [_Item(label, word[:2], word) for label, word in zip(LABELS, words)]
+    items = [_Item(label, word[:2], word) for label, word in zip(LABELS[: len(words)], words, strict=True)]
     listed = ", ".join(words)
     wordings = (
         f"Sort these words: {listed}.",
@@ -75,7 +75,7 @@ def _picks(items: Sequence[_Item], ordered: Sequence[_Item]) -> str:
     """For each place: the labels that are left, the digits of the one that comes next, and its label."""
     picks, left = [], list(items)
     for item in ordered[:-1]:
-        picks.append(f"Of {_labels(left)}: {_spaced(item.key)} {item.label}")
+        picks.append(f"left {_labels(left)}: {_spaced(item.key)} {item.label}")
         left.remove(item)
     return "; ".join([*picks, f"left {_labels(left)}"])
 
