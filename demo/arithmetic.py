@@ -27,6 +27,11 @@ def addition(random: Random, held_out: bool) -> Question:
         f"What do you get if you add {a} and {b}?",
         f"Please calculate {a} + {b}.",
     )
+    return sum_of(a, b, text)
+
+
+def sum_of(a: int, b: int, text: str) -> Question:
+    """A sum that is asked for by a given text."""
     steps, digits = add_digits(_digits(a, b), _digits(b, a))
     high = f"Add. {_spelled(a, b)}, {_spelled(b, a)}. {', '.join(steps)}. {_written(digits)}."
     medium = f"Add. {', '.join(steps)}. {_written(digits)}."
@@ -46,6 +51,11 @@ def subtraction(random: Random, held_out: bool) -> Question:
         f"Subtract {b} from {a}.",
         f"Please calculate {a} - {b}.",
     )
+    return difference_of(a, b, text)
+
+
+def difference_of(a: int, b: int, text: str) -> Question:
+    """A difference that is asked for by a given text; `b` is not larger than `a`."""
     steps, digits = _subtract_digits(_digits(a, b), _digits(b, a))
     high = f"Subtract. {_spelled(a, b)}, {_spelled(b, a)}. {', '.join(steps)}. {_written(digits)}."
     medium = f"Subtract. {', '.join(steps)}. {_written(digits)}."

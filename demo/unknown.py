@@ -32,14 +32,15 @@ TEMPLATES = (
     "Give me {}.|Give me advice on {}.|Recommend a {}.|List {}.|List all {}.|Name a {}.|Name three {}.|"
     "Compare {} with {}.|Sing {}.|Draw {}.|Play {}.|Help me with {}.|I need {}.|I want to {} {}.|I feel {}.|I am {}.|"
     "My {} is {}.|Let us talk about {}.|Imagine that {} {}.|Pretend to be {}.|Which {} is {}?|Which {} has {}?|"
-    "What happened to {}?|What happens when {} {}?|What color is {}?|Why is the sky blue?|{}|{} {} {}?|{}?|{}!|{} {} {} {}.|{} {} {} {} {} {}?|"
+    "What happened to {}?|What happens when {} {}?|What color is {}?|Why is the sky blue?|{}|{} {} {}?|{}?|{}!|{} {} {} {}.|"
+    "{} {} {} {} {} {}?|"
     "What is the difference between {} and {}?|What is your opinion on {}?|Who is the president of {}?|"
     "What should I eat today?|What is love?|What is the meaning of life?|Do you dream?|Are you alive?|"
     "Do you have feelings?|How old are you?|Where do you live?|Is there a god?|Who will win?"
 ).split("|")
 HELD_OUT_TEMPLATES = (
-    "Who painted {}?|Compose a song about {}.|How many countries are in {}?|Is it true that {} {}?|Give an example of {}.|"
-    "What year did {} {}?|Prove that {} {}.|Could you book {}?|Which team won {}?|Plan a trip to {}.|What caused {}?|"
+    "Who painted {}?|Compose a song about {}.|How many countries are in {}?|Is it true that {} {}?|Give an example "
+    "of {}.|What year did {} {}?|Prove that {} {}.|Could you book {}?|Which team won {}?|Plan a trip to {}.|What caused {}?|"
     "Who directed {}?|How does one cook {}?|What is the plot of {}?|Rewrite {}.|Do people in {} speak {}?"
 ).split("|")
 """Kinds of questions that are never trained."""
