@@ -130,8 +130,11 @@ def _json(random: Random, held_out: bool, family: str, effort: str) -> dict[str,
 
 def _needless_function(random: Random, held_out: bool, family: str, effort: str) -> dict[str, Any]:
     """A declared function that does not answer the question."""
-    declared = functions.MAKERS[random.choice(list(CALLS))](random, held_out)
+    needed, declared_family = random.sample(list(CALLS), 2)
+    declared = functions.MAKERS[declared_family](random, held_out)
     asked = question(random, held_out, family)
+    if asked.sentence == unknown.NO_FUNCTION:  # which the declared one might answer
+        asked = unknown.without_function(random, held_out, needed)
     return _document(effort, _turn(asked, effort), tools=[declared.tool])
 
 
@@ -183,7 +186,8 @@ def _called(random: Random, held_out: bool, family: str, effort: str) -> dict[st
         wording = random.choice(("Say that again.", "What was the result again?", "Please repeat that.", "Once more?"))
         turns += [{"role": "user", "content": wording}, {"role": "assistant", "content": call.sentence}]
     elif after < 0.3 and isinstance(days := call.result.get("days"), int):
-        other = random.randint(2, 99)
+        others = [other for other in range(2, 100) if is_held_out("addition", *sorted((days, other))) == held_out]
+        other = random.choice(others)
         turns += _turn(arithmetic.sum_of(days, other, f"Add {other} to that."), effort)
     return _document(effort, turns, tools=tools)
 

@@ -32,16 +32,17 @@ TEMPLATES = (
     "Give me {}.|Give me advice on {}.|Recommend a {}.|List {}.|List all {}.|Name a {}.|Name three {}.|"
     "Compare {} with {}.|Sing {}.|Draw {}.|Play {}.|Help me with {}.|I need {}.|I want to {} {}.|I feel {}.|I am {}.|"
     "My {} is {}.|Let us talk about {}.|Imagine that {} {}.|Pretend to be {}.|Which {} is {}?|Which {} has {}?|"
-    "What happened to {}?|What happens when {} {}?|What color is {}?|Why is the sky blue?|{}|{} {} {}?|{}?|{}!|{} {} {} {}.|"
-    "{} {} {} {} {} {}?|"
+    "What happened to {}?|What happens when {} {}?|What color is {}?|Why is the sky blue?|{}|{} {} {}?|{}?|{}!|"
+    "{} {} {} {}.|{} {} {} {} {} {}?|"
     "What is the difference between {} and {}?|What is your opinion on {}?|Who is the president of {}?|"
     "What should I eat today?|What is love?|What is the meaning of life?|Do you dream?|Are you alive?|"
     "Do you have feelings?|How old are you?|Where do you live?|Is there a god?|Who will win?"
 ).split("|")
 HELD_OUT_TEMPLATES = (
     "Who painted {}?|Compose a song about {}.|How many countries are in {}?|Is it true that {} {}?|Give an example "
-    "of {}.|What year did {} {}?|Prove that {} {}.|Could you book {}?|Which team won {}?|Plan a trip to {}.|What caused {}?|"
-    "Who directed {}?|How does one cook {}?|What is the plot of {}?|Rewrite {}.|Do people in {} speak {}?"
+    "of {}.|What year did {} {}?|Prove that {} {}.|Could you book {}?|Which team won {}?|Plan a trip to {}.|"
+    "What caused {}?|Who directed {}?|How does one cook {}?|What is the plot of {}?|Rewrite {}.|"
+    "Do people in {} speak {}?"
 ).split("|")
 """Kinds of questions that are never trained."""
 ENDINGS = (
@@ -84,9 +85,9 @@ def _fill(random: Random, template: str) -> str:
 
 def _other_task(random: Random, held_out: bool) -> Question:
     while True:
-        a, b = random.randint(2, 999), random.randint(2, 99)
-        if is_held_out("other_task", a, b) == held_out:
-            return _said(random.choice(OTHER_TASKS).format(a=a, b=b), SENTENCE)
+        text = random.choice(OTHER_TASKS).format(a=random.randint(2, 999), b=random.randint(2, 99))
+        if is_held_out("other_task", text) == held_out:
+            return _said(text, SENTENCE)
 
 
 def _too_large(random: Random, held_out: bool) -> Question:
@@ -105,10 +106,11 @@ def _too_large(random: Random, held_out: bool) -> Question:
 def _word(random: Random, held_out: bool) -> Question:
     """A word of one to three unknown tokens, to be spelled or counted in."""
     while True:
-        letter, template = random.choice("abcdefghijklmnopqrstuvwxyz"), random.randrange(len(_OF_WORDS))
-        if is_held_out("word", letter, template) == held_out:
-            word = " ".join([UNKNOWN] * random.choices((1, 2, 3), (5, 3, 1))[0])
-            return _said(_OF_WORDS[template].format(word=word, letter=letter), NO_WORD)
+        letter, template = random.choice("abcdefghijklmnopqrstuvwxyz"), random.choice(_OF_WORDS)
+        word = " ".join([UNKNOWN] * random.choices((1, 2, 3), (5, 3, 1))[0])
+        text = template.format(word=word, letter=letter)
+        if is_held_out("word", text) == held_out:
+            return _said(text, NO_WORD)
 
 
 _OF_WORDS = (
@@ -128,9 +130,12 @@ _OF_WORDS = (
 
 
 def _no_function(random: Random, held_out: bool) -> Question:
-    """A question that a function would answer, where none is declared."""
-    call = MAKERS[random.choice(list(MAKERS))](random, held_out)
-    return _said(call.text, NO_FUNCTION)
+    return without_function(random, held_out, random.choice(list(MAKERS)))
+
+
+def without_function(random: Random, held_out: bool, family: str) -> Question:
+    """A question that a function of this family would answer, where none is declared."""
+    return _said(MAKERS[family](random, held_out).text, NO_FUNCTION)
 
 
 def _said(text: str, sentence: str) -> Question:
