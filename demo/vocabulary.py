@@ -30,7 +30,7 @@ def unknown_id() -> int:
 
 
 def used_ids(path: str | Path) -> list[int]:
-    """The ids that the conversations in a file of demo.data use, those of all numbers below 1000 and of letters, sorted.
+    """The ids that a file of conversations uses, and those of all numbers below 1000 and of letters, sorted.
 
     Raises:
         OSError: the file cannot be read.
