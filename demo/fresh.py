@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from demo import vocabulary
-from gptoss_jax.checkpoints import huggingface, packing
+from gptoss_jax.checkpoints import packing
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import of_configs
@@ -81,15 +81,18 @@ def leaves(config: ModelConfig, used: list[int], *, seed: int) -> Iterator[tuple
         used: ids whose rows are their own, sorted.
         seed: of all values; a leaf's follow from it and the leaf's name.
     """
-    shapes = {name: recipe.shape for name, recipe in huggingface.mxfp4_recipes(config).items()}
-    for name, shape in shapes.items():
+    from gptoss_jax.model import sharding, transformer  # here, so that a mistake is found before JAX is imported
+
+    for name, leaf in transformer.declare(config, sharding.make()).leaves.items():
+        shape = leaf.shape
         kind = name.rpartition("/")[2]
         if name in ("embedding", "unembedding"):
             yield name, _rows(name, shape, used, seed)
         elif kind == "blocks":
             yield from _experts(name.removesuffix("/blocks"), shape, config, seed)
         elif kind != "scales":  # which come with the blocks
-            yield name, _dense(name, shape, config, seed).astype(_BFLOAT16)
+            inputs = math.prod(shape[-leaf.num_inputs :]) if leaf.num_inputs else shape[-1]
+            yield name, _dense(name, shape, inputs, config, seed).astype(_BFLOAT16)
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:
@@ -113,12 +116,12 @@ def _rows(name: str, shape: tuple[int, ...], used: list[int], seed: int) -> np.n
     return rows
 
 
-def _dense(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
+def _dense(name: str, shape: tuple[int, ...], inputs: int, config: ModelConfig, seed: int) -> np.ndarray:
     if name.endswith("norm"):
         return np.ones(shape, np.float32)
     if name.endswith(("bias", "sinks")):
         return np.zeros(shape, np.float32)
-    weights = _generator(name, seed).standard_normal(shape, np.float32) / math.sqrt(shape[-1])
+    weights = _generator(name, seed).standard_normal(shape, np.float32) / math.sqrt(inputs)
     if name.endswith("out/weight"):
         weights /= math.sqrt(2 * config.num_layers)
         weights[0] = 0  # the first axis of the residual stream stays constant
