@@ -102,7 +102,7 @@ def routing(
     al., arXiv:2101.03961, equations 4 to 6, for top_k experts a token).
     """
     loads, entropies, losses = [], [], []
-    tokens = jnp.maximum(is_token.sum(), 1)
+    tokens = jnp.maximum(is_token.sum(dtype=jnp.float32), 1)
     for of_layer in logits.values():
         num_experts = of_layer.shape[-1]
         ids, _ = route(of_layer, top_k)
