@@ -21,6 +21,8 @@ HANDLERS = (
     "sliding_window_attention",
     "packed_attention",
     "packed_attention_gradient",
+    "dense_experts",
+    "dense_experts_gradient",
 )
 
 

@@ -41,6 +41,8 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
         raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
     if options.save:
         whole_files.check_can_write(options.save)
+    screen = Screen(quiet=options.quiet)
+    model_flags.default_to_demo_model(options, screen)
     config = model_flags.config(options)
     prompt = prompts.read(options, arguments)
     request = sampling_flags.request(options, config, prompt.token_ids, sampling)
@@ -49,18 +51,18 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     for i, stream in enumerate(streams):
         seeded = dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32)
         requests.append(dataclasses.replace(request, sampling=seeded, ends_at=stream.ends_at))
-    return _run(options, prompt, requests, streams, echoed)
+    return _run(options, screen, prompt, requests, streams, echoed)
 
 
 def _run(
     options: flags.FlagValues,
+    screen: Screen,
     prompt: prompts.Prompt,
     requests: Sequence[Request],
     streams: Sequence[AnswerStream],
     echoed: Sequence[str],
 ) -> int:
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
-    screen = Screen(quiet=options.quiet)
     engine_config = sampling_flags.engine_config(options, min(options.n, MAX_SLOTS), prefix_cache=options.n > 1)
     language_model, engine = model_flags.load_for_answers(options, screen, engine_config)
     hosts.check_same("the prompt", [(request.token_ids, request.stop_ids, request.sampling) for request in requests])

@@ -49,7 +49,9 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
 def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen) -> ChatSession:
     """The conversation that --messages holds, and the model that goes on with it."""
     _refuse_what_chat_asks_for(options, arguments)
-    sampling, config = sampling_flags.sampling(options), model_flags.config(options)
+    sampling = sampling_flags.sampling(options)
+    model_flags.default_to_demo_model(options, screen)
+    config = model_flags.config(options)
     opening = prompts.opening(options)
     request = sampling_flags.request(options, config, [START], sampling)
     tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)

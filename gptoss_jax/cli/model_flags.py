@@ -11,6 +11,7 @@ from gptoss_jax.cli import hosts, interrupts
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.runtime import demo_model
 from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
 
 if TYPE_CHECKING:
@@ -18,12 +19,27 @@ if TYPE_CHECKING:
     import gptoss_jax.engine.engine
     import gptoss_jax.runtime.language_model
 
-MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab", *hosts.HOST_FLAGS)
+MODEL_FLAGS = (
+    "checkpoint",
+    "adapter",
+    "mesh",
+    "dtype",
+    "dense",
+    "kernels",
+    "compilation_cache",
+    "vocab",
+    *hosts.HOST_FLAGS,
+)
 
 
 def define_flags() -> None:
     """The flags named in MODEL_FLAGS; all but vocab are read here."""
-    flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "FOLDER: A converted checkpoint, or a folder of published safetensors; generate and score have a demo model.",
+    )
+    flags.DEFINE_string("adapter", None, "FOLDER: A PEFT adapter (LoRA) beside the weights, as fine-tuning makes one.")
     flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
     flags.DEFINE_enum("dtype", "bfloat16", ACTIVATIONS, "Number format of the activations.")
     flags.DEFINE_enum(
@@ -52,6 +68,21 @@ def config(options: flags.FlagValues) -> ModelConfig:
     return opening.open_weights(Path(options.checkpoint)).config
 
 
+def default_to_demo_model(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> None:
+    """Sets --checkpoint to the demo model of the package where it is left out, and says so.
+
+    Raises:
+        GptossError: --checkpoint is missing, and this installation has no demo model, or it cannot be unpacked.
+    """
+    if options.checkpoint:
+        return
+    try:
+        options.checkpoint = str(demo_model.folder())
+    except demo_model.DemoModelError as error:
+        raise GptossError(f"--checkpoint is missing, and {error}") from None
+    screen.note("no --checkpoint, so this is the package's tiny demo model (docs/finetune.md says what it knows)")
+
+
 def load(
     options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen", *, if_random: str
 ) -> "gptoss_jax.runtime.language_model.LanguageModel":
@@ -72,6 +103,7 @@ def load(
             mesh=options.mesh or None,
             dtype=options.dtype,
             dense=options.dense,
+            adapter=options.adapter,
             kernels=options.kernels,
             programs_folder=programs_folder,
             report=report,

@@ -30,12 +30,13 @@ def score(options: flags.FlagValues, source: tuple[str, str], echoed: Sequence[s
         BrokenPipeError: nobody reads stdout any more.
     """
     windows = windows_from_flags(options)
+    screen, scores = Screen(quiet=options.quiet), []
+    model_flags.default_to_demo_model(options, screen)
     config = model_flags.config(options)
     tokenizer = load_tokenizer(options.vocab)
     texts = read_texts(options, source, tokenizer)
     for token_ids in texts:  # before the weights are read
         check_named(token_ids, config)
-    screen, scores = Screen(quiet=options.quiet), []
     language_model = model_flags.load(options, screen, if_random="the probabilities are of noise")
     hosts.check_same("the text", texts)
     score_window = functools.partial(language_model.score, top_logprobs=options.top_logprobs)

@@ -1,6 +1,6 @@
 """Which matrices can have an adapter of low rank beside them, and of what shape: names and numbers, without JAX."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gptoss_jax.errors import GptossError, short
@@ -83,7 +83,7 @@ def _kinds(config: ModelConfig) -> dict[str, tuple[int, tuple[int, ...], tuple[i
     }
 
 
-def check(config: ModelConfig, adapters: dict[str, LowRank]) -> None:
+def check(config: ModelConfig, adapters: Mapping[str, LowRank]) -> None:
     """Refuses adapters that are not of this model.
 
     Raises:

@@ -99,7 +99,7 @@ def choose_training_kernels(
             known = expert_op.DENSE_IMPLEMENTATIONS if dense else expert_op.IMPLEMENTATIONS
             return by_name("expert_mlp", known, name, hardware)
         return expert_op.choose_for_training(
-            hardware, dense=dense_experts, num_experts=num_experts, adapters=expert_adapters
+            hardware, dense=dense_experts, num_experts=num_experts, adapters=expert_adapters, dtype=dtype
         )
 
     attention = functools.partial(attention_op.choose_packed, dtype=dtype)

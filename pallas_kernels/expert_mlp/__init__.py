@@ -8,8 +8,12 @@ import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+import cpu_kernels
+from cpu_kernels.dense_experts import expert_mlp as cpu_dense_expert_mlp
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, Implementations, best, by_name
 from pallas_kernels.expert_mlp import reference
@@ -78,6 +82,10 @@ def _all_experts() -> ExpertMlp:
     return ExpertMlp(dense.expert_mlp)  # JAX derives its gradient
 
 
+def _cpu_dense() -> ExpertMlp:
+    return ExpertMlp(cpu_dense_expert_mlp)
+
+
 def _cpu() -> ExpertMlp:
     return _with_gradient(cpu_expert_mlp)
 
@@ -123,7 +131,9 @@ IMPLEMENTATIONS = Implementations[ExpertMlp](
 )
 
 
-DENSE_IMPLEMENTATIONS = Implementations[ExpertMlp]({"reference": _reference, "all-experts": _all_experts})
+DENSE_IMPLEMENTATIONS = Implementations[ExpertMlp](
+    {"reference": _reference, "all-experts": _all_experts, "cpu-dense": _cpu_dense}
+)
 """Those that take dense weights, as published, with gradients to them too."""
 
 FEW_EXPERTS = 16
@@ -155,7 +165,9 @@ def choose_with_adapters(name: str, hardware: Hardware) -> Choice:
     return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
 
 
-def choose_for_training(hardware: Hardware, *, dense: bool, num_experts: int, adapters: bool) -> Choice:
+def choose_for_training(
+    hardware: Hardware, *, dense: bool, num_experts: int, adapters: bool, dtype: DTypeLike = jnp.float32
+) -> Choice:
     """The best implementation on `hardware` with gradients to what is trained.
 
     Args:
@@ -163,9 +175,14 @@ def choose_for_training(hardware: Hardware, *, dense: bool, num_experts: int, ad
         dense: whether the experts are dense floats, and not packed MXFP4.
         num_experts: how many a layer has.
         adapters: whether they have adapters.
+        dtype: the activations'.
     """
     if not dense and not adapters:
         return choose("auto", hardware)
+    on_cpu = dense and not adapters and hardware.platform == "cpu" and dtype == jnp.float32
+    if on_cpu and not cpu_kernels.why_not():
+        reason = f"C++ for {cpu_kernels.instruction_sets()[0]}"
+        return Choice("cpu-dense", DENSE_IMPLEMENTATIONS["cpu-dense"], reason)
     if dense and num_experts <= FEW_EXPERTS:
         return Choice("all-experts", DENSE_IMPLEMENTATIONS["all-experts"], f"all {num_experts} experts in two products")
     return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, the one that trains these")
