@@ -83,7 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 1.0, "X: Of one more column at high effort; 0: none.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "SEED: Of the questions.")
     flags.DEFINE_integer("slots", 32, "N: Answers that run at once.", lower_bound=1)
-    flags.DEFINE_string("dtype", "float32", "NAME: Number format of the activations: float32 or bfloat16.")
+    flags.DEFINE_string("dtype", "bfloat16", "NAME: Number format of the activations: float32 or bfloat16.")
     flags.DEFINE_list("families", [], "NAMES: Rows to examine; left out: all, and the shapes.")
     flags.DEFINE_string("out", None, "FILE: Where all counts go, as JSON.")
     flags.DEFINE_bool("check", False, "Exit with 1 if a target is missed.")
