@@ -14,7 +14,16 @@ from pathlib import Path
 import jax
 
 FOLDER = Path(__file__).parent
-HANDLERS = ("linear", "expert_mlp", "paged_attention", "sliding_window_attention")
+HANDLERS = (
+    "linear",
+    "expert_mlp",
+    "paged_attention",
+    "sliding_window_attention",
+    "packed_attention",
+    "packed_attention_gradient",
+    "dense_experts",
+    "dense_experts_gradient",
+)
 
 
 class Unavailable(RuntimeError):

@@ -24,13 +24,17 @@ def expert_mlp(
 
     Raises:
         TypeError: activations or biases of another dtype than the contract's.
-        NotImplementedError: there are adapters.
+        NotImplementedError: there are adapters, or the weights are dense.
         cpu_kernels.Unavailable: the library was not built.
     """
     *arrays, gate_up_adapter, down_adapter = weights
     if gate_up_adapter is not None or down_adapter is not None:
         raise NotImplementedError("expert_mlp: this kernel has no adapters; the reference has (expert_mlp=reference)")
-    _, _, gate_up_bias, _, _, down_bias = arrays
+    _, gate_up_scales, gate_up_bias, _, _, down_bias = arrays
+    if gate_up_scales is None:
+        raise NotImplementedError(
+            "expert_mlp: this kernel takes packed MXFP4, got dense weights; the reference takes both"
+        )
     if x.dtype not in (jnp.bfloat16, jnp.float32) or {gate_up_bias.dtype, down_bias.dtype} != {jnp.dtype(jnp.bfloat16)}:
         raise TypeError(
             f"expert_mlp of {x.dtype} with biases of {gate_up_bias.dtype} and {down_bias.dtype}, "

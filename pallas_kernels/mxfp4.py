@@ -59,3 +59,26 @@ def quantize(
     codes = jnp.clip(blocks / power[..., None] / half[..., None], -CODES[7], CODES[7]).astype(jnp.float4_e2m1fn)
     pairs = codes.reshape(*scales.shape, BLOCK // 2, 2)
     return lax.bitcast_convert_type(pairs, jnp.uint8), scales
+
+
+def rounded(weights: Float[Array, "*rows I"]) -> Float[Array, "*rows I"]:
+    """The weights that `dequantize(*quantize(weights))` gives, in the weights' dtype, by arithmetic alone.
+
+    For training with the experts that will be exported: `w + stop_gradient(rounded(w) - w)`. What comes out lies on the
+    MXFP4 grid, so rounding it again, or packing it (gptoss_jax.checkpoints.packing), changes nothing. As there, numbers
+    below 2^-126 count as zero. NaN stays NaN.
+    """
+    blocks = weights.astype(jnp.float32).reshape(*weights.shape[:-1], weights.shape[-1] // BLOCK, BLOCK)
+    blocks = jnp.where(jnp.abs(blocks) < jnp.finfo(jnp.float32).tiny, jnp.copysign(0.0, blocks), blocks)
+    largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    exponent = (lax.bitcast_convert_type(largest, jnp.uint32) >> 23).astype(jnp.int32) - 2
+    power, half = decode_scales(jnp.clip(exponent, 0, 254).astype(jnp.uint8))
+    codes = _nearest_codes(blocks / power / half) * half * power
+    return codes.astype(weights.dtype).reshape(weights.shape)
+
+
+def _nearest_codes(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The nearest E2M1 numbers, ties to even, saturating: steps of 1/2 below 2, of 1 below 4, of 2 from there on."""
+    magnitude = jnp.abs(values)
+    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
+    return jnp.clip(jnp.round(values / step) * step, -CODES[7], CODES[7])

@@ -16,8 +16,6 @@ ffi::Error run(ffi::ThreadPool& threads, const AttentionCall& call) {
   return finished(kernels().attention(pool_of(threads), call));
 }
 
-Numbers numbers(const ffi::AnyBuffer& a) { return {a.untyped_data(), a.element_type() == ffi::BF16}; }
-
 KeysAndValues keys_and_values(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values) {
   return {keys.untyped_data(), values.untyped_data()};
 }

@@ -8,13 +8,13 @@
 #define CPU_KERNELS_EXPERT_MLP_H_
 
 #include "product.h"
+#include "swiglu.h"
 
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 constexpr int64_t kBatchAssignments = 256;
 template <typename X>  // rows whose products wait for their epilogue at a time
 constexpr int64_t kChunkRows = kUnpacksOnce ? kBatchAssignments : 8 * Block<X>::kTileRows;
-constexpr float kSwigluAlpha = 1.702f;
 
 static_assert(kPanelRows == 2 * kLanes && kBlock == 2 * kLanes);
 
@@ -73,14 +73,6 @@ class SortedAssignments {
 inline Mxfp4Weights of_expert(const ExpertMatrix& m, int64_t expert) {
   const int64_t first = expert * m.rows * m.blocks;
   return {m.codes + first * (kBlock / 2), m.scales + first, m.blocks};
-}
-
-// gate * sigmoid(1.702 gate) * (linear + 1), gate clamped above only, linear both ways.
-inline Vec swiglu(Vec gate, Vec linear, float limit) {
-  gate = min(splat(limit), gate);
-  linear = min(splat(limit), max(splat(-limit), linear));
-  const Vec sigmoid = div(splat(1), add(splat(1), exp(mul(splat(-kSwigluAlpha), gate))));
-  return mul(mul(gate, sigmoid), add(linear, splat(1)));
 }
 
 // Sixteen inner activations from `products`, gate and linear alternating, into their places in a row.

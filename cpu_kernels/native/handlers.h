@@ -29,6 +29,8 @@ inline ffi::Error finished(bool done) {
 
 inline bool is_float(const ffi::AnyBuffer& a) { return a.element_type() == ffi::F32 || a.element_type() == ffi::BF16; }
 
+inline Numbers numbers(const ffi::AnyBuffer& a) { return {a.untyped_data(), a.element_type() == ffi::BF16}; }
+
 template <typename Buffer>
 bool has_shape(const Buffer& a, std::initializer_list<int64_t> shape) {
   const auto dimensions = a.dimensions();

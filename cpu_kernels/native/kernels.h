@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 #include "attention_call.h"
+#include "dense_experts_call.h"
+#include "packed_call.h"
 #include "parallel.h"
 
 namespace cpu_kernels {
@@ -50,6 +52,10 @@ struct Kernels {
   bool (*linear)(const Pool&, const LinearCall&);
   bool (*expert_mlp)(const Pool&, const ExpertCall&);
   bool (*attention)(const Pool&, const AttentionCall&);
+  bool (*packed_attention)(const Pool&, const PackedCall&, const PackedResult&);
+  bool (*packed_attention_gradient)(const Pool&, const PackedCall&, const PackedGradient&);
+  bool (*dense_experts)(const Pool&, const DenseExperts&, float* y);
+  bool (*dense_experts_gradient)(const Pool&, const DenseExperts&, const DenseExpertsGradient&);
 };
 
 // Compiled in by setup.py, those of the machine's family that the compiler knows; dispatch.cc says which of them run.

@@ -69,6 +69,7 @@ constexpr int32_t kRounderBits = 0x4B400000;
 // Each section below defines, for its instruction set:
 //   Vec         sixteen lanes; splat, load, store; add, sub, mul, div, min, max; fma(a, b, c) = a b + c
 //   first_lanes(n, a, b)        a in the first n lanes, b in the others
+//   unless_greater(a, b, c)     c where a > b is false, else 0
 //   sum, largest                of all lanes: i with i + 8, then i + 4, i + 2, i + 1
 //   load_bf16(p)                sixteen bfloat16s as float32
 //   unpack_bf16(p, even, odd)   thirty-two bfloat16s, those of even and of odd index
@@ -94,6 +95,8 @@ inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline Vec first_lanes(int n, Vec a, Vec b) { return _mm512_mask_blend_ps(__mmask16((1u << n) - 1), b, a); }
+
+inline Vec unless_greater(Vec a, Vec b, Vec c) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ), c); }
 
 inline __m256 low(Vec a) { return _mm512_castps512_ps256(a); }
 inline __m256 high(Vec a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
@@ -167,6 +170,11 @@ inline Vec first_lanes(int n, Vec a, Vec b) {
   const __m256i lo = _mm256_cmpgt_epi32(count, lane);
   const __m256i hi = _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(lo)), _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(hi))};
+}
+
+inline Vec unless_greater(Vec a, Vec b, Vec c) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NGT_UQ), c.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NGT_UQ), c.hi)};
 }
 
 inline __m256 low(Vec a) { return a.lo; }
@@ -304,6 +312,10 @@ inline Vec first_lanes(int n, Vec a, Vec b) {
       [&](int i) { return vbslq_f32(vcltq_s32(vld1q_s32(kLane), vdupq_n_s32(n - 4 * i)), a.q[i], b.q[i]); });
 }
 
+inline Vec unless_greater(Vec a, Vec b, Vec c) {
+  return each_quarter([&](int i) { return vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), vdupq_n_f32(0), c.q[i]); });
+}
+
 inline float sum(Vec a) {
   const float32x4_t four = vaddq_f32(vaddq_f32(a.q[0], a.q[2]), vaddq_f32(a.q[1], a.q[3]));
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
@@ -426,6 +438,10 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
 
 inline Vec first_lanes(int n, const Vec& a, const Vec& b) {
   return each_lane([&](int i) { return i < n ? a.lane[i] : b.lane[i]; });
+}
+
+inline Vec unless_greater(const Vec& a, const Vec& b, const Vec& c) {
+  return each_lane([&](int i) { return a.lane[i] > b.lane[i] ? 0 : c.lane[i]; });
 }
 
 inline float sum(Vec a) {

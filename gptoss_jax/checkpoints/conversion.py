@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptoss_jax.checkpoints import origin
 from gptoss_jax.checkpoints.contents import FileReport
 from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
 from gptoss_jax.checkpoints.orbax import integrity, manifest, writer
@@ -115,6 +116,7 @@ class Conversion:
         if self.source.problems(self.leaves):
             self.check()  # which raises, and says what is wrong with the contents as well
         identity = {"source": self.source.identity(), "config": to_huggingface(self.source.config)}
+        kept, left_out = origin.collect(self.source.folder, self.source.files)
         with Writer(self.dst, identity) as writer:
             if writer.finished:
                 self.say(f"resuming: {len(writer.finished)} of {len(self.leaves)} leaves are finished")
@@ -125,10 +127,10 @@ class Conversion:
                 if not writer.finished:
                     writer.discard()
                 raise
-            for line in _rounding_lines(reports):
+            for line in [*_rounding_lines(reports), *map(str, left_out)]:
                 self.say(line)
             self._write(writer)
-            writer.finish(self.source.config, _provenance(self.source, reports))
+            writer.finish(self.source.config, _provenance(self.source, reports), kept)
 
     def _write(self, writer: Writer) -> None:
         left = {path: leaf for path, leaf in self.leaves.items() if path not in writer.finished}

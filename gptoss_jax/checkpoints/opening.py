@@ -57,7 +57,7 @@ def open_weights(path: Path) -> StoredWeights:
 def _open_checkpoint(path: Path) -> StoredWeights:
     stored = Manifest.read(path)  # raises for an unfinished one, and says what to do
     config = manifest.read_config(path)
-    _check_names(path, stored, config)
+    check_names(path, stored, config)
     provenance = manifest.read_provenance(path)
     try:
         are_random = any(_says_random(file["metadata"]) for file in provenance.get("source", {}).get("files", []))
@@ -72,8 +72,12 @@ def _open_checkpoint(path: Path) -> StoredWeights:
     return StoredWeights(config, "Orbax checkpoint", are_random, read)
 
 
-def _check_names(path: Path, stored: Manifest, config: ModelConfig) -> None:
-    """Refuses a config.json whose model has other leaves than are stored, before anything is made of its numbers."""
+def check_names(path: Path, stored: Manifest, config: ModelConfig) -> None:
+    """Refuses a config.json whose model has other leaves than are stored, before anything is made of its numbers.
+
+    Raises:
+        CheckpointError: lists those that are missing, and those that are too many.
+    """
     wanted = huggingface.mxfp4_recipes(config).keys()
     faults = [Fault(f"{path}: leaf {name}", "missing") for name in sorted(wanted - stored.leaves.keys())]
     unexpected = f"unexpected, the model in {manifest.CONFIG} has none of that name"

@@ -1,4 +1,4 @@
-"""Bfloat16 experts to MXFP4, one expert at a time: exactly where they lie on the MXFP4 grid, by rounding elsewhere.
+"""Bfloat16 experts to MXFP4 and back, one expert at a time: exact on the MXFP4 grid, by rounding elsewhere.
 
 The rule is that of `pallas_kernels.mxfp4.quantize`, in integer NumPy on bfloat16's bits: ten times as fast on a CPU.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK as BLOCK
 
 SCALE_BIAS = 127  # of E8M0 exponents (OCP Microscaling Formats v1.0)
@@ -20,6 +21,7 @@ _MANTISSA_BITS = 7  # of bfloat16, whose bits order its magnitudes
 _LOWEST, _HIGHEST = -3 << _MANTISSA_BITS, 3 << _MANTISSA_BITS  # magnitudes in [1/8, 8), as bits less those of 1
 _SMALLEST_NORMAL = 1 << _MANTISSA_BITS
 _OFF_GRID = 0x80
+_LEAST_NORMAL_SCALE, _MOST_SCALE = 2, 252  # under which bfloat16 has 1/2 as a normal number, and has 6
 
 
 class Packed(NamedTuple):
@@ -91,6 +93,42 @@ def _powers(bits: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[fl
     weights = (bits.astype(np.uint32) << 16).view(np.float32)
     error = np.ldexp(CODES[codes], scales.astype(np.int32) - SCALE_BIAS) - weights
     return float(np.vdot(error, error)), float(np.vdot(weights, weights))
+
+
+def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """One expert's matrix as bfloat16 [in, out]: the inverse of `pack`, and exact, as a code has two significant bits.
+
+    Args:
+        blocks: uint8 [out, in / 32, 16].
+        scales: uint8 [out, in / 32].
+
+    Raises:
+        GptossError: a value is beyond bfloat16: a scale byte above 252 under a large code, or 255, which is NaN.
+    """
+    if scales.size and (scales.min() < _LEAST_NORMAL_SCALE or scales.max() > _MOST_SCALE):
+        return _unpack_any(blocks, scales)
+    bits = np.take(_code_pairs(), blocks).view(np.uint16)  # [out, in / 32, 32]
+    exponents = (scales.astype(np.int16) - SCALE_BIAS) << _MANTISSA_BITS
+    bits += exponents.view(np.uint16)[..., None] * (bits & 0x7FFF != 0)  # a zero has no exponent
+    return np.ascontiguousarray(bits.reshape(len(bits), -1).T).view(ml_dtypes.bfloat16)
+
+
+@functools.cache
+def _code_pairs() -> np.ndarray:
+    """Of each byte the bfloat16 bits of its two codes, the low one first, as one number of 32 bits."""
+    bits = CODES.astype(ml_dtypes.bfloat16).view(np.uint16)
+    pairs = np.stack([np.tile(bits, 16), np.repeat(bits, 16)], axis=-1)
+    return np.ascontiguousarray(pairs).view(np.uint32).reshape(256)
+
+
+def _unpack_any(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """As `unpack` where bfloat16 has subnormal numbers for some values, or none."""
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, BLOCK)
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.ldexp(CODES[codes], scales.astype(np.int32)[..., None] - SCALE_BIAS).astype(ml_dtypes.bfloat16)
+    if (scales == 255).any() or not np.isfinite(values).all():
+        raise GptossError(f"scale byte {scales.max()}: a value is beyond bfloat16, or NaN")
+    return np.ascontiguousarray(values.reshape(len(values), -1).T)
 
 
 def is_on_grid_untransposed(weights: np.ndarray) -> bool:

@@ -1,13 +1,16 @@
-"""How one declared leaf is made from one stored tensor: what the tables of all formats consist of.
+"""How one declared leaf is made from one stored tensor, and the other way: what the tables of all formats consist of.
 
 Shapes are written in letters, so that a table can be held against the published model's description.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
+
+_ITEMSIZES = {"BF16": 2, "U8": 1}
 
 
 class Recipe(NamedTuple):
@@ -26,6 +29,25 @@ class Recipe(NamedTuple):
     dtype: str
     rows: tuple[int, int] | None = None
     pack: Literal["", "blocks", "scales"] = ""
+
+    @property
+    def leaf_offset_bytes(self) -> int:
+        """Where the leaf's bytes lie in those of the tensor, if they are not packed: the inverse of `rows`."""
+        row_bytes = math.prod(self.shape[1:]) * _ITEMSIZES[self.dtype]
+        return self.rows[0] * row_bytes if self.rows else 0
+
+    @property
+    def leaf_bytes(self) -> int:
+        """Bytes of the leaf."""
+        rows = self.rows[1] - self.rows[0] if self.rows else self.shape[0]
+        elements = rows * math.prod(self.shape[1:])
+        packed = {"blocks": elements // 2, "scales": elements // MXFP4_BLOCK}
+        return packed.get(self.pack, elements * _ITEMSIZES[self.dtype])
+
+    @property
+    def leaf_dtype(self) -> str:
+        """The leaf's number format, as a manifest names it."""
+        return "uint8" if self.pack or self.dtype == "U8" else "bfloat16"
 
 
 Row = tuple[str, str, str]  # leaf, tensor, the tensor's shape in letters

@@ -61,7 +61,7 @@ class JobRun:
     ):
         self._screen, self._options, self._inputs, self._layout = screen, options, inputs, layout
         self._found, self._reading, self._shard = found, reading, shard
-        self._weights = identity(Path(options.checkpoint))
+        self._weights = identity(Path(options.checkpoint), Path(options.adapter) if options.adapter else None)
         self._tally = Tally()
         self._run: dict[str, Any] | None = None  # how fast this one was
 

@@ -103,7 +103,8 @@ def _flag_help(flag: flags.Flag) -> str:
     value, meaning = _value_and_meaning(flag)
     usage = f"  --[no]{spelled(flag.name)[2:]}" if flag.boolean else f"  {spelled(flag.name)} {value}"
     meaning = meaning.split(";\n")[0]  # what absl adds to a flag that may be repeated
-    default = "" if flag.boolean or flag.default in (None, "") or flag.default == [] else f" [{flag.default}]"
+    given = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    default = "" if flag.boolean or given in (None, "") else f" [{given}]"
     indent = " " * 6
     return f"{usage}\n" + textwrap.fill(meaning + default, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
 

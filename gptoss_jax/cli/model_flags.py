@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     import gptoss_jax.engine.engine
     import gptoss_jax.runtime.language_model
 
-MODEL_FLAGS = ("checkpoint", "mesh", "dtype", "dense", "kernels", "compilation_cache", "vocab", *hosts.HOST_FLAGS)
+MODEL_FLAGS = (
+    "checkpoint",
+    "adapter",
+    "mesh",
+    "dtype",
+    "dense",
+    "kernels",
+    "compilation_cache",
+    "vocab",
+    *hosts.HOST_FLAGS,
+)
 
 
 def define_flags() -> None:
@@ -29,6 +39,7 @@ def define_flags() -> None:
         None,
         "FOLDER: A converted checkpoint, or a folder of published safetensors; generate and score have a demo model.",
     )
+    flags.DEFINE_string("adapter", None, "FOLDER: A PEFT adapter (LoRA) beside the weights, as fine-tuning makes one.")
     flags.DEFINE_string("mesh", "", 'AXES: Devices: "data=1,expert=4,tensor=2" or a .json file; empty: one device.')
     flags.DEFINE_enum("dtype", "bfloat16", ACTIVATIONS, "Number format of the activations.")
     flags.DEFINE_enum(
@@ -92,6 +103,7 @@ def load(
             mesh=options.mesh or None,
             dtype=options.dtype,
             dense=options.dense,
+            adapter=options.adapter,
             kernels=options.kernels,
             programs_folder=programs_folder,
             report=report,

@@ -48,7 +48,7 @@ def job(
         model={
             "path": options.checkpoint,
             "mesh": options.mesh or None,
-            **{name: options[name].value for name in ("dtype", "dense", "kernels")},
+            **{name: options[name].value for name in ("dtype", "dense", "adapter", "kernels")},
         },
         programs=options.compilation_cache,
         model_name=model_name,

@@ -28,6 +28,11 @@ def convert() -> None:
     _run("converters.convert")
 
 
+def export() -> None:
+    """gptoss-export."""
+    _run("converters.export")
+
+
 def random_weights() -> None:
     """gptoss-random-weights."""
     _run("converters.random_weights")

@@ -75,7 +75,7 @@ def render(
         conversation = apply_history_rules(conversation)
     encode = load_tokenizer(vocab_path).encode
     has_functions = any(map(message_text.has_functions, conversation))
-    ids = [token for message in conversation for token in _message_ids(message, encode, has_functions)]
+    ids = [token for message in conversation for token in message_ids(message, encode, has_functions)]
     return [*ids, tokenizer.START, *encode("assistant")] if for_completion else ids
 
 
@@ -111,26 +111,27 @@ def apply_history_rules(messages: Sequence[Message]) -> list[Message]:
     that answers it, on whichever channel. After the last such turn everything is kept: tools may be in flight, and
     a turn that was cut goes on from its thoughts.
     """
-    answered = messages[: _last_answered(messages)]
+    answered = messages[: turn_starts(messages)[-1]]
     thoughts = {i for i, message in enumerate(answered) if message.channel == "analysis"}
     results = call_results(messages)
     dropped = thoughts | {results.get(i) for i in thoughts}
     return [message for i, message in enumerate(messages) if i not in dropped]
 
 
-def _last_answered(messages: Sequence[Message]) -> int:
-    """Index of the last user message that follows a turn which ended in an answer, 0 if there is none."""
-    end, is_answer = 0, False
+def turn_starts(messages: Sequence[Message]) -> list[int]:
+    """Index where each turn begins: 0, and that of each user message that follows a turn which ended in an answer."""
+    starts, is_answer = [0], False
     for index, message in enumerate(messages):
         if message.author.role is Role.USER:
-            end = index if is_answer else end
+            starts += [index] if is_answer else []
             is_answer = False
         elif message.author.role is Role.ASSISTANT:
-            is_answer = _is_answer(message)
-    return end
+            is_answer = is_whole_answer(message)
+    return starts
 
 
-def _is_answer(message: Message) -> bool:
+def is_whole_answer(message: Message) -> bool:
+    """Whether the assistant answers in it, and did not break off."""
     is_final = kind_of(message.author.role.value, message.channel, message.recipient) == "final"
     return is_final and not isinstance(message, CutMessage)
 
@@ -286,8 +287,17 @@ def _developer_messages(settings: Settings) -> list[Message]:
     return [Message.from_role_and_contents(Role.DEVELOPER, parts)] if parts else []
 
 
-def _message_ids(message: Message, encode: Encode, has_functions: bool) -> list[int]:
-    """Header and body; each part of the header is encoded by itself, as the library does."""
+def message_ids(message: Message, encode: Encode, has_functions: bool) -> list[int]:
+    """Header, body and end of one message; each part of the header is encoded by itself, as the library does.
+
+    Args:
+        message: one that `check_message` takes.
+        encode: text -> ids.
+        has_functions: whether the conversation has function tools, which a system message mentions.
+
+    Raises:
+        GptossError: text that no tokenizer takes.
+    """
     nobody = NO_TOOLS if message.author.role is Role.ASSISTANT else (None, "all")  # the library would call them
     calls = message.recipient not in nobody
     try:

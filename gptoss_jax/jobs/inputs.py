@@ -1,6 +1,5 @@
 """A job's input: files of any number and length -> lines, as often as wanted, in bounded memory. Reads no JSON."""
 
-import codecs
 import collections
 import contextlib
 import functools
@@ -15,20 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from gptoss_jax import files
-from gptoss_jax.errors import GptossError, short
+from gptoss_jax import files, jsonl
 from gptoss_jax.files import FileError
-from gptoss_jax.jobs import compression, places
+from gptoss_jax.jobs import places
 from gptoss_jax.jobs.places import BUFFER_BYTES, Place
-
-MAX_LINE_BYTES = 32 << 20  # thirty times the text of the longest context
-_HEAD_BYTES = 1 << 16  # by which a file of another kind is known
-_TABLE, _ARRAY, _DOCUMENT = "a CSV file or another table", "one JSON array", "one JSON text over many lines"
-_TO_JSONL = {
-    _TABLE: 'python -c "import csv,json,sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]" < FILE',
-    _ARRAY: 'python -c "import json,sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]" < FILE',
-    _DOCUMENT: "jq -c . FILE",
-}
 
 
 class Line(NamedTuple):
@@ -232,7 +221,9 @@ def _check_distinct(sources: Sequence[_Source]) -> None:
         first[identity] = name
 
 
-def rows(file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes, str]]:
+def rows(
+    file: io.BufferedReader, name: str, max_line_bytes: int = jsonl.MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes, str]]:
     """Each row of a file: its number from 1, its JSON, and why it has none; a blank line has neither.
 
     Raises:
@@ -243,60 +234,8 @@ def rows(file: io.BufferedReader, name: str, max_line_bytes: int = MAX_LINE_BYTE
         for number, text, fault in parquet(name).rows(file, name):
             yield (number, text, fault) if len(text) <= max_line_bytes else (number, b"", too_long)
         return
-    number = 0
-    try:
-        lines = compression.unpacked(file, name)
-        _check_jsonl(lines.peek(_HEAD_BYTES)[:_HEAD_BYTES], name)
-        for number, (text, is_whole) in enumerate(_lines(lines, max_line_bytes), 1):
-            yield (number, text, "") if is_whole else (number, b"", too_long)
-    except compression.Damaged as error:
-        what = f"cannot be unpacked after line {number}: {error}; it was cut or damaged: make or fetch it again"
-        raise FileError(name, what) from None
-
-
-def _lines(file: io.BufferedReader, max_bytes: int) -> Iterator[tuple[bytes, bool]]:
-    """Each line without its end, and whether it is whole; b"" where it is blank."""
-    mark = codecs.BOM_UTF8
-    while text := file.readline(max_bytes + 2):  # with its end
-        rest, is_whole = text, len(text) < max_bytes + 2 or text.endswith(b"\n")
-        while not is_whole and not rest.endswith(b"\n") and (rest := file.readline(BUFFER_BYTES)):
-            pass
-        line, mark = text.removeprefix(mark).removesuffix(b"\n").removesuffix(b"\r"), b""
-        yield line if line.strip() else b"", is_whole and len(line) <= max_bytes
-
-
-def _check_jsonl(head: bytes, name: str) -> None:
-    """Refuses a file of another kind as a whole: each of its lines would be a fault.
-
-    Raises:
-        FileError: what the file is, and how to make JSONL of it.
-    """
-    try:
-        files.check_not_wide(head, "the file")
-    except GptossError as error:
-        raise FileError(name, str(error)) from None
-    if known := files.recognize(head):
-        raise FileError(name, known)
-    lines = [line.strip() for line in head.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if kind := _other_kind(lines, name):
-        fix = f": make it with `{_TO_JSONL[kind]} > FILE.jsonl`" if kind in _TO_JSONL else ""
-        raise FileError(name, f"{kind}, expected JSONL, one object a line{fix}")
-
-
-def _other_kind(lines: Sequence[bytes], name: str) -> str:
-    """What a file is by its first lines; "" if it may be JSONL, of which any line may be wrong."""
-    first = lines[0] if lines else b"{}"
-    if first == b"{" and not any(line.startswith(b"{") for line in lines[1:2]):
-        return _DOCUMENT
-    if first == b"[" or first.startswith((b"[{", b"[ {")):
-        return _ARRAY
-    if not first.startswith(b"{") and name.lower().endswith((".csv", ".tsv")):
-        return _TABLE
-    if any(line.startswith(b"{") for line in lines) or not lines:
-        return ""
-    text = first.decode(errors="replace").replace("\t", ",")
-    is_table = text.isprintable() and "\ufffd" not in text and ("," in text or ";" in text)
-    return _ARRAY if text.startswith("[") else _TABLE if is_table else f"begins with {short(first)}"
+    for number, line in jsonl.lines(file, name, max_line_bytes):
+        yield (number, b"", too_long) if line is None else (number, line, "")
 
 
 def parquet(name: str) -> ModuleType:

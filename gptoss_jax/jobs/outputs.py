@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterable, Iterator
 
-from gptoss_jax import whole_files
+from gptoss_jax import compression, whole_files
 from gptoss_jax.files import FileError
-from gptoss_jax.jobs import compression, inputs, places
+from gptoss_jax.jobs import inputs, places
 
 MAX_RESULT_BYTES = 1 << 30  # an answer as long as the context, with 20 log probabilities for each token, has a tenth
 _PACKED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}

@@ -4,7 +4,8 @@ Even layers see the last `sliding_window` keys, odd ones everything before them;
 share of every softmax (openai/gpt-oss torch/model.py, AttentionBlock).
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +17,7 @@ from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.taps import Tap
-from pallas_kernels.attention import PagedKV, RingKV
+from pallas_kernels.attention import PagedKV, Places, RingKV
 
 
 class Positions(NamedTuple):
@@ -25,6 +26,7 @@ class Positions(NamedTuple):
     of_tokens: Int32[Array, "B T"]  # from the start of the token's sequence; -1 for padding
     cosine: Float[Array, "B T J"]
     sine: Float[Array, "B T J"]
+    places: Places | None = None  # of packed rows: without a cache, and several sequences in a row
 
 
 class Attention(nnx.Module):
@@ -32,6 +34,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
         self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.attention, dtype
+        self.packed_kernel = kernels.packed_attention
         self.layer = layer
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         hidden, by_head = (config.hidden_size,), ("heads", None)
@@ -51,7 +54,9 @@ class Attention(nnx.Module):
         q = rope.rotate(self.q(x), positions.cosine, positions.sine).astype(self.dtype)
         k = rope.rotate(self.k(x), positions.cosine, positions.sine).astype(self.dtype)
         v = self.v(x).astype(self.dtype)
-        if cache is None:
+        if positions.places is not None:
+            attended = self._attend_packed(q, k, v, positions.places)
+        elif cache is None:
             attended = self._attend_alone(q, k, v, positions.of_tokens)
         else:
             attended, cache = self._attend(q, k, v, positions.of_tokens, cache)
@@ -96,6 +101,20 @@ class Attention(nnx.Module):
         return attended.out, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)
 
     # ---- without a cache ----
+
+    def _attend_packed(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], places: Places
+    ) -> Float[Array, "B T N H"]:
+        """Attends within rows that several sequences share, each token to those of its own that come before it."""
+        tokens = ("batch", None, "heads", None)
+        by_row: Any = ("batch", None)
+        window = self.config.sliding_window if self.config.has_sliding_window(self.layer) else None
+        attend = self.sharding.map(
+            functools.partial(self.packed_kernel, window=window),
+            in_axes=(tokens, tokens, tokens, Places(by_row, by_row, by_row), ("heads",)),
+            out_axes=tokens,
+        )
+        return attend(q, k, v, places, self.sinks[...])
 
     def _attend_alone(
         self,

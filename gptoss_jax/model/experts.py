@@ -44,6 +44,13 @@ PACKED = ("gate_up/blocks", "gate_up/scales", "gate_up/bias", "down/blocks", "do
 """The leaves that an `ExpertWeights` begins with, in its order: declared as published, run in the kernel's layout."""
 
 
+ADAPTER_AXES = {
+    "gate_up": (("experts", None, None), ("experts", "expert_hidden", None)),
+    "down": (("experts", None, "expert_hidden"), ("experts", None, None)),
+}
+"""The logical axes of the two factors of an expert matrix's adapter, a [E, R, in] and b [E, out, R]."""
+
+
 class MixtureOfExperts(nnx.Module):
     """One layer's router and experts, from the residual stream to what is added to it."""
 
@@ -62,15 +69,25 @@ class MixtureOfExperts(nnx.Module):
         x = layers.rms_norm(residual, self.norm[...], self.config.rms_norm_eps)
         logits = self.router(x)
         tap("router", logits)
-        leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
-        packed = op.ExpertWeights(*(leaf[...] for leaf in leaves))
-        axes = op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves))
-        packed_axes = op.packed_axes(self.kernel.layout, axes)
+        packed, axes = self._weights()
         tokens = ("batch", None, None)
-        run = self.sharding.map(
-            self._run_local, in_axes=(tokens, tokens, ("batch", None), packed_axes), out_axes=tokens
-        )
+        run = self.sharding.map(self._run_local, in_axes=(tokens, tokens, ("batch", None), axes), out_axes=tokens)
         return run(x.astype(self.dtype), logits, is_token, packed)
+
+    def _weights(self) -> tuple[op.ExpertWeights, op.ExpertWeights]:
+        """The op's weights, and the logical axes of each: packed ones, dense ones in training, adapters beside them."""
+        leaves: list[Any] = [functools.reduce(getattr, path.split("/"), self) for path in PACKED]
+        weights = op.ExpertWeights(*(leaf.get_value() for leaf in leaves))
+        axes = op.packed_axes(self.kernel.layout, op.ExpertWeights(*(leaf.get_metadata("axes") for leaf in leaves)))
+        for matrix, (a_axes, b_axes) in ADAPTER_AXES.items():
+            blocks, scales = f"{matrix}_blocks", f"{matrix}_scales"
+            if isinstance(found := getattr(weights, blocks), layers.Adapted):
+                weights = weights._replace(**{blocks: found.base, f"{matrix}_adapter": op.Adapter(found.a, found.b)})
+                axes = axes._replace(**{f"{matrix}_adapter": op.Adapter(a_axes, b_axes)})  # pyright: ignore[reportArgumentType]
+            if jnp.issubdtype(getattr(weights, blocks).dtype, jnp.floating):  # trained themselves: [E, out, in]
+                weights = weights._replace(**{scales: None})
+                axes = axes._replace(**{blocks: getattr(axes, blocks)[:3], scales: None})
+        return weights, axes
 
     def _run_local(self, x, logits, is_token, packed):
         """This device's experts, and its part of their width, summed over the devices that hold the rest."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from gptoss_jax.model.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
-from pallas_kernels.choice import Hardware, KernelError
+from pallas_kernels.choice import Choice, Hardware, KernelError, by_name
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -28,28 +29,39 @@ class Kernels(NamedTuple):
     attention: attention_op.Attend = attention_op.IMPLEMENTATIONS["reference"]
     expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
     linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
+    packed_attention: attention_op.AttendPacked = attention_op.PACKED["reference"]  # of rows of training
 
     @property
     def batch_invariant(self) -> bool:
         """Whether the bits that these give for a token depend on no other token of the batch, nor on its size."""
-        return self == Kernels(*(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op)))
+        return self[:3] == tuple(op.IMPLEMENTATIONS["cpu"] for op in (attention_op, expert_op, linear_op))
 
 
-def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) -> tuple[Kernels, str]:
+def choose_kernels(
+    names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16, *, expert_adapters: bool = False
+) -> tuple[Kernels, str]:
     """Each op's implementation on `hardware`, and one line that says which and why.
 
     Args:
         names: one name for every op ("auto", "reference"), or "attention=NAME,linear=NAME" (left out: auto).
         hardware: what the devices are.
         dtype: of the activations.
+        expert_adapters: whether the experts have adapters, which few implementations know.
 
     Raises:
         GptossError: `names` is no text, or no op or no implementation has that name.
     """
+    attention = functools.partial(attention_op.choose, dtype=dtype)
+    experts = expert_op.choose_with_adapters if expert_adapters else expert_op.choose
+    ops = {"attention": attention, "expert_mlp": experts, "linear": linear_op.choose}
+    chosen, line = _chosen(names, hardware, ops)
+    return Kernels(**chosen), line
+
+
+def _chosen(names: str, hardware: Hardware, ops: Mapping[str, Callable[..., Choice]]) -> tuple[dict[str, Any], str]:
+    """The implementation of each of `ops` that `names` asks for, and the line that says so."""
     if not isinstance(names, str):
         raise GptossError(f"kernels is {names!r}, expected a name, or names as attention=NAME,linear=NAME")
-    attention = functools.partial(attention_op.choose, dtype=dtype)
-    ops: dict[str, Any] = {"attention": attention, "expert_mlp": expert_op.choose, "linear": linear_op.choose}
     pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
     asked = {pair[0]: pair[-1] for pair in pairs}
     if len(asked) < len(pairs):
@@ -61,7 +73,38 @@ def choose_kernels(names: str, hardware: Hardware, dtype: jnp.dtype = BFLOAT16) 
     except KernelError as error:
         raise GptossError(str(error)) from None
     line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
-    return Kernels(**{op: choice.implementation for op, choice in chosen.items()}), f"kernels {line}"
+    return {op: choice.implementation for op, choice in chosen.items()}, f"kernels {line}"
+
+
+def choose_training_kernels(
+    names: str, hardware: Hardware, *, dense_experts: bool, expert_adapters: bool, num_experts: int, dtype: jnp.dtype
+) -> tuple[Kernels, str]:
+    """As `choose_kernels`, of what a training step runs on packed rows; plain products are XLA's there.
+
+    Args:
+        names: "auto", "reference", or "packed_attention=NAME,expert_mlp=NAME" (left out: auto).
+        hardware: what the devices are.
+        dense_experts: whether the experts are trained themselves, and so are no packed bytes.
+        expert_adapters: whether they have adapters.
+        num_experts: of a layer.
+        dtype: of the activations.
+
+    Raises:
+        GptossError: no op or no implementation has that name.
+    """
+
+    def experts(name: str, hardware: Hardware) -> Choice:
+        if name != "auto":
+            dense = name in expert_op.DENSE_IMPLEMENTATIONS
+            known = expert_op.DENSE_IMPLEMENTATIONS if dense else expert_op.IMPLEMENTATIONS
+            return by_name("expert_mlp", known, name, hardware)
+        return expert_op.choose_for_training(
+            hardware, dense=dense_experts, num_experts=num_experts, adapters=expert_adapters, dtype=dtype
+        )
+
+    attention = functools.partial(attention_op.choose_packed, dtype=dtype)
+    chosen, line = _chosen(names, hardware, {"packed_attention": attention, "expert_mlp": experts})
+    return Kernels(**chosen), line
 
 
 Shape = tuple[int, ...]
@@ -84,6 +127,31 @@ def quantize(w: Float[Array, "..."], num_inputs: int) -> Dense8:
     scales = jnp.max(jnp.abs(w), axis=axes) / 127
     steps = w / jnp.expand_dims(jnp.where(scales > 0, scales, 1), axes)
     return Dense8(jnp.round(steps).astype(jnp.int8), scales)
+
+
+class Dropout(NamedTuple):
+    """Of an adapter's inputs: each is 0 with probability `rate`, and the others grow by 1 / (1 - rate)."""
+
+    key: Array
+    rate: float
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x after it."""
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+class Adapted(NamedTuple):
+    """A weight W with a product of low rank R beside it: W x + b (a x) (LoRA, Hu et al., arXiv:2106.09685).
+
+    Stands in the tree of weights where W stood: of a `Product` with a [R, *in] and b [*out, R], of an expert matrix's
+    blocks with a [E, R, in] and b [E, out, R]. The scale alpha / R is part of b.
+    """
+
+    base: Any
+    a: Float[Array, "..."]
+    b: Float[Array, "..."]
+    dropout: Dropout | None = None
 
 
 def weight(shape: Shape, axes: Axes, dtype: jnp.dtype = BFLOAT16, *, num_inputs: int = 0) -> nnx.Param:
@@ -143,8 +211,10 @@ class Product:
     sharding: Sharding
     kernel: linear_op.Linear
 
-    def __call__(self, x: Float[Array, "B T ..."], w: Real[Array, "..."] | Dense8) -> Float[Array, "B T ..."]:
+    def __call__(self, x: Float[Array, "B T ..."], w: Real[Array, "..."] | Dense8 | Adapted) -> Float[Array, "B T ..."]:
         """The product of x [B, T, *in], float32 [B, T, *out]."""
+        if isinstance(w, Adapted):
+            return self(x, w.base) + self._low_rank(x, w)
         if isinstance(w, Dense8):  # scaled after the sum: the products are of whole numbers
             return self(x, w.values) * w.scales
         tokens = ("batch", None)
@@ -154,6 +224,13 @@ class Product:
             out_axes=tokens + self.out_axes,
         )
         return run(x, w)
+
+    def _low_rank(self, x: Float[Array, "B T ..."], w: Adapted) -> Float[Array, "B T ..."]:
+        """What an adapter adds: a product down to its rank, which is on every device, and one up from there."""
+        down = dataclasses.replace(self, out_axes=(None,))
+        up = dataclasses.replace(self, in_axes=(None,))
+        x = x if w.dropout is None else w.dropout(x)
+        return up(down(x, w.a).astype(x.dtype), w.b)
 
     def _run_local(self, x: Float[Array, "B T ..."], w: Real[Array, "..."]) -> Float[Array, "B T ..."]:
         tokens, out = x.shape[:2], w.shape[: len(self.out_axes)]

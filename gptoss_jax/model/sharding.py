@@ -225,6 +225,17 @@ def num_devices(mesh: str | Path) -> int:
     return math.prod(_axes_and_rules(mesh)[0].values()) if mesh else 1
 
 
+def num_shards(mesh: str | Path) -> dict[str, int]:
+    """Into how many shards `make` would cut each logical axis, whether or not there are so many devices.
+
+    Raises:
+        MeshError: as `make`.
+    """
+    axes, rules = _axes_and_rules(mesh) if mesh else ({}, {})
+    cuts = {**RULES, **rules}
+    return {logical: math.prod(axes.get(axis, 1) for axis in cut) for logical, cut in cuts.items()}
+
+
 def _axes_and_rules(mesh: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     axes, rules = _read_file(Path(mesh)) if str(mesh).endswith(".json") else (_parse(str(mesh)), {})
     for name, size in axes.items():

@@ -29,7 +29,7 @@ class Taps:
 
     def __init__(self, names: Iterable[str], num_layers: int):
         """Raises GptossError for a name that no place of this model has."""
-        self._names = frozenset(names)
+        self._names, self._num_layers = frozenset(names), num_layers
         known = {f"layers/{layer}/{place}" for layer in range(num_layers) for place in PLACES}
         if unknown := sorted(self._names - known):
             raise GptossError(
@@ -47,3 +47,7 @@ class Taps:
                 self.found[name] = activation
 
         return tap
+
+    def anew(self) -> "Taps":
+        """The same names, and nothing found: for a part that is traced apart and gives its activations itself."""
+        return Taps(self._names, self._num_layers)

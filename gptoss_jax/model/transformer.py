@@ -21,6 +21,7 @@ from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Axes, Sharding
 from gptoss_jax.model.taps import Tap, Taps
 from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels.attention import Places
 
 
 class DtypePolicy(NamedTuple):
@@ -82,18 +83,45 @@ class Transformer(nnx.Module):
         start = 0 if cache is None else cache.lengths[:, None]
         of_tokens = jnp.where(ordinal < counts[:, None], start + ordinal, -1)
         positions = Positions(of_tokens, *rope.rotation(self.config, of_tokens))
-        x = layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
+        x = self._embedded(tokens)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x = self.sharding.constrain(x, ("batch", None, None))
                 x, cache = layer(x, positions, cache, taps.of_layer(i))
         return x, None if cache is None else cache._replace(lengths=cache.lengths + counts)
 
+    def packed(
+        self, tokens: Int32[Array, "B T"], places: Places, taps: Taps, *, rematerialize: bool = False
+    ) -> Float[Array, "B T D"]:
+        """The final residual stream of rows that several sequences share, as training runs them.
+
+        `rematerialize`: a layer's activations are computed once more for its gradient, and not kept.
+        """
+        positions = Positions(places.position, *rope.rotation(self.config, places.position), places)
+        x = self._embedded(tokens)
+        for i, layer in enumerate(self.layers):
+
+            def run(x: Float[Array, "B T D"], i: int = i, layer: Any = layer) -> tuple[Any, Any]:
+                found = taps.anew()
+                with jax.named_scope(f"layer_{i}"):
+                    x = self.sharding.constrain(x, ("batch", None, None))
+                    return layer(x, positions, None, found.of_layer(i))[0], found.found
+
+            x, found = (jax.checkpoint(run) if rematerialize else run)(x)
+            taps.found.update(found)
+        return x
+
+    def _embedded(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        return layers.embed(self.embedding[...], tokens).astype(self.policy.residual)
+
+    def normed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the unembedding multiplies, from the final residual stream."""
+        return layers.rms_norm(x, self.norm[...], self.config.rms_norm_eps).astype(self.policy.activations)
+
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits from the final residual stream, float32."""
-        x = layers.rms_norm(x, self.norm[...], self.config.rms_norm_eps).astype(self.policy.activations)
         with jax.named_scope("unembedding"):
-            return self.unembed(x, self.unembedding.get_value())
+            return self.unembed(self.normed(x), self.unembedding.get_value())
 
 
 # ---- the declaration, as others read it ----

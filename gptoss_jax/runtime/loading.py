@@ -8,10 +8,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from gptoss_jax.checkpoints import opening
+from gptoss_jax.checkpoints import opening, peft
 from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.model import layers, transformer
+from gptoss_jax.model import adapted, adapters, layers, transformer
 from gptoss_jax.model import sharding as sharding_module
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.runtime import kept_programs, weight_transforms
@@ -29,6 +29,7 @@ def load(
     mesh: str | Path | Mesh | Sharding | None = None,
     dtype: str = "bfloat16",
     dense: str = "bfloat16",
+    adapter: str | os.PathLike[str] | None = None,
     kernels: str = "auto",
     programs_folder: str | os.PathLike[str] | None = None,
     report: Report = lambda done_bytes, total_bytes: None,
@@ -41,6 +42,7 @@ def load(
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
         dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
             longer exact (docs/numerics.md has its cost); experts stay as they are.
+        adapter: the folder of a PEFT adapter (LoRA), as fine-tuning makes one; its factors stand beside the weights.
         kernels: "auto", or implementations by name, which then run or raise: see `layers.choose_kernels`.
         programs_folder: where the compiled programs of engines are kept for later runs, yours alone; None: nowhere. A
             program is found again by this package's version and sources, not by what your code changed in them.
@@ -51,19 +53,26 @@ def load(
             `programs_folder` that cannot be made or written to, or that others can write to.
         SourceError: there is no such folder, or what is published in it is incomplete or damaged.
         ConfigError: its config.json is not a gpt-oss model's.
+        AdapterError: the adapter is of another kind or model, or damaged.
         CheckpointError: it is a converted checkpoint that is unfinished, damaged, or not of this model.
         MeshError: the mesh does not fit the devices or the model.
     """
     began = time.perf_counter()
-    _check_path(path)
+    _checked_path("path", path)
     _check_known("dtype", dtype, transformer.DTYPE_POLICIES)
     _check_known("dense", dense, DENSE_ITEMSIZE)
     programs = _programs_folder(programs_folder)
     policy = transformer.DTYPE_POLICIES[dtype]
     sharding = sharding_module.make(mesh)
-    chosen, reason = layers.choose_kernels(kernels, Hardware.of(sharding.mesh.devices.flat[0]), policy.activations)
     weights = opening.open_weights(Path(path))
     sharding.check(weights.config, slots=sharding.size("batch"))
+    factors = {} if adapter is None else peft.read(Path(_checked_path("adapter", adapter)), weights.config)
+    chosen, reason = layers.choose_kernels(
+        kernels,
+        Hardware.of(sharding.mesh.devices.flat[0]),
+        policy.activations,
+        expert_adapters=adapters.have_experts(factors),
+    )
     model = transformer.declare(weights.config, sharding, chosen, policy)
     transforms = [
         weight_transforms.to_devices(model, sharding),
@@ -71,7 +80,9 @@ def load(
         weight_transforms.to_weight_layout(model, chosen.expert_mlp.layout, sharding),
     ]
     leaves = weight_transforms.apply(transforms, weights.read(model.leaves, sharding))
-    params = transformer.nest(dict(_reported(leaves, model.leaves, report)))
+    leaves = _reported(leaves, model.leaves, report)
+    placed = adapted.put(weights.config, factors, sharding)
+    params = transformer.nest(dict(adapted.beside(weights.config, leaves, placed)))
     return LanguageModel(
         config=weights.config,
         sharding=sharding,
@@ -80,16 +91,18 @@ def load(
         policy=policy,
         dense=dense,
         kernels=reason,
-        source=weights.described,
+        source=weights.described + (f" with an adapter of {len(factors)} matrices" if factors else ""),
         weights_are_random=weights.are_random,
         load_seconds=time.perf_counter() - began,
         programs_folder=programs,
     )
 
 
-def _check_path(path: object) -> None:
+def _checked_path(what: str, path: Any) -> Any:
     if not isinstance(path, str | os.PathLike):
-        raise GptossError(f"path is {short(path)}, expected the folder of a checkpoint")
+        kind = "a checkpoint" if what == "path" else "a PEFT adapter"
+        raise GptossError(f"{what} is {short(path)}, expected the folder of {kind}")
+    return path
 
 
 def _programs_folder(given: str | os.PathLike[str] | None) -> Path | None:

@@ -4,6 +4,8 @@
 
 `contract.py` says what each of these is, `reference.py` in jnp what the op means. A back end is one file beside these,
 or in cpu_kernels, with a function of this signature, and one entry in `IMPLEMENTATIONS`.
+
+For training, `packed.py` has attention over packed rows: `attend_packed(q, k, v, places, sinks, *, window) -> out`.
 """
 
 import functools
@@ -16,6 +18,7 @@ from cpu_kernels import attention as cpu
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.contract import Attend, Attended, PagedKV, RingKV, merge
 from pallas_kernels.attention.gradient import differentiable
+from pallas_kernels.attention.packed import PACKED, AttendPacked, Places, attend_packed, choose_packed
 from pallas_kernels.choice import Choice, Hardware, Implementations, KernelError, best, by_name
 
 
@@ -84,4 +87,17 @@ def choose(name: str, hardware: Hardware, dtype: DTypeLike = jnp.bfloat16) -> Ch
     return choice
 
 
-__all__ = ["IMPLEMENTATIONS", "Attend", "Attended", "PagedKV", "RingKV", "choose", "merge"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PACKED",
+    "Attend",
+    "AttendPacked",
+    "Attended",
+    "PagedKV",
+    "Places",
+    "RingKV",
+    "attend_packed",
+    "choose",
+    "choose_packed",
+    "merge",
+]

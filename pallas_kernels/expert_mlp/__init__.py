@@ -1,4 +1,4 @@
-"""The top_k experts' MLPs, from packed MXFP4: what the operation takes and promises, and who can do it.
+"""The top_k experts' MLPs, of packed MXFP4 or dense weights: what the operation takes and promises, who can do it.
 
 A back end is one file beside this one, or in cpu_kernels, with a function of the same signature, and one entry in
 `IMPLEMENTATIONS`.
@@ -8,8 +8,12 @@ import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+import cpu_kernels
+from cpu_kernels.dense_experts import expert_mlp as cpu_dense_expert_mlp
 from cpu_kernels.expert_mlp import expert_mlp as cpu_expert_mlp
 from pallas_kernels.choice import Choice, Hardware, Implementations, best, by_name
 from pallas_kernels.expert_mlp import reference
@@ -21,6 +25,7 @@ from pallas_kernels.expert_mlp.weights import (
     ExpertWeights,
     Rearrangement,
     WeightLayout,
+    is_dense,
     packed,
     packed_axes,
     published,
@@ -37,7 +42,7 @@ class RunExperts(Protocol):
     outside [0, E) is skipped: padding has such, and so have experts that live on another device.
 
     Raises:
-        NotImplementedError: the weights have adapters, and the implementation does not know them.
+        NotImplementedError: the weights have adapters, or are dense, and the implementation does not know such.
     """
 
     def __call__(  # noqa: D102
@@ -69,6 +74,16 @@ def _for_device(run: RunExperts, layout: WeightLayout) -> ExpertMlp:
 
 def _reference() -> ExpertMlp:
     return _with_gradient(reference.expert_mlp)
+
+
+def _all_experts() -> ExpertMlp:
+    from pallas_kernels.expert_mlp import dense
+
+    return ExpertMlp(dense.expert_mlp)  # JAX derives its gradient
+
+
+def _cpu_dense() -> ExpertMlp:
+    return ExpertMlp(cpu_dense_expert_mlp)
 
 
 def _cpu() -> ExpertMlp:
@@ -116,6 +131,15 @@ IMPLEMENTATIONS = Implementations[ExpertMlp](
 )
 
 
+DENSE_IMPLEMENTATIONS = Implementations[ExpertMlp](
+    {"reference": _reference, "all-experts": _all_experts, "cpu-dense": _cpu_dense}
+)
+"""Those that take dense weights, as published, with gradients to them too."""
+
+FEW_EXPERTS = 16
+"""Up to so many, computing all of them in two large products is faster than sorting tokens by expert."""
+
+
 def choose(name: str, hardware: Hardware) -> Choice:
     """The implementation called `name`, or for "auto" the best on `hardware`.
 
@@ -130,8 +154,43 @@ def choose(name: str, hardware: Hardware) -> Choice:
     return choice._replace(implementation=_tpu(hardware.name)) if choice.name == "tpu" else choice
 
 
+def choose_with_adapters(name: str, hardware: Hardware) -> Choice:
+    """As `choose`, of those that know adapters; for "auto" the portable one, since no kernel does.
+
+    Raises:
+        KernelError: no implementation has that name, or it cannot run here.
+    """
+    if name == "auto":
+        return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, which knows adapters")
+    return by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+
+
+def choose_for_training(
+    hardware: Hardware, *, dense: bool, num_experts: int, adapters: bool, dtype: DTypeLike = jnp.float32
+) -> Choice:
+    """The best implementation on `hardware` with gradients to what is trained.
+
+    Args:
+        hardware: what it will run on.
+        dense: whether the experts are dense floats, and not packed MXFP4.
+        num_experts: how many a layer has.
+        adapters: whether they have adapters.
+        dtype: the activations'.
+    """
+    if not dense and not adapters:
+        return choose("auto", hardware)
+    on_cpu = dense and not adapters and hardware.platform == "cpu" and dtype == jnp.float32
+    if on_cpu and not cpu_kernels.why_not():
+        reason = f"C++ for {cpu_kernels.instruction_sets()[0]}"
+        return Choice("cpu-dense", DENSE_IMPLEMENTATIONS["cpu-dense"], reason)
+    if dense and num_experts <= FEW_EXPERTS:
+        return Choice("all-experts", DENSE_IMPLEMENTATIONS["all-experts"], f"all {num_experts} experts in two products")
+    return Choice("reference", IMPLEMENTATIONS["reference"], "portable jnp, the one that trains these")
+
+
 __all__ = [
     "AS_PUBLISHED",
+    "DENSE_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "Adapter",
     "ExpertMlp",
@@ -140,6 +199,9 @@ __all__ = [
     "RunExperts",
     "WeightLayout",
     "choose",
+    "choose_for_training",
+    "choose_with_adapters",
+    "is_dense",
     "packed",
     "packed_axes",
     "published",

@@ -161,7 +161,7 @@ def expert_mlp(
 
     Raises:
         TypeError: x has another type.
-        NotImplementedError: there are adapters.
+        NotImplementedError: there are adapters, or the weights are dense.
     """
     arrays = without_adapters(weights)
     num_experts = weights.gate_up_blocks.shape[0]

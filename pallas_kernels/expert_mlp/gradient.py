@@ -1,6 +1,7 @@
 """The gradient of expert_mlp, in jnp, for any implementation of it: what fine-tuning through a kernel needs.
 
-Packed weights are whole numbers and have no gradient; x, the routing weights, the biases and adapters do. Each tile of
+Packed weights are whole numbers and have no gradient; x, the routing weights, the biases and adapters do, and dense
+weights. Each tile of
 rows is run again, one expert unpacked at a time, so memory stays that of one expert.
 """
 
@@ -54,12 +55,14 @@ def _backward(run, layout, limit, saved, gradient):
         expert, assignment, taken = tiles.tile(number)
         of_expert, token = _unpacked(weights, layout, expert), assignment // per_token
         dy = jnp.where(taken[:, None], gradient[token], 0)
+        # An empty row holds any token, padding with a NaN perhaps, which zeros would not take back.
+        x_tile, shares = jnp.where(taken[:, None], x[token], 0), jnp.where(taken, flat_weights[assignment], 0)
 
         def one_expert(x, floats):
             return reference.one_expert(x, _with_floats(of_expert, floats), limit)
 
-        y, pull = jax.vjp(one_expert, x[token], _floats(of_expert))
-        dx_tile, d_tile = pull(dy * flat_weights[assignment][:, None])
+        y, pull = jax.vjp(one_expert, x_tile, _floats(of_expert))
+        dx_tile, d_tile = pull(dy * shares[:, None])
         return (
             dx.at[token].add(dx_tile.astype(jnp.float32)),
             d_routing.at[assignment].add(jnp.sum(dy * y, axis=-1)),
@@ -75,12 +78,12 @@ def _backward(run, layout, limit, saved, gradient):
 
 
 def _floats(weights: ExpertWeights) -> ExpertWeights:
-    """What has a gradient: biases and adapters, None for the rest."""
+    """What has a gradient: biases, adapters and dense weights, None for the rest."""
     return jax.tree.map(lambda array: array if jnp.issubdtype(array.dtype, jnp.floating) else None, weights)
 
 
 def _with_floats(weights: ExpertWeights, floats: ExpertWeights) -> ExpertWeights:
-    """`weights` with its biases and adapters replaced."""
+    """`weights` with what has a gradient replaced."""
     return weights._replace(**{name: new for name, new in floats._asdict().items() if new is not None})
 
 

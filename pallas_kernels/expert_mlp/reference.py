@@ -1,4 +1,4 @@
-"""What expert_mlp means, in jnp: tiles of rows that share an expert, each dequantising just that expert.
+"""What expert_mlp means, in jnp: tiles of rows that share an expert, each dequantising just that expert; dense too.
 
 Portable and right rather than fast; the kernels are tested against it. Work and memory follow the experts that
 tokens are assigned to: a token costs X experts, whatever E is, and one expert's weights are unpacked at a time.
@@ -56,10 +56,14 @@ def one_expert(x: Float[Array, "M D"], weights: ExpertWeights, limit: float) -> 
 
 
 def _product(
-    x: Float[Array, "M I"], blocks: UInt8[Array, "O B 16"], scales: UInt8[Array, "O B"], adapter: Adapter | None
+    x: Float[Array, "M I"],
+    blocks: UInt8[Array, "O B 16"] | Float[Array, "O I"],
+    scales: UInt8[Array, "O B"] | None,
+    adapter: Adapter | None,
 ) -> Float[Array, "M O"]:
     """x times one expert's matrix, its adapter's product added."""
-    y = _matmul(x, mxfp4.dequantize(blocks, scales, x.dtype))
+    w = blocks.astype(x.dtype) if scales is None else mxfp4.dequantize(blocks, scales, x.dtype)
+    y = _matmul(x, w)
     if adapter is None:
         return y
     low = _matmul(x, adapter.a.astype(x.dtype))

@@ -54,8 +54,9 @@ def expert_mlp(
         interpret: None to compile for a TPU; else `pltpu.InterpretParams`, to run on a CPU.
 
     Raises:
-        NotImplementedError: there are adapters.
+        NotImplementedError: there are adapters, or the weights are dense.
     """
+    without_adapters(weights)
     num_experts = weights.down_blocks.shape[0]
     rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, form.most_rows)
     tiles = TiledRows.of(expert_ids, num_experts, rows)

@@ -25,24 +25,36 @@ class ExpertWeights(NamedTuple):
     """The experts of one layer, as published: E experts, D hidden, F expert hidden, blocks of 32 along the input.
 
     Rows of gate_up are interleaved: even rows are the gate, odd rows the linear part. Adapters are optional.
+
+    Dense weights, which can be trained, stand as floats where the blocks do, [E, 2 F, D] and [E, D, F]; both scales
+    are None then (`is_dense`).
     """
 
-    gate_up_blocks: UInt8[Array, "E F2 DB 16"]
-    gate_up_scales: UInt8[Array, "E F2 DB"]
+    gate_up_blocks: UInt8[Array, "E F2 DB 16"] | Float[Array, "E F2 D"]
+    gate_up_scales: Any  # UInt8[Array, "E F2 DB"], or None
     gate_up_bias: Float[Array, "E F2"]
-    down_blocks: UInt8[Array, "E D FB 16"]
-    down_scales: UInt8[Array, "E D FB"]
+    down_blocks: UInt8[Array, "E D FB 16"] | Float[Array, "E D F"]
+    down_scales: Any  # UInt8[Array, "E D FB"], or None
     down_bias: Float[Array, "E D"]
     gate_up_adapter: Adapter | None = None
     down_adapter: Adapter | None = None
+
+
+def is_dense(weights: ExpertWeights) -> bool:
+    """Whether `weights` are floats rather than packed MXFP4."""
+    return weights.gate_up_scales is None and weights.gate_up_blocks is not None
 
 
 def without_adapters(weights: ExpertWeights) -> tuple[Array, ...]:
     """The six arrays of `weights`, for a kernel that can take no more.
 
     Raises:
-        NotImplementedError: there are adapters, which may not be left out silently.
+        NotImplementedError: there are adapters, which may not be left out silently, or the weights are dense.
     """
+    if is_dense(weights):
+        raise NotImplementedError(
+            "expert_mlp: this kernel takes packed MXFP4, got dense weights; the reference takes both"
+        )
     *arrays, gate_up_adapter, down_adapter = weights
     if gate_up_adapter is not None or down_adapter is not None:
         raise NotImplementedError("expert_mlp: this kernel has no adapters; the reference has (expert_mlp=reference)")
@@ -82,7 +94,15 @@ PUBLISHED = WeightLayout()
 
 
 def packed(layout: WeightLayout, weights: ExpertWeights) -> ExpertWeights:
-    """Weights in `layout`, from those in published order."""
+    """Weights in `layout`, from those in published order.
+
+    Raises:
+        NotImplementedError: the weights are dense, and the layout is not the published one.
+    """
+    if is_dense(weights) and layout != PUBLISHED:
+        raise NotImplementedError(
+            "expert_mlp: this kernel takes packed MXFP4, got dense weights; the reference takes both"
+        )
     return _each(layout, weights, lambda way, array: way.pack(array))
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
-COMMANDS = ("gptoss_jax.generate", "gptoss_jax.score", "converters.convert", "converters.random_weights")
+COMMANDS = ("gptoss_jax.generate", "gptoss_jax.score", "converters.convert", "converters.random_weights", "converters.export")
 SLACK = 2  # CPUs differ, and a busy one takes longer for the same
 HELP_CPU_SECONDS = 0.5 * SLACK
 MISTAKE_CPU_SECONDS = 1.0 * SLACK
@@ -109,7 +109,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     return {"GOOD": good, "LLAMA": llama, "EMPTY": folder / "empty", "ABSENT": folder / "absent", **files}
 
 
-GENERATE, SCORE, CONVERT, RANDOM = COMMANDS
+GENERATE, SCORE, CONVERT, RANDOM, _ = COMMANDS
 MISTAKES = {
     "missing folder": (GENERATE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
     "wrong folder": (GENERATE, "--checkpoint EMPTY Hello", "empty: no *.safetensors and no model.safetensors.index"),

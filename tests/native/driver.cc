@@ -139,6 +139,42 @@ bool attention(Heads heads, int64_t tokens, int32_t start, int64_t page, int64_t
   });
 }
 
+// Places of a row: a head of 3 tokens, parts of some tokens that continue it, one that does not, and padding.
+struct PackedPlaces {
+  std::vector<int32_t> position, first, head;
+
+  PackedPlaces(int64_t rows, int64_t tokens, int32_t part) {
+    for (int64_t i = 0; i < rows * tokens; ++i) {
+      const int32_t token = static_cast<int32_t>(i % tokens), own = (token - 3) / part * part + 3;
+      const bool in_head = token < 3, continues = own != 3, padding = token + 5 > tokens && token > 0;
+      position.push_back(padding ? -1 : in_head ? token : token - own + (continues ? 3 : 0));
+      first.push_back(padding || in_head ? 0 : own);
+      head.push_back(padding || in_head || !continues ? 0 : 3);
+    }
+  }
+};
+
+// Attention over two packed rows, then its gradient: all results one after the other.
+bool packed(Heads heads, int64_t tokens, int32_t part, int64_t window) {
+  const int64_t rows = 2, queries = rows * tokens * heads.heads, keys = rows * tokens * heads.kv_heads * heads.size;
+  const PackedPlaces places(rows, tokens, part);
+  const auto q = bfloat16s(queries * heads.size), k = bfloat16s(keys), v = bfloat16s(keys);
+  const auto sinks = bfloat16s(heads.heads);
+  const std::vector<float> d_out(static_cast<size_t>(queries * heads.size), 0.25f);
+  const int64_t out = queries * heads.size, size = 2 * out + queries + 2 * keys + heads.heads;
+  return agree(size, [&](const Pool& pool, float* y) {
+    cpu_kernels::PackedCall call = {};
+    call.q = {q.data(), true}, call.k = {k.data(), true}, call.v = {v.data(), true};
+    call.sinks = {sinks.data(), true};
+    call.position = places.position.data(), call.first = places.first.data(), call.head = places.head.data();
+    call.rows = rows, call.tokens = tokens, call.window = window;
+    call.heads = heads.heads, call.kv_heads = heads.kv_heads, call.head_size = heads.size;
+    float *lse = y + out, *dq = lse + queries, *dk = dq + out, *dv = dk + keys;
+    return kernels.packed_attention(pool, call, {y, lse}) &&
+           kernels.packed_attention_gradient(pool, call, {y, lse, d_out.data(), dq, dk, dv, dv + keys});
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -153,5 +189,10 @@ int main() {
     for (int64_t tokens : {1, 20})
       for (int32_t start : {0, 70, 1100})
         for (int64_t window : {0, 12, 64}) same = same && attention(heads, tokens, start, 24, window);
+  for (int64_t window : {0, 40}) {
+    for (Heads heads : {Heads{4, 2, 32}, Heads{65, 1, 16}})
+      for (int64_t tokens : {1, 67}) same = same && packed(heads, tokens, 20, window);
+    same = same && packed({3, 1, 33}, 270, 150, window);  // two spans of keys
+  }
   std::puts(same ? "same bits" : "different bits");
 }

@@ -22,6 +22,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptoss_jax import compression, jsonl
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import FileError
 from gptoss_jax.jobs import inputs
@@ -69,7 +70,7 @@ def test_lines_of_any_system_packed_in_any_way(form, end):
 def test_streams_joined_of_several(monkeypatch):
     """Guards `cat a.gz b.gz`, pigz and pzstd: the first of several packed parts was read as the whole."""
     skipped = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"  # a frame without content, with which pzstd's files begin
-    monkeypatch.setattr(inputs, "BUFFER_BYTES", 16)
+    monkeypatch.setattr(compression, "_BUFFER_BYTES", 16)
     for name, parts in {
         "a": [gzip.compress(row[:7]) + gzip.compress(row[7:] + b"\n") for row in ROWS],
         "b": [skipped, *(zstandard.compress(row[:7]) + zstandard.compress(row[7:] + b"\n") for row in ROWS)],
@@ -218,8 +219,8 @@ def test_files_of_other_kinds_are_named(kind, form):
 
 def test_the_commands_that_refusals_name_work(capsys, monkeypatch):
     """Guards the way from a CSV file or an array to JSONL that the message shows."""
-    for content, kind in ((b'id,prompt\r\n1,"a\n""b"""\r\n', inputs._TABLE), (b'[{"id": "1"}, 2]', inputs._ARRAY)):
-        code = inputs._TO_JSONL[kind].partition('-c "')[2].partition('"')[0]
+    for content, kind in ((b'id,prompt\r\n1,"a\n""b"""\r\n', jsonl._TABLE), (b'[{"id": "1"}, 2]', jsonl._ARRAY)):
+        code = jsonl._TO_JSONL[kind].partition('-c "')[2].partition('"')[0]
         monkeypatch.setattr(sys, "stdin", io.StringIO(content.decode(), newline=""))
         exec(code, {})
     assert capsys.readouterr().out == '{"id": "1", "prompt": "a\\n\\"b\\""}\n{"id": "1"}\n2\n'
@@ -416,7 +417,7 @@ def test_a_long_line_takes_no_memory():
     tracemalloc.start()
     try:
         lines = list(Inputs(["a"]).lines())
-        assert tracemalloc.get_traced_memory()[1] < 3 * inputs.MAX_LINE_BYTES
+        assert tracemalloc.get_traced_memory()[1] < 3 * jsonl.MAX_LINE_BYTES
     finally:
         tracemalloc.stop()
     fault = "the row is longer than 33,554,432 bytes, which no context holds"

@@ -5,9 +5,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
+from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.checkpoints.leaf import Leaf
 from gptoss_jax.checkpoints.orbax import zarr
-from gptoss_jax.checkpoints.orbax.manifest import MANIFEST, ORBAX_METADATA, CheckpointError, LeafRecord, Manifest
+from gptoss_jax.checkpoints.orbax.manifest import (
+    MANIFEST,
+    ORBAX_METADATA,
+    ORIGIN,
+    CheckpointError,
+    LeafRecord,
+    Manifest,
+)
 from gptoss_jax.errors import Fault, listed
 
 CHUNK_BYTES = 8 << 20  # bytes read and hashed at a time
@@ -21,7 +31,7 @@ def problems(path: str | Path, leaves: Mapping[str, Leaf]) -> list[Fault]:
     and the index. The tensors' own bytes are `verify`'s business.
     """
     path, manifest = Path(path), Manifest.read(path)
-    return _manifest_problems(path, manifest, leaves) or _file_problems(path, manifest)
+    return _manifest_problems(path, manifest, leaves) or file_problems(path, manifest)
 
 
 def _manifest_problems(path: Path, manifest: Manifest, leaves: Mapping[str, Leaf]) -> list[Fault]:
@@ -40,7 +50,8 @@ def _manifest_problems(path: Path, manifest: Manifest, leaves: Mapping[str, Leaf
     return faults
 
 
-def _file_problems(path: Path, manifest: Manifest) -> list[Fault]:
+def file_problems(path: Path, manifest: Manifest) -> list[Fault]:
+    """Where the files of the checkpoint at `path` are not what its manifest describes."""
     faults = []
     shapes = {name: record.shape for name, record in manifest.leaves.items()}
     if not _has_text(path / ORBAX_METADATA, zarr.orbax_metadata(shapes)):
@@ -64,6 +75,17 @@ def _leaf_problems(file: Path, record: LeafRecord) -> Iterator[Fault]:
     metadata = file.with_name("zarr.json")
     if not _has_text(metadata, zarr.zarr_json(record.shape, record.dtype)):
         yield Fault(str(metadata), f"missing, or not as written: {_AGAIN}")
+
+
+def _origin_problems(path: Path, manifest: Manifest) -> Iterator[Fault]:
+    """What is kept of the source is asked for by an export alone, so that no model is refused for it."""
+    for name, sha256 in manifest.origin.items():
+        file = path / ORIGIN / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            yield Fault(str(file), f"missing, or not as written: {_AGAIN}")
+    there = {file.name for file in (path / ORIGIN).iterdir()} if (path / ORIGIN).is_dir() else set()
+    for name in sorted(there - manifest.origin.keys()):
+        yield Fault(str(path / ORIGIN / name), f"not named in {MANIFEST}: {_AGAIN}")
 
 
 def _has_text(path: Path, text: str) -> bool:
@@ -93,6 +115,28 @@ def stored_sha256(path: str | Path, record: LeafRecord, report: Callable[[int], 
     return digest.hexdigest()
 
 
+def read_verified(path: Path, record: LeafRecord, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+    """A leaf's bytes, chunk by chunk, in the same memory each time; whether they were as written shows after the last.
+
+    Raises:
+        CheckpointError: their sha256 is not the manifest's.
+    """
+    digest, left, buffer = hashlib.sha256(), record.size_bytes, np.empty(min(chunk_bytes, record.size_bytes), np.uint8)
+    with open(path / record.file, "rb", buffering=0) as file:
+        while left:
+            chunk = buffer[: min(chunk_bytes, left)]
+            count = host_memory.read_into(chunk, file.fileno(), record.size_bytes - left)
+            if count < chunk.nbytes:
+                raise CheckpointError(
+                    f"{path / record.file}: ends at byte {record.size_bytes - left + count:,}: {_AGAIN}"
+                )
+            digest.update(chunk.data)
+            left -= count
+            yield chunk
+    if digest.hexdigest() != record.sha256:
+        raise CheckpointError(f"{path / record.file}: sha256 {digest.hexdigest()}, expected {record.sha256}: {_AGAIN}")
+
+
 def verify(path: str | Path, leaves: Mapping[str, Leaf], report: Callable[[int], object] = lambda _: None) -> None:
     """Reads every leaf of a checkpoint and compares its sha256 with the manifest's.
 
@@ -105,7 +149,9 @@ def verify(path: str | Path, leaves: Mapping[str, Leaf], report: Callable[[int],
         CheckpointError: leaves are missing, of another shape, or damaged, or hashes differ: all listed.
     """
     faults = problems(path, leaves)
-    for record in Manifest.read(path).leaves.values() if not faults else ():
+    manifest = Manifest.read(path)
+    faults += _origin_problems(Path(path), manifest)
+    for record in manifest.leaves.values() if not faults else ():
         digest = stored_sha256(path, record, report)
         if digest != record.sha256:
             faults.append(Fault(str(Path(path) / record.file), f"sha256 {digest}, expected {record.sha256}: {_AGAIN}"))

@@ -21,9 +21,12 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 ORBAX_METADATA = "_METADATA"
+ORIGIN = "origin"  # the folder of what is kept of the source: `checkpoints.origin`
 DTYPES = ("bfloat16", "float32", "uint8")  # what weights are stored in
 
 
+_ORIGIN_NAME = re.compile(r"[\w-][^/\x00-\x1f]{0,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"\w[\w.-]{0,127}(/\w[\w.-]{0,127}){0,15}")
 
 
@@ -89,14 +92,21 @@ class LeafRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Every leaf of a checkpoint, by path in sorted order."""
+    """Every leaf of a checkpoint, by path in sorted order, and what it keeps of its source.
+
+    Attributes:
+        leaves: by path.
+        origin: file in `origin/` -> its sha256.
+    """
 
     leaves: Mapping[str, LeafRecord]
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of manifest.json."""
         leaves = [dataclasses.asdict(self.leaves[path]) for path in sorted(self.leaves)]
-        return zarr.to_json({"format_version": FORMAT_VERSION, "leaves": leaves})
+        origin = {"origin": dict(sorted(self.origin.items()))} if self.origin else {}
+        return zarr.to_json({"format_version": FORMAT_VERSION, "leaves": leaves, **origin})
 
     @classmethod
     def read(cls, path: str | Path) -> "Manifest":
@@ -119,7 +129,16 @@ class Manifest:
             raise CheckpointError(one_line(f"{file}: damaged ({error}): convert again")) from None
         if len(named := {record.path: record for record in records}) < len(records):
             raise CheckpointError(f"{file}: damaged (a leaf is listed twice): convert again")
-        return cls(named)
+        return cls(named, _origin(file, raw.get("origin", {})))
+
+
+def _origin(file: Path, raw: Any) -> dict[str, str]:
+    """File -> hash, as `to_json` writes it: names of files in one folder."""
+    if not isinstance(raw, dict) or not all(map(_ORIGIN_NAME.fullmatch, raw)):
+        raise CheckpointError(f"{file}: damaged (no list of origin's files: {short(raw)}): convert again")
+    if wrong := [name for name, sha256 in raw.items() if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256))]:
+        raise CheckpointError(one_line(f"{file}: damaged (no sha256 of {short(wrong[0])}): convert again"))
+    return raw
 
 
 def is_checkpoint(path: str | Path) -> bool:

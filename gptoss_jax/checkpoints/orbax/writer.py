@@ -20,6 +20,7 @@ from gptoss_jax.checkpoints.orbax.manifest import (
     GENERATION_CONFIG,
     MANIFEST,
     ORBAX_METADATA,
+    ORIGIN,
     PROVENANCE,
     CheckpointError,
     LeafRecord,
@@ -33,9 +34,9 @@ from gptoss_jax.model.config import ModelConfig, to_huggingface
 CHUNK_BYTES = 8 << 20  # bytes hashed and written at a time
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+def _write_synced(path: Path, text: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -182,19 +183,38 @@ class Writer:
         self.finished[path] = record
         return record
 
-    def finish(self, config: ModelConfig, provenance: Mapping[str, Any]) -> Path:
-        """Writes what lies beside the leaves, the manifest last, and moves the checkpoint to `dst`."""
+    def finish(
+        self, config: ModelConfig, provenance: Mapping[str, Any], origin: Mapping[str, bytes] | None = None
+    ) -> Path:
+        """Writes what lies beside the leaves, the manifest last, and moves the checkpoint to `dst`.
+
+        Args:
+            config: the model.
+            provenance: where it comes from, as JSON holds it.
+            origin: what is kept of its source, by name: see `checkpoints.origin`.
+        """
         shapes = {path: record.shape for path, record in self.finished.items()}
         _write_synced(self.tree / ORBAX_METADATA, zarr.orbax_metadata(shapes))
         _write_synced(self.tree / CONFIG, zarr.to_json(to_huggingface(config)))
         _write_synced(self.tree / GENERATION_CONFIG, zarr.to_json(generation_config(config)))
         _write_synced(self.tree / PROVENANCE, zarr.to_json(provenance))
-        _write_synced(self.tree / MANIFEST, Manifest(self.finished).to_json())
+        hashes = self._write_origin(origin or {})
+        _write_synced(self.tree / MANIFEST, Manifest(self.finished, hashes).to_json())
         _sync_folder(self.tree)
         os.rename(self.tree, self.dst)
         _sync_folder(self.dst.parent)
         self.discard()
         return self.dst
+
+    def _write_origin(self, origin: Mapping[str, bytes]) -> dict[str, str]:
+        """The hashes of what was written."""
+        folder = self.tree / ORIGIN
+        if origin:
+            folder.mkdir(exist_ok=True)
+            for name, content in sorted(origin.items()):
+                _write_synced(folder / name, content)
+            _sync_folder(folder)
+        return {name: hashlib.sha256(content).hexdigest() for name, content in origin.items()}
 
     def discard(self) -> None:
         """Removes `<dst>.partial` and all in it; the journal after what it vouches for, should this be interrupted."""
@@ -283,10 +303,18 @@ def save(
     leaves: Mapping[str, Any],
     config: ModelConfig,
     provenance: Mapping[str, Any] | None = None,
+    origin: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Writes arrays, of NumPy or JAX, as a checkpoint at `dst`; its bytes do not depend on their sharding.
 
     One leaf at a time is gathered to the host. An interrupted save starts again from nothing.
+
+    Args:
+        dst: the folder to be.
+        leaves: by path.
+        config: the model.
+        provenance: where it comes from.
+        origin: small files that exports are to have, as a tokenizer's: `checkpoints.origin.small_files`.
 
     Raises:
         CheckpointError: `dst` exists, or another writer's `<dst>.partial` does.
@@ -294,4 +322,4 @@ def save(
     with Writer(dst, {"written by": "gptoss_jax.checkpoint.save"}, resume=False) as writer:
         for path in sorted(leaves):
             writer.write(path, np.asarray(leaves[path]))
-        return writer.finish(config, provenance or {})
+        return writer.finish(config, provenance or {}, origin)

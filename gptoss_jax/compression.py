@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from gptoss_jax.files import FileError
-from gptoss_jax.jobs.places import BUFFER_BYTES
 
+_BUFFER_BYTES = 1 << 18
 # As zstd packs 128 KiB of one byte into four, no more than 128 MiB come out of this much; its window may be as large.
 _ZSTD_READ_BYTES = 4096
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame; one to skip, with which pzstd's files begin
@@ -34,16 +34,16 @@ def unpacked(file: io.BufferedReader, name: str) -> io.BufferedReader:
     """
     head = file.peek(4)
     if head.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(_Chunks(_gzip_chunks(file)), BUFFER_BYTES)
+        return io.BufferedReader(_Chunks(_gzip_chunks(file)), _BUFFER_BYTES)
     if _ZSTD.match(head):
-        return io.BufferedReader(_Chunks(_zstd_chunks(file, zstandard(name))), BUFFER_BYTES)
+        return io.BufferedReader(_Chunks(_zstd_chunks(file, zstandard(name))), _BUFFER_BYTES)
     return file
 
 
 def _gzip_chunks(file: io.BufferedReader) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=file, mode="rb") as unpacking:
         try:
-            while chunk := unpacking.read1(BUFFER_BYTES):
+            while chunk := unpacking.read1(_BUFFER_BYTES):
                 yield chunk
         except EOFError:
             raise Damaged("the file ends too early") from None

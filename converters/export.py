@@ -1,0 +1,140 @@
+"""The command that writes a converted checkpoint as published: safetensors that transformers and others load.
+
+    python -m converters.export CHECKPOINT DST [--format huggingface|openai|bf16] [--dry-run] [--verify]
+
+CHECKPOINT is a folder that converters.convert or a training run wrote. DST must not exist, nor lie in CHECKPOINT.
+Formats: huggingface (MXFP4 experts, as OpenAI publishes), openai (the files of its original/ folder, put into DST
+itself), bf16 (Hugging Face with experts in bfloat16: the same numbers, three times the size). In the format that it was
+converted from, an untouched model has the very files that it came in, byte by byte. An interrupted run leaves no DST,
+and the same command starts anew. Exit codes: 0 done, 2 refused (one line per problem), 130 interrupted.
+"""
+
+if __name__ == "__main__":  # before what takes long to import
+    from gptoss_jax.cli import interrupts
+
+    interrupts.end_at_once()
+
+import contextlib
+import dataclasses
+import errno
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+from gptoss_jax.checkpoints.export import FORMATS, Export, ExportError, open_export
+from gptoss_jax.cli import command
+from gptoss_jax.cli.byte_progress import byte_progress, gigabytes
+from gptoss_jax.errors import GptossError, one_line, short
+
+NAME = "export"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    checkpoint: Path
+    dst: Path
+    format: str = "huggingface"
+    shard_gb: float | None = None
+    dry_run: bool = False
+    verify: bool = False
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_enum("format", "huggingface", list(FORMATS), "published format to write")
+    flags.DEFINE_float(
+        "shard_gb",
+        None,
+        "most GB in one file (if not given: as the source was split in its own format; else 5, and openai is one file)",
+    )
+    flags.DEFINE_bool("dry_run", False, "Print what would be done, and touch nothing.")
+    flags.DEFINE_bool("verify", False, "Compare every file's sha256 with the source's, where DST has its files.")
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command on CHECKPOINT and DST."""
+    given = flags.FLAGS
+    if len(arguments) != 2:
+        raise GptossError(f"expected two folders, CHECKPOINT DST, got {short(arguments) if arguments else 'none'}")
+    checkpoint, dst = map(Path, arguments)
+    with _full_disk(dst):
+        run(Options(checkpoint, dst, given.format, given.shard_gb, given.dry_run, given.verify))
+
+
+def run(options: Options) -> None:
+    """Does what the command line asks for.
+
+    Raises:
+        CheckpointError, ConfigError, ExportError, UnfinishedError, OSError: as `open_export` and `Export.run`.
+    """
+    export, dst = _open(options), options.dst
+    print(one_line(f"{options.checkpoint}: to format {export.format}, {_layout(export)}"))
+    for note in export.notes:
+        print(one_line(f"note: {note}"))
+    if options.dry_run:
+        print(_plan_text(export, dst))
+        return
+    started = time.monotonic()
+    done = export.run(dst, progress=byte_progress)
+    took = f"{time.monotonic() - started:.1f} s"
+    print(one_line(f"{dst}: {done.files} files, {done.tensors} tensors, {done.size_bytes:,} bytes, {took}"))
+    if options.verify:
+        same = export.verify(dst, byte_progress)
+        print(one_line(f"{dst}: verified: all {same} safetensors files equal the source's by sha256"))
+
+
+def _open(options: Options) -> Export:
+    if options.shard_gb is not None and not 1e-6 <= options.shard_gb <= 1e6:  # NaN too
+        raise ExportError(f"--shard-gb is {options.shard_gb}, expected 0.000001 to 1,000,000")
+    shard_bytes = None if options.shard_gb is None else round(options.shard_gb * 1e9)
+    export = open_export(options.checkpoint, options.format, shard_bytes=shard_bytes)
+    if options.verify and not export.source_sha256:
+        raise ExportError("--verify compares with the source's files, and DST will have others: leave it out")
+    export.check(options.dst)
+    return export
+
+
+def _layout(export: Export) -> str:
+    files = f"{len(export.shards)} safetensors file{'s' * (len(export.shards) > 1)}"
+    return f"{files} as the source's" if export.source_sha256 else files
+
+
+def _plan_text(export: Export, dst: Path) -> str:
+    """What `--dry-run` prints."""
+    free = export.free_bytes(dst)
+    fits = "" if free >= export.size_bytes else " (NOT ENOUGH)"
+    largest = max(export.shards, key=lambda shard: shard.size_bytes)
+    read_bytes = sum(record.size_bytes for record in export.records.values())
+    lines = [
+        f"would read    {len(export.records)} leaves, {gigabytes(read_bytes)}",
+        f"would write   {len(export.tensors)} tensors, {gigabytes(export.size_bytes)}, to {dst}",
+        f"largest file  {largest.name}, {gigabytes(largest.size_bytes)}",
+        f"beside them   {', '.join(export.small_files)}",
+        f"disk          {gigabytes(export.size_bytes)} needed, {gigabytes(free)} free{fits}",
+    ]
+    return "\n".join(map(one_line, lines))
+
+
+@contextlib.contextmanager
+def _full_disk(dst: Path) -> Iterator[None]:
+    """Says of a full disk which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            command.refuse(f"{dst}: the disk is full: make room and run the same command again", NAME)
+        raise
+
+
+def cli() -> None:
+    """The console script."""
+    define_flags()
+    command.run(main, NAME)
+
+
+if __name__ == "__main__":
+    cli()

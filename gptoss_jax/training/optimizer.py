@@ -1,0 +1,67 @@
+"""The optimiser and its schedule, of optax: AdamW, or Muon for matrices beside Adam for all else."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from optax.contrib import MuonDimensionNumbers
+
+from gptoss_jax.training.options import OptimizerOptions
+
+BETA1, BETA2 = 0.9, 0.95  # of Adam's moments
+
+MATRICES = {
+    "attention/q/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(0, 1)),
+    "attention/k/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(0, 1)),
+    "attention/v/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(0, 1)),
+    "attention/out/weight": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=(0,)),
+    "moe/gate_up/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+    "moe/down/weight": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+}
+"""The weights that Muon trains, by the end of their paths, as matrices: one an expert."""
+
+
+def schedule(options: OptimizerOptions, total_steps: int, step: Any) -> Float[Array, ""]:
+    """Share of the full learning rate at `step`, from 0: a linear warm-up, flat, then linear down to the run's end."""
+    warmup = max(1, round(options.warmup * total_steps))
+    decay = max(1, total_steps - math.floor(options.decay_from * total_steps))
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.clip(jnp.minimum((step + 1) / warmup, (total_steps - step) / decay), 0, 1)
+
+
+def optimizer(options: OptimizerOptions, total_steps: int, trained: Mapping[str, Any]) -> optax.GradientTransformation:
+    """What turns gradients of `trained`, by path, into updates; gradients are clipped by their global norm first."""
+
+    def rate(full: float) -> optax.Schedule:
+        return lambda count: full * schedule(options, total_steps, count)
+
+    clip = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
+    decay = options.weight_decay
+    if options.matrix_learning_rate is None:
+        return optax.chain(clip, optax.adamw(rate(options.learning_rate), b1=BETA1, b2=BETA2, weight_decay=decay))
+    matrices: Any = {path: _matrix(path) for path in trained}
+    muon = optax.contrib.muon(
+        rate(options.matrix_learning_rate),
+        weight_decay=decay,
+        adam_b1=BETA1,
+        adam_b2=BETA2,
+        adam_weight_decay=decay,
+        adam_learning_rate=rate(options.learning_rate),
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(clip, muon)
+
+
+def _matrix(path: str) -> MuonDimensionNumbers | None:
+    return next((numbers for end, numbers in MATRICES.items() if path.endswith(end)), None)
+
+
+def update(transformation: optax.GradientTransformation, gradients: Any, state: Any, trained: Any) -> tuple[Any, Any]:
+    """The trained weights after one update, and the optimiser's state then."""
+    with jax.numpy_dtype_promotion("standard"):  # as optax is written
+        updates, state = transformation.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state

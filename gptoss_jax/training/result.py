@@ -1,0 +1,64 @@
+"""What a run ends with, beside its metrics: a checkpoint that everything here loads, or an adapter as PEFT has it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from gptoss_jax.checkpoints.orbax.writer import Writer
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.training.run_folder import RUN, RunFolder
+from gptoss_jax.whole_files import sync_folder
+
+_UNFINISHED = ".unfinished-"
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What is needed of a `gptoss_jax.training.step.Trainer` of method full."""
+
+    config: ModelConfig
+
+    def trained_leaves(self, state: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """Every leaf as the model declares it."""
+        ...
+
+
+def write_checkpoint(folder: RunFolder, trainer: Trained, state: Any, provenance: Mapping[str, Any]) -> Path:
+    """Writes all weights as a checkpoint in the run's folder; after an interruption, those that are not there yet.
+
+    Args:
+        folder: of the run.
+        trainer: knows how leaves are made of the state.
+        state: after the last step.
+        provenance: where the weights come from, for people.
+
+    Raises:
+        CheckpointError: something is in the way.
+        OSError: it cannot be written.
+    """
+    path = folder.result("full")
+    identity = {"written by": "gptoss_jax.finetune", "run": json.loads((folder.path / RUN).read_bytes())}
+    with Writer(path, identity) as writer:
+        for name, leaf in trainer.trained_leaves(state):
+            if name not in writer.finished:
+                writer.write(name, leaf)
+        return writer.finish(trainer.config, provenance)
+
+
+def write_adapter(folder: RunFolder, write: Any) -> Path:
+    """Has `write` fill a folder with the adapter, which gets its name in the run's folder when it is whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = folder.result("lora")
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    unfinished.rename(path)
+    sync_folder(folder.path)
+    return path
