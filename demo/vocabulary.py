@@ -12,6 +12,7 @@ from demo import conversations
 from demo.unknown import UNKNOWN
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.training.vocabulary import ALWAYS
 
 _MOST_DIGITS, _MOST_LETTERS = 3, 10
 _DIGITS = 0
@@ -37,7 +38,7 @@ def used_ids(path: str | Path) -> list[int]:
         GptossError: a line that is no conversation.
     """
     encode = load_tokenizer().encode
-    ids = {unknown_id()}
+    ids = {unknown_id(), *ALWAYS}
     for text in (*map(str, range(1000)), *_letters()):
         ids.update(encode(text))
     for document in _documents(Path(path)):
