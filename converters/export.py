@@ -4,8 +4,8 @@
 
 CHECKPOINT is a folder that converters.convert or a training run wrote. DST must not exist, nor lie in CHECKPOINT.
 Formats: huggingface (MXFP4 experts, as OpenAI publishes), openai (the files of its original/ folder, put into DST
-itself), bf16 (Hugging Face with experts in bfloat16: the same numbers, three times the size). In the format that it was
-converted from, an untouched model has the very files that it came in, byte by byte. An interrupted run leaves no DST,
+itself), bf16 (Hugging Face with experts in bfloat16: the same numbers, three to four times the size). In the format
+that it was converted from, a model has the very files that it came in, byte by byte. An interrupted run leaves no DST,
 and the same command starts anew. Exit codes: 0 done, 2 refused (one line per problem), 130 interrupted.
 """
 

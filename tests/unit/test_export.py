@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -98,6 +99,41 @@ def test_an_untouched_model_comes_out_as_it_came_in(format, sources, checkpoints
     assert opened.verify(tmp_path / "out") == f"all {files} safetensors files equal the source's by sha256"
     assert done.size_bytes == sum(path.stat().st_size for path in sources[format].iterdir()) == opened.size_bytes
     assert not partial_folder(tmp_path / "out").exists()
+
+
+def reshuffled(source: Path, dst: Path, seed: int) -> Path:
+    """The same tensors in files of any order and split, with headers that no library writes."""
+    rng = random.Random(seed)
+    dst.mkdir()
+    held = list(tensors(source).items())
+    rng.shuffle(held)
+    weight_map = {}
+    for i in range(3):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "of": f"file {i}"}} if i else {}
+        entries, at = {}, 0
+        for name, (dtype, shape, content) in held[i::3]:
+            entries[name] = {"shape": shape, "data_offsets": [at, at := at + len(content)], "dtype": dtype}
+            weight_map[name] = f"part{i}.safetensors"
+        named = list(entries.items())
+        rng.shuffle(named)
+        text = json.dumps(header | dict(named), indent=i or None).encode() + b" " * i
+        contents = b"".join(content for _, (_, _, content) in held[i::3])
+        (dst / f"part{i}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + contents)
+    (dst / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(source / "config.json", dst)
+    return dst
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_any_layout_of_the_same_tensors_is_kept(format, sources, tmp_path):
+    """Guards sources that others wrote: blocks without their scales in a file, tensors in any order, odd headers."""
+    source = reshuffled(sources[format], tmp_path / "source", 5)
+    convert.run(convert.Options(source, tmp_path / "checkpoint"))
+    opened = open_export(tmp_path / "checkpoint", format)
+    opened.run(tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(source)
+    opened.run(tmp_path / "changed", lambda _, arrays: tuple(array.copy() for array in arrays), "nothing")
+    assert tensors(tmp_path / "changed") == tensors(source)
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
