@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What the commands import when they come to it: they begin without JAX.
-_MODULES = ("cli.answering", "cli.batch_job", "cli.chat", "cli.scoring", "runtime.loading")
+_MODULES = ("cli.answering", "cli.batch_job", "cli.chat", "cli.finetune_run", "cli.scoring", "runtime.loading")
+_MODULES += ("training.loop", "training.result", "training.step")
 _CONTEXT.set_forkserver_preload([*(f"gptoss_jax.{name}" for name in _MODULES), "tests.preloaded"])
 
 

@@ -113,7 +113,7 @@ def train_options(options: flags.FlagValues) -> TrainOptions:
             raise GptossError(f"{spelled(name)} is {value}, expected at least 0")
     with naming_flags({field: flag for flag, field in _LORA.items()} if is_lora else {}):
         lora = LoraOptions(**{field: _value(options, flag) for flag, field in _LORA.items()}) if is_lora else None
-    with naming_flags():
+    with naming_flags({"channels": "channels"}):
         return _train_options(options, lora)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,17 +224,18 @@ class _Run:
         return outcome
 
     def _finish(self, trainer: "gptoss_jax.training.step.Trainer", outcome: "gptoss_jax.training.loop.Outcome") -> None:
-        from gptoss_jax.training import result
+        from gptoss_jax.training import result  # here, since it takes long to import
 
         last = outcome.last
         trained = {"steps": outcome.step, "loss": last and last.loss, "validation_loss": last and last.validation_loss}
         options = train_options.to_dict(self._asked)
-        if self._asked.method == "full":
+        lora, path = self._asked.lora, self._folder.result(self._asked.method)
+        if lora is None:
             provenance: dict[str, Any] = {"trained_by": "gptoss_jax.finetune", "run": trained, "options": options}
-            path = result.write_checkpoint(self._folder, trainer, outcome.state, provenance)
+            result.write_checkpoint(self._folder, trainer, outcome.state, provenance)
         else:
             from gptoss_jax.checkpoints import peft
 
-            adapters, lora = trainer.trained_adapters(outcome.state), self._asked.lora
-            path = result.write_adapter(self._folder, lambda to: peft.write(to, self._config, adapters, lora))
+            base = os.path.abspath(self._options.checkpoint)
+            peft.write(path, self._config, trainer.trained_adapters(outcome.state), alpha=lora.alpha, base=base)
         self._screen.note(f"{path} is written; {self._folder.path} has metrics.csv and the loss plot")

@@ -44,7 +44,7 @@ def _forward(logits, targets):
 def _backward(saved, gradient):
     logits, lse, targets = saved
     probability = jnp.exp(logits - lse[..., None])
-    return gradient[..., None] * (probability - _is_target(logits, targets)), None
+    return gradient[..., None] * (probability - _is_target(logits, targets).astype(jnp.float32)), None
 
 
 def _is_target(logits: Float[Array, "*BT V"], targets: Int32[Array, "*BT"]) -> Bool[Array, "*BT V"]:
@@ -102,13 +102,13 @@ def routing(
     al., arXiv:2101.03961, equations 4 to 6, for top_k experts a token).
     """
     loads, entropies, losses = [], [], []
-    tokens = jnp.maximum(is_token.sum(), 1)
+    tokens = jnp.maximum(is_token.sum(dtype=jnp.float32), 1)
     for of_layer in logits.values():
         num_experts = of_layer.shape[-1]
         ids, _ = route(of_layer, top_k)
         assigned = jax.nn.one_hot(jnp.where(is_token[..., None], ids, -1), num_experts, dtype=jnp.float32)
         load = assigned.sum((0, 1, 2)) / (tokens * top_k)
-        mean = (jax.nn.softmax(of_layer) * is_token[..., None]).sum((0, 1)) / tokens
+        mean = (jax.nn.softmax(of_layer) * is_token[..., None].astype(jnp.float32)).sum((0, 1)) / tokens
         loads.append(load)
         entropies.append(-(mean * jnp.log(jnp.maximum(mean, 1e-30))).sum())
         losses.append(num_experts * (lax.stop_gradient(load) * mean).sum())

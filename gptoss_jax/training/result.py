@@ -1,7 +1,6 @@
-"""What a run ends with, beside its metrics: a checkpoint that everything here loads, or an adapter as PEFT has it."""
+"""What a run of method full ends with, beside its metrics: a checkpoint that everything here loads."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,9 +10,6 @@ import numpy as np
 from gptoss_jax.checkpoints.orbax.writer import Writer
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.training.run_folder import RUN, RunFolder
-from gptoss_jax.whole_files import sync_folder
-
-_UNFINISHED = ".unfinished-"
 
 
 @runtime_checkable
@@ -47,18 +43,3 @@ def write_checkpoint(folder: RunFolder, trainer: Trained, state: Any, provenance
             if name not in writer.finished:
                 writer.write(name, leaf)
         return writer.finish(trainer.config, provenance)
-
-
-def write_adapter(folder: RunFolder, write: Any) -> Path:
-    """Has `write` fill a folder with the adapter, which gets its name in the run's folder when it is whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = folder.result("lora")
-    unfinished = path.with_name(_UNFINISHED + path.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write(unfinished)
-    unfinished.rename(path)
-    sync_folder(folder.path)
-    return path

@@ -1,0 +1,141 @@
+"""Fine-tuning that is killed: at any moment, as often as it happens, it ends with the bits of a run that is not."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gptoss_jax.training import metrics
+from gptoss_jax.training.states import States
+from tests import finetunes, jobs, processes
+
+STEPS = 24
+SHAPES = ("--row-tokens", "160", "--batch-rows", "2", "--steps", str(STEPS), "--save-every", "4", "--quiet")
+METHODS = {
+    "full": ("--compact-vocabulary", "--optimizer", "muon", "--quantize-from", "0.5", "--accumulate", "2"),
+    "lora": ("--lora-rank", "3", "--lora-dropout", "0.2", "--lora-targets", "attention,router,experts"),
+}
+VALIDATION = ("--validation", "0.2", "--evaluate-every", "8")
+
+
+class Whole(NamedTuple):
+    """A run that nothing has interrupted: its folder, what its result and metrics are, and how long it took."""
+
+    path: Path
+    result: str
+    rows: tuple[bytes, bytes]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, and conversations that it is trained on."""
+    folder = tmp_path_factory.mktemp("resume")
+    finetunes.model(folder, finetunes.chats(folder / "chats.jsonl"))
+    return folder
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def whole(request, folder) -> tuple[str, Whole]:
+    """The method, and its uninterrupted run."""
+    method, began = request.param, time.monotonic()
+    done = _run(folder, folder / method, method)
+    assert done.returncode == 0, done.stderr
+    return method, Whole(folder / method, *_end(folder / method), time.monotonic() - began)
+
+
+def _run(folder: Path, out: Path, method: str, **options: Any) -> processes.Done:
+    arguments = ("--checkpoint", folder / "model", "--data", folder / "chats.jsonl", "--output", out)
+    return finetunes.run(*arguments, *SHAPES, *VALIDATION, "--method", method, *METHODS[method], **options)
+
+
+def _end(path: Path) -> tuple[str, tuple[bytes, bytes]]:
+    (result,) = (path / name for name in ("checkpoint", "adapter") if (path / name).exists())
+    rows = (path / metrics.METRICS).read_bytes(), (path / metrics.ROUTER).read_bytes()
+    return finetunes.digest(result), rows
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_the_same(whole, folder, tmp_path):
+    """Guards `kill -9`: weights by their hash, every row of metrics and of the router, by their bytes."""
+    method, uninterrupted = whole
+    moments, kills = random.Random(0), 0
+    for _ in range(12):
+        seconds = moments.uniform(0.2, 1.0) * uninterrupted.seconds
+        done = _run(folder, tmp_path / "run", method, meanwhile=lambda process, s=seconds: _kill_after(process, s))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+    else:
+        done = _run(folder, tmp_path / "run", method)
+    assert done.returncode == 0, done.stderr
+    assert kills > 0
+    assert _end(tmp_path / "run") == (uninterrupted.result, uninterrupted.rows)
+
+
+def _kill_after(process: Any, seconds: float) -> None:
+    process.join(seconds)
+    process.kill()
+
+
+@pytest.mark.parametrize("step", [5, 8, 17])
+def test_a_run_that_is_killed_after_a_step_ends_the_same(step, whole, folder, tmp_path):
+    """Guards the moments that random ones miss: between two saves, at one, and where rounding has begun."""
+    method, uninterrupted = whole
+    done = _run(folder, tmp_path / "run", method, meanwhile=lambda process: _kill_at(process, tmp_path / "run", step))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = States(tmp_path / "run" / "states").steps()
+    assert saved and saved[-1] < STEPS
+    done = _run(folder, tmp_path / "run", method)
+    assert done.returncode == 0, done.stderr
+    assert _end(tmp_path / "run") == (uninterrupted.result, uninterrupted.rows)
+
+
+def _kill_at(process: Any, path: Path, step: int) -> None:
+    """Kills a run as soon as the row of a step stands in its metrics."""
+    while process.is_alive():
+        if (path / metrics.METRICS).exists() and any(row.step >= step for row in metrics.read(path / metrics.METRICS)):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+        time.sleep(0.002)
+
+
+class Dying(NamedTuple):
+    """In a command's process: dies before its n-th change below a folder, or half way through its n-th write."""
+
+    folder: str
+    at: int
+    half_way: bool
+
+    def __call__(self) -> None:
+        jobs.Dying(self.folder, self.at, self.half_way).install()
+
+
+def test_a_run_that_dies_while_it_saves_or_writes_its_result_ends_the_same(whole, folder, tmp_path):
+    """Guards each state that the folder can be in: record, tokens, rows, states, plot, result, cut in the middle too.
+
+    The last steps alone are run each time, from a copy of a run that was stopped before them.
+    """
+    method, uninterrupted = whole
+    begun = tmp_path / "begun"
+    done = _run(folder, begun, method, meanwhile=lambda process: _kill_at(process, begun, 21))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    deaths = 0
+    for at in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(begun, tmp_path / "run")
+        dying = Dying(str(tmp_path / "run"), at, half_way=at % 2 == 0)
+        died = _run(folder, tmp_path / "run", method, prepare=dying)
+        deaths += died.returncode == -signal.SIGKILL
+        assert died.returncode in (0, -signal.SIGKILL), died.stderr
+        done = _run(folder, tmp_path / "run", method)
+        assert done.returncode == 0, (at, done.stderr)
+        assert _end(tmp_path / "run") == (uninterrupted.result, uninterrupted.rows), at
+        if died.returncode == 0:
+            break
+    assert deaths > 3
