@@ -142,6 +142,6 @@ def test_a_compact_model_gives_the_same_answers(checkpoint, tmp_path, monkeypatc
     compact = CompactModel(checkpoint, tmp_path / "compact", dtype="float32")
     assert len(compact.ids) == 100 == compact.model.config.vocab_size
     prompts = [[20, 33, 40], [117, 21], [20, 500, 40]]  # 500 was never trained: the unknown word stands for it
-    whole, length = loading.load(checkpoint, dtype="float32"), LIMITS | {"max_new_tokens": 12}
+    whole, length = loading.load(checkpoint, dtype="float32"), dict[str, Any](LIMITS, max_new_tokens=12)
     wanted = [answer.parsed.token_ids for answer in whole.answers(prompts, sampling=GREEDY, slots=2, **length)]
     assert [given.parsed.token_ids for given in compact.answers(prompts, GREEDY, slots=2, **length)] == wanted
