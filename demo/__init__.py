@@ -1,4 +1,4 @@
-"""How the demo model of the package is made: its data, its first weights, its examination, and its way into the package.
+"""How the demo model of the package is made: its data, its first weights, its examination, its archive.
 
 demo/make.sh runs these commands in their order; each can be run again alone:
 
