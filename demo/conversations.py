@@ -237,18 +237,19 @@ def _short(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def token_ids(document: Mapping[str, Any]) -> list[int]:
-    """The conversation as the model reads it."""
+def token_ids(document: Mapping[str, Any], *, drop_old_analysis: bool = True) -> list[int]:
+    """The conversation as the model reads it; or with the thoughts of earlier turns, which training has at these."""
     read = harmony_messages.from_json(document)
-    return render.render(read.messages, Settings(**read.settings), for_completion=False)
+    settings = Settings(**read.settings)
+    return render.render(read.messages, settings, for_completion=False, drop_old_analysis=drop_old_analysis)
 
 
 def fits(document: Mapping[str, Any]) -> bool:
-    """Whether the conversation has at most MOST_TOKENS tokens; a token has a character at least."""
+    """Whether no turn of the conversation has more than MOST_TOKENS tokens; a token has a character at least."""
     plain = sum(len(str(part)) for message in document["messages"] for part in message.values())
     if plain < MOST_TOKENS / 2 and document.keys() == {"messages", "reasoning_effort"}:
         return True
-    return len(token_ids(document)) <= MOST_TOKENS
+    return len(token_ids(document, drop_old_analysis=False)) <= MOST_TOKENS
 
 
 def _date(random: Random) -> str:

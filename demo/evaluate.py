@@ -15,10 +15,12 @@ if __name__ == "__main__":  # before what takes long to import
 
     interrupts.end_at_once()
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +37,7 @@ from gptoss_jax.harmony.settings import REASONING_EFFORTS
 from gptoss_jax.runtime import demo_model
 
 if TYPE_CHECKING:
-    import gptoss_jax.runtime.language_model
+    import demo.compact
 
 SHAPES = [shape for shape in conversations.SHAPES if shape != "plain"]
 MAX_NEW_TOKENS, MAX_CONTEXT_TOKENS = 224, 512
@@ -83,7 +85,7 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 1.0, "X: Of one more column at high effort; 0: none.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "SEED: Of the questions.")
     flags.DEFINE_integer("slots", 32, "N: Answers that run at once.", lower_bound=1)
-    flags.DEFINE_string("dtype", "float32", "NAME: Number format of the activations: float32 or bfloat16.")
+    flags.DEFINE_string("dtype", "bfloat16", "NAME: Number format of the activations: float32 or bfloat16.")
     flags.DEFINE_list("families", [], "NAMES: Rows to examine; left out: all, and the shapes.")
     flags.DEFINE_string("out", None, "FILE: Where all counts go, as JSON.")
     flags.DEFINE_bool("check", False, "Exit with 1 if a target is missed.")
@@ -97,26 +99,34 @@ def main(arguments: list[str]) -> None:
     rows = check_rows(options.families)
     if options.out:
         whole_files.check_can_write(options.out)
-    checkpoint = Path(arguments[0]) if arguments else demo_model.folder()
-    import gptoss_jax
-
-    model = gptoss_jax.load(checkpoint, dtype=options.dtype)
     columns = [Column(effort, 0.0) for effort in REASONING_EFFORTS]
     columns += [Column("high", options.temperature)] if options.temperature else []
     results = {}
-    for column in columns:
-        asked = list(drawn(rows, column.effort, options.count, seed=options.seed))
-        results[column] = examine(model, asked, column.temperature, slots=options.slots)
-        print(f"{column}: {len(asked):,} answers", file=sys.stderr, flush=True)
+    with _loaded(Path(arguments[0]) if arguments else demo_model.folder(), options.dtype) as model:
+        for column in columns:
+            asked = list(drawn(rows, column.effort, options.count, seed=options.seed))
+            results[column] = examine(model, asked, column.temperature, slots=options.slots)
+            print(f"{column}: {len(asked):,} answers", file=sys.stderr, flush=True)
     print(table(results))
     missed = show_targets(results[Column("high", 0.0)])
     if options.out:
-        counts = {
-            str(column): {row: dataclasses.asdict(score) for row, score in scores.items()}
-            for column, scores in results.items()
-        }
-        whole_files.write_whole(options.out, json.dumps(counts, indent=1).encode() + b"\n")
+        whole_files.write_whole(options.out, json.dumps(_counts(results), indent=1).encode() + b"\n")
     sys.exit(1 if missed and options.check else 0)
+
+
+@contextlib.contextmanager
+def _loaded(checkpoint: Path, dtype: str) -> Iterator["demo.compact.CompactModel"]:
+    from demo.compact import CompactModel  # here, since it imports JAX
+
+    with tempfile.TemporaryDirectory(prefix="demo-evaluate-") as scratch:
+        yield CompactModel(checkpoint, Path(scratch) / "compact", dtype=dtype)
+
+
+def _counts(results: Mapping[Column, Scores]) -> dict[str, dict[str, dict[str, int]]]:
+    return {
+        str(column): {row: dataclasses.asdict(score) for row, score in scores.items()}
+        for column, scores in results.items()
+    }
 
 
 def check_rows(names: Sequence[str]) -> list[str]:
@@ -139,7 +149,7 @@ def drawn(rows: Sequence[str], effort: str, count: int, *, seed: int) -> Iterato
 
 
 def examine(
-    model: "gptoss_jax.runtime.language_model.LanguageModel", asked: Sequence[Case], temperature: float, *, slots: int
+    model: "demo.compact.CompactModel", asked: Sequence[Case], temperature: float, *, slots: int
 ) -> dict[str, Score]:
     """Row -> how the model did on its cases.
 
@@ -148,7 +158,7 @@ def examine(
     """
     answers = model.answers(
         [case.token_ids for case in asked],
-        sampling=SamplingParams(temperature=temperature),
+        SamplingParams(temperature=temperature),
         max_new_tokens=MAX_NEW_TOKENS,
         max_context_tokens=MAX_CONTEXT_TOKENS,
         slots=slots,

@@ -12,6 +12,7 @@ from demo import conversations
 from demo.unknown import UNKNOWN
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.training.vocabulary import ALWAYS
 
 _MOST_DIGITS, _MOST_LETTERS = 3, 10
 _DIGITS = 0
@@ -30,24 +31,19 @@ def unknown_id() -> int:
 
 
 def used_ids(path: str | Path) -> list[int]:
-    """The ids that a file of conversations uses, and those of all numbers below 1000 and of letters, sorted.
+    """The ids that training with a compact vocabulary has rows for: those of the conversations in a file, and control
+    tokens; sorted.
 
     Raises:
         OSError: the file cannot be read.
-        GptossError: a line that is no conversation.
+        GptossError: a line that is no conversation, or no unknown word in any of them.
     """
-    encode = load_tokenizer().encode
-    ids = {unknown_id()}
-    for text in (*map(str, range(1000)), *_letters()):
-        ids.update(encode(text))
+    ids = set(ALWAYS)
     for document in _documents(Path(path)):
-        ids.update(conversations.token_ids(document))
+        ids.update(conversations.token_ids(document, drop_old_analysis=False))
+    if unknown_id() not in ids:
+        raise GptossError(f"{path}: no conversation has the word {UNKNOWN!r}, expected some: write more with demo.data")
     return sorted(ids)
-
-
-def _letters() -> Iterator[str]:
-    for letter in "abcdefghijklmnopqrstuvwxyz":
-        yield from (letter, f" {letter}", letter.upper(), f" {letter.upper()}")
 
 
 def _documents(path: Path) -> Iterator[dict]:

@@ -293,7 +293,7 @@ inline void Work::add_block(int64_t first, const Block& block, const Block& next
   const int64_t steps = (rows + kTileRows - 1) / kTileRows * (kBlockKeys * (size + width) / (4 * kTileVecs * kLanes));
   const int64_t all_lines = 2 * kBlockKeys * ((head_bytes + 63) / 64);
   Ahead ahead = {next, head_bytes, int((all_lines + steps - 1) / steps)};
-  const Rows to_logits = {rows, q, size, logits, nullptr};
+  const Rows to_logits = {rows, q, size, size, logits, nullptr};
   if (head_bytes % 64 != 0) {
     widen_keys<Element>(block, size, keys);
     multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
@@ -305,7 +305,7 @@ inline void Work::add_block(int64_t first, const Block& block, const Block& next
       multiply(to_logits, Pairs{reinterpret_cast<const uint16_t*>(keys), kBlockKeys}, ahead);
   }
   weigh(first);
-  const Rows to_values = {rows, logits, kBlockKeys, span.value, shrink};
+  const Rows to_values = {rows, logits, kBlockKeys, kBlockKeys, span.value, shrink};
   if (size % kLanes == 0 && rows <= kTileRows) {  // each value is read once: no need for a tile
     multiply(to_values, Scattered<Element>{block.values, width}, ahead);
   } else {

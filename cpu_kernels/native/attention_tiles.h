@@ -52,16 +52,16 @@ struct Floats {
 // The left-hand side and the result: `rows` rows of each.
 struct Rows {
   int64_t rows;
-  const float* a;  // [rows, depth]
-  int64_t depth;
+  const float* a;  // [rows, depth], its rows `stride` apart
+  int64_t stride, depth;
   float* c;             // [rows, columns of the right-hand side]
   const float* shrink;  // [rows], or null
 };
 
-// c = shrink c + a b for a few rows and vectors of c; without shrink, c = a b. `ahead` fetches what comes next meanwhile.
+// c = shrink c + a b for a few rows and vectors of c; without shrink, c = a b. `ahead` fetches what comes next.
 template <int kRows, int kVecs, class Right, class Ahead>
 inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64_t column, Ahead& ahead) {
-  const float* a = rows.a + first * rows.depth;
+  const float* a = rows.a + first * rows.stride;
   float* c = rows.c + first * b.columns + column;
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
@@ -80,13 +80,13 @@ inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64
       for (int v = 0; v < kVecs; ++v) b.two_rows(k + pair, column + v * kLanes, even[v], odd[v]);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Vec factor = splat(a[r * rows.depth + k + pair]);
+        const Vec factor = splat(a[r * rows.stride + k + pair]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, even[v], sums[r][v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Vec factor = splat(a[r * rows.depth + k + pair + 1]);
+        const Vec factor = splat(a[r * rows.stride + k + pair + 1]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(factor, odd[v], sums[r][v]);
       }
@@ -96,7 +96,7 @@ inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64
     for (int v = 0; v < kVecs; ++v) {
       const Vec row = b.row(k, column + v * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sums[r][v] = fma(splat(a[r * rows.depth + k]), row, sums[r][v]);
+      for (int r = 0; r < kRows; ++r) sums[r][v] = fma(splat(a[r * rows.stride + k]), row, sums[r][v]);
     }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)

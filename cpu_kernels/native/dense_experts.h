@@ -105,8 +105,9 @@ class DenseExpertsForward {
   // A row's inner activations, in place of the gate's products.
   void activate(int64_t expert, float* gate, const float* linear) const {
     for (int64_t i = 0; i < call_.inner; i += kLanes) {
-      const Vec g = add(load(gate + i), biases_.load_at(expert, 0, i)), l = add(load(linear + i), biases_.load_at(expert, 1, i));
-      store(gate + i, swiglu(g, l, call_.limit));
+      const Vec gate_sum = add(load(gate + i), biases_.load_at(expert, 0, i));
+      const Vec linear_sum = add(load(linear + i), biases_.load_at(expert, 1, i));
+      store(gate + i, swiglu(gate_sum, linear_sum, call_.limit));
     }
   }
 

@@ -1,8 +1,8 @@
 // The gradient of the experts with dense weights: to x, routing weights, both matrices and both biases.
 //
-// Tokens go chunk by chunk. First, by blocks of tokens: inner activations are computed again, the gradients of gate_up's
-// outputs, of x and of the routing weights. Then, by expert and matrix, what the chunk adds to the gradients of the
-// weights. Each number is summed on one thread, in an order that depends on the chunks alone.
+// Tokens go chunk by chunk. First, by blocks of tokens: inner activations are computed again, and from them the
+// gradients of gate_up's outputs, of x and of the routing weights. Then, by expert and matrix, what the chunk adds to
+// the gradients of the weights. Each number is summed on one thread, in an order that depends on the chunks alone.
 #ifndef CPU_KERNELS_DENSE_EXPERTS_GRADIENT_H_
 #define CPU_KERNELS_DENSE_EXPERTS_GRADIENT_H_
 
@@ -221,7 +221,8 @@ class DenseExpertsBackward {
 
   void add_gate_up(int64_t expert, int half, int64_t at, int64_t rows, const BackwardRoom& room) const {
     const int64_t first = expert * 2 * call_.inner + half;
-    const MatrixGradient to{gradient_.gate_up + first * call_.hidden, 2 * call_.hidden, gradient_.gate_up_bias + first, 2};
+    const int64_t stride = 2 * call_.hidden;
+    const MatrixGradient to{gradient_.gate_up + first * call_.hidden, stride, gradient_.gate_up_bias + first, 2};
     const auto a = [&](int64_t k) { return chunk_.row(expert, at + k, half); };
     const auto b = [&](int64_t k) { return x(at + k); };
     add_outer_products(a, [](int64_t) { return 1.0f; }, b, rows, call_.inner, call_.hidden, to, room);

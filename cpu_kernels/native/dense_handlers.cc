@@ -35,8 +35,8 @@ bool fit(const Arguments& of, float limit, DenseExperts* call) {
 
 ffi::Error misfit() {
   return invalid(
-      "dense_experts: expected x [T, D], expert_ids and routing_weights [T, X], gate_up [E, 2 F, D], down [E, D, F] and "
-      "their biases, D and F at least 1");
+      "dense_experts: expected x [T, D], expert_ids and routing_weights [T, X], gate_up [E, 2 F, D], down [E, D, F] "
+      "and their biases, D and F at least 1");
 }
 
 ffi::Error forward(ffi::ThreadPool threads, Floats2 x, Ints ids, Floats2 routing, Floats3 gate_up, Floats2 gate_up_bias,

@@ -1,9 +1,9 @@
 // Products of float32 matrices: both packed into panels, multiplied tile by tile, each tile's sums in registers.
 //
-// A is packed in panels of at most kPanelRows rows: input k of all of them side by side, kStride floats apart from input
-// k + 1. B is packed in panels of kPanelColumns columns alike. A product's inputs are added up in their order, one fused
-// multiplication after the other, so an element's bits depend on its row of A and its column of B alone (portable code
-// rounds twice). Matrices that lie transposed are turned while they are packed.
+// A is packed in panels of at most kPanelRowsOfA rows: input k of all of them side by side, kStrideOfA floats from
+// input k + 1. B is packed in panels of kPanelColumns columns alike. A product's inputs are added up in their order,
+// one fused multiplication after the other, so an element's bits depend on its row of A and its column of B alone
+// (portable code rounds twice). Matrices that lie transposed are turned while they are packed.
 #ifndef CPU_KERNELS_GEMM_H_
 #define CPU_KERNELS_GEMM_H_
 

@@ -23,7 +23,8 @@ using attending::weight_of;
 
 // ---- what a query sees ----
 
-inline bool meet(const Range& a, const Range& b) { return most(a.first, b.first) < least(a.end, b.end); }
+inline Range common(const Range& a, const Range& b) { return {most(a.first, b.first), least(a.end, b.end)}; }
+inline bool meet(const Range& a, const Range& b) { return common(a, b).first < common(a, b).end; }
 
 // Indices of the keys that one token sees: of its conversation's own part, and, before them, of the row's head.
 struct Seen {
@@ -111,6 +112,7 @@ inline void load_row(const Numbers& numbers, int64_t at, int64_t size, float sca
 }
 
 inline void zero(float* to, int64_t floats) { memset(to, 0, size_t(floats) * sizeof(float)); }
+inline void copy(const float* from, int64_t floats, float* to) { memcpy(to, from, size_t(floats) * sizeof(float)); }
 
 // A block's queries, or what has their shape: [lanes, width], zeros beyond the last.
 inline void load_queries(const Plan& plan, const Queries& queries, const Numbers& numbers, float scale, float* tile) {
@@ -120,13 +122,14 @@ inline void load_queries(const Plan& plan, const Queries& queries, const Numbers
   zero(tile + used * plan.width, (plan.lanes - used) * plan.width);
 }
 
-// Keys or values from `first` on: [64, width], zeros beyond the row's end.
-inline void load_keys(const Plan& plan, const Queries& queries, const Numbers& numbers, int64_t first, float* tile) {
-  const int64_t used = least(kBlockKeys, plan.call.tokens - first);
+// Keys or values: [keys, width], zeros beyond the row's end.
+inline void load_keys(const Plan& plan, const Queries& queries, const Numbers& numbers, const Range& keys,
+                      float* tile) {
+  const int64_t used = least(keys.end, plan.call.tokens) - keys.first;
   for (int64_t i = 0; i < used; ++i)
-    load_row(numbers, plan.key_at(queries.row, queries.kv_head, first + i) * plan.size, plan.size, 1,
+    load_row(numbers, plan.key_at(queries.row, queries.kv_head, keys.first + i) * plan.size, plan.size, 1,
              tile + i * plan.width);
-  zero(tile + used * plan.width, (kBlockKeys - used) * plan.width);
+  zero(tile + used * plan.width, (keys.end - keys.first - used) * plan.width);
 }
 
 // from [rows, columns] to [columns, rows], both of whole vectors.
@@ -139,18 +142,19 @@ inline void turn(const float* from, int64_t rows, int64_t columns, float* to) {
   }
 }
 
-// c [rows, columns] = a [rows, depth] b [depth, columns].
-inline void multiply(const float* a, const float* b, int64_t rows, int64_t depth, int64_t columns, float* c) {
-  attending::NothingAhead nothing;
-  attending::multiply({rows, a, depth, c, nullptr}, attending::Floats{b, columns}, nothing);
-}
+// a [rows, depth] b [depth, columns], to c [rows, columns]; or added to what c holds: then `ones` are `rows` of them.
+struct Product {
+  int64_t rows, depth, columns;
+  const float* a;
+  int64_t stride;  // of a's rows
+  const float* b;
 
-// The same, added to what c holds. `ones` has `rows` of them.
-inline void multiply_add(const float* a, const float* b, int64_t rows, int64_t depth, int64_t columns,
-                         const float* ones, float* c) {
-  attending::NothingAhead nothing;
-  attending::multiply({rows, a, depth, c, ones}, attending::Floats{b, columns}, nothing);
-}
+  void to(float* c) const { add_to(c, nullptr); }
+  void add_to(float* c, const float* ones) const {
+    attending::NothingAhead nothing;
+    attending::multiply({rows, a, stride, depth, c, ones}, attending::Floats{b, columns}, nothing);
+  }
+};
 
 // What a block's tokens see, one by one and together.
 struct View {
@@ -175,29 +179,43 @@ struct View {
     return false;
   }
 
-  // Of a tile [64, lanes] of logits of keys from `first` on, those of unseen keys become minus infinity.
-  void hide(int64_t first, float* logits) const {
+  // Of a block's keys those from the first to the last that any token sees, in whole vectors from the block's start.
+  Range used_of(const Range& block) const {
+    Range used = {block.end, block.first};
+    if (meet(shared, block) || meet(own, block))
+      for (int64_t i = 0; i < queries.end - queries.first; ++i) {
+        widen_to(common(tokens[i].shared, block), &used);
+        widen_to(common(tokens[i].own, block), &used);
+      }
+    if (used.first >= used.end) return {block.first, block.first};
+    return {used.first / kLanes * kLanes, padded(used.end)};
+  }
+
+  // Of a tile [keys, lanes] of logits those of unseen keys become minus infinity.
+  void hide(const Range& keys, float* logits) const {
     for (int64_t i = 0; i < queries.end - queries.first; ++i) {
       const Seen& seen = tokens[i];
       float* of_token = logits + i * plan.group;
-      hide_keys(of_token, -first, seen.shared.first - first);
-      hide_keys(of_token, seen.shared.end - first, seen.own.first - first);
-      hide_keys(of_token, seen.own.end - first, kBlockKeys);
+      hide_keys(of_token, keys, {0, seen.shared.first});
+      hide_keys(of_token, keys, {seen.shared.end, seen.own.first});
+      hide_keys(of_token, keys, {seen.own.end, keys.end});
     }
   }
 
  private:
   static void widen_to(const Range& range, Range* around) {
-    if (range.first == range.end) return;
+    if (range.first >= range.end) return;
     *around = {least(around->first, range.first), most(around->end, range.end)};
   }
 
-  void hide_keys(float* of_token, int64_t begin, int64_t end) const {
-    for (int64_t key = most(0, begin); key < least(kBlockKeys, end); ++key)
-      for (int64_t i = 0; i < plan.group; ++i) of_token[key * plan.lanes + i] = -__builtin_inff();
+  void hide_keys(float* of_token, const Range& keys, const Range& hidden) const {
+    const Range range = common(keys, hidden);
+    for (int64_t key = range.first; key < range.end; ++key)
+      for (int64_t i = 0; i < plan.group; ++i) of_token[(key - keys.first) * plan.lanes + i] = -__builtin_inff();
   }
 };
 
+// Blocks start at multiples of 64, and so of vectors.
 inline Range block_at(int64_t first) { return {first, first + kBlockKeys}; }
 
 // ---- attention ----
@@ -226,8 +244,8 @@ struct Work {
 
  private:
   void start(const Queries& queries) const;
-  void add_block(const View& view, int64_t first) const;
-  void weigh() const;
+  void add_block(const View& view, const Range& keys) const;
+  void weigh(int64_t keys) const;
   void finish(const Queries& queries, const PackedResult& result) const;
 };
 
@@ -247,15 +265,15 @@ inline void Work::start(const Queries& queries) const {
 }
 
 // Logits to weights, against the largest so far; what this does to earlier weights is done to their sums.
-inline void Work::weigh() const {
+inline void Work::weigh(int64_t keys) const {
   for (int64_t lane = 0; lane < plan.lanes; lane += kLanes) {
     float* column = logits + lane;
     const Vec before = load(top + lane);
     Vec high = before;
-    for (int key = 0; key < kBlockKeys; ++key) high = max(load(column + key * plan.lanes), high);
+    for (int64_t key = 0; key < keys; ++key) high = max(load(column + key * plan.lanes), high);
     const Vec less = weight_of(sub(before, high));
     Vec sum = mul(load(total + lane), less);
-    for (int key = 0; key < kBlockKeys; ++key) {
+    for (int64_t key = 0; key < keys; ++key) {
       const Vec weight = weight_of(sub(load(column + key * plan.lanes), high));
       store(column + key * plan.lanes, weight);
       sum = add(sum, weight);
@@ -269,24 +287,30 @@ inline void Work::weigh() const {
       store(values + i * plan.lanes + lane, mul(load(values + i * plan.lanes + lane), load(shrink + lane)));
 }
 
-inline void Work::add_block(const View& view, int64_t first) const {
-  load_keys(plan, view.queries, plan.call.k, first, rows);
-  multiply(rows, turned_q, kBlockKeys, plan.width, plan.lanes, logits);
-  view.hide(first, logits);
-  weigh();
-  load_keys(plan, view.queries, plan.call.v, first, rows);
-  turn(rows, kBlockKeys, plan.width, turned_values);
-  multiply_add(turned_values, logits, plan.width, kBlockKeys, plan.lanes, ones, values);
+inline void Work::add_block(const View& view, const Range& keys) const {
+  const int64_t count = keys.end - keys.first, width = plan.width, lanes = plan.lanes;
+  load_keys(plan, view.queries, plan.call.k, keys, rows);
+  Product{count, width, lanes, rows, width, turned_q}.to(logits);
+  view.hide(keys, logits);
+  weigh(count);
+  load_keys(plan, view.queries, plan.call.v, keys, rows);
+  turn(rows, count, width, turned_values);
+  Product{width, count, lanes, turned_values, count, logits}.add_to(values, ones);
 }
 
 // The logarithm is a double's, so that different mathematical libraries round to the same float32.
 inline void Work::finish(const Queries& queries, const PackedResult& result) const {
+  for (int64_t i = 0; i < plan.width; ++i)
+    for (int64_t lane = 0; lane < plan.lanes; lane += kLanes)
+      store(values + i * plan.lanes + lane, div(load(values + i * plan.lanes + lane), load(total + lane)));
   turn(values, plan.width, plan.lanes, q);  // which is no longer needed
   for (int64_t lane = 0; lane < (queries.end - queries.first) * plan.group; ++lane) {
     const int64_t at = plan.query_at(queries, lane);
     const bool padding = plan.call.position[at / plan.call.heads] < 0;
-    for (int64_t i = 0; i < plan.size; ++i)
-      result.out[at * plan.size + i] = padding ? 0 : q[lane * plan.width + i] / total[lane];
+    if (padding)
+      zero(result.out + at * plan.size, plan.size);
+    else
+      copy(q + lane * plan.width, plan.size, result.out + at * plan.size);
     result.lse[at] = padding ? __builtin_inff() : float(top[lane] + __builtin_log(total[lane]));
   }
 }
@@ -294,8 +318,10 @@ inline void Work::finish(const Queries& queries, const PackedResult& result) con
 inline void Work::attend(const Queries& queries, const PackedResult& result) const {
   const View view(plan, queries, seen);
   start(queries);
-  for (int64_t first = 0; first < queries.end; first += kBlockKeys)
-    if (view.any_of(block_at(first))) add_block(view, first);
+  for (int64_t first = 0; first < queries.end; first += kBlockKeys) {
+    const Range keys = view.used_of(block_at(first));
+    if (keys.first < keys.end) add_block(view, keys);
+  }
   finish(queries, result);
 }
 

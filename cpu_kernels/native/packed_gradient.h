@@ -1,4 +1,4 @@
-// The gradient of attention over packed rows: FlashAttention's backward pass (arXiv:2205.14135, algorithm 4), sinks too.
+// Attention over packed rows, its gradient: FlashAttention's backward pass (arXiv:2205.14135, algorithm 4), and sinks.
 //
 // A task has a span of a row's keys, under one key/value head, and goes over all queries that see any of them: it alone
 // sums the gradients of its keys and values. The queries' gradients are summed for each span apart, and then span after
@@ -89,8 +89,8 @@ struct SpanWork {
  private:
   void load_span(int64_t row, int64_t kv_head, const Range& range) const;
   void load_block(const Queries& queries) const;
-  void add_block(const View& view, const Range& range, int64_t first) const;
-  void differentiate() const;
+  void add_block(const View& view, int64_t first, const Range& used) const;
+  void differentiate(int64_t used) const;
   void store_dq(const Queries& queries, float* to) const;
   void store_span(int64_t row, int64_t kv_head, const Range& range) const;
 };
@@ -99,8 +99,8 @@ inline void SpanWork::load_span(int64_t row, int64_t kv_head, const Range& range
   const Queries queries = {row, kv_head, 0, 0};
   for (int64_t first = range.first; first < range.end; first += kBlockKeys) {
     const int64_t at = (first - range.first) * plan.width;
-    load_keys(plan, queries, plan.call.k, first, keys + at);
-    load_keys(plan, queries, plan.call.v, first, values + at);
+    load_keys(plan, queries, plan.call.k, block_at(first), keys + at);
+    load_keys(plan, queries, plan.call.v, block_at(first), values + at);
     turn(keys + at, kBlockKeys, plan.width, turned_keys + at);
   }
   zero(dk, spans.keys * plan.width);
@@ -123,8 +123,8 @@ inline void SpanWork::load_block(const Queries& queries) const {
 }
 
 // A logit's gradient is its weight times what its value adds beyond the mean of all.
-inline void SpanWork::differentiate() const {
-  for (int64_t i = 0; i < kBlockKeys * plan.lanes; i += plan.lanes)
+inline void SpanWork::differentiate(int64_t used) const {
+  for (int64_t i = 0; i < used * plan.lanes; i += plan.lanes)
     for (int64_t lane = 0; lane < plan.lanes; lane += kLanes) {
       const Vec weight = weight_of(sub(load(weights + i + lane), load(lse + lane)));
       store(weights + i + lane, weight);
@@ -132,33 +132,36 @@ inline void SpanWork::differentiate() const {
     }
 }
 
-inline void SpanWork::add_block(const View& view, const Range& range, int64_t first) const {
-  const int64_t at = (first - range.first) * plan.width, lanes = plan.lanes, width = plan.width;
-  multiply(keys + at, turned_q, kBlockKeys, width, lanes, weights);
-  view.hide(first, weights);
-  multiply(values + at, turned_d_out, kBlockKeys, width, lanes, d_logits);
-  differentiate();
-  multiply_add(weights, d_out, kBlockKeys, lanes, width, ones, dv + at);
-  multiply_add(d_logits, q, kBlockKeys, lanes, width, ones, dk + at);
-  multiply_add(turned_keys + at, d_logits, width, kBlockKeys, lanes, ones, turned_dq);
+// Adds what some keys, of the span from `first` on, and a block of queries mean to each other.
+inline void SpanWork::add_block(const View& view, int64_t first, const Range& used) const {
+  const int64_t count = used.end - used.first, lanes = plan.lanes, width = plan.width;
+  const int64_t at = (used.first - first) * width, in_block = used.first % kBlockKeys;
+  Product{count, width, lanes, keys + at, width, turned_q}.to(weights);
+  view.hide(used, weights);
+  Product{count, width, lanes, values + at, width, turned_d_out}.to(d_logits);
+  differentiate(count);
+  Product{count, lanes, width, weights, lanes, d_out}.add_to(dv + at, ones);
+  Product{count, lanes, width, d_logits, lanes, q}.add_to(dk + at, ones);
+  const float* turned = turned_keys + at - in_block * width + in_block;
+  Product{width, count, lanes, turned, kBlockKeys, d_logits}.add_to(turned_dq, ones);
 }
 
 // The gradients of a block of queries to [tokens, N, H].
 inline void SpanWork::store_dq(const Queries& queries, float* to) const {
+  const Vec scale = splat(1 / __builtin_sqrtf(float(plan.size)));
+  for (int64_t i = 0; i < plan.width * plan.lanes; i += kLanes) store(turned_dq + i, mul(load(turned_dq + i), scale));
   turn(turned_dq, plan.width, plan.lanes, q);  // which is no longer needed
-  const float scale = 1 / __builtin_sqrtf(float(plan.size));
   for (int64_t lane = 0; lane < (queries.end - queries.first) * plan.group; ++lane) {
     const int64_t head = lane / plan.group * plan.call.heads + queries.kv_head * plan.group + lane % plan.group;
-    for (int64_t i = 0; i < plan.size; ++i) to[head * plan.size + i] = q[lane * plan.width + i] * scale;
+    copy(q + lane * plan.width, plan.size, to + head * plan.size);
   }
 }
 
 inline void SpanWork::store_span(int64_t row, int64_t kv_head, const Range& range) const {
-  const size_t bytes = size_t(plan.size) * sizeof(float);
   for (int64_t key = range.first; key < range.end; ++key) {
     const int64_t to = plan.key_at(row, kv_head, key) * plan.size, from = (key - range.first) * plan.width;
-    memcpy(gradient.dk + to, dk + from, bytes);
-    memcpy(gradient.dv + to, dv + from, bytes);
+    copy(dk + from, plan.size, gradient.dk + to);
+    copy(dv + from, plan.size, gradient.dv + to);
   }
 }
 
@@ -170,8 +173,10 @@ inline void SpanWork::run(int64_t row, int64_t kv_head, int64_t span) const {
     const View view(plan, queries, seen);
     if (!view.any_of(range) && span > 0) continue;  // nor are these sums read
     load_block(queries);
-    for (int64_t first = range.first; first < least(range.end, queries.end); first += kBlockKeys)
-      if (view.any_of(block_at(first))) add_block(view, range, first);
+    for (int64_t first = range.first; first < least(range.end, queries.end); first += kBlockKeys) {
+      const Range used = view.used_of(block_at(first));
+      if (used.first < used.end) add_block(view, range.first, used);
+    }
     store_dq(queries, spans.sums_of(row, span, block, gradient.dq));
   }
   store_span(row, kv_head, range);
@@ -206,7 +211,8 @@ inline float mean_of(const float* out, const float* d_out, int64_t size) {
 }
 
 // Means of a block of tokens of all rows, [., N], and its share in the sinks' gradients: a sink's value is 0.
-inline void find_means(const Plan& plan, const PackedGradient& gradient, const Range& tokens, float* mean, float* d_sinks) {
+inline void find_means(const Plan& plan, const PackedGradient& gradient, const Range& tokens, float* mean,
+                       float* d_sinks) {
   const int64_t heads = plan.call.heads;
   for (int64_t head = 0; head < heads; ++head) {
     const float sink = attending::number(plan.call.sinks, head);

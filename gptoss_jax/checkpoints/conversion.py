@@ -120,7 +120,7 @@ class Conversion:
         with Writer(self.dst, identity) as writer:
             if writer.finished:
                 self.say(f"resuming: {len(writer.finished)} of {len(self.leaves)} leaves are finished")
-            _check_space(writer, self.leaves)
+            _check_space(writer, self.leaves, sum(map(len, kept.values())))
             try:
                 reports = self.check(writer)
             except SourceError:
@@ -208,9 +208,9 @@ def _packing_seconds(source: Source) -> float:
     return (time.monotonic() - started) / each * sum(entry.size_bytes for entry in packed)
 
 
-def _check_space(writer: Writer, leaves: Mapping[str, Leaf]) -> None:
+def _check_space(writer: Writer, leaves: Mapping[str, Leaf], kept_bytes: int) -> None:
     left = [leaf for path, leaf in leaves.items() if path not in writer.finished]
-    needed = sum(map(leaf_bytes, left)) + LEAF_OVERHEAD_BYTES * len(left)
+    needed = sum(map(leaf_bytes, left)) + LEAF_OVERHEAD_BYTES * len(left) + kept_bytes
     free = shutil.disk_usage(writer.partial).free
     if free < needed:
         raise CheckpointError(f"{writer.dst}: {needed:,} bytes more are needed, {free:,} are free: make room first")

@@ -6,7 +6,6 @@ headers, so that an untouched model comes out byte by byte as it came in. Anothe
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +13,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
-from gptoss_jax.checkpoints import export_files, export_leaves, huggingface, origin, published, safetensors_writer
+from gptoss_jax.checkpoints import (
+    export_check,
+    export_files,
+    export_leaves,
+    huggingface,
+    origin,
+    published,
+    safetensors_writer,
+)
 from gptoss_jax.checkpoints.export_leaves import Change, LeafWriter
 from gptoss_jax.checkpoints.opening import check_names
 from gptoss_jax.checkpoints.orbax import integrity, manifest
-from gptoss_jax.checkpoints.orbax.manifest import CheckpointError, LeafRecord, Manifest
+from gptoss_jax.checkpoints.orbax.manifest import CONFIG, GENERATION_CONFIG, CheckpointError, LeafRecord, Manifest
 from gptoss_jax.checkpoints.origin import Origin
 from gptoss_jax.checkpoints.recipe import Recipe
 from gptoss_jax.checkpoints.safetensors_writer import HeaderError, Shard, Tensor
@@ -37,7 +44,7 @@ FORMATS: Mapping[str, str] = {
 
 SHARD_BYTES = 5_000_000_000  # about that of the published 20b's files
 LEAST_SHARD_BYTES = 1_000
-CONFIG, GENERATION_CONFIG, DTYPES = "config.json", "generation_config.json", "dtypes.json"
+DTYPES = "dtypes.json"
 _MADE = (CONFIG, INDEX, DTYPES)  # what belongs to one format, or one split, alone
 
 Progress = Callable[[str, int, int], AbstractContextManager[Callable[[int], None]]]
@@ -98,6 +105,11 @@ class Export:
         return sum(shard.size_bytes for shard in self.shards) + sum(map(len, self.small_files.values()))
 
     @property
+    def leaves_bytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(record.size_bytes for record in self.records.values())
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """What is written, by name."""
         return _tensors(self.recipes)
@@ -141,8 +153,7 @@ class Export:
         if (free := self.free_bytes(dst)) < self.size_bytes:
             raise ExportError(f"{dst}: {self.size_bytes:,} bytes are needed, {free:,} are free: make room first")
         shards = self._headed(changed_by) if changed_by else self.shards
-        total_bytes = sum(record.size_bytes for record in self.records.values())
-        with UnfinishedFolder(dst) as folder, progress("writing", total_bytes, 0) as report_bytes:
+        with UnfinishedFolder(dst) as folder, progress("writing", self.leaves_bytes, 0) as report_bytes:
             for name, content in self.small_files.items():
                 folder.add(name, content)
             for shard in shards:
@@ -161,32 +172,27 @@ class Export:
         tensors = self.tensors
         return [safetensors_writer.from_header(shard.name, shard.header, tensors, metadata) for shard in self.shards]
 
-    def verify(self, dst: Path, progress: Progress = silent) -> int:
-        """Compares the safetensors files at `dst`, to which nothing was changed, with the source's, by sha256.
+    def verify(self, dst: Path, progress: Progress = silent) -> str:
+        """Reads the folder at `dst`, to which nothing was changed, again, and says what was found equal.
 
-        Returns:
-            How many are the source's, byte by byte: all, or none where the source's files are not known.
+        Its files are compared with the source's, by sha256, where these are known; else leaves with the checkpoint's.
 
         Raises:
-            ExportError: lists those that differ.
+            ExportError: lists what differs.
+            SourceError, ConfigError: it is no published folder any more.
         """
-        faults = []
-        with progress("verifying", sum(shard.size_bytes for shard in self.shards), 0) as report_bytes:
-            for name, expected in self.source_sha256.items():
-                found = _sha256(dst / name, report_bytes)
-                faults += [] if found == expected else [Fault(str(dst / name), f"sha256 {found}, expected {expected}")]
+        by_files = bool(self.source_sha256)
+        total_bytes = sum(shard.size_bytes for shard in self.shards) if by_files else self.leaves_bytes
+        with progress("verifying", total_bytes, 0) as report_bytes:
+            if by_files:
+                faults = list(export_check.file_faults(dst, self.source_sha256, report_bytes))
+            else:
+                faults = list(export_check.leaf_faults(dst, self.checkpoint, self.records, report_bytes))
         if faults:
             raise ExportError(listed(faults))
-        return len(self.source_sha256)
-
-
-def _sha256(path: Path, report_bytes: Callable[[int], object]) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(integrity.CHUNK_BYTES):
-            digest.update(chunk)
-            report_bytes(len(chunk))
-    return digest.hexdigest()
+        if by_files:
+            return f"all {len(self.source_sha256)} safetensors files equal the source's by sha256"
+        return f"all {len(self.records)} leaves, {self.leaves_bytes:,} bytes, equal the checkpoint's"
 
 
 def open_export(checkpoint: Path, format: str = "huggingface", *, shard_bytes: int | None = None) -> Export:

@@ -10,9 +10,10 @@ from typing import Any
 
 from gptoss_jax.checkpoints.safetensors_writer import Tensor
 from gptoss_jax.model import config_keys
-from gptoss_jax.model.config import NAMED_TOKEN_IDS, ModelConfig, parse_config, to_huggingface
+from gptoss_jax.model.config import NAMED_TOKEN_IDS, STOP_IDS, ModelConfig, parse_config, to_huggingface
 
-START_OF_TEXT, RETURN, END_OF_TEXT, CALL = 199_998, 200_002, 199_999, 200_012  # o200k_harmony's
+_RETURN, _CALL, _END_OF_TEXT = STOP_IDS
+_START_OF_TEXT = 199_998  # of o200k_harmony; nothing is begun with it, and the published file names it
 _MXFP4 = {
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -60,7 +61,7 @@ def huggingface_config(config: ModelConfig, *, is_packed: bool) -> dict[str, Any
 def _eos(config: ModelConfig) -> int | list[int] | None:
     """As published the one that ends an answer; generation_config.json has them all."""
     if config.vocab_size >= NAMED_TOKEN_IDS:
-        return RETURN
+        return _RETURN
     return config.stop_ids[0] if len(config.stop_ids) == 1 else list(config.stop_ids) or None
 
 
@@ -68,9 +69,9 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
     """The content of generation_config.json, as published; of a smaller vocabulary, its own ends."""
     is_whole = config.vocab_size >= NAMED_TOKEN_IDS
     return {
-        **({"bos_token_id": START_OF_TEXT} if is_whole else {}),
+        **({"bos_token_id": _START_OF_TEXT} if is_whole else {}),
         "do_sample": True,
-        "eos_token_id": [RETURN, END_OF_TEXT, CALL] if is_whole else list(config.stop_ids),
+        "eos_token_id": [_RETURN, _END_OF_TEXT, _CALL] if is_whole else list(config.stop_ids),
         "pad_token_id": config.pad_id,
     }
 

@@ -38,6 +38,11 @@ def paths(leaves: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys(path.removesuffix(_HALVES[0]).removesuffix(_HALVES[1]) for path in leaves))
 
 
+def leaves_of(path: str, leaves: Mapping[str, object]) -> list[str]:
+    """The leaf, or the two halves of it, that a path of `paths` stands for."""
+    return [path] if path in leaves else [path + half for half in _HALVES]
+
+
 class LeafWriter:
     """Writes leaves, one after the other, where their tensors lie in the files."""
 
@@ -65,7 +70,7 @@ class LeafWriter:
             CheckpointError: it is not as its manifest says.
             ChangeError: the change gave something else than a leaf's arrays.
         """
-        leaves = [path] if path in self._records else [path + half for half in _HALVES]
+        leaves = leaves_of(path, self._records)
         if change is not None:
             self._write_changed(path, leaves, change)
         elif self._recipes[leaves[0]].pack:

@@ -69,6 +69,8 @@ class Reader:
                 yield from self._of_file(index, name)
             except FileError as error:
                 self._faults.append(Fault(name, error.what))
+            except OSError as error:
+                self._faults.append(Fault(name, error.strerror or str(error)))
             if before == (self.conversations, len(self._faults)):
                 self._faults.append(Fault(name, "holds no conversation, expected one a line"))
         if not self._faults and self.conversations == self.unlearned:

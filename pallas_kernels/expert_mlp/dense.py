@@ -50,7 +50,7 @@ def _shares(
 
 
 def _half(x: Float[Array, "T D"], w: ExpertWeights, half: int) -> Float[Array, "T E F"]:
-    """The gate (0) or the linear part (1) of every expert: weights are taken apart, being far smaller."""
+    """The gate (0) or the linear part (1) of every expert: weights are split, being far smaller."""
     y = _einsum("td,efd->tef", x, w.gate_up_blocks[:, half::2]) + w.gate_up_bias[:, half::2].astype(jnp.float32)
     if w.gate_up_adapter is None:
         return y

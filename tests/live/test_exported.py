@@ -105,4 +105,4 @@ def test_llama_cpp_takes_the_gguf_of_an_export(format, exports, tmp_path):
         theirs[entry["id"]] = entry["logprob"]
     ours = gptoss_jax.load(exports[format], dtype="float32").logits(tokens)[-1]
     assert np.isfinite(theirs).all() and theirs.argmax() == ours.argmax()
-    assert golden.divergence(np.asarray(ours), theirs) < 5e-3  # its activations are rounded to eight bits
+    assert golden.divergence(np.asarray(ours), theirs) < 2e-3  # its activations are rounded to eight bits

@@ -76,15 +76,22 @@ def test_dense_experts(name, shape, routing):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def _gradients(name: str, call, towards: np.ndarray):
-    """Of a weighted sum of the output: to x, routing weights and the weights, as a flat list."""
-    x, ids, routing_weights, weights = on_device(call)
+def _value_and_gradients(name: str, call, towards: np.ndarray) -> list:
+    """The output, then the gradients of a weighted sum of it: to x, routing weights and the weights."""
+    gradients, y = _gradients_of(name)(*on_device(call), jnp.asarray(towards, jnp.float32))
+    return [y, *jax.tree.leaves(gradients)]
+
+
+@functools.cache
+def _gradients_of(name: str):
+    """Compiled once for all calls of a shape."""
     run = expert_op.DENSE_IMPLEMENTATIONS[name].run
 
-    def loss(x, routing_weights, weights):
-        return jnp.sum(run(x, ids, routing_weights, weights, limit=LIMIT) * towards)
+    def loss(x, ids, routing_weights, weights, towards):
+        y = run(x, ids, routing_weights, weights, limit=LIMIT)
+        return jnp.sum(y * towards), y
 
-    return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, routing_weights, weights))
+    return jax.jit(jax.grad(loss, argnums=(0, 2, 3), has_aux=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +100,7 @@ def test_gradients_are_finite_differences(name):
     call = x, ids, routing_weights, weights = dense_call("sizes that nothing divides", "with skipped assignments")
     rng = np.random.default_rng(4)
     towards = rng.standard_normal(x.shape)
-    found = _gradients(name, call, towards)
+    _, *found = _value_and_gradients(name, call, towards)
     points, tree = jax.tree.flatten((x, routing_weights, weights))
     for i, gradient in enumerate(found):
         direction = rng.standard_normal(points[i].shape)
@@ -117,8 +124,8 @@ def test_gradients_are_the_references(name, shape, routing):
     """Guards every element of every gradient: experts without tokens have zeros, whatever the routing."""
     call = dense_call(shape, routing)
     towards = np.random.default_rng(5).standard_normal(call[0].shape).astype(np.float32)
-    found, expected = (_gradients(each, call, towards) for each in (name, "reference"))
-    assert len(found) == 6
+    found, expected = (_value_and_gradients(each, call, towards) for each in (name, "reference"))
+    assert len(found) == 7
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
@@ -128,9 +135,9 @@ def test_gradients_are_the_references(name, shape, routing):
 def test_bfloat16_biases(name):
     """Guards checkpoints whose biases are bfloat16: the same result, and gradients in that dtype."""
     call = x, *_ = dense_call("sizes that nothing divides", bias=ml_dtypes.bfloat16)
-    run = expert_op.DENSE_IMPLEMENTATIONS[name].run
-    np.testing.assert_allclose(run(*on_device(call), limit=LIMIT), in_float64(*call), rtol=1e-4, atol=1e-4)
-    assert {str(g.dtype) for g in _gradients(name, call, np.ones_like(x))} == {"float32", "bfloat16"}
+    y, *gradients = _value_and_gradients(name, call, np.ones_like(x))
+    np.testing.assert_allclose(y, in_float64(*call), rtol=1e-4, atol=1e-4)
+    assert {str(gradient.dtype) for gradient in gradients} == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,9 +146,10 @@ def test_padding_may_hold_anything(name):
     x, ids, routing_weights, weights = dense_call("sizes that nothing divides")
     ids[[3, 7]] = -1
     call = x.copy(), ids, routing_weights.copy(), weights
-    expected = _gradients(name, call, np.ones_like(x))
+    _, *expected = _value_and_gradients(name, call, np.ones_like(x))
     call[0][3], call[2][7] = np.nan, np.nan
-    for a, b in zip(_gradients(name, call, np.ones_like(x)), expected, strict=True):
+    _, *found = _value_and_gradients(name, call, np.ones_like(x))
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -149,8 +157,8 @@ def test_padding_may_hold_anything(name):
 def test_bfloat16_activations(name):
     """Guards mixed precision: products of bfloat16 are added up in float32."""
     call = x, ids, routing_weights, weights = dense_call("more tokens than a tile")
-    run = expert_op.DENSE_IMPLEMENTATIONS[name].run
-    found = run(jnp.asarray(x, jnp.bfloat16), *on_device((ids, routing_weights, weights)), limit=LIMIT)
+    run = jax.jit(functools.partial(expert_op.DENSE_IMPLEMENTATIONS[name].run, limit=LIMIT))
+    found = run(jnp.asarray(x, jnp.bfloat16), *on_device((ids, routing_weights, weights)))
     expected = in_float64(*call)
     assert found.dtype == jnp.float32
     assert np.abs(np.asarray(found) - expected).max() < 0.03 * np.abs(expected).max()
@@ -181,7 +189,7 @@ def test_adapters(name):
         found = expert_op.DENSE_IMPLEMENTATIONS["reference"].run(x, ids, routing_weights, w, limit=LIMIT)
         return jnp.sum(found * towards), found
 
-    (found, y), (expected, z) = (jax.grad(f, has_aux=True)(adapters) for f in (beside, merged))
+    (found, y), (expected, z) = (jax.jit(jax.grad(f, has_aux=True))(adapters) for f in (beside, merged))
     np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-4 * np.abs(z).max())
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close([a], [b])
@@ -229,6 +237,8 @@ def test_choice_for_training():
 
 # ---- rounding ----
 
+ROUNDED = jax.jit(mxfp4.rounded)
+
 
 def _bits(values) -> np.ndarray:
     return np.asarray(values, np.float32).view(np.uint32)
@@ -246,23 +256,23 @@ def test_rounding_is_what_packing_does(scale):
     rng = np.random.default_rng(7)
     weights = (scale * rng.standard_normal((40, 96)) * 10.0 ** rng.integers(-4, 3, (40, 96))).astype(ml_dtypes.bfloat16)
     weights[3], weights[4, 32:64], weights[5, ::3] = 0, -0.0, 0
-    found = jax.jit(mxfp4.rounded)(jnp.asarray(weights, jnp.float32))
+    found = ROUNDED(jnp.asarray(weights, jnp.float32))
     np.testing.assert_array_equal(_bits(found), _bits(_unpacked(weights)))
-    np.testing.assert_array_equal(np.asarray(mxfp4.rounded(jnp.asarray(weights)), np.float32), np.asarray(found))
+    np.testing.assert_array_equal(np.asarray(ROUNDED(jnp.asarray(weights)), np.float32), np.asarray(found))
 
 
 def test_ties_round_to_even():
     """Guards round-to-nearest-even by the OCP MX specification, on each tie of E2M1 and of either sign."""
     ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, 4.0] + [0.0] * 23, np.float32)
     even = np.array([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 4.0] + [0.0] * 23, np.float32)
-    np.testing.assert_array_equal(mxfp4.rounded(jnp.asarray([ties, -8 * ties])), [even, -8 * even])
+    np.testing.assert_array_equal(ROUNDED(jnp.asarray([ties, -8 * ties])), [even, -8 * even])
 
 
 def test_rounded_float32_weights_pack_exactly():
     """Guards the export of float32 weights: once rounded they are bfloat16s on the grid, and rounding ends there."""
     weights = jnp.asarray(np.random.default_rng(8).standard_normal((2, 24, 64)), jnp.float32)
-    rounded = mxfp4.rounded(weights)
-    np.testing.assert_array_equal(_bits(mxfp4.rounded(rounded)), _bits(rounded))
+    rounded = ROUNDED(weights)
+    np.testing.assert_array_equal(_bits(ROUNDED(rounded)), _bits(rounded))
     np.testing.assert_array_equal(_bits(mxfp4.dequantize(*mxfp4.quantize(weights), jnp.float32)), _bits(rounded))
     for expert in np.asarray(rounded):
         assert packing.pack(np.ascontiguousarray(expert.T).astype(ml_dtypes.bfloat16)).exact
@@ -273,10 +283,10 @@ def test_rounding_straight_through():
     """Guards the gradient that passes the rounding unchanged, and NaN, which must stop a run, not become a number."""
 
     def straight_through(w):
-        return w + jax.lax.stop_gradient(mxfp4.rounded(w) - w)
+        return w + jax.lax.stop_gradient(ROUNDED(w) - w)
 
     w = jnp.asarray(np.random.default_rng(9).standard_normal((3, 32)), jnp.float32)
     np.testing.assert_array_equal(
         jax.grad(lambda w: jnp.sum(straight_through(w) * w[0]))(w)[1:], jnp.tile(w[0], (2, 1))
     )
-    assert np.isnan(mxfp4.rounded(w.at[1, 4].set(jnp.nan))[1, 4])
+    assert np.isnan(ROUNDED(w.at[1, 4].set(jnp.nan))[1, 4])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -94,16 +95,54 @@ def test_an_untouched_model_comes_out_as_it_came_in(format, sources, checkpoints
     opened = open_export(checkpoints[format], format)
     done = opened.run(tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(sources[format])
-    assert opened.verify(tmp_path / "out") == len(list(sources[format].glob("*.safetensors")))
+    files = len(list(sources[format].glob("*.safetensors")))
+    assert opened.verify(tmp_path / "out") == f"all {files} safetensors files equal the source's by sha256"
     assert done.size_bytes == sum(path.stat().st_size for path in sources[format].iterdir()) == opened.size_bytes
     assert not partial_folder(tmp_path / "out").exists()
+
+
+def reshuffled(source: Path, dst: Path, seed: int) -> Path:
+    """The same tensors in files of any order and split, with headers that no library writes."""
+    rng = random.Random(seed)
+    dst.mkdir()
+    held = list(tensors(source).items())
+    rng.shuffle(held)
+    weight_map = {}
+    for i in range(3):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "of": f"file {i}"}} if i else {}
+        entries, at = {}, 0
+        for name, (dtype, shape, content) in held[i::3]:
+            entries[name] = {"shape": shape, "data_offsets": [at, at := at + len(content)], "dtype": dtype}
+            weight_map[name] = f"part{i}.safetensors"
+        named = list(entries.items())
+        rng.shuffle(named)
+        text = json.dumps(header | dict(named), indent=i or None).encode() + b" " * i
+        contents = b"".join(content for _, (_, _, content) in held[i::3])
+        (dst / f"part{i}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + contents)
+    (dst / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(source / "config.json", dst)
+    return dst
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_any_layout_of_the_same_tensors_is_kept(format, sources, tmp_path):
+    """Guards sources that others wrote: blocks without their scales in a file, tensors in any order, odd headers."""
+    source = reshuffled(sources[format], tmp_path / "source", 5)
+    convert.run(convert.Options(source, tmp_path / "checkpoint"))
+    opened = open_export(tmp_path / "checkpoint", format)
+    opened.run(tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(source)
+    opened.run(tmp_path / "changed", lambda _, arrays: tuple(array.copy() for array in arrays), "nothing")
+    assert tensors(tmp_path / "changed") == tensors(source)
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("format", LAYOUTS)
 def test_every_format_holds_the_same_model(source, format, sources, checkpoints, tmp_path):
     """Guards the tables backwards: q, k and v fused in another order, experts not transposed, blocks for scales."""
-    open_export(checkpoints[source], format, shard_bytes=300_000).run(tmp_path / "out")
+    opened = open_export(checkpoints[source], format, shard_bytes=300_000)
+    opened.run(tmp_path / "out")
+    assert re.fullmatch(r"all 41 leaves, [\d,]+ bytes, equal the checkpoint's", opened.verify(tmp_path / "out"))
     found, wanted = tensors(tmp_path / "out"), tensors(sources[format])
     assert {name: value[:2] for name, value in found.items()} == {name: value[:2] for name, value in wanted.items()}
     differing = {name for name in wanted if found[name][2] != wanted[name][2]}
@@ -482,6 +521,20 @@ def test_dst_is_written_whole_or_not_at_all(checkpoints, tmp_path, monkeypatch):
     assert not (dst / "begun").exists() and not partial_folder(dst).exists()
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 400_000])
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_verifying_finds_a_flipped_byte(format, shard_bytes, checkpoints, tmp_path):
+    """Guards --verify against finding everything equal, whichever way it compares."""
+    opened = open_export(checkpoints[format], format, shard_bytes=shard_bytes)
+    opened.run(tmp_path / "out")
+    for shard in opened.shards:
+        flip(tmp_path / "out" / shard.name, len(shard.header) + 5)
+    with pytest.raises(ExportError) as error:
+        opened.verify(tmp_path / "out")
+    assert re.search("sha256 .*, expected " if shard_bytes is None else "leaf .*: is not as in the", str(error.value))
+    assert len(str(error.value).splitlines()) in (len(opened.shards), 1)
+
+
 def test_too_little_room_is_said_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
     """Guards against an hour of writing that ends at 95 %."""
     opened = open_export(checkpoints["huggingface"])
@@ -505,7 +558,7 @@ def test_progress_counts_every_byte(checkpoints, tmp_path):
         yield add
 
     for format in LAYOUTS:
-        opened = open_export(checkpoints[format], format)
+        opened = open_export(checkpoints[format], format, shard_bytes=None if format == "openai" else 300_000)
         opened.run(tmp_path / format, progress=progress)
         opened.verify(tmp_path / format, progress)
         assert counted.keys() == {"writing", "verifying"}

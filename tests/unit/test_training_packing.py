@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptoss_jax.harmony import tokenizer
-from gptoss_jax.training import batch, corpus, packing, rows, vocabulary
+from gptoss_jax.harmony.tokenizer import START
+from gptoss_jax.training import batch, corpus, heads, packing, rows, vocabulary
+from gptoss_jax.training.best_fit import OpenRows
 from gptoss_jax.training.corpus import Corpus
 from gptoss_jax.training.jsonl import DataError
+from gptoss_jax.training.options import CHANNELS
 from gptoss_jax.training.packing import Packer, Position, RowStream
-from gptoss_jax.training.rows import Row
+from gptoss_jax.training.rows import Member, Row
 from gptoss_jax.training.vocabulary import CompactVocabulary, VocabularyError
 from pallas_kernels.attention.packed import visible
 
-KINDS = {  # of corpora: conversations, turns, what each begins with
-    "one head": (40, 1, lambda i: "Be brief."),
-    "three heads": (60, 1, lambda i: ("Be brief.", "Rhyme.", "Answer in words.")[i % 3]),
-    "all different": (30, 1, lambda i: f"You are number {i}, and nobody else is."),
-    "turns": (25, 4, lambda i: "Be brief."),
-    "turns, all different": (25, 4, lambda i: f"You are number {i}."),
+KINDS = {  # of corpora: conversations, turns, what each begins with, what is learned
+    "one head": (40, 1, lambda i: "Be brief.", CHANNELS),
+    "three heads": (60, 1, lambda i: ("Be brief.", "Rhyme.", "Answer in words.")[i % 3], CHANNELS),
+    "all different": (30, 1, lambda i: f"You are number {i}, and nobody else is.", CHANNELS),
+    "turns": (25, 4, lambda i: "Be brief.", CHANNELS),
+    "turns, all different": (25, 4, lambda i: f"You are number {i}.", CHANNELS),
+    "answers only": (25, 2, lambda i: "Be brief.", ("final",)),
 }
 
 
@@ -41,11 +44,14 @@ def conversation(rng: random.Random, turns: int, system: str) -> list[dict[str, 
 
 def made(folder: Path, kind: str) -> Corpus:
     """A corpus of a kind."""
-    count, turns, system = KINDS[kind]
+    count, turns, system, channels = KINDS[kind]
     rng = random.Random(5)
     path = folder / "a.jsonl"
-    path.write_text("".join(f"{json.dumps(conversation(rng, turns, system(i)))}\n" for i in range(count)))
-    return corpus.read([str(path)], row_tokens=1000)
+    documents = [conversation(rng, turns, system(i)) for i in range(count)]
+    documents += [[*document[:-1], {"role": "assistant", "content": "?"}] for document in documents[:9]]  # asked again
+    documents += [[*document[:-1], document[-1] | {"content": "!"}] for document in documents[:9]]  # thought alike
+    path.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    return corpus.read([str(path)], row_tokens=1000, channels=channels)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -122,25 +128,75 @@ def test_heads_end_where_messages_begin(packed):
     for number in range(len(packer.plan(0))):
         row = packer.row(0, number)
         for first in np.unique(row.first[row.head > 0]):
-            assert row.tokens[first] == tokenizer.START
+            assert row.tokens[first] == START
             assert not row.learned[row.head[first] - 1]
+
+
+def by_hand(*examples: tuple[list[int], list[int]]) -> Corpus:
+    """A corpus of ids and flags, each a line."""
+    ids, learned = zip(*examples, strict=True)
+    return Corpus(
+        ids=np.array([*itertools.chain(*ids)], np.int32),
+        learned=np.array([*itertools.chain(*learned)], bool),
+        lines=np.array([[0, line + 1] for line in range(len(ids))], np.int32),
+        digests=np.arange(len(ids), dtype=np.uint64),
+        offsets=np.cumsum([0, *map(len, ids)]),
+        files=("a",),
+        conversations=len(ids),
+    )
+
+
+def test_what_examples_share():
+    """Guards targets and masks: nothing learned is shared, nor what only looks alike after different beginnings."""
+    begin, flags = [START, 1, START, 2], [0, 0, 0, 0]
+    read = by_hand(
+        ([*begin, START, 3, START, 4], [*flags, 0, 0, 0, 1]),
+        ([*begin, START, 3, START, 5], [*flags, 0, 0, 0, 1]),
+        ([*begin, START, 3, START, 6], [*flags, 0, 0, 1, 1]),  # the model draws <|start|> itself
+        ([*begin, START, 7], [*flags, 0, 1]),
+        ([START, 9, START, 2, START, 3], [0, 0, 0, 0, 0, 1]),
+        ([START, 1, 1, START, 2, START, 3], [0, 0, 0, 0, 0, 0, 1]),
+    )
+    found = heads.find(read)
+    assert [[found.shared(one, other) for other in range(6) if other != one] for one in range(6)] == [
+        [6, 4, 4, 0, 0],
+        [6, 4, 4, 0, 0],
+        [4, 4, 4, 0, 0],
+        [4, 4, 4, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+    ]
+
+
+def test_rows_are_filled_best_first():
+    """Guards best fit: most in common first, then the fullest row; one that is taken away leaves no trace."""
+    begin, other = [START, 1, 1, START], [START, 2, 2, START]
+    lengths = [9, 5, 8, 6, 6, 4]
+    beginnings = [begin, other, other, begin, other, other]
+    examples = [head + [0] * (length - 4) for head, length in zip(beginnings, lengths, strict=True)]
+    read = by_hand(*((ids, [0] * (len(ids) - 1) + [1]) for ids in examples[:-1]), ([*other, 5], [0, 0, 0, 0, 1]))
+    found = OpenRows(heads.find(read), read.lengths, 12)
+    for example in (0, 1, 2):
+        found.open(example)
+    found.place(3)  # 3 of its tokens stand in row 0, where the other 3 fit
+    assert found.members == [[Member(0, 0), Member(3, 3)], [Member(1, 0)], [Member(2, 0)]]
+    assert found.take_back(0) == [1]
+    found.place(4)  # into what was row 2, is row 1
+    assert found.members == [[Member(0, 0), Member(3, 3)], [Member(2, 0), Member(4, 3)]]
+    found.place(5, least_shared=4)  # with nothing that long in common
+    found.place(1)
+    assert found.members[2] == [Member(5, 0), Member(1, 3)]
 
 
 def test_a_row_by_hand():
     """Guards the layout that the attention's contract draws: head, own parts, one without a head, padding."""
-    start = tokenizer.START
-    ids = [[start, 1, start, 2, 3], [start, 1, start, 4], [start, 5, 6]]
-    learned = [[0, 0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 1]]
-    read = Corpus(
-        ids=np.array([*itertools.chain(*ids)], np.int32),
-        learned=np.array([*itertools.chain(*learned)], bool),
-        lines=np.array([[0, 1], [0, 2], [0, 3]], np.int32),
-        digests=np.arange(3, dtype=np.uint64),
-        offsets=np.array([0, 5, 9, 12]),
-        files=("a",),
-        conversations=3,
+    start = START
+    read = by_hand(
+        ([start, 1, start, 2, 3], [0, 0, 0, 0, 1]),
+        ([start, 1, start, 4], [0, 0, 0, 1]),
+        ([start, 5, 6], [0, 1, 1]),
     )
-    row = rows.fill(read, [rows.Member(0, 0), rows.Member(1, 2), rows.Member(2, 0)], 12)
+    row = rows.fill(read, [Member(0, 0), Member(1, 2), Member(2, 0)], 12)
     assert row.tokens.tolist() == [start, 1, start, 2, 3, start, 4, start, 5, 6, 0, 0]
     assert row.position.tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2, -1, -1]
     assert row.first.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 7, 7, 0, 0]
@@ -162,6 +218,7 @@ def test_a_resume_goes_on_with_the_next_row(packed):
     stream = RowStream(packer)
     all_rows = stream.take(3 * count)
     assert stream.position.epoch >= 2
+    assert same(all_rows[:count], [packer.row(0, row) for row in range(count)])
     for taken in (1, count - 1, count, count + 2):
         first = RowStream(packer)
         first.take(taken)
