@@ -81,7 +81,7 @@ def _define_training() -> None:
     flags.DEFINE_list("channels", list(CHANNELS), "NAMES: The channels of the assistant that are learned.")
     flags.DEFINE_float("quantize_from", None, "SHARE: Of the run, after which experts are rounded to MXFP4; full only.")
     flags.DEFINE_float("balance_loss", full.balance_loss, "X: Weight of the loss that spreads tokens over experts.")
-    flags.DEFINE_bool("compact_vocabulary", False, "Train only rows of tokens that the conversations hold; full only.")
+    flags.DEFINE_bool("compact_vocabulary", False, "Keep only rows of embeddings that are used or differ; full only.")
 
 
 def _define_optimizer() -> None:

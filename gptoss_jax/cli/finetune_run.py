@@ -195,7 +195,7 @@ class _Run:
             self._config,
             data.total_steps,
             method=self._asked.method,
-            rate=matrix_rate(),
+            rate=matrix_rate(list(trainer.sharding.mesh.devices.flat)),
             vocab_rows=None if rows is None else len(rows),
         )
         schedule = Schedule(data.total_steps, options.log_every, options.evaluate_every, options.save_every)

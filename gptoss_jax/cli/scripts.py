@@ -18,6 +18,11 @@ def batch() -> None:
     _run("gptoss_jax.batch")
 
 
+def finetune() -> None:
+    """gptoss-finetune."""
+    _run("gptoss_jax.finetune")
+
+
 def score() -> None:
     """gptoss-score."""
     _run("gptoss_jax.score")

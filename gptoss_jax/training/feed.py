@@ -64,11 +64,11 @@ class Feed:
         corpus, plan = self.training.corpus, self.training.plan(0)
         learned, row_tokens = int(corpus.learned.sum()), self.options.row_tokens
         line = (
-            f"{corpus.conversations:,} conversations, {len(corpus.ids):,} tokens, {learned:,} of them learned; "
+            f"{_counted(corpus)}, {len(corpus.ids):,} tokens, {learned:,} of them learned; "
             f"an epoch is {len(plan):,} rows of {row_tokens:,} tokens, {plan.padding_share:.1%} of them padding"
         )
         if self.held_out is not None:
-            line += f"; {self.held_out.corpus.conversations:,} conversations for validation"
+            line += f"; {_counted(self.held_out.corpus)} for validation"
         return line
 
     def take(self, position: Position) -> tuple[Batch, Position]:
@@ -97,6 +97,10 @@ class Feed:
         for start in range(0, count, at_once):
             rows = [self.held_out.row(0, row) for row in range(start, min(start + at_once, count))]
             yield batches.stack(rows, at_once, self.vocabulary)
+
+
+def _counted(corpus: Corpus) -> str:
+    return f"{corpus.conversations:,} conversation{'s' * (corpus.conversations != 1)}"
 
 
 def read(

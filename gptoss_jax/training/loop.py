@@ -18,7 +18,7 @@ from gptoss_jax.training.metrics import Metrics, Row
 from gptoss_jax.training.packing import Position
 from gptoss_jax.training.run_folder import RunFolder
 from gptoss_jax.training.speed import Pace
-from gptoss_jax.training.states import StateError, States
+from gptoss_jax.training.states import StateError, States, shapes
 
 _NAMED_ROWS = 8  # of a batch, in an error
 
@@ -120,7 +120,7 @@ class Loop:
             data: what it learns.
             folder: of the run.
             schedule: how long, and how often what.
-            pace: is told of each step.
+            pace: counts each step.
             note: gets lines that stay.
             show: gets a line after each step, which replaces the one before.
             stopped: number of the signal that is to stop the run; 0: none has come.
@@ -155,7 +155,9 @@ class Loop:
         if not steps:
             return state, 0, Position()
         position = _position(self._states.position(steps[-1]))
-        state = self._states.restore(steps[-1], state)
+        like = shapes(state)
+        del state  # or there would be two of them
+        state = self._states.restore(steps[-1], like)
         self._note(f"going on from step {steps[-1]:,} of {self._schedule.total_steps:,}")
         return state, steps[-1], position
 

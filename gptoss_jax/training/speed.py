@@ -6,7 +6,7 @@ of the unembedding only at tokens that are learned. What a program computes besi
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,19 +69,27 @@ def useful_flop(config: ModelConfig, counts: Counts, *, method: str, vocab_rows:
     return 2.0 * ((3 if method == "full" else 2) * matrices + 3 * scores)
 
 
-def matrix_rate() -> float:
-    """Floating-point operations per second of a product of two large float32 matrices, measured now: best of a few."""
+def matrix_rate(devices: Sequence[Any] | None = None) -> float:
+    """Floating-point operations per second of products of large float32 matrices, measured now: best of a few.
+
+    Args:
+        devices: each does one such product at the same time as the others; by default the first one that JAX has.
+    """
     import jax
     import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    a = jnp.full((_DOT_SIZE, _DOT_SIZE), 1e-3, jnp.float32)
-    dot = jax.jit(jnp.dot).lower(a, a).compile()
+    mesh = Mesh(np.array(devices or jax.devices()[:1]), ("one",))
+    on_each = NamedSharding(mesh, PartitionSpec("one"))
+    shape = (mesh.size, _DOT_SIZE, _DOT_SIZE)
+    a = jax.jit(lambda: jnp.full(shape, 1e-3, jnp.float32), out_shardings=on_each)()
+    products = jax.jit(jnp.matmul, out_shardings=on_each).lower(a, a).compile()
     seconds = []
     for _ in range(_DOT_REPEATS):
         began = time.perf_counter()
-        dot(a, a).block_until_ready()
+        products(a, a).block_until_ready()
         seconds.append(time.perf_counter() - began)
-    return 2.0 * _DOT_SIZE**3 / min(seconds)
+    return 2.0 * mesh.size * _DOT_SIZE**3 / min(seconds)
 
 
 class Pace:

@@ -88,7 +88,7 @@ class States:
         return found
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, each array where the one of the pytree `like` lies, which may have been deleted.
+        """The state of a step, of the shapes, dtypes and shardings of `like`, as `shapes` gives them.
 
         Raises:
             StateError: it is damaged, or has other arrays than `like`.
@@ -96,9 +96,7 @@ class States:
         import orbax.checkpoint as ocp
 
         path = self.folder / f"step-{step:08d}"
-        wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _named(like)
-        }
+        wanted = dict(_named(like))
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 found = checkpointer.restore(path / _ARRAYS, wanted)
@@ -108,6 +106,11 @@ class States:
             if found[name].shape != leaf.shape or found[name].dtype != leaf.dtype:
                 raise _damaged(path, f"{name} is {found[name].dtype}{list(found[name].shape)}")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+
+
+def shapes(state: Any) -> Any:
+    """Shape, dtype and sharding of each array of a pytree, without the arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
 def _damaged(path: Path, what: str) -> StateError:

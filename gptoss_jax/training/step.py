@@ -25,7 +25,7 @@ from gptoss_jax.training import optimizer as optimizers
 from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.loss import Losses, Router
 from gptoss_jax.training.options import TrainOptions
-from gptoss_jax.training.trainable import Adapters, CompactVocabulary, FullWeights, Trained
+from gptoss_jax.training.trainable import TABLES, Adapters, FullWeights, Trained, UsedRows
 from pallas_kernels.choice import Hardware
 
 
@@ -84,7 +84,6 @@ class Trainer:
         """See `open`."""
         self.config, self.sharding, self.options, self.total_steps = weights.config, sharding, options, total_steps
         self.are_random, self.source = weights.are_random, weights.described
-        self._vocabulary = None if rows is None else CompactVocabulary.of(rows, weights.config.vocab_size)
         policy = transformer.DTYPE_POLICIES[options.dtype]
         chosen, self.kernels = layers.choose_training_kernels(
             kernels,
@@ -95,8 +94,12 @@ class Trainer:
             dtype=policy.activations,
         )
         self._model = transformer.declare(weights.config, sharding, chosen, policy)
+        self._rows = None
+        if rows is not None:
+            read = weights.read(self._model.leaves, sharding)
+            self._rows = UsedRows.of(rows, [np.asarray(table) for path, table in read if path in TABLES])
         if options.lora is None:
-            self._trainable = FullWeights(self._model, weights, sharding, self._vocabulary)
+            self._trainable = FullWeights(self._model, weights, sharding, self._rows)
         else:
             self._trainable = Adapters(self._model, weights, sharding, options.lora)
         self._frozen = self._trainable.frozen
@@ -266,13 +269,13 @@ class Trainer:
         x = run.packed(batch.tokens, batch.places, taps, rematerialize=self.options.rematerialize)
         x = run.normed(x)
         table = run.unembedding.get_value()
-        extra = None if self._vocabulary is None else self._vocabulary.log_counts()
+        extra = None if self._rows is None else self._rows.log_counts()
 
         def logits_of(x: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
             logits = run.unembed(x, table)
             return logits if extra is None else logits + extra
 
-        vocab_size = self.config.vocab_size if self._vocabulary is None else len(self._vocabulary.ids)
+        vocab_size = self.config.vocab_size if self._rows is None else len(self._rows.ids)
         sums = losses.cross_entropy(logits_of, x, batch.targets, batch.weights, vocab_size)
         found = {place: taps.found[place] for place in places}
         router, balance = losses.routing(found, batch.places.position >= 0, self.config.experts_per_token)

@@ -3,7 +3,7 @@
 A trained tree is flat: arrays by path, float32. `params` puts one among the weights of a model, for a traced step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gptoss_jax.checkpoints.opening import StoredWeights
-from gptoss_jax.errors import GptossError
 from gptoss_jax.model import adapted, adapters, transformer
 from gptoss_jax.model.adapters import LowRank
 from gptoss_jax.model.layers import Dropout
@@ -30,41 +29,32 @@ TABLES = ("embedding", "unembedding")
 _EXPERTS = adapters.GROUPS["experts"]
 
 
-class CompactVocabulary(NamedTuple):
-    """The rows of the two tables that a run uses, and one row that stands for all others, which are equal.
+class UsedRows(NamedTuple):
+    """The rows of both tables that a run keeps, and one row that stands for all others, which are equal.
 
-    A softmax over the used rows and that one, counted as often as there are such rows, is the softmax over all.
+    A softmax over these rows, the last counted as often as there are rows that it stands for, is the softmax over all.
     """
 
-    ids: np.ndarray  # int32, ascending; the last one stands for all unused
-    unused: int  # rows that it stands for
+    ids: np.ndarray  # int32: those of the data first, then others that differ, then the one that stands for the rest
+    equal: int  # rows that the last one stands for, itself included
 
     @classmethod
-    def of(cls, used: np.ndarray, vocab_size: int) -> "CompactVocabulary":
-        """The vocabulary of a corpus that uses the ids `used`, ascending."""
-        others = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), used)
-        return cls(np.append(used, others[:1]).astype(np.int32), len(others))
+    def of(cls, used: np.ndarray, tables: Iterable[np.ndarray]) -> "UsedRows":
+        """The rows of `tables`, [V, D] each, where data use the ids `used`, ascending."""
+        both = np.concatenate([np.asarray(table).view(np.uint8) for table in tables], axis=1)
+        unused = np.setdiff1d(np.arange(len(both), dtype=np.int32), used)
+        as_bytes = np.ascontiguousarray(both[unused]).view(np.dtype((np.void, both.shape[1])))[:, 0]
+        _, first, kind, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
+        commonest = int(np.argmax(counts))
+        others = unused[kind != commonest]
+        ids = np.concatenate([used, others, unused[first[commonest]][None]]).astype(np.int32)
+        return cls(ids, int(counts[commonest]))
 
     def log_counts(self) -> np.ndarray:
         """What is added to each row's logit, float32: the logarithm of how many rows it stands for."""
         counts = np.zeros(len(self.ids), np.float32)
-        counts[-1] = np.log(max(self.unused, 1))
+        counts[-1] = np.log(self.equal)
         return counts
-
-    def cut(self, path: str, table: np.ndarray) -> np.ndarray:
-        """The rows of `table`.
-
-        Raises:
-            GptossError: unused rows that differ: a softmax over the used ones would be another model's.
-        """
-        unused = np.ones(len(table), bool)
-        unused[self.ids[:-1] if self.unused else self.ids] = False
-        if not (table[unused] == table[self.ids[-1]]).all():
-            raise GptossError(
-                f"compact vocabulary: rows of the {path} that the data does not use differ from each other, expected "
-                "them equal, as demo.fresh makes them; train without --compact-vocabulary"
-            )
-        return table[self.ids]
 
     def put_back(self, rows: np.ndarray, vocab_size: int) -> np.ndarray:
         """The whole table."""
@@ -76,15 +66,15 @@ class CompactVocabulary(NamedTuple):
 class FullWeights:
     """All weights are trained, float32; those of experts as the matrices that their MXFP4 bytes stand for."""
 
-    def __init__(self, model: Model, weights: StoredWeights, sharding: Sharding, vocabulary: CompactVocabulary | None):
+    def __init__(self, model: Model, weights: StoredWeights, sharding: Sharding, rows: UsedRows | None):
         """Reads nothing yet: a run that goes on needs none of `weights`."""
-        self._model, self._weights, self._sharding, self._vocabulary = model, weights, sharding, vocabulary
+        self._model, self._weights, self._sharding, self._rows = model, weights, sharding, rows
 
     def initial(self, key: Array) -> Trained:
         """The weights to begin with, read; nothing of them is drawn.
 
         Raises:
-            GptossError: whatever speaks against the checkpoint, or against a compact vocabulary.
+            GptossError: whatever speaks against the checkpoint.
         """
         del key
         return dict(self._read())
@@ -94,8 +84,8 @@ class FullWeights:
         for path, array in self._weights.read(self._model.leaves, self._sharding):
             matrix, _, name = path.rpartition("/")
             if not matrix.endswith(_EXPERTS) or name == "bias":
-                if self._vocabulary is not None and path in TABLES:
-                    array = self._vocabulary.cut(path, np.asarray(array))
+                if self._rows is not None and path in TABLES:
+                    array = np.asarray(array)[self._rows.ids]
                 yield path, self._sharding.put(jnp.asarray(array, jnp.float32), self.axes(path))
                 continue
             blocks[path] = array
@@ -109,7 +99,7 @@ class FullWeights:
         matrix, _, name = path.rpartition("/")
         if matrix.endswith(_EXPERTS) and name == "weight":
             return self._model.leaves[f"{matrix}/blocks"].axes[:3]
-        return (None, None) if self._vocabulary is not None and path in TABLES else self._model.leaves[path].axes
+        return (None, None) if self._rows is not None and path in TABLES else self._model.leaves[path].axes
 
     @property
     def frozen(self) -> Trained:
@@ -139,8 +129,8 @@ class FullWeights:
                 yield f"{matrix}/scales", np.asarray(scales)
                 continue
             rounded = np.asarray(array).astype(jnp.bfloat16)
-            if self._vocabulary is not None and path in TABLES:
-                rounded = self._vocabulary.put_back(rounded, self._model.leaves[path].shape[0])
+            if self._rows is not None and path in TABLES:
+                rounded = self._rows.put_back(rounded, self._model.leaves[path].shape[0])
             yield path, rounded
 
 

@@ -10,6 +10,7 @@ A row is [head][own part of conversation 1][own part of conversation 2]...[paddi
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import einops
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -64,14 +65,16 @@ class AttendPacked(Protocol):
     ) -> Float[Array, "B T N H"]: ...
 
 
-def visible(places: Places, window: int | None) -> Bool[Array, "B T S"]:
-    """Whether the query at each index sees the key at each index; see `AttendPacked`."""
+QUERIES_PER_BLOCK = 512  # bounds what the logits of a block take, and lets most queries skip the keys after them
+
+
+def visible(places: Places, window: int | None, queries: slice = slice(None)) -> Bool[Array, "B Q T"]:
+    """Whether the queries at some indices see the key at each index; see `AttendPacked`."""
     index = jnp.arange(places.position.shape[-1], dtype=jnp.int32)
-    query_position, key_position = places.position[..., :, None], places.position[..., None, :]
-    own = index >= places.first[..., None]
-    shared = index < places.head[..., None]
-    seen = (query_position >= 0) & (key_position >= 0) & (index <= index[:, None]) & (own | shared)
-    return seen if window is None else seen & (query_position - key_position < window)
+    position, first, head = (array[..., queries, None] for array in places)
+    key_position = places.position[..., None, :]
+    seen = (position >= 0) & (key_position >= 0) & (index <= index[queries, None]) & ((index >= first) | (index < head))
+    return seen if window is None else seen & (position - key_position < window)
 
 
 def attend_packed(
@@ -83,19 +86,36 @@ def attend_packed(
     *,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """See `AttendPacked`. All in float32, and all logits of a row at once."""
-    grouped = einops.rearrange(q.astype(jnp.float32), "b t (k g) h -> b t k g h", k=k.shape[2])
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32), precision="highest")
-    seen = visible(places, window)[:, None, None]
-    logits = jnp.where(seen, logits * q.shape[-1] ** -0.5, -jnp.inf)
-    sink = einops.rearrange(sinks.astype(jnp.float32), "(k g) -> k g 1 1", k=k.shape[2])
+    """See `AttendPacked`. All in float32; logits are computed again for the gradient, and not kept."""
+    q, k, v, sinks = (array.astype(jnp.float32) for array in (q, k, v, sinks))  # so that blocks' gradients add up so
+    tokens, parts = q.shape[1], []
+    for first in range(0, tokens, QUERIES_PER_BLOCK):
+        end = min(first + QUERIES_PER_BLOCK, tokens)
+        before = Places(*(array[:, :end] for array in places))
+        seen = visible(before, window, slice(first, end))
+        parts.append(_attend_block(q[:, first:end], k[:, :end], v[:, :end], seen, sinks))
+    return jnp.concatenate(parts, axis=1) if parts else jnp.zeros(q.shape, jnp.float32)
+
+
+@jax.checkpoint
+def _attend_block(
+    q: Float[Array, "B Q N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    seen: Bool[Array, "B Q S"],
+    sinks: Float[Array, "N"],
+) -> Float[Array, "B Q N H"]:
+    grouped = einops.rearrange(q, "b q (k g) h -> b q k g h", k=k.shape[2])
+    logits = jnp.einsum("bqkgh,bskh->bkgqs", grouped, k, precision="highest")
+    logits = jnp.where(seen[:, None, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
+    sink = einops.rearrange(sinks, "(k g) -> k g 1 1", k=k.shape[2])
     top = lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), sink))
     top = jnp.where(top == -jnp.inf, 0, top)  # padding, where the sink is none
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True) + jnp.exp(sink - top)
     probability = weights / jnp.where(total == 0, 1, total)
-    out = jnp.einsum("bkgts,bskh->btkgh", probability, v.astype(jnp.float32), precision="highest")
-    return einops.rearrange(out, "b t k g h -> b t (k g) h")
+    out = jnp.einsum("bkgqs,bskh->bqkgh", probability, v, precision="highest")
+    return einops.rearrange(out, "b q k g h -> b q (k g) h")
 
 
 def _reference() -> AttendPacked:

@@ -25,6 +25,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "cpu": (*CUT, "--contexts", 16, "--batch", 1, "--prefill", 8, "--steps", 2, "--rounds", 1, "--notransformers"),
     "cpu_attention": ("--contexts", 64, "--chunk", 4, "--rounds", 1),
     "cpu_dense_experts": ("--tokens", 16, "--hidden", 24, "--inner", 40, "--rounds", 1),
+    "cpu_packed_attention": ("--rows", 1, "--tokens", 40, "--conversations", "20,40", "--rounds", 1),
     "cpu_products": ("--config", "CONFIG", "--rows", 1, "--copies-mib", 1, "--rounds", 1),
     "gpu": ("--models", "CONFIG", "--kernels", "reference", "--notransformers", *GPU_SIZES, *GPU_CASES, *GPU_CHECKS),
     "huge_pages": ("--outputs", 512, "--repeats", 1),

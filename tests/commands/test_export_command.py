@@ -168,9 +168,10 @@ class _FullDisk(_KillAt):
 
 
 class _Slow(_KillAt):
-    """A disk that takes its time from that write on."""
+    """A disk that takes its time from that write on, in a process that hears of Ctrl-C whoever started the tests."""
 
     def __call__(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         real = os.pwrite
 
         def pwrite(descriptor: int, content: Any, offset: int) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import gptoss_jax
+from gptoss_jax.checkpoints import peft
+from gptoss_jax.model.config import parse_config
 from gptoss_jax.training import metrics
 from tests import finetunes
 from tests.goldens.make import ROOT
@@ -71,6 +73,17 @@ def test_the_result_is_a_checkpoint_that_loads(full, folder):
     ids = [200006, 1428, 200008, 4827, 382, 220, 18]
     assert np.isfinite(model.logits(ids)).all()
     assert np.abs(model.logits(ids) - before.logits(ids)).max() > 0.1
+
+
+def test_an_adapter_is_a_peft_folder(folder):
+    """Guards --method lora, the default: every target that was asked for has its factors, all of which have learned."""
+    options = ("--lora-rank", "3", "--lora-targets", "attention,router", "--steps", "4", "--learning-rate", "1e-2")
+    done = finetunes.run(*_basic(folder, "lora"), *options)
+    assert done.returncode == 0, done.stderr
+    found = peft.read(folder / "lora" / "adapter", parse_config(finetunes.NARROW))
+    names = ("attention/q", "attention/k", "attention/v", "attention/out", "moe/router")
+    assert set(found) == {f"layers/{layer}/{name}" for layer in range(2) for name in names}
+    assert all(np.abs(factors.b).max() > 0 and factors.b.shape[-1] == 3 for factors in found.values())
 
 
 def test_a_finished_run_says_so(full, folder):

@@ -12,7 +12,13 @@ import pytest
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 
-COMMANDS = ("gptoss_jax.generate", "gptoss_jax.score", "converters.convert", "converters.random_weights", "converters.export")
+COMMANDS = (
+    "gptoss_jax.generate",
+    "gptoss_jax.score",
+    "converters.convert",
+    "converters.random_weights",
+    "converters.export",
+)
 SLACK = 2  # CPUs differ, and a busy one takes longer for the same
 HELP_CPU_SECONDS = 0.5 * SLACK
 MISTAKE_CPU_SECONDS = 1.0 * SLACK

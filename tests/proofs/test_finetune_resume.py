@@ -49,9 +49,9 @@ def whole(request, folder) -> tuple[str, Whole]:
     return method, Whole(folder / method, *_end(folder / method), time.monotonic() - began)
 
 
-def _run(folder: Path, out: Path, method: str, **options: Any) -> processes.Done:
+def _run(folder: Path, out: Path, method: str, *others: str, **options: Any) -> processes.Done:
     arguments = ("--checkpoint", folder / "model", "--data", folder / "chats.jsonl", "--output", out)
-    return finetunes.run(*arguments, *SHAPES, *VALIDATION, "--method", method, *METHODS[method], **options)
+    return finetunes.run(*arguments, *SHAPES, *VALIDATION, "--method", method, *METHODS[method], *others, **options)
 
 
 def _end(path: Path) -> tuple[str, tuple[bytes, bytes]]:
@@ -83,9 +83,9 @@ def _kill_after(process: Any, seconds: float) -> None:
     process.kill()
 
 
-@pytest.mark.parametrize("step", [5, 8, 17])
+@pytest.mark.parametrize("step", [5, 16])
 def test_a_run_that_is_killed_after_a_step_ends_the_same(step, whole, folder, tmp_path):
-    """Guards the moments that random ones miss: between two saves, at one, and where rounding has begun."""
+    """Guards the moments that random ones miss: between two saves; at one, where rounding has begun."""
     method, uninterrupted = whole
     done = _run(folder, tmp_path / "run", method, meanwhile=lambda process: _kill_at(process, tmp_path / "run", step))
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -103,6 +103,19 @@ def _kill_at(process: Any, path: Path, step: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
             return
         time.sleep(0.002)
+
+
+def test_on_a_mesh_a_killed_run_ends_the_same(folder, tmp_path):
+    """Guards shardings of a state that is read again: weights and moments on their devices, the same bits."""
+    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    options = ("--mesh", "data=2,tensor=2", "--steps", "7")
+    assert _run(folder, tmp_path / "whole", "lora", *options, environment=four).returncode == 0
+    run = tmp_path / "run"
+    done = _run(folder, run, "lora", *options, environment=four, meanwhile=lambda process: _kill_at(process, run, 6))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert States(run / "states").steps() == [4]
+    assert _run(folder, run, "lora", *options, environment=four).returncode == 0
+    assert _end(run) == _end(tmp_path / "whole")
 
 
 class Dying(NamedTuple):
@@ -126,7 +139,7 @@ def test_a_run_that_dies_while_it_saves_or_writes_its_result_ends_the_same(whole
     done = _run(folder, begun, method, meanwhile=lambda process: _kill_at(process, begun, 21))
     assert done.returncode == -signal.SIGKILL, done.stderr
     deaths = 0
-    for at in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144):
+    for at in (1, 2, 5, 8, 13, 34, 55):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(begun, tmp_path / "run")
         dying = Dying(str(tmp_path / "run"), at, half_way=at % 2 == 0)

@@ -172,7 +172,9 @@ def test_inside_loops_and_meshes():
 def test_other_dtypes_and_adapters_are_refused():
     """Guards weights that are read as what they are not, and adapters left out silently."""
     x, ids, shares, weights, _ = call_of(*SHAPES["less than a vector"])
-    with pytest.raises(TypeError, match=r"x, gate_up, down and their biases of bfloat16, float32, float32, .* expected"):
+    with pytest.raises(
+        TypeError, match=r"x, gate_up, down and their biases of bfloat16, float32, float32, .* expected"
+    ):
         expert_mlp(x.astype(jnp.bfloat16), ids, shares, weights, limit=LIMIT)
     adapter = expert_op.Adapter(jnp.zeros((4, 2, 7)), jnp.zeros((4, 10, 2)))
     with pytest.raises(NotImplementedError, match="this kernel has no adapters; the reference has"):

@@ -223,11 +223,11 @@ LONG = (
     Row(0, tuple(Part(tokens, continues=False) for tokens in (128, 64, 5, 129, 250))),
 )
 CALLS = [  # sizes, rows, tokens of a row, window
-    (Sizes(8, 4, 32), LONG, 600, None),
-    (Sizes(8, 4, 32), LONG, 600, 70),
+    (Sizes(8, 4, 32), LONG[:2], 600, None),
+    (Sizes(8, 4, 32), LONG[1:], 600, 70),
     (Sizes(16, 2, 64), LONG[:1], 600, 128),
-    (Sizes(3, 1, 33), LONG, 611, None),  # no vector, block or span is whole
-    (Sizes(3, 1, 33), LONG, 611, 70),
+    (Sizes(3, 1, 33), LONG[1:], 611, None),  # no vector, block or span is whole
+    (Sizes(3, 1, 33), LONG[:2], 611, 70),
     (Sizes(6, 2, 16), ROWS, TOKENS, 12),
     (Sizes(5, 1, 40), ROWS, TOKENS, None),
     (Sizes(3, 3, 8), ROWS, TOKENS, 7),

@@ -96,3 +96,16 @@ def test_results_are_named_after_what_they_are(tmp_path):
     """Guards an adapter in the place of a checkpoint, which programs would try to load."""
     with RunFolder(tmp_path / "run", RECORD) as folder:
         assert [folder.result(method).name for method in ("full", "lora")] == ["checkpoint", "adapter"]
+
+
+def test_a_run_that_never_began_leaves_nothing_and_one_that_did_stays(tmp_path):
+    """Guards data or a mesh that is mended and tried again: the first try's record must not refuse it."""
+    with RunFolder(tmp_path / "run", RECORD) as folder:
+        folder.corpora.mkdir()
+        folder.abandon()
+    assert not (tmp_path / "run").exists()
+    for begun in ("states", "metrics.csv"):
+        with RunFolder(tmp_path / begun, RECORD) as folder:
+            (folder.path / begun).mkdir()
+            folder.abandon()
+        assert (tmp_path / begun / "run.json").exists()
