@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from gptoss_jax.checkpoints.safetensors_reader import open_file
 from gptoss_jax.checkpoints.unfinished import UnfinishedFolder
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, read_json
@@ -45,6 +46,7 @@ PARAMETERS = {
 UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
 """Keys of adapter_config.json that would change what the factors mean; refused where they are set."""
 
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -159,11 +161,16 @@ def _scale(folder: Path, said: Mapping[str, Any]) -> float:
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safetensors.safe_open(str(path), framework="flax") as file:
-            return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path}: {getattr(error, 'strerror', None) or error}; copy the adapter again") from None
+    """Read without JAX, which safetensors' own reader of bfloat16 would put on a device."""
+    file = open_file(path)
+    if file.faults:
+        raise AdapterError(f"{file.faults[0]}; copy the adapter again")
+    found = {}
+    for name, entry in file.tensors.items():
+        if entry.dtype not in _DTYPES:
+            raise AdapterError(f"{path}: tensor {short(name)} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        found[name] = entry.read().view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    return found
 
 
 def _path(folder: Path, name: str, said: Mapping[str, Any]) -> tuple[str, str]:
