@@ -47,6 +47,7 @@ UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "
 """Keys of adapter_config.json that would change what the factors mean; refused where they are set."""
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_COPY = "lm_head.base_layer.weight"  # PEFT saves the base's unembedding with an adapter of it
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -140,7 +141,7 @@ def read(folder: Path, config: ModelConfig) -> dict[str, LowRank]:
         raise AdapterError(f"{folder / CONFIG}: expected an object of keys and values, got {short(said)}")
     scale = _scale(folder, said)
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in _tensors(folder / WEIGHTS).items():
+    for name, array in _tensors(folder / WEIGHTS, config).items():
         path, factor = _path(folder, name, said)
         found.setdefault(path, {})[factor] = array
     known = adapters.targets(config)
@@ -166,13 +167,16 @@ def _scale(folder: Path, said: Mapping[str, Any]) -> float:
     return alpha / math.sqrt(rank) if said.get("use_rslora") else alpha / rank
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray]:
+def _tensors(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """Read without JAX, which safetensors' own reader of bfloat16 would put on a device."""
+    table = config.vocab_size, config.hidden_size
     file = open_file(path)
     if file.faults:
         raise AdapterError(f"{file.faults[0]}; copy the adapter again")
     found = {}
     for name, entry in file.tensors.items():
+        if name.endswith(_COPY) and entry.shape == table:
+            continue
         if entry.dtype not in _DTYPES:
             raise AdapterError(f"{path}: tensor {short(name)} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
         found[name] = entry.read().view(_DTYPES[entry.dtype]).reshape(entry.shape)

@@ -111,6 +111,17 @@ def test_other_number_formats_are_read(dtype, tmp_path):
     assert_same(peft.read(tmp_path / "a", CONFIG), rounded)
 
 
+def test_the_copy_of_the_unembedding_is_left_alone(tmp_path):
+    """Guards adapters of lm_head, beside which PEFT saves the base's table; one of another size is refused."""
+    wanted = written(tmp_path / "a", ["unembedding"])
+    name, table = "base_model.model.lm_head.base_layer.weight", np.ones((CONFIG.vocab_size, CONFIG.hidden_size))
+    change_tensors(tmp_path / "a", lambda tensors: tensors.update({name: table}))
+    assert_same(peft.read(tmp_path / "a", CONFIG), wanted)
+    change_tensors(tmp_path / "a", lambda tensors: tensors.update({name: table[:-1].astype(np.float32)}))
+    with pytest.raises(AdapterError, match="expected names that end with lora_A"):
+        peft.read(tmp_path / "a", CONFIG)
+
+
 def test_rank_stabilised_scale(tmp_path):
     """Guards rsLoRA's scale, alpha / sqrt(r), against being read as LoRA's."""
     factors = factors_of(CONFIG, ["router"])
