@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 
 from gptoss_jax.training import batch as batches
 from gptoss_jax.training import rows
 from gptoss_jax.training.batch import Batch
 from gptoss_jax.training.corpus import Corpus
+from gptoss_jax.training.optimizer import BETA1
 from gptoss_jax.training.options import LoraOptions, OptimizerOptions, TrainOptions
 from gptoss_jax.training.rows import Member
-from gptoss_jax.training.step import Trainer
+from gptoss_jax.training.step import State, Trainer
 from tests import reference
 from tests.goldens.make import log_softmax, two_layers_config
 
@@ -69,6 +71,12 @@ def trainer(
 ) -> Trainer:
     """Of four steps."""
     return Trainer.open(folder, options(method, **changes), total_steps=4, mesh=mesh, rows=rows)
+
+
+def first_gradients(state: State) -> dict[str, np.ndarray]:
+    """The gradients of the first step, of the state after it: AdamW's first moments are a share of them."""
+    moments = optax.tree.get(state.optimizer, "mu")
+    return {path: np.asarray(moment) / (1 - BETA1) for path, moment in moments.items()}
 
 
 def mean_loss(tensors: Mapping[str, np.ndarray], config: dict, of: Sequence[Conversation]) -> float:

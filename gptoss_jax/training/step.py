@@ -213,7 +213,7 @@ class Trainer:
             trained, made = optimizers.update(optimizer, gradients, state.optimizer, state.trained)
             report = StepReport(
                 loss=sums.total / jnp.maximum(sums.learned, 1),
-                gradient_norm=optax.global_norm(gradients),
+                gradient_norm=optax.tree.norm(gradients),
                 learning_rate=self.learning_rate(state.step),
                 learned=sums.learned,
                 balance=balance,
@@ -278,14 +278,12 @@ class Trainer:
         x = run.packed(batch.tokens, batch.places, taps, rematerialize=self.options.rematerialize)
         x = run.normed(x)
         table = run.unembedding.get_value()
-        extra = None if self._rows is None else self._rows.log_counts()
-
-        def logits_of(x: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
-            logits = run.unembed(x, table)
-            return logits if extra is None else logits + extra
-
-        vocab_size = self.config.vocab_size if self._rows is None else len(self._rows.ids)
-        sums = losses.cross_entropy(logits_of, x, batch.targets, batch.weights, vocab_size)
+        vocab_size, log_counts = self.config.vocab_size, None
+        if self._rows is not None:
+            vocab_size, log_counts = len(self._rows.ids), jnp.asarray(self._rows.log_counts())
+        sums = losses.cross_entropy(
+            lambda x: run.unembed(x, table), x, batch.targets, batch.weights, vocab_size, log_counts
+        )
         found = {place: taps.found[place] for place in places}
         router, balance = losses.routing(found, batch.places.position >= 0, self.config.experts_per_token)
         return sums, router, balance
