@@ -71,7 +71,7 @@ def plain(run):
     return run()
 
 
-@pytest.fixture(scope="module", params=[{"accumulate": 2}, {"accumulate": 4}, {"rematerialize": True}], ids=str)
+@pytest.fixture(scope="module", params=[{"accumulate": 2}, {"rematerialize": True}], ids=str)
 def other_way(request, run):
     """The same step, computed otherwise."""
     return run(**request.param)
@@ -150,7 +150,8 @@ def test_dropout_draws_anew_at_each_step_and_never_in_evaluation(adapters, plain
     run, _ = adapters
     gradients = []
     for number in (0, 0, 1):
-        start = jax.tree.map(jnp.copy, run.start)._replace(step=jnp.asarray(number, jnp.int32))
+        step = jax.device_put(np.int32(number), run.start.step.sharding)
+        start = jax.tree.map(jnp.copy, run.start)._replace(step=step)
         gradients.append(trainings.first_gradients(run.trainer.step(start, BATCH)[0]))
     name = "layers/0/attention/q/b"
     assert np.array_equal(gradients[0][name], gradients[1][name])
@@ -336,12 +337,12 @@ def test_routing_of_no_token_is_no_nan():
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("full", {"batch_rows": 5, "accumulate": 2}, "batch of 5 rows, expected a multiple of 2 accumulated parts"),
+        ("full", {"batch_rows": 5, "accumulate": 2}, "batch_rows is 5, expected a multiple of accumulate, 2"),
         ("full", {"mesh": "data=8"}, "batch of 4 rows, expected a multiple of 1 accumulated parts times 8 data shards"),
         ("full", {"mesh": "data=4", "accumulate": 2}, "batch of 4 rows, expected a multiple of 2 accumulated parts"),
         ("lora", {"rows": np.arange(4)}, "a compact vocabulary is for method full"),
         ("full", {"mesh": "tensor=4"}, "tensor"),
-        ("full", {"kernels": "fast"}, "unknown"),
+        ("full", {"kernels": "fast"}, "kernel 'fast', expected auto or one of"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(method, changes, message, folder):
