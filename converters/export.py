@@ -54,6 +54,7 @@ class Options:
     keep_adapter: bool = False
     text: Path | None = None
     accept_loss: bool = False
+    keep_scales: bool = False
 
 
 def define_flags() -> None:
@@ -70,6 +71,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("keep_adapter", False, "Write the base as it is, and the adapter beside it, to DST/adapter.")
     flags.DEFINE_string(
         "text", None, "FILE: What merging is measured on: a text, or conversations (.jsonl) as for gptoss_jax.finetune."
+    )
+    flags.DEFINE_bool(
+        "keep_scales", False, "Blocks of merged experts keep the base's MXFP4 scale where that rounds less off."
     )
     flags.DEFINE_bool("accept_loss", False, "Write a merged model that is nearer to the base than to the adapter's.")
 
@@ -100,6 +104,7 @@ def _options(given: flags.FlagValues, checkpoint: Path, dst: Path) -> Options:
         given.keep_adapter,
         path("text"),
         given.accept_loss,
+        given.keep_scales,
     )
 
 
@@ -138,11 +143,11 @@ def _open(options: Options) -> Export:
 
 def _check_together(options: Options) -> None:
     """Refuses flags that say nothing, or two things, together."""
-    for flag in ("keep_adapter", "text", "accept_loss"):
+    for flag in ("keep_adapter", "text", "accept_loss", "keep_scales"):
         if getattr(options, flag) and not options.adapter:
             raise ExportError(f"--{flag.replace('_', '-')} without --adapter: expected the adapter's folder")
-    if options.keep_adapter and (options.text or options.accept_loss):
-        raise ExportError("--keep-adapter merges nothing: expected neither --text nor --accept-loss beside it")
+    if options.keep_adapter and (options.text or options.accept_loss or options.keep_scales):
+        raise ExportError("--keep-adapter merges nothing: expected no --text, --accept-loss, --keep-scales beside it")
     if options.verify and options.adapter and not options.keep_adapter:
         raise ExportError("--verify compares with the source, and a merged model is none: leave one of them out")
 
@@ -158,7 +163,8 @@ def _with_adapter(export: Export, options: Options) -> tuple[Export, Change | No
     if options.keep_adapter:
         print(one_line(f"adapter of {len(factors)} matrices: kept, in {options.dst / 'adapter'}"))
         return merge_report.beside(export, options.adapter), None, None
-    report = merge_report.measure(export, options.adapter, factors, options.text, byte_progress)
+    merger = Merger(export.config, factors, pack=export.packs, keep_scales=options.keep_scales)
+    report = merge_report.measure(export, options.adapter, factors, merger, options.text, byte_progress)
     print(report.text())
     if report.is_lost and not options.accept_loss:
         raise ExportError(report.refusal())
@@ -169,7 +175,7 @@ def _with_adapter(export: Export, options: Options) -> tuple[Export, Change | No
     document = {merge_report.FILE: report.document(accepted=report.is_lost)}
     export = dataclasses.replace(export, small_files={**export.small_files, **document})
     changed_by = f"converters.export --adapter, merged: adapter sha256 {report.adapter_sha256}"
-    return export, Merger(export.config, factors, pack=export.packs), changed_by
+    return export, merger, changed_by
 
 
 def _layout(export: Export) -> str:

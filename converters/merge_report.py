@@ -111,7 +111,7 @@ class Report:
             f"{found.from_adapter:.3g}, KL(base || merged) {found.from_base:.3g} nats a token; {lost} of "
             f"{len(self.losses)} matrices lost more than {1 - LITTLE:.0%} of their delta in rounding"
         )
-        bf16 = "--format bf16, " if self.exported == EXPORTED else ""
+        bf16 = "--keep-scales, --format bf16 or " if self.exported == EXPORTED else ""
         return (
             f"{why}: train longer or with a larger --lora-alpha, or all weights with --quantize-from; or take {bf16}"
             "--keep-adapter; --accept-loss writes it all the same"
@@ -123,13 +123,16 @@ def _share(count: int, loss: Loss, weights_each: int = 1) -> str:
     return f"{count * weights_each / loss.weights:.1%}" if loss.packed else "-"
 
 
-def measure(export: Export, folder: Path, factors: Mapping[str, LowRank], text: Path | None, show: Progress) -> Report:
+def measure(
+    export: Export, folder: Path, factors: Mapping[str, LowRank], merger: Merger, text: Path | None, show: Progress
+) -> Report:
     """Merges all of the adapter, leaf by leaf and for the numbers alone, and runs the models that come of it.
 
     Args:
         export: of the base.
         folder: the adapter's.
         factors: what `peft.read` gives of it.
+        merger: makes what is exported; its losses are then those of the report.
         text: a file to measure on: conversations if its name ends with .jsonl; None: TEXT.
         show: shows how far it is.
 
@@ -139,9 +142,7 @@ def measure(export: Export, folder: Path, factors: Mapping[str, LowRank], text: 
         GptossError: an adapter that cannot be merged.
     """
     packs = export.packs and adapters.have_experts(factors)
-    merges = {BFLOAT16: Merger(export.config, factors, pack=False)}
-    if packs:
-        merges[EXPORTED] = Merger(export.config, factors, pack=True)
+    merges = {BFLOAT16: Merger(export.config, factors, pack=False), EXPORTED: merger} if packs else {BFLOAT16: merger}
     exported = EXPORTED if packs else BFLOAT16
     rows, measured = _tokens(text)
     if (largest := max(map(max, rows))) >= export.config.vocab_size:
@@ -161,7 +162,7 @@ def measure(export: Export, folder: Path, factors: Mapping[str, LowRank], text: 
             merge_loss.Text.of(rows, measured),
             report_bytes,
         )
-    losses = {path: merges[exported].losses[path] for path in adapters.targets(export.config) if path in factors}
+    losses = {path: merger.losses[path] for path in adapters.targets(export.config) if path in factors}
     digest = hashlib.sha256((folder / peft.WEIGHTS).read_bytes()).hexdigest()
     return Report(export.format, losses, found, exported, sum(map(sum, measured)), digest)
 

@@ -79,8 +79,15 @@ class Merger:
         losses: by matrix, as in "layers/0/attention/q", of all that was merged so far.
     """
 
-    def __init__(self, config: ModelConfig, factors: Mapping[str, LowRank], *, pack: bool):
-        """`pack`: experts are rounded to MXFP4; else they become bfloat16 [E, in, out], not rounded any further.
+    def __init__(self, config: ModelConfig, factors: Mapping[str, LowRank], *, pack: bool, keep_scales: bool = False):
+        """Merges nothing yet.
+
+        Args:
+            config: the model.
+            factors: the adapter, by matrix, the scale in b.
+            pack: experts are rounded to MXFP4; else they become bfloat16 [E, in, out], not rounded any further.
+            keep_scales: a block keeps the base's scale where its numbers are nearer to the sums so. The rule takes the
+                largest number alone: where that was 4 and falls to 3.99, it becomes 3 under half the scale.
 
         Raises:
             GptossError: adapters that are not of this model, or hold NaN or infinity.
@@ -91,7 +98,7 @@ class Merger:
                 raise GptossError(f"adapter of {path}: holds NaN or infinity: take one from before training diverged")
         targets = adapters.targets(config)
         self._matrices = {targets[path].weight.removesuffix("/blocks"): path for path in factors}
-        self._factors, self._pack = factors, pack
+        self._factors, self._pack, self._keep_scales = factors, pack, keep_scales
         self.losses: dict[str, Loss] = {}
 
     def __call__(self, path: str, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
@@ -103,7 +110,7 @@ class Merger:
         if len(arrays) == 1:
             parts = _merge_rows(arrays[0].reshape(-1, math.prod(a.shape[1:])), _flat(a), b.reshape(-1, b.shape[-1]))
         elif self._pack:
-            parts = _merge_packed(arrays[0], arrays[1], a, b)
+            parts = _merge_packed(arrays[0], arrays[1], a, b, keep_scales=self._keep_scales)
         else:
             experts, out, blocks, _ = arrays[0].shape
             merged = np.empty((experts, blocks * BLOCK, out), _BFLOAT16)
@@ -128,22 +135,49 @@ def _merge_rows(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> Iterator[L
         yield _loss(base, delta, rows.astype(np.float32))
 
 
-def _merge_packed(blocks: np.ndarray, scales: np.ndarray, a: np.ndarray, b: np.ndarray) -> Iterator[Loss]:
+def _merge_packed(
+    blocks: np.ndarray, scales: np.ndarray, a: np.ndarray, b: np.ndarray, *, keep_scales: bool
+) -> Iterator[Loss]:
     """Merges into blocks and scales, expert by expert.
 
     A block whose values are what they were keeps its bytes: they may be written in two ways (see `packing.pack`).
     """
     for expert, (of_blocks, of_scales) in enumerate(zip(blocks, scales, strict=True)):
         base, delta = _base_and_delta(of_blocks, of_scales, a[expert], b[expert])
-        packed = packing.pack(_to_odd(base + delta))
-        rounded = packing.unpack(packed.blocks, packed.scales).astype(np.float32)
+        made = _packed(base + delta, of_scales if keep_scales else None)
+        rounded = packing.unpack(*made).astype(np.float32)
         same = (rounded == base).reshape(-1, BLOCK, base.shape[1]).all(axis=1).T  # [out, in / 32]
-        made = np.where(same[..., None], of_blocks, packed.blocks), np.where(same, of_scales, packed.scales)
+        made = _where(same, (of_blocks, of_scales), made)
         flipped = made[0] ^ of_blocks
         nibbles = int(np.count_nonzero(flipped & 15) + np.count_nonzero(flipped >> 4))
         scales_changed = int(np.count_nonzero(made[1] != of_scales))
         yield _loss(base, delta, rounded)._replace(packed=base.size, nibbles=nibbles, scales=scales_changed)
         of_blocks[...], of_scales[...] = made
+
+
+Bytes = tuple[np.ndarray, np.ndarray]
+"""Blocks and scales of one expert."""
+
+
+def _packed(sums: np.ndarray, scales: np.ndarray | None) -> Bytes:
+    """float32 [in, out] rounded to MXFP4: by the rule, or under `scales` where numbers are nearer so."""
+    odd = _to_odd(sums)
+    by_rule = packing.pack(odd)[:2]
+    if scales is None:
+        return by_rule
+    kept = packing.pack(odd, scales)[0], scales
+    errors = [_block_powers(packing.unpack(*made).astype(np.float32) - sums) for made in (kept, by_rule)]
+    return _where(errors[0] < errors[1], kept, by_rule)
+
+
+def _block_powers(values: np.ndarray) -> np.ndarray:
+    """Sums of squares over blocks, [out, in / 32], of values [in, out]."""
+    return np.square(values).reshape(-1, BLOCK, values.shape[1]).sum(axis=1).T
+
+
+def _where(condition: np.ndarray, one: Bytes, other: Bytes) -> Bytes:
+    """Of each block, where the condition [out, in / 32] holds, the one."""
+    return np.where(condition[..., None], one[0], other[0]), np.where(condition, one[1], other[1])
 
 
 def _merge_unpacked(

@@ -145,6 +145,25 @@ def test_a_delta_under_half_a_step_vanishes_and_is_said_to(base):
     assert found.error == pytest.approx(1, rel=1e-5)
 
 
+def test_kept_scales_spare_what_the_rule_cuts_off(base):
+    """Guards --keep-scales: a largest number of 4 that becomes 3.99 stays 4, and no block is further off."""
+    path = "layers/1/moe/gate_up"
+    blocks, scales = (array.copy() for array in leaf(base, path))
+    blocks[...] = np.where(blocks & 7 == 7, blocks - 1, blocks)  # 6 becomes 4, for low nibbles
+    blocks[...] = np.where(blocks >> 4 & 7 == 7, blocks - 16, blocks)
+    factors, errors = factors_of(base.config, ["experts"], scale=3e-4), []
+    old = plain((blocks, scales))
+    sums = old + difference(factors[path], True)
+    for keep_scales in (False, True):
+        merger = Merger(base.config, factors, pack=True, keep_scales=keep_scales)
+        new = plain(merger(path, (blocks.copy(), scales.copy())))
+        errors.append(np.square(new - sums).reshape(*scales.shape, 32).sum(axis=-1))
+        found = merger.losses[path]
+        assert found.error**2 * found.delta_power == pytest.approx(errors[-1].sum(), rel=1e-3)
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1].sum() < 0.05 * errors[0].sum()
+
+
 def test_blocks_without_a_change_keep_their_bytes(base):
     """Guards blocks that can be written in two ways: a code of 3 at one scale is a code of 6 at the one below."""
     path = "layers/0/moe/down"
