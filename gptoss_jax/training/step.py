@@ -176,6 +176,11 @@ class Trainer:
         quantize = self.is_quantized(int(state.step))
         return self._step(quantize)(self._frozen, state, self._put(batch, self.options.accumulate))
 
+    def compiled_step(self, state: State, batch: Batch) -> jax.stages.Compiled:
+        """What `step` runs, not run: it says how much memory it takes."""
+        run = self._step(self.is_quantized(int(state.step)))
+        return run.lower(self._frozen, state, self._put(batch, self.options.accumulate)).compile()
+
     def gradients(self, state: State, batch: Batch) -> Trained:
         """Of the mean loss of `batch` by each trained array, as `step` would clip and use them; `state` stays."""
         run = self._only_gradients(self.is_quantized(int(state.step)))
