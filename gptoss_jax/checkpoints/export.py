@@ -105,6 +105,11 @@ class Export:
         return sum(shard.size_bytes for shard in self.shards) + sum(map(len, self.small_files.values()))
 
     @property
+    def packs(self) -> bool:
+        """Whether experts are written as MXFP4."""
+        return self.format != published.HUGGINGFACE_BF16
+
+    @property
     def leaves_bytes(self) -> int:
         """Bytes of all leaves."""
         return sum(record.size_bytes for record in self.records.values())

@@ -43,6 +43,20 @@ def leaves_of(path: str, leaves: Mapping[str, object]) -> list[str]:
     return [path] if path in leaves else [path + half for half in _HALVES]
 
 
+def read(checkpoint: Path, record: LeafRecord, report_bytes: Callable[[int], object] = lambda _: None) -> np.ndarray:
+    """A whole leaf as the model declares it.
+
+    Raises:
+        CheckpointError: it is not as its manifest says.
+    """
+    content, at = host_memory.empty(record.size_bytes), 0
+    for chunk in integrity.read_verified(checkpoint, record, integrity.CHUNK_BYTES):
+        content[at : at + chunk.nbytes] = chunk
+        at += chunk.nbytes
+        report_bytes(chunk.nbytes)
+    return content.view(zarr.dtype_of(record.dtype)).reshape(record.shape)
+
+
 class LeafWriter:
     """Writes leaves, one after the other, where their tensors lie in the files."""
 
@@ -133,13 +147,7 @@ class LeafWriter:
                 self._put(leaf, np.ascontiguousarray(array), self._recipes[leaf].leaf_offset_bytes)
 
     def _read(self, leaf: str) -> np.ndarray:
-        """A whole leaf as the model declares it."""
-        record = self._records[leaf]
-        content, at = host_memory.empty(record.size_bytes), 0
-        for chunk in self._chunks(leaf):
-            content[at : at + chunk.nbytes] = chunk
-            at += chunk.nbytes
-        return content.view(zarr.dtype_of(record.dtype)).reshape(record.shape)
+        return read(self._checkpoint, self._records[leaf], self._report_bytes)
 
 
 def _spelled(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> str:

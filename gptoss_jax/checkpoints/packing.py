@@ -42,12 +42,14 @@ class Packed(NamedTuple):
     power: float
 
 
-def pack(weights: np.ndarray) -> Packed:
+def pack(weights: np.ndarray, given_scales: np.ndarray | None = None) -> Packed:
     """Packs one expert, bfloat16 [in, out] as published: blocks of 32 run along the inputs.
 
     An exact packing gives back every value, but its bytes may differ from those that the values came from: a block
     whose largest code was 3 (times 2^s) may as well be written with 6 (times 2^(s-1)), and here is. Numbers below
     2^-126 count as zero, as they do for the hardware.
+
+    `given_scales`, uint8 [out, in / 32], stand in place of those that the rule gives.
     """
     inputs, out = weights.shape
     bits = weights.view(np.uint16).reshape(-1, BLOCK, out)
@@ -55,7 +57,8 @@ def pack(weights: np.ndarray) -> Packed:
     scales = np.empty((out, inputs // BLOCK), np.uint8)
     exact, error_power, power = True, 0.0, 0.0
     for i, rows in enumerate(bits):  # row by row of blocks, which stays in the processor's cache
-        codes, scales[:, i], row_exact = _pack_rows(rows)
+        given = None if given_scales is None else given_scales[:, i]
+        codes, scales[:, i], row_exact = _pack_rows(rows, given)
         blocks[:, i] = (codes[0::2] | codes[1::2] << 4).T
         if not row_exact:
             exact = False
@@ -64,13 +67,16 @@ def pack(weights: np.ndarray) -> Packed:
     return Packed(blocks, scales, exact, error_power, power)
 
 
-def _pack_rows(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+def _pack_rows(bits: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, bool]:
     """Codes [32, out] and scales [out] of bfloat16 bits [32, out], and whether they stand for the same values."""
     magnitudes = (bits & 0x7FFF).view(np.int16)
     positive = magnitudes >= _SMALLEST_NORMAL
     flushed = np.count_nonzero(magnitudes) > np.count_nonzero(positive)
-    largest = magnitudes.max(axis=0, where=positive, initial=0) if flushed else magnitudes.max(axis=0)
-    scales = np.where(largest == 0, np.int16(SCALE_BIAS), np.maximum((largest >> _MANTISSA_BITS) - 2, 0))
+    if given is None:
+        largest = magnitudes.max(axis=0, where=positive, initial=0) if flushed else magnitudes.max(axis=0)
+        scales = np.where(largest == 0, np.int16(SCALE_BIAS), np.maximum((largest >> _MANTISSA_BITS) - 2, 0))
+    else:
+        scales = given.astype(np.int16)
     codes = np.take(_nearest_codes(), magnitudes - ((scales << _MANTISSA_BITS) + _LOWEST), mode="clip")
     codes *= positive
     exact = not flushed and bool(codes.max() < _OFF_GRID)

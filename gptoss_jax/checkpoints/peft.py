@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from gptoss_jax.checkpoints.safetensors_reader import open_file
 from gptoss_jax.checkpoints.unfinished import UnfinishedFolder
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, read_json
@@ -45,6 +46,8 @@ PARAMETERS = {
 UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
 """Keys of adapter_config.json that would change what the factors mean; refused where they are set."""
 
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_COPY = "lm_head.base_layer.weight"  # PEFT saves the base's unembedding with an adapter of it
 _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -69,19 +72,22 @@ def write(
         GptossError: `folder` exists or cannot be made; adapters that are not of this model.
     """
     adapters.check(config, factors)
-    rank = next(iter(factors.values())).b.shape[-1]
+    ranks = sorted({pair.b.shape[-1] for pair in factors.values()})
+    if len(ranks) != 1:
+        raise AdapterError(f"adapters of ranks {ranks}: expected one rank, and at least one adapter")
     tensors = {f"base_model.model.{name}": array for name, array in _named(factors)}
     with UnfinishedFolder(folder) as unfinished:
-        unfinished.add(CONFIG, json.dumps(_config(factors, rank, alpha, base), indent=2).encode() + b"\n")
+        unfinished.add(CONFIG, json.dumps(_config(factors, ranks[0], alpha, base), indent=2).encode() + b"\n")
         unfinished.add(WEIGHTS, safetensors_numpy.save(tensors, metadata={"format": "pt"}))
         unfinished.finish()
 
 
 def _named(factors: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors as PEFT calls them and lays them out."""
+    both = {path.rpartition("/")[2] for path in factors} >= {"gate_up", "down"}
     for path, (a, b) in factors.items():
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        rank, module = b.shape[-1], _module(path)
+        rank, module = b.shape[-1], _module(path, both=both)
         if path.endswith(adapters.GROUPS["experts"]):
             a = a.reshape(-1, a.shape[-1])  # [E R, in]
             b = b.transpose(1, 2, 0).reshape(b.shape[1], -1)  # [out, R E]: the experts of one column side by side
@@ -89,10 +95,13 @@ def _named(factors: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{module}.lora_B.weight", np.ascontiguousarray(b if b.ndim == 2 else b.reshape(-1, rank))
 
 
-def _module(path: str) -> str:
+def _module(path: str, *, both: bool) -> str:
+    """The wrapped module; `both`: whether both of the experts' parameters are adapted, so that one is nested."""
     if path == "unembedding":
         return "lm_head"
     _, layer, name = path.split("/", 2)
+    if name == "moe/gate_up" and not both:
+        name = "moe/down"
     return f"model.layers.{layer}.{MODULES[name]}"
 
 
@@ -132,11 +141,11 @@ def read(folder: Path, config: ModelConfig) -> dict[str, LowRank]:
         raise AdapterError(f"{folder / CONFIG}: expected an object of keys and values, got {short(said)}")
     scale = _scale(folder, said)
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in _tensors(folder / WEIGHTS).items():
+    for name, array in _tensors(folder / WEIGHTS, config).items():
         path, factor = _path(folder, name, said)
         found.setdefault(path, {})[factor] = array
     known = adapters.targets(config)
-    paired = {path: _factors(folder, path, pair, known) for path, pair in found.items()}
+    paired = {path: _factors(folder, path, pair, known, said["r"]) for path, pair in found.items()}
     if not paired:
         raise AdapterError(f"{folder / WEIGHTS}: no tensors, expected lora_A and lora_B of each adapted module")
     return {path: LowRank(a, b * np.float32(scale)) for path, (a, b) in paired.items()}
@@ -158,12 +167,20 @@ def _scale(folder: Path, said: Mapping[str, Any]) -> float:
     return alpha / math.sqrt(rank) if said.get("use_rslora") else alpha / rank
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safetensors.safe_open(str(path), framework="flax") as file:
-            return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path}: {getattr(error, 'strerror', None) or error}; copy the adapter again") from None
+def _tensors(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Read without JAX, which safetensors' own reader of bfloat16 would put on a device."""
+    table = config.vocab_size, config.hidden_size
+    file = open_file(path)
+    if file.faults:
+        raise AdapterError(f"{file.faults[0]}; copy the adapter again")
+    found = {}
+    for name, entry in file.tensors.items():
+        if name.endswith(_COPY) and entry.shape == table:
+            continue
+        if entry.dtype not in _DTYPES:
+            raise AdapterError(f"{path}: tensor {short(name)} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        found[name] = entry.read().view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    return found
 
 
 def _path(folder: Path, name: str, said: Mapping[str, Any]) -> tuple[str, str]:
@@ -179,13 +196,19 @@ def _path(folder: Path, name: str, said: Mapping[str, Any]) -> tuple[str, str]:
     if of_layer is None or of_layer[2] not in places:
         raise AdapterError(f"{where}: this model has no such module, expected one of {', '.join(MODULES.values())}")
     ours = places[of_layer[2]]
-    if ours == "moe/down" and "mlp.experts.down_proj" not in (said.get("target_parameters") or ()):
+    if ours == "moe/down" and not _adapts(f"{module}.down_proj", said.get("target_parameters")):
         ours = "moe/gate_up"  # alone: nothing is wrapped inside
     return f"layers/{of_layer[1]}/{ours}", factor
 
 
+def _adapts(parameter: str, asked: Any) -> bool:
+    """Whether one of the names in `target_parameters`, which may be ends of names, means this parameter."""
+    names = asked if isinstance(asked, list) else []
+    return any(f".{parameter}".endswith(f".{name}") for name in names)
+
+
 def _factors(
-    folder: Path, path: str, pair: Mapping[str, np.ndarray], known: Mapping[str, adapters.Target]
+    folder: Path, path: str, pair: Mapping[str, np.ndarray], known: Mapping[str, adapters.Target], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both factors as we lay them out."""
     where = f"{folder / WEIGHTS}: {path}"
@@ -195,19 +218,15 @@ def _factors(
         raise AdapterError(f"{where}: lora_{'B' if 'a' in pair else 'A'} is missing; copy the adapter again")
     target, (a, b) = known[path], (pair["a"].astype(np.float32), pair["b"].astype(np.float32))
     experts = target.experts or 1
-    wide = [math.prod(target.inputs), math.prod(target.out)]
-    if (
-        a.ndim != 2
-        or b.ndim != 2
-        or [a.shape[1], b.shape[0]] != wide
-        or a.shape[0] != b.shape[1]
-        or a.shape[0] % experts
-    ):
+    wanted = (experts * rank, math.prod(target.inputs)), (math.prod(target.out), experts * rank)
+    if (a.shape, b.shape) != wanted:
         raise AdapterError(
-            f"{where}: factors of shapes {a.shape} and {b.shape}, expected ({experts} R, {wide[0]}) and "
-            f"({wide[1]}, {experts} R); is it another model's adapter?"
+            f"{where}: factors of shapes {a.shape} and {b.shape}, expected {wanted[0]} and {wanted[1]} of rank {rank}; "
+            "is it another model's adapter?"
         )
-    shapes = target.shapes(a.shape[0] // experts)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise AdapterError(f"{where}: holds NaN or infinity; take an adapter from before training diverged")
+    shapes = target.shapes(rank)
     if target.experts:
         b = b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
     return a.reshape(shapes.a), np.ascontiguousarray(b.reshape(shapes.b))

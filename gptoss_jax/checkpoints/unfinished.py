@@ -84,9 +84,12 @@ class UnfinishedFolder:
     def reserve(self, name: str, size_bytes: int) -> None:
         """A file of this size, its contents to come; refuses what does not fit on the disk where it can be known.
 
+        A name with a slash lies in a folder inside.
+
         Raises:
             OSError: as the file system raises it.
         """
+        (self.path / name).parent.mkdir(exist_ok=True)
         self._open[name] = descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.truncate(descriptor, size_bytes)
         try:
@@ -115,8 +118,9 @@ class UnfinishedFolder:
         """
         for descriptor in self._open.values():
             os.fsync(descriptor)
+        for folder in {(self.path / name).parent for name in self._open} | {self.path}:
+            sync_folder(folder)
         self._close_files()
-        sync_folder(self.path)
         if os.path.lexists(self.dst):
             raise UnfinishedError(f"{self.dst}: exists; remove it or name another folder")
         os.rename(self.path, self.dst)
