@@ -13,7 +13,7 @@ from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.training.options import LoraOptions, TrainOptions
 
 LOGITS_BYTES = 1 << 28  # of gptoss_jax.training.loss, which imports JAX
-FEW_EXPERTS = 8  # of pallas_kernels.expert_mlp, which does too
+FEW_EXPERTS = 16  # of pallas_kernels.expert_mlp, which does too
 _TRAINED = 4  # bytes of a trained weight, of its gradient, and of each of the optimizer's numbers about it: float32
 _STORED = 2  # bytes of a weight that is not trained, experts excepted: bfloat16
 _RESIDUAL = 4  # bytes of a number of the residual stream: float32

@@ -44,7 +44,7 @@ def found(tmp_path_factory):
         options = TrainOptions(batch_rows=8, row_tokens=256, steps=4, **CASES[case])
         trainer = Trainer.open(folder, options, total_steps=4)
         step = trainer.compiled_step(trainer.init(), batches.stack([rows.empty(256)], 8))
-        analysis = step.memory_analysis()
+        analysis: Any = step.memory_analysis()
         sizes = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
         return Found(*sizes, memory.memory(trainer.config, options))
 

@@ -1,6 +1,7 @@
 """The optimiser: its schedule at the corners, Muon for matrices and Adam for the rest, decay, clipping."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,10 @@ def _changes(options: OptimizerOptions) -> dict[str, np.ndarray]:
     return {path: np.asarray(after[path] - trained[path]) for path in trained}
 
 
-def _flat(**changes) -> OptimizerOptions:
+def _flat(**changes: Any) -> OptimizerOptions:
     """A rate that is the same at every step."""
-    return OptimizerOptions(**({"warmup": 0.0, "decay_from": 1.0, "clip": 0.0, "learning_rate": 0.01} | changes))
+    flat: dict[str, Any] = {"warmup": 0.0, "decay_from": 1.0, "clip": 0.0, "learning_rate": 0.01}
+    return OptimizerOptions(**(flat | changes))
 
 
 @pytest.mark.parametrize(

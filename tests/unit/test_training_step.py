@@ -216,7 +216,7 @@ def test_a_compact_vocabulary_gives_the_gradients_of_the_whole(compact):
     """Guards every weight's gradient; that of the row that stands for many is the sum of theirs."""
     whole, few, others = compact
     expected = dict(whole.gradients)
-    ids = np.concatenate([_used(), UNLIKE])
+    ids = np.concatenate([_used(), np.array(UNLIKE)])
     for table in ("embedding", "unembedding"):
         summed = expected[table][others].sum(0, keepdims=True)
         expected[table] = np.concatenate([expected[table][ids], summed])
@@ -323,6 +323,21 @@ def test_routing_is_reported_as_numpy_counts_it():
         assert float(router.entropy[layer]) == pytest.approx(-(mean * np.log(mean)).sum(), rel=1e-5)
         expected.append(5 * (load * mean).sum())
     assert float(balance) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_the_balance_loss_moves_probabilities_alone():
+    """Guards its gradient: of the mean probabilities, the shares of assignments standing still; padding has none."""
+    rng = np.random.default_rng(2)
+    logits, is_token = rng.standard_normal((1, 6, 5)), np.arange(6)[None] < 4
+    slope = jax.grad(lambda x: losses.routing({"one": x}, jnp.asarray(is_token), 2)[1])(
+        jnp.asarray(logits, jnp.float32)
+    )
+    chosen = np.argsort(-logits[is_token], axis=-1)[:, :2]
+    load = np.bincount(chosen.ravel(), minlength=5) / chosen.size
+    p = np.exp(log_softmax(logits[is_token]))
+    expected = 5 / 4 * p * (load - (p * load).sum(-1, keepdims=True))
+    np.testing.assert_allclose(np.asarray(slope)[is_token], expected, rtol=1e-4, atol=1e-7)
+    assert not np.any(np.asarray(slope)[~is_token])
 
 
 def test_routing_of_no_token_is_no_nan():
