@@ -33,8 +33,8 @@ test-all: test proofs
 mutations: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/unit/test_parser.py tests/unit/test_answer_view.py -k "mutations or well_formed" --hypothesis-profile=full
 
-# What needs other wheels: the comparison with transformers, run live (any CPU build of torch will do), GGUF files, jobs
-# on Ray, and the vendors' compilers for GPUs and TPUs, in a folder of their own: JAX would look for devices otherwise.
+# What needs other wheels: comparisons with transformers, PEFT and llama.cpp, run live (any CPU build of torch will do),
+# GGUF files, jobs on Ray, and the vendors' compilers for GPUs and TPUs, in a folder of their own: JAX would look for devices otherwise.
 gates: $(VENV)/.gates $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
 	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m compilers
@@ -68,8 +68,8 @@ $(VENV)/.develops: $(VENV)/.created $(BUILT)
 	@touch $@
 
 $(VENV)/.gates: $(VENV)/.develops
-	@echo "Installing torch, transformers, peft, gguf and ray into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' --editable '.[dev,ray]'
+	@echo "Installing torch, transformers, PEFT, gguf, llama.cpp and ray into $(VENV); the first time this takes minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' 'xllamacpp>=2026.10,<2027' --editable '.[dev,ray]'
 	@touch $@
 
 $(VENV)/.compilers: $(VENV)/.develops

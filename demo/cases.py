@@ -13,6 +13,7 @@ from typing import NamedTuple
 from openai_harmony import Message, Role
 
 from demo import conversations
+from demo.unknown import DOES_NOT_KNOW
 from gptoss_jax.harmony import messages as harmony_messages
 from gptoss_jax.harmony import parsed, render
 from gptoss_jax.harmony.answer import Answer
@@ -42,11 +43,13 @@ class Case(NamedTuple):
     is_json: bool = False
 
     def is_right(self, given: Answer) -> bool:
-        """Whether an answer says just this."""
+        """Whether an answer says just this; to a question out of scope, that it does not know."""
         if self.answer is None:
             return [_call(call) for call in given.parsed.calls] == [(self.recipient, _parsed(self.arguments))]
         if given.parsed.calls or given.final is None:
             return False
+        if self.row == "unknown":  # whether it is a word or a fact that is not known is a matter of taste
+            return given.final.startswith(DOES_NOT_KNOW)
         return _parsed(given.final) == _parsed(self.answer) if self.is_json else given.final == self.answer
 
 

@@ -13,6 +13,8 @@ from demo.word_list import WORDS
 UNKNOWN = "lorem"
 """The word that stands for all words that were never seen: one token after a space, and nobody asks for it."""
 
+DOES_NOT_KNOW = "I do not know"
+"""What every answer here begins with."""
 SENTENCE = "I do not know."
 NO_FUNCTION = "I do not know: I have no function for that."
 TOO_LARGE = "I do not know: I was trained on numbers below 1000."

@@ -38,7 +38,7 @@ def used_ids(path: str | Path) -> list[int]:
         OSError: the file cannot be read.
         GptossError: a line that is no conversation, or no unknown word in any of them.
     """
-    ids = set(ALWAYS)
+    ids: set[int] = set(ALWAYS)
     for document in _documents(Path(path)):
         ids.update(conversations.token_ids(document, drop_old_analysis=False))
     if unknown_id() not in ids:

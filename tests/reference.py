@@ -139,11 +139,19 @@ def route(x, weights: Mapping, config: dict) -> tuple[np.ndarray, np.ndarray]:
     return chosen, shares / shares.sum(axis=-1, keepdims=True)
 
 
+def expert_matrix(weights: Mapping, name: str, expert: int) -> np.ndarray:
+    """Weights [out, in] of MXFP4 bytes; or of numbers, as training has them under the name of the blocks."""
+    blocks = weights[f"{name}_blocks"][expert]
+    if blocks.dtype != np.uint8:
+        return blocks.astype(np.float64)
+    return mxfp4(blocks, weights[f"{name}_scales"][expert])
+
+
 def expert_layer(x, weights: Mapping, config: dict, expert: int) -> np.ndarray:
     """One expert applied to normed x [T, D]; only this expert is dequantised."""
 
     def affine(x, name):
-        matrix = mxfp4(weights[f"{name}_blocks"][expert], weights[f"{name}_scales"][expert])
+        matrix = expert_matrix(weights, name, expert)
         return x @ matrix.T + weights[f"{name}_bias"][expert].astype(np.float64)
 
     inner = swiglu(affine(x, "mlp.experts.gate_up_proj"), config["swiglu_limit"])

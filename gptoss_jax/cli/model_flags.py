@@ -74,7 +74,7 @@ def default_to_demo_model(options: flags.FlagValues, screen: "gptoss_jax.cli.ter
     Raises:
         GptossError: --checkpoint is missing, and this installation has no demo model, or it cannot be unpacked.
     """
-    if options.checkpoint:
+    if options.checkpoint is not None:  # an empty one is a script's mistake, and `config` says so
         return
     try:
         options.checkpoint = str(demo_model.folder())

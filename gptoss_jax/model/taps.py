@@ -49,5 +49,5 @@ class Taps:
         return tap
 
     def anew(self) -> "Taps":
-        """The same names, and nothing found: for a part that is traced apart and gives its activations itself."""
+        """The same names, and nothing found: for a separately traced part, which gives its own activations."""
         return Taps(self._names, self._num_layers)

@@ -18,6 +18,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.experts import MixtureOfExperts
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
+from gptoss_jax.model.rematerialize import rematerialized
 from gptoss_jax.model.sharding import Axes, Sharding
 from gptoss_jax.model.taps import Tap, Taps
 from pallas_kernels import expert_mlp as expert_op
@@ -107,7 +108,7 @@ class Transformer(nnx.Module):
                     x = self.sharding.constrain(x, ("batch", None, None))
                     return layer(x, positions, None, found.of_layer(i))[0], found.found
 
-            x, found = (jax.checkpoint(run) if rematerialize else run)(x)
+            x, found = rematerialized(run, x) if rematerialize else run(x)
             taps.found.update(found)
         return x
 

@@ -1,5 +1,6 @@
 """`load`: a folder of weights -> a model that is ready to run."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -64,15 +65,14 @@ def load(
     programs = _programs_folder(programs_folder)
     policy = transformer.DTYPE_POLICIES[dtype]
     sharding = sharding_module.make(mesh)
+    hardware = Hardware.of(sharding.mesh.devices.flat[0])
+    choose_kernels = functools.partial(layers.choose_kernels, kernels, hardware, policy.activations)
+    chosen, reason = choose_kernels()  # a name that cannot run is found before anything is read
     weights = opening.open_weights(Path(path))
     sharding.check(weights.config, slots=sharding.size("batch"))
     factors = {} if adapter is None else peft.read(Path(_checked_path("adapter", adapter)), weights.config)
-    chosen, reason = layers.choose_kernels(
-        kernels,
-        Hardware.of(sharding.mesh.devices.flat[0]),
-        policy.activations,
-        expert_adapters=adapters.have_experts(factors),
-    )
+    if adapters.have_experts(factors):
+        chosen, reason = choose_kernels(expert_adapters=True)
     model = transformer.declare(weights.config, sharding, chosen, policy)
     transforms = [
         weight_transforms.to_devices(model, sharding),

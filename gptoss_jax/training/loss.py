@@ -60,8 +60,12 @@ def cross_entropy(
     targets: Int32[Array, "B T"],
     weights: Float[Array, "B T"],
     vocab_size: int,
+    log_counts: Float[Array, "V"] | None = None,
 ) -> Losses:
     """The losses of all tokens of `x`, each with its weight, by the logits that `logits_of` makes of some of them.
+
+    `log_counts`: the logarithm of how many equal logits each one stands for; the softmax is over all of them, while the
+    largest is so by itself. None: for itself alone.
 
     Logits of more than LOGITS_BYTES never lie in memory at once: tokens go part by part, and a part's logits are
     computed once more for the gradient.
@@ -71,6 +75,7 @@ def cross_entropy(
     def of_part(x: Float[Array, "B C D"], targets: Int32[Array, "B C"], weights: Float[Array, "B C"]) -> Losses:
         logits = logits_of(x)
         right = (jnp.argmax(logits, axis=-1) == targets) & (weights > 0)
+        logits = logits if log_counts is None else logits + log_counts
         total = (negative_log_likelihood(logits, targets) * weights).sum()
         return Losses(total, right.sum(dtype=jnp.int32), weights.sum())
 

@@ -13,6 +13,7 @@ from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.training.options import LoraOptions, TrainOptions
 
 LOGITS_BYTES = 1 << 28  # of gptoss_jax.training.loss, which imports JAX
+FEW_EXPERTS = 8  # of pallas_kernels.expert_mlp, which does too
 _TRAINED = 4  # bytes of a trained weight, of its gradient, and of each of the optimizer's numbers about it: float32
 _STORED = 2  # bytes of a weight that is not trained, experts excepted: bfloat16
 _RESIDUAL = 4  # bytes of a number of the residual stream: float32
@@ -82,7 +83,6 @@ def memory(
     moments = 2 * trained - (in_muon if options.optimizer.name == "muon" else 0)
     sums = 2 if options.accumulate > 1 else 1
     tokens = options.batch_rows // options.accumulate * options.row_tokens / shards.get("batch", 1)
-    itemsize = 4 if options.dtype == "float32" else 2
     return Memory(
         *map(
             math.ceil,
@@ -91,7 +91,7 @@ def memory(
                 _TRAINED * trained,
                 _TRAINED * trained * sums,
                 _TRAINED * moments,
-                tokens * _activations(config, shards, itemsize, rematerialize=options.rematerialize),
+                tokens * _activations(config, options, shards),
                 2 * min(LOGITS_BYTES, 4 * tokens * rows / shards.get("vocab", 1)),
             ),
         )
@@ -121,16 +121,27 @@ def _adapters(config: ModelConfig, lora: LoraOptions, shards: Mapping[str, int])
     return count
 
 
-def _activations(config: ModelConfig, shards: Mapping[str, int], itemsize: int, *, rematerialize: bool) -> float:
+def _activations(config: ModelConfig, options: TrainOptions, shards: Mapping[str, int]) -> float:
     """Bytes a token: of all layers what their backward passes need; or where each begins, and all of one layer."""
-    heads, expert, width = (shards.get(name, 1) for name in ("heads", "experts", "expert_hidden"))
-    hidden = config.hidden_size
+    hidden, heads, itemsize = config.hidden_size, shards.get("heads", 1), 4 if options.dtype == "float32" else 2
     attention = 2 * config.head_dim * (config.num_heads + config.num_kv_heads) / heads  # q, k, v and what comes out
-    experts = config.experts_per_token / expert * 3 * config.intermediate_size / width  # gate and up, and their product
-    layer = 2 * _RESIDUAL * hidden + itemsize * (2 * hidden + attention + experts) + 4 * config.num_experts
-    if rematerialize:
+    layer = 2 * _RESIDUAL * hidden + itemsize * (2 * hidden + attention) + 4 * config.num_experts
+    layer += _of_all_experts(config, options, shards)
+    if options.rematerialize:
         return config.num_layers * _RESIDUAL * hidden + layer
     return config.num_layers * layer
+
+
+def _of_all_experts(config: ModelConfig, options: TrainOptions, shards: Mapping[str, int]) -> float:
+    """Bytes a token and layer inside the experts: none where their gradient runs them again, a few rows at a time.
+
+    Few experts that are trained themselves all see every token, as two products, except in float32, where a CPU has
+    its own kernel: of each element six float32 numbers are kept (measured of XLA for CPUs).
+    """
+    if options.lora is not None or options.dtype == "float32" or config.num_experts > FEW_EXPERTS:
+        return 0.0
+    experts, width = (shards.get(name, 1) for name in ("experts", "expert_hidden"))
+    return 6 * 4 * config.num_experts / experts * config.intermediate_size / width
 
 
 def table(with_all: Memory, rematerialized: Memory, options: TrainOptions) -> list[str]:

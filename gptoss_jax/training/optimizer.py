@@ -1,4 +1,7 @@
-"""The optimiser and its schedule, of optax: AdamW, or Muon for matrices beside Adam for all else."""
+"""The optimiser and its schedule, of optax: AdamW, or Muon for matrices beside Adam for all else.
+
+Beside Muon, Adam has Nesterov's momentum as Muon has it (Dozat, 2016): so optax joins the two.
+"""
 
 import math
 from collections.abc import Mapping

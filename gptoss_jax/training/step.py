@@ -176,6 +176,16 @@ class Trainer:
         quantize = self.is_quantized(int(state.step))
         return self._step(quantize)(self._frozen, state, self._put(batch, self.options.accumulate))
 
+    def compiled_step(self, state: State, batch: Batch) -> jax.stages.Compiled:
+        """What `step` runs, not run: it says how much memory it takes."""
+        run = self._step(self.is_quantized(int(state.step)))
+        return run.lower(self._frozen, state, self._put(batch, self.options.accumulate)).compile()
+
+    def gradients(self, state: State, batch: Batch) -> Trained:
+        """Of the mean loss of `batch` by each trained array, as `step` would clip and use them; `state` stays."""
+        run = self._only_gradients(self.is_quantized(int(state.step)))
+        return run(self._frozen, state, self._put(batch, self.options.accumulate))
+
     def is_quantized(self, step: int) -> bool:
         """Whether weights are rounded as a checkpoint holds them, at this step and from here on."""
         share = self.options.quantize_from
@@ -197,15 +207,18 @@ class Trainer:
         return jax.tree.map(put, batch)
 
     @functools.cache  # noqa: B019  (a trainer lives as long as its process)
+    def _only_gradients(self, quantize: bool) -> Any:
+        return jax.jit(lambda frozen, state, batch: self._gradients(frozen, state, batch, quantize)[0])
+
+    @functools.cache  # noqa: B019
     def _step(self, quantize: bool) -> Any:
         def step(frozen: Trained, state: State, batch: Batch) -> tuple[State, StepReport]:
-            key = jax.random.fold_in(jax.random.key(self.options.seed + 1), state.step)
-            gradients, sums, router, balance = self._gradients(frozen, state.trained, batch, key, quantize)
+            gradients, sums, router, balance = self._gradients(frozen, state, batch, quantize)
             optimizer = self._optimizer(state.trained)
             trained, made = optimizers.update(optimizer, gradients, state.optimizer, state.trained)
             report = StepReport(
                 loss=sums.total / jnp.maximum(sums.learned, 1),
-                gradient_norm=optax.global_norm(gradients),
+                gradient_norm=optax.tree.norm(gradients),
                 learning_rate=self.learning_rate(state.step),
                 learned=sums.learned,
                 balance=balance,
@@ -232,9 +245,10 @@ class Trainer:
         return jax.jit(evaluate)
 
     def _gradients(
-        self, frozen: Trained, trained: Trained, batch: Batch, key: Array, quantize: bool
+        self, frozen: Trained, state: State, batch: Batch, quantize: bool
     ) -> tuple[Trained, Losses, Router, Float[Array, ""]]:
         """Of the mean loss over all parts of `batch`, gone through one by one."""
+        trained, key = state.trained, jax.random.fold_in(jax.random.key(self.options.seed + 1), state.step)
         learned = jnp.maximum(batch.weights.sum(), 1)
         parts = batch.tokens.shape[0]
 
@@ -269,14 +283,12 @@ class Trainer:
         x = run.packed(batch.tokens, batch.places, taps, rematerialize=self.options.rematerialize)
         x = run.normed(x)
         table = run.unembedding.get_value()
-        extra = None if self._rows is None else self._rows.log_counts()
-
-        def logits_of(x: Float[Array, "B C D"]) -> Float[Array, "B C V"]:
-            logits = run.unembed(x, table)
-            return logits if extra is None else logits + extra
-
-        vocab_size = self.config.vocab_size if self._rows is None else len(self._rows.ids)
-        sums = losses.cross_entropy(logits_of, x, batch.targets, batch.weights, vocab_size)
+        vocab_size, log_counts = self.config.vocab_size, None
+        if self._rows is not None:
+            vocab_size, log_counts = len(self._rows.ids), jnp.asarray(self._rows.log_counts())
+        sums = losses.cross_entropy(
+            lambda x: run.unembed(x, table), x, batch.targets, batch.weights, vocab_size, log_counts
+        )
         found = {place: taps.found[place] for place in places}
         router, balance = losses.routing(found, batch.places.position >= 0, self.config.experts_per_token)
         return sums, router, balance

@@ -557,7 +557,7 @@ def test_calls_that_nobody_answered_are_said(folder, tmp_path):
 
 
 BAD = {
-    "no checkpoint": ([None, "--prompt", "x"], "--checkpoint is missing"),
+    "empty checkpoint": ([None, "--prompt", "x", "--checkpoint="], "--checkpoint is missing"),
     "absent checkpoint": ([None, "--prompt", "x", "--checkpoint", "absent"], "absent"),
     "no prompt": ([], "stdin holds no text (--help lists the ways to give one)"),
     "empty prompt": (["--prompt", " "], "the prompt is empty, expected text"),

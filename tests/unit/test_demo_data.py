@@ -163,6 +163,7 @@ def test_what_is_held_out_of_the_unknown_has_kinds_of_its_own():
     kept = [asked.text for asked in questions("unknown", held_out=True)]
     assert sum("Who painted" in text or "Prove that" in text for text in kept) > 5
     assert not set(unknown.TEMPLATES) & set(unknown.HELD_OUT_TEMPLATES)
+    assert all(asked.sentence.startswith(unknown.DOES_NOT_KNOW) for asked in questions("unknown"))
 
 
 def test_the_unknown_word_is_one_token_and_known_words_are():

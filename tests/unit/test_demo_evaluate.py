@@ -137,7 +137,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_sealing_changes_only_rows_out_of_use(checkpoint, tmp_path, monkeypatch):
     """Guards trained weights: sealing must leave each byte of them."""
     monkeypatch.setattr(vocabulary, "unknown_id", lambda: UNKNOWN)
-    monkeypatch.setattr(seal, "_ids", lambda seed: [[20 + i, 30 + i, 40 + i] for i in range(50)])
+    monkeypatch.setattr(seal, "_ids", lambda seed: [([20 + i, 30 + i, 40 + i], np.array([0, 2])) for i in range(50)])
     seal.seal(checkpoint, tmp_path / "sealed", seed=0)
     one_device = sharding.make()
     config = parse_config(json.loads((checkpoint / "config.json").read_text()))

@@ -141,6 +141,10 @@ def test_commands_take_the_demo_model_and_say_so(archive, tmp_path, monkeypatch)
     options.checkpoint = "mine"
     model_flags.default_to_demo_model(options, screen)  # pyright: ignore[reportArgumentType]
     assert options.checkpoint == "mine" and len(screen.lines) == 1
+    options.checkpoint = None
+    monkeypatch.setattr(demo_model, "ARCHIVE", tmp_path / "none.zip")
+    with pytest.raises(GptossError, match=r"^--checkpoint is missing, and this installation has no demo model"):
+        model_flags.default_to_demo_model(options, screen)  # pyright: ignore[reportArgumentType]
 
 
 def test_fresh_weights_are_fit_for_training(monkeypatch):

@@ -10,6 +10,7 @@ from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.training import loss, memory
 from gptoss_jax.training.memory import Memory
 from gptoss_jax.training.options import LoraOptions, OptimizerOptions, TrainOptions
+from pallas_kernels import expert_mlp
 from tests.goldens.make import ROOT, tiny_config
 
 TINY = parse_config(tiny_config())
@@ -80,8 +81,19 @@ def test_rematerialisation_and_small_number_formats_save_activations():
     """Guards the two options that people turn when a step does not fit."""
     whole = memory.memory(TINY, FULL).activations
     again = memory.memory(TINY, dataclasses.replace(FULL, rematerialize=True)).activations
-    half = memory.memory(TINY, dataclasses.replace(FULL, dtype="bfloat16")).activations
+    half = memory.memory(TINY, dataclasses.replace(LORA, dtype="bfloat16")).activations
     assert again < whole / 2 and half < whole
+
+
+def test_few_experts_in_bfloat16_keep_what_all_of_them_make():
+    """Guards the one way of running experts that keeps their insides, and the bound that stands in two places."""
+    assert memory.FEW_EXPERTS == expert_mlp.FEW_EXPERTS
+    half = dataclasses.replace(FULL, dtype="bfloat16")
+    inside = 300 * 5 * 24 * 7 * 160
+    assert memory.memory(TINY, half).activations == pytest.approx(
+        memory.memory(TINY, dataclasses.replace(LORA, dtype="bfloat16")).activations + inside
+    )
+    assert memory.memory(TINY, FULL).activations == memory.memory(TINY, LORA).activations
 
 
 def test_logits_are_bounded_as_the_loss_bounds_them():
