@@ -163,6 +163,8 @@ def _with_adapter(export: Export, options: Options) -> tuple[Export, Change | No
     if options.keep_adapter:
         print(one_line(f"adapter of {len(factors)} matrices: kept, in {options.dst / 'adapter'}"))
         return merge_report.beside(export, options.adapter), None, None
+    if not options.dry_run:
+        export.check_room(options.dst)  # before what may take an hour
     merger = Merger(export.config, factors, pack=export.packs, keep_scales=options.keep_scales)
     report = merge_report.measure(export, options.adapter, factors, merger, options.text, byte_progress)
     print(report.text())

@@ -136,6 +136,15 @@ class Export:
         if here in there.parents:
             raise ExportError(f"DST {dst} lies in CHECKPOINT: name a folder outside of it")
 
+    def check_room(self, dst: Path) -> None:
+        """Refuses a disk that is too full.
+
+        Raises:
+            ExportError: there is too little room.
+        """
+        if (free := self.free_bytes(dst)) < self.size_bytes:
+            raise ExportError(f"{dst}: {self.size_bytes:,} bytes are needed, {free:,} are free: make room first")
+
     def run(
         self, dst: Path, change: Change | None = None, changed_by: str | None = None, progress: Progress = silent
     ) -> Exported:
@@ -155,8 +164,7 @@ class Export:
             OSError: as the file system raises it.
         """
         self.check(dst)
-        if (free := self.free_bytes(dst)) < self.size_bytes:
-            raise ExportError(f"{dst}: {self.size_bytes:,} bytes are needed, {free:,} are free: make room first")
+        self.check_room(dst)
         shards = self._headed(changed_by) if changed_by else self.shards
         with UnfinishedFolder(dst) as folder, progress("writing", self.leaves_bytes, 0) as report_bytes:
             for name, content in self.small_files.items():

@@ -2,11 +2,12 @@
 
 W + b a is computed in float32, then rounded once: to bfloat16, or of packed experts to MXFP4 by the rule of OCP MX
 v1.0, section 6.3 (to nearest, ties to even). W lies on the MXFP4 grid, so a difference of less than half a step is
-lost there: `Merger.losses` says how much was. An expert, or some rows, are in memory as float32 at a time. No JAX.
+lost there: `Merger.losses` says how much was. Few experts, or some rows, are in memory as float32 at a time. No JAX.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from gptoss_jax.model import adapters
 from gptoss_jax.model.adapters import LowRank
 from gptoss_jax.model.config import ModelConfig
 
+EXPERTS_AT_ONCE = 4
 ROWS = 4096  # of a matrix that are merged at once where it has no experts
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -142,7 +144,9 @@ def _merge_packed(
 
     A block whose values are what they were keeps its bytes: they may be written in two ways (see `packing.pack`).
     """
-    for expert, (of_blocks, of_scales) in enumerate(zip(blocks, scales, strict=True)):
+
+    def merge(expert: int) -> Loss:
+        of_blocks, of_scales = blocks[expert], scales[expert]
         base, delta = _base_and_delta(of_blocks, of_scales, a[expert], b[expert])
         made = _packed(base + delta, of_scales if keep_scales else None)
         rounded = packing.unpack(*made).astype(np.float32)
@@ -151,8 +155,16 @@ def _merge_packed(
         flipped = made[0] ^ of_blocks
         nibbles = int(np.count_nonzero(flipped & 15) + np.count_nonzero(flipped >> 4))
         scales_changed = int(np.count_nonzero(made[1] != of_scales))
-        yield _loss(base, delta, rounded)._replace(packed=base.size, nibbles=nibbles, scales=scales_changed)
         of_blocks[...], of_scales[...] = made
+        return _loss(base, delta, rounded)._replace(packed=base.size, nibbles=nibbles, scales=scales_changed)
+
+    return _each(merge, len(blocks))
+
+
+def _each(merge: Callable[[int], Loss], experts: int) -> Iterator[Loss]:
+    """Of all experts, in their order: some at once, as NumPy computes in several threads."""
+    with ThreadPoolExecutor(EXPERTS_AT_ONCE) as threads:
+        yield from threads.map(merge, range(experts))
 
 
 Bytes = tuple[np.ndarray, np.ndarray]
@@ -184,10 +196,13 @@ def _merge_unpacked(
     blocks: np.ndarray, scales: np.ndarray, a: np.ndarray, b: np.ndarray, merged: np.ndarray
 ) -> Iterator[Loss]:
     """Merges into `merged`, bfloat16 [E, in, out], expert by expert."""
-    for expert, rows in enumerate(merged):
+
+    def merge(expert: int) -> Loss:
         base, delta = _base_and_delta(blocks[expert], scales[expert], a[expert], b[expert])
-        rows[...] = base + delta
-        yield _loss(base, delta, rows.astype(np.float32))
+        merged[expert] = base + delta
+        return _loss(base, delta, merged[expert].astype(np.float32))
+
+    return _each(merge, len(merged))
 
 
 def _base_and_delta(
