@@ -25,7 +25,7 @@ mkdir -p "$FOLDER"
     "$PYTHON" -m gptoss_jax.finetune \
     --checkpoint "$FOLDER/fresh" --data "$FOLDER/data.jsonl" --validation "$FOLDER/validation.jsonl" \
     --output "$FOLDER/run" --method full --compact-vocabulary --epochs "${EPOCHS:-1}" --seed 0 \
-    --optimizer muon --learning-rate 0.003 --matrix-learning-rate 0.03 --warmup 0.02 --decay-from 0.3 \
+    --optimizer muon --learning-rate 0.003 --matrix-learning-rate 0.03 --weight-decay 0.1 --warmup 0.02 --decay-from 0.3 \
     --quantize-from 0.8 --row-tokens 256 --batch-rows 16 --mesh data=2 \
     --log-every 10 --evaluate-every 500 --save-every 200
 

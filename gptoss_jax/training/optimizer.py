@@ -27,6 +27,9 @@ MATRICES = {
 }
 """The weights that Muon trains, by the end of their paths, as matrices: one an expert."""
 
+NEVER_DECAYED = ("bias", "norm", "sinks")
+"""The ends of paths of weights that weight decay leaves alone: they scale and shift, and are no matrices."""
+
 
 def schedule(options: OptimizerOptions, total_steps: int, step: Any) -> Float[Array, ""]:
     """Share of the full learning rate at `step`, from 0: a linear warm-up, flat, then linear down to the run's end."""
@@ -43,20 +46,23 @@ def optimizer(options: OptimizerOptions, total_steps: int, trained: Mapping[str,
         return lambda count: full * schedule(options, total_steps, count)
 
     clip = optax.clip_by_global_norm(options.clip) if options.clip else optax.identity()
-    decay = options.weight_decay
+    decay, decays = options.weight_decay, {path: not path.endswith(NEVER_DECAYED) for path in trained}
     if options.matrix_learning_rate is None:
-        return optax.chain(clip, optax.adamw(rate(options.learning_rate), b1=BETA1, b2=BETA2, weight_decay=decay))
+        adam = optax.adamw(rate(options.learning_rate), b1=BETA1, b2=BETA2, weight_decay=decay, mask=decays)
+        return optax.chain(clip, adam)
     matrices: Any = {path: _matrix(path) for path in trained}
     muon = optax.contrib.muon(
         rate(options.matrix_learning_rate),
         weight_decay=decay,
         adam_b1=BETA1,
         adam_b2=BETA2,
-        adam_weight_decay=decay,
         adam_learning_rate=rate(options.learning_rate),
         muon_weight_dimension_numbers=matrices,
     )
-    return optax.chain(clip, muon)
+    # what `muon` leaves to Adam it would decay whole, norms and biases too
+    decays = {path: decays[path] and matrices[path] is None for path in trained}
+    others = optax.add_decayed_weights(lambda count: -decay * rate(options.learning_rate)(count), decays)
+    return optax.chain(clip, muon, others) if decay else optax.chain(clip, muon)
 
 
 def _matrix(path: str) -> MuonDimensionNumbers | None:

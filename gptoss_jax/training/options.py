@@ -56,7 +56,8 @@ class OptimizerOptions:
         name: of OPTIMIZERS.
         learning_rate: AdamW's, at its highest.
         matrix_learning_rate: Muon's, at its highest; None is MUON_MATRIX_RATE where Muon is used.
-        weight_decay: times the learning rate, the share of a weight that each step takes away.
+        weight_decay: times the learning rate, the share of a weight that each step takes away; not of norms, biases and
+            sinks.
         warmup: share of the run in which the rate rises linearly from 0.
         decay_from: share of the run from which the rate falls linearly to 0; 1 keeps it.
         clip: gradients are scaled to this global norm where theirs is larger; 0 leaves them as they are.

@@ -111,11 +111,12 @@ def test_adam_moves_all_else_by_its_rate(muon, first_steps):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_takes_a_share_of_each_weight(name, first_steps):
-    """Guards decoupled decay, of rate times weight, for both kinds of weights."""
+    """Guards decoupled decay, of rate times weight, for both kinds of matrices, and norms and biases against any."""
     without, decayed = first_steps(name), first_steps(name, 0.5)
     weights = _draw(0)
     for path, change in decayed.items():
         rate = MUON_MATRIX_RATE if name == "muon" and path in MATRICES else 0.01
+        rate = 0 if path.endswith(optimizer.NEVER_DECAYED) else rate
         np.testing.assert_allclose(change - without[path], -0.5 * rate * weights[path], rtol=1e-3, atol=1e-6)
 
 
