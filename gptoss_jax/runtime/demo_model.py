@@ -125,3 +125,7 @@ def _check(archive: Path, folder: Path) -> None:
 
 def _damaged(archive: Path, why: str) -> DemoModelError:
     return DemoModelError(f"{archive} is damaged ({why}): install the package again, or give --checkpoint")
+
+
+if __name__ == "__main__":  # for scripts: where it lies
+    print(folder())
