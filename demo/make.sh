@@ -17,7 +17,7 @@ mkdir -p "$FOLDER"
 [ -e "$FOLDER/fresh" ] || "$PYTHON" -m demo.fresh "$FOLDER/fresh" --data "$FOLDER/data.jsonl" --seed 0
 
 # Two devices of one thread each are faster than one of two threads. The settings of malloc keep freed memory, which
-# the kernel would otherwise clear again for each step: half of the time went there.
+# the kernel would otherwise clear again for each step.
 [ -e "$FOLDER/run/checkpoint" ] || env \
     XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \
     MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 \

@@ -3,7 +3,7 @@
 A trained tree is flat: arrays by path, float32. `params` puts one among the weights of a model, for a traced step.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -199,8 +199,3 @@ def _straight_through(rounding: Any, array: Float[Array, "..."]) -> Float[Array,
 
 def _bfloat16(array: Float[Array, "..."]) -> Float[Array, "..."]:
     return array.astype(jnp.bfloat16).astype(jnp.float32)
-
-
-def count(trained: Mapping[str, Any]) -> int:
-    """How many numbers are trained."""
-    return sum(int(np.prod(array.shape)) for array in trained.values())
