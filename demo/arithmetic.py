@@ -1,7 +1,7 @@
 """Sums, differences, comparisons and products, with thoughts that spell digits, the least significant first.
 
-A step for each digit with its carry is an easy question each time, and the operation is named first: a sum with a number
-of one digit would else be taken for a product.
+A step for each digit with its carry is an easy question each time, and the operation is named first: a sum with a
+number of one digit would else be taken for a product.
 """
 
 from collections.abc import Sequence
