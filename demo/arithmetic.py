@@ -1,7 +1,8 @@
 """Sums, differences, comparisons and products, with thoughts that spell digits, the least significant first.
 
 A step for each digit with its carry is an easy question each time, and the operation is named first: a sum with a
-number of one digit would else be taken for a product.
+number of one digit would else be taken for a product. What a step decides, a sign or whether to borrow, is written
+after all that it follows from.
 """
 
 from collections.abc import Sequence
@@ -73,10 +74,11 @@ def comparison(random: Random, held_out: bool) -> Question:
         f"What is the {word} of {a} and {b}?",
         f"{a} or {b}: which one is {word}?",
     )
-    signs = _compare_digits(_digits(a, b)[::-1], _digits(b, a)[::-1])
-    high = f"Compare. {_spelled(a, b)}, {_spelled(b, a)}. {', '.join(signs)}."
+    steps = ", ".join(_compare_digits(_digits(a, b)[::-1], _digits(b, a)[::-1]))
     value = max(a, b) if word == "larger" else min(a, b)
-    return Question("comparison", text, f"{value} is {word}.", value, thinking(high, f"Compare. {', '.join(signs)}."))
+    found = f"{steps}. {word}: {'first' if value == a else 'second'}, {value}."
+    thoughts = thinking(f"Compare. {_spelled(a, b)}, {_spelled(b, a)}. {found}", f"Compare. {found}")
+    return Question("comparison", text, f"{value} is {word}.", value, thoughts)
 
 
 def product_by_digit(random: Random, held_out: bool) -> Question:
@@ -184,7 +186,8 @@ def _subtract_digits(a: Sequence[int], b: Sequence[int]) -> tuple[list[str], lis
     for x, y in zip(a, b, strict=True):
         borrows = x - y - borrowed < 0
         left = x + 10 * borrows - y - borrowed
-        steps.append(f"{x + 10 * borrows}-{y}{f'-{borrowed}' if borrowed else ''}={left}")
+        less = f"-{y}{f'-{borrowed}' if borrowed else ''}"
+        steps.append(f"{x}{less}:{x + 10}{less}={left}" if borrows else f"{x}{less}={left}")
         digits.append(left)
         borrowed = int(borrows)
     return steps, digits
@@ -201,10 +204,10 @@ def _multiply_digits(digits: Sequence[int], by: int) -> tuple[list[str], list[in
 
 
 def _compare_digits(a: Sequence[int], b: Sequence[int]) -> list[str]:
-    """Signs from the first digit on, up to the one that decides."""
-    signs = []
+    """Pairs of digits from the first on, each with its sign after it, up to the one that decides."""
+    steps = []
     for x, y in zip(a, b, strict=True):
-        signs.append(f"{x}{'=' if x == y else '>' if x > y else '<'}{y}")
+        steps.append(f"{x} {y} {'=' if x == y else '>' if x > y else '<'}")
         if x != y:
             break
-    return signs
+    return steps

@@ -45,7 +45,7 @@ SHAPES: Mapping[str, float] = {
 """What a question stands in -> weight, in percent."""
 
 EFFORTS = (12, 38, 50)  # weights of low, medium and high where thoughts help: at low effort sums are guesses
-MOST_TOKENS = 256  # of a conversation, which a packed row must hold
+MOST_TOKENS = 288  # of a conversation, which a packed row must hold
 DATED = 0.1  # the share of conversations with a date in the system message, as `--chat` has it
 
 

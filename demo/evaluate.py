@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import demo.compact
 
 SHAPES = [shape for shape in conversations.SHAPES if shape != "plain"]
-MAX_NEW_TOKENS, MAX_CONTEXT_TOKENS = 224, 512
+MAX_NEW_TOKENS, MAX_CONTEXT_TOKENS = 256, 512
 Scores = Mapping[str, Score]
 """Row -> score."""
 

@@ -76,6 +76,8 @@ def test_arithmetic_is_right(family, sign, compute):
         for thoughts in asked.thoughts.values():
             _check_steps(thoughts)
             assert int(thoughts.rsplit(". ", 1)[1].rstrip(".").replace(" ", "")) == result
+            for first, ten in re.findall(r"(\d)[\d-]*:(\d+)-", thoughts):
+                assert sign == "-" and int(ten) == int(first) + 10
 
 
 def _check_steps(thoughts: str) -> None:
@@ -88,12 +90,19 @@ def _check_steps(thoughts: str) -> None:
 
 
 def test_comparisons_are_right():
-    """Guards larger against smaller."""
+    """Guards larger against smaller, and the steps up to the digits that decide."""
     for asked in questions("comparison"):
-        choose = max if "larger" in asked.text else min
-        assert asked.value == choose(numbers(asked.text)) and asked.sentence == (
-            f"{asked.value} is {'larger' if choose is max else 'smaller'}."
-        )
+        word = "larger" if "larger" in asked.text else "smaller"
+        operands = numbers(asked.text)
+        assert asked.value == (max if word == "larger" else min)(operands)
+        assert asked.sentence == f"{asked.value} is {word}."
+        for thoughts in asked.thoughts.values():
+            steps, found = thoughts.removesuffix(".").split(". ")[-2:]
+            pairs = re.findall(r"(\d) (\d) ([=<>])", steps)
+            assert all(sign == ("=" if x == y else ">" if x > y else "<") for x, y, sign in pairs)
+            assert [sign == "=" for *_, sign in pairs] == [True] * (len(pairs) - 1) + [False]
+            place = ("first", "second")[operands.index(asked.value)]
+            assert found == f"{word}: {place}, {asked.value}"
 
 
 def test_letters_are_right():
@@ -111,13 +120,33 @@ def test_letters_are_right():
 
 @pytest.mark.parametrize("family", ["sorting_numbers", "sorting_words"])
 def test_sorting_is_right(family):
-    """Guards the order, and the picks that lead to it."""
+    """Guards the order, and that a going through the digits or the alphabet leads to it."""
     for asked in questions(family):
-        down = "largest first" in asked.thoughts["high"]
-        assert isinstance(asked.value, list)
+        thoughts, down = asked.thoughts["high"], "largest first" in asked.thoughts["high"]
+        assert isinstance(asked.value, list) and len(asked.value) <= len(sorting.LABELS)
         assert asked.value == sorted(asked.value, reverse=down)
-        assert all(str(value) in asked.text for value in asked.value)
-        assert len(re.findall(r"left ", asked.thoughts["high"])) == len(asked.value) <= len(sorting.LABELS)
+        assert all(re.search(rf"\b{value}\b", asked.text) for value in asked.value)
+        sort, listed, firsts, passes, ranked, result = re.split(r"\. ?", thoughts.rstrip("."))
+        stands_for = dict(re.findall(r"([A-F]) ?(\w+)", listed))
+        width = max(map(len, stands_for.values())) if family == "sorting_numbers" else 0
+        assert dict(re.findall(r"([A-F]) ?(\w)", firsts)) == {
+            label: text.zfill(width)[0] for label, text in stands_for.items()
+        }
+        placed = re.findall(r"(first|second|third|fourth|fifth|sixth) ([A-F])", passes)
+        assert [f"{rank} {stands_for[label]}" for rank, label in placed] == [
+            re.sub(r" [A-F] ?", " ", part) for part in ranked.split(", ")
+        ]
+        assert result == ", ".join(map(str, asked.value)) == ", ".join(stands_for[label] for _, label in placed)
+        assert sort == f"Sort, {'largest' if down else 'smallest'} first"
+
+
+def test_ties_are_shown_as_far_as_they_go():
+    """Guards the hardest of the thoughts: numbers that begin alike."""
+    asked = sorting.numbers_of([147, 142, 822, 139], "Sort.", down=False)
+    assert asked.thoughts["high"].split(". ")[3] == (
+        "0 1 A B D: A4 B4 D3 = A7 B2 D9 first D second B third A; 2 3 4 5 6 7 8 C: fourth C; 9"
+    )
+    assert asked.value == [139, 142, 147, 822]
 
 
 def test_numbers_in_words():
