@@ -46,6 +46,7 @@ SHAPES: Mapping[str, float] = {
 
 EFFORTS = (12, 38, 50)  # weights of low, medium and high where thoughts help: at low effort sums are guesses
 MOST_TOKENS = 288  # of a conversation, which a packed row must hold
+MORE = 4
 DATED = 0.1  # the share of conversations with a date in the system message, as `--chat` has it
 
 
@@ -65,7 +66,13 @@ class Example(NamedTuple):
     document: dict[str, Any]
 
 
-def example(random: Random, held_out: bool, families: Sequence[str] = (), effort: str | None = None) -> Example:
+def example(
+    random: Random,
+    held_out: bool,
+    families: Sequence[str] = (),
+    effort: str | None = None,
+    more: Sequence[str] = (),
+) -> Example:
     """A conversation of at most MOST_TOKENS tokens.
 
     Args:
@@ -73,8 +80,10 @@ def example(random: Random, held_out: bool, families: Sequence[str] = (), effort
         held_out: whether its questions are those that are kept for evaluation.
         families: of its last question; empty: all, by their weights.
         effort: the reasoning effort; None: drawn.
+        more: families with MORE times their weight.
     """
     weights = {name: weight for name, (_, weight) in QUESTIONS.items()} | dict(CALLS)
+    weights |= {name: MORE * weights[name] for name in more}
     families = families or list(weights)
     while True:
         family = random.choices(families, [weights[name] for name in families])[0]

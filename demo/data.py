@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before what takes long to import
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -30,6 +30,7 @@ def define_flags() -> None:
     """This command's flags."""
     flags.DEFINE_integer("count", 300_000, "N: Conversations.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "SEED: The same seed gives the same conversations.")
+    flags.DEFINE_list("more", [], "NAMES: Families that are drawn four times as often.")
     flags.DEFINE_bool("held_out", False, "Questions that are kept for evaluation, in place of those to train on.")
 
 
@@ -38,12 +39,17 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     if len(arguments) != 1:
         raise GptossError(f"expected one file to write, got {arguments or 'none'}")
-    counts = write(arguments[0], count=options.count, seed=options.seed, held_out=options.held_out)
+    known = [*conversations.QUESTIONS, *conversations.CALLS]
+    if unknown := [name for name in options.more if name not in known]:
+        raise GptossError(f"--more names {unknown[0]!r}, expected some of {', '.join(known)}")
+    counts = write(
+        arguments[0], count=options.count, seed=options.seed, held_out=options.held_out, more=tuple(options.more)
+    )
     for family, count in sorted(counts.items()):
         print(f"{family:20} {count:8,}")
 
 
-def write(path: str | Path, *, count: int, seed: int, held_out: bool) -> Counter[str]:
+def write(path: str | Path, *, count: int, seed: int, held_out: bool, more: Sequence[str] = ()) -> Counter[str]:
     """Writes `count` conversations, whole or not at all, and counts them by family.
 
     Raises:
@@ -51,18 +57,18 @@ def write(path: str | Path, *, count: int, seed: int, held_out: bool) -> Counter
     """
     counts: Counter[str] = Counter()
     with whole_files.writing(path) as out:
-        for example in examples(count, seed=seed, held_out=held_out):
+        for example in examples(count, seed=seed, held_out=held_out, more=more):
             counts[example.family] += 1
             line = json.dumps(example.document, ensure_ascii=False, separators=(",", ":"))
             out.write(line.encode() + b"\n")
     return counts
 
 
-def examples(count: int, *, seed: int, held_out: bool) -> Iterator[conversations.Example]:
-    """The conversations of a seed, one by one."""
+def examples(count: int, *, seed: int, held_out: bool, more: Sequence[str] = ()) -> Iterator[conversations.Example]:
+    """The conversations of a seed, one by one; families in `more` are drawn more often."""
     random = Random(f"{seed} {held_out}")
     for _ in range(count):
-        yield conversations.example(random, held_out)
+        yield conversations.example(random, held_out, more=more)
 
 
 def cli() -> None:

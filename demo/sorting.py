@@ -4,6 +4,7 @@ A trial that picked the least of what was left at one glance was right on 6 %. G
 alphabet, each step asks only which labels have this very one, and two or three that share it are put in order alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
@@ -32,7 +33,7 @@ def sorting_numbers(random: Random, held_out: bool) -> Question:
         numbers = random.sample(range(most + 1), random.randint(3, MOST_NUMBERS))
         if is_held_out("sorting_numbers", *sorted(numbers)) == held_out:
             break
-    down = random.random() < 0.3
+    down = random.random() < 0.4
     listed = ", ".join(map(str, numbers))
     wordings = [f"Sort these numbers {random.choice(DESCENDING if down else ASCENDING)}: {listed}."]
     wordings += [f"Put {listed} in order {random.choice(DESCENDING[1:] if down else ASCENDING[1:])}."]
@@ -69,11 +70,12 @@ def sorting_words(random: Random, held_out: bool) -> Question:
 def _question(family: str, text: str, items: Sequence[_Item], down: bool) -> Question:
     ordered = sorted(items, key=lambda item: item.key, reverse=down)
     texts = [item.text for item in ordered]
-    sort = f"Sort, {'largest' if down else 'smallest'} first. {' '.join(_beside(item, item.text) for item in items)}"
+    sort = f"Sort, {'largest' if down else 'smallest'} first."
     ranked = ", ".join(f"{rank} {_beside(item, item.text)}" for rank, item in zip(RANKS, ordered, strict=False))
-    medium = f"{sort}. {ranked}."
-    firsts = " ".join(_beside(item, item.key[0]) for item in items)
-    high = f"{sort}. {firsts}. {_passes(items, down)}. {ranked}. {', '.join(texts)}."
+    medium = f"{sort} {' '.join(_beside(item, item.text) for item in items)}. {ranked}."
+    # the label follows once more what is looked for: to write what followed before is what attention learns first
+    listed = " ".join(f"{_beside(item, item.text)} {item.key[0]} {item.label}" for item in items)
+    high = f"{sort} {listed}. {_passes(items, down)}. {ranked}. {', '.join(texts)}."
     values = list(map(int, texts)) if family == "sorting_numbers" else texts
     return Question(family, text, f"Sorted: {', '.join(texts)}.", values, thinking(high, medium))
 
@@ -95,11 +97,16 @@ def _passes(items: Sequence[_Item], down: bool) -> str:
 
 
 def _ties(alike: Sequence[_Item]) -> str:
-    """The digits or letters that follow, of all of those that begin alike, up to where no two are the same."""
+    """The digits or letters that follow, of all of those that begin alike, each beside the next with a sign.
+
+    They go on up to where no two of the items are the same.
+    """
     shown, length = "", 1
     while len({item.key[1:length] for item in alike}) < len(alike):
-        shown += "= " if shown else ""
-        shown += "".join(f"{_beside(item, item.key[length])} " for item in alike)
+        shown += f"{_beside(alike[0], alike[0].key[length])} "
+        for before, item in itertools.pairwise(alike):
+            x, y = before.key[length], item.key[length]
+            shown += f"{_beside(item, y)} {'=' if x == y else '>' if x > y else '<'} "
         length += 1
     return shown
 

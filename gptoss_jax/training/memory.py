@@ -75,12 +75,11 @@ def memory(
     rows = vocab_rows or config.vocab_size
     weights = _weights(config, shards, rows)
     if options.lora is None:
-        base, trained, in_muon = 0.0, weights.dense + weights.experts, weights.matrices + weights.experts
+        base, trained, moments = 0.0, weights.dense + weights.experts, _moments(config, options, weights, shards)
     else:
         packed = (MXFP4_BLOCK / 2 + 1) / MXFP4_BLOCK  # bytes of a number: half of one, and a scale for each block
-        base, trained, in_muon = _STORED * weights.dense + packed * weights.experts, 0.0, 0.0
-        trained = _adapters(config, options.lora, shards)
-    moments = 2 * trained - (in_muon if options.optimizer.name == "muon" else 0)
+        base, trained = _STORED * weights.dense + packed * weights.experts, _adapters(config, options.lora, shards)
+        moments = 2 * trained / shards.get("batch", 1)
     sums = 2 if options.accumulate > 1 else 1
     tokens = options.batch_rows // options.accumulate * options.row_tokens / shards.get("batch", 1)
     return Memory(
@@ -96,6 +95,15 @@ def memory(
             ),
         )
     )
+
+
+def _moments(config: ModelConfig, options: TrainOptions, weights: Weights, shards: Mapping[str, int]) -> float:
+    """Numbers of the optimizer on each device: the data shards cut them, Muon's matrices excepted."""
+    data = shards.get("batch", 1)
+    if options.optimizer.name != "muon":
+        return 2 * (weights.dense + weights.experts) / data
+    over = data if shards.get("experts", 1) == 1 and config.num_experts % data == 0 else 1  # whole experts
+    return 2 * (weights.dense - weights.matrices) / data + weights.matrices + weights.experts / over
 
 
 def _weights(config: ModelConfig, shards: Mapping[str, int], vocab_rows: int) -> Weights:

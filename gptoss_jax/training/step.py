@@ -154,17 +154,25 @@ class Trainer:
         return jax.device_put(State(jnp.zeros((), jnp.int32), trained, made), self._state_shardings(trained, made))
 
     def _state_shardings(self, trained: Trained, optimizer: Any) -> State:
-        """Moments lie as what they are of, all else on every device."""
-        whole = self.sharding.named(())
+        """Moments lie where they are worked on, all else that is no weight on every device."""
+        whole, working = self.sharding.named(()), self._working_shardings(trained)
 
         def of(path: Any, leaf: Any) -> Any:
             keys = [str(getattr(key, "key", "")) for key in path]
             name = next((key for key in keys if key in trained), None)
             same = name is not None and leaf.shape == trained[name].shape
-            return self.sharding.named(self._trainable.axes(name)) if same and name is not None else whole
+            return working[name] if same and name is not None else whole
 
         of_trained = {path: self.sharding.named(self._trainable.axes(path)) for path in trained}
         return State(whole, of_trained, jax.tree_util.tree_map_with_path(of, optimizer))
+
+    def _working_shardings(self, trained: Trained) -> dict[str, Any]:
+        """How the optimiser has each of the weights, and its gradient: see `optimizer.spread`."""
+        axes = {path: self._trainable.axes(path) for path in trained}
+        return {
+            path: self.sharding.named(optimizers.spread(path, trained[path].shape, axes[path], self.sharding))
+            for path in trained
+        }
 
     def _optimizer(self, trained: Trained) -> optax.GradientTransformation:
         return optimizers.optimizer(self.options.optimizer, self.total_steps, trained)
@@ -215,7 +223,9 @@ class Trainer:
         def step(frozen: Trained, state: State, batch: Batch) -> tuple[State, StepReport]:
             gradients, sums, router, balance = self._gradients(frozen, state, batch, quantize)
             optimizer = self._optimizer(state.trained)
-            trained, made = optimizers.update(optimizer, gradients, state.optimizer, state.trained)
+            working = self._working_shardings(state.trained)
+            weights, gradients = lax.with_sharding_constraint((state.trained, gradients), (working, working))
+            trained, made = optimizers.update(optimizer, gradients, state.optimizer, weights)
             report = StepReport(
                 loss=sums.total / jnp.maximum(sums.learned, 1),
                 gradient_norm=optax.tree.norm(gradients),

@@ -27,7 +27,7 @@ QUESTIONS = (
     "Who painted the Mona Lisa?",
     "What is 47 * 36?",
 )
-LIMITS: dict[str, Any] = {"max_new_tokens": 224, "max_context_tokens": 512}
+LIMITS: dict[str, Any] = {"max_new_tokens": 256, "max_context_tokens": 512}
 GREEDY = SamplingParams(temperature=0.0)
 HIGH = Settings(reasoning_effort="high")
 

@@ -139,4 +139,6 @@ def _assert_same(sharded: Run, one: Run) -> None:
     for path, expected in one.gradients.items():
         off = np.linalg.norm(sharded.gradients[path] - expected) / np.linalg.norm(expected)
         assert off <= 1e-4, path
-        assert np.abs(sharded.trained[path] - one.trained[path]).max() <= 1e-4, path
+        # Adam may move a weight whose gradient is nearly 0 by up to a whole step of 1e-3, either way
+        apart = sharded.trained[path] - one.trained[path]
+        assert np.sqrt(np.mean(apart**2)) <= 2e-5, path

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from converters.random_checkpoint import with_vocab_size
+from gptoss_jax.model import sharding
 from gptoss_jax.training import batch as batches
 from gptoss_jax.training import memory, rows
 from gptoss_jax.training.options import OptimizerOptions, TrainOptions
@@ -20,6 +21,12 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "full, rematerialized": {"method": "full", "rematerialize": True},
     "full, muon, accumulated": {"method": "full", "optimizer": OptimizerOptions("muon"), "accumulate": 2},
+    "full, data shards": {"method": "full", "mesh": "data=2"},
+    "full, muon, data and expert shards": {
+        "method": "full",
+        "optimizer": OptimizerOptions("muon"),
+        "mesh": "data=2,expert=2",
+    },
     "full, bfloat16": {"method": "full", "dtype": "bfloat16"},
     "lora": {"method": "lora"},
     "lora, rematerialized": {"method": "lora", "rematerialize": True},
@@ -41,12 +48,14 @@ def found(tmp_path_factory):
 
     @functools.cache
     def compiled(case: str) -> Found:
-        options = TrainOptions(batch_rows=8, row_tokens=256, steps=4, **CASES[case])
-        trainer = Trainer.open(folder, options, total_steps=4)
+        changes = dict(CASES[case])
+        mesh = changes.pop("mesh", "")
+        options = TrainOptions(batch_rows=8, row_tokens=256, steps=4, **changes)
+        trainer = Trainer.open(folder, options, total_steps=4, mesh=mesh or None)
         step = trainer.compiled_step(trainer.init(), batches.stack([rows.empty(256)], 8))
         analysis: Any = step.memory_analysis()
         sizes = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-        return Found(*sizes, memory.memory(trainer.config, options))
+        return Found(*sizes, memory.memory(trainer.config, options, sharding.num_shards(mesh)))
 
     return compiled
 

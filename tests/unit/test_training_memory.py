@@ -72,6 +72,7 @@ def test_a_mesh_cuts_what_it_cuts():
         for mesh in ("", "data=2", "expert=4", "tensor=2")
     )
     assert by_data.base == whole.base and by_data.activations == whole.activations / 2
+    assert by_data.trained == whole.trained and by_data.optimizer == whole.optimizer / 2
     assert whole.base / 4 < by_experts.base < whole.base / 2 and by_experts.trained < whole.trained
     assert whole.base / 2 < by_width.base < whole.base * 0.6
     assert by_width.activations < whole.activations

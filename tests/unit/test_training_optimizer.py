@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from gptoss_jax.model import sharding
 from gptoss_jax.training import optimizer
 from gptoss_jax.training.options import MUON_MATRIX_RATE, OptimizerOptions
 
@@ -132,3 +133,26 @@ def test_gradients_are_clipped_by_their_global_norm():
         moments = optax.tree.get(step(scaled), "mu")
         for path, gradient in gradients.items():
             np.testing.assert_allclose(moments[path], (1 - optimizer.BETA1) * expected * gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "axes", "expected"),
+    [
+        ("embedding", (512, 24), ("vocab", None), ("vocab", "batch")),  # the tensor axis has cut the rows
+        ("norm", (24,), (None,), ("batch",)),
+        ("norm", (25,), (None,), (None,)),  # cannot be halved
+        ("layers/0/moe/down/weight", (8, 24, 32), ("experts", None, "expert_hidden"), ("batch", None, "expert_hidden")),
+        (
+            "layers/0/moe/down/weight",
+            (7, 24, 32),
+            ("experts", None, "expert_hidden"),
+            None,
+        ),  # Muon: no part of a matrix
+        ("layers/0/attention/out/weight", (24, 6, 8), (None, "heads", None), None),
+    ],
+)
+def test_data_shards_share_the_optimisers_work(path, shape, axes, expected):
+    """Guards memory and time of data parallel training, and Muon against a matrix that is cut."""
+    cut = sharding.make("data=2,tensor=2")
+    assert optimizer.spread(path, shape, axes, cut) == (expected or axes)
+    assert optimizer.spread(path, shape, axes, sharding.make("tensor=2")) == axes

@@ -263,9 +263,12 @@ def exported(folder, tmp_path_factory):
 
 
 def test_what_is_exported_is_what_was_trained(exported):
-    """Guards rounding-aware training: the written checkpoint has the loss of the last evaluation, to float32."""
-    assert exported.loss == pytest.approx(exported.last.loss, rel=1e-5)
-    assert exported.loss != pytest.approx(exported.unrounded.loss, rel=1e-4)  # rounding did something
+    """Guards rounding-aware training: the written checkpoint has the loss of the last evaluation, to float32.
+
+    Learned by heart, the loss is a small difference of large logits: sums in another order move it by 1e-5 of itself.
+    """
+    assert exported.loss == pytest.approx(exported.last.loss, rel=1e-4)
+    assert exported.loss != pytest.approx(exported.unrounded.loss, rel=1e-2)  # rounding did something
     state = exported.run.state.trained["layers/0/moe/down/weight"]
     assert not np.array_equal(state, mxfp4.rounded(state))  # what is trained is not rounded itself
 
