@@ -38,12 +38,16 @@ data validation.jsonl --count 1000 --seed 1 --held-out
 train fresh data.jsonl validation.jsonl run "${STEPS:-5000}" --learning-rate 0.003 --matrix-learning-rate 0.03 \
     --quantize-from 0.8 --evaluate-every 400 --save-every 400
 
-# Sorting is hardest: a fifth as many steps, at a third of the rates, where half of the conversations sort.
-data more.jsonl --count 60000 --seed 2 --more sorting_numbers,sorting_words
-data more-validation.jsonl --count 600 --seed 3 --held-out --more sorting_numbers,sorting_words
-train run/checkpoint more.jsonl more-validation.jsonl more $((${STEPS:-5000} / 5)) --learning-rate 0.001 \
-    --matrix-learning-rate 0.01 --quantize-from 0.5 --evaluate-every 250 --save-every 250
+# Then more of what is hardest, about half of the conversations, for a fifth as many steps at a third of the rates.
+more() {  # PART BEFORE FAMILIES
+    data "more-$1.jsonl" --count 60000 --seed $((2 * $1)) --more "$3"
+    data "more-$1-validation.jsonl" --count 600 --seed $((2 * $1 + 1)) --held-out --more "$3"
+    train "$2/checkpoint" "more-$1.jsonl" "more-$1-validation.jsonl" "more-$1" $((${STEPS:-5000} / 5)) \
+        --learning-rate 0.001 --matrix-learning-rate 0.01 --quantize-from 0.5 --evaluate-every 250 --save-every 250
+}
+more 1 run sorting_numbers,sorting_words
+more 2 more-1 sorting_numbers,reversing
 
-[ -e "$FOLDER/sealed" ] || "$PYTHON" -m demo.seal "$FOLDER/more/checkpoint" "$FOLDER/sealed"
+[ -e "$FOLDER/sealed" ] || "$PYTHON" -m demo.seal "$FOLDER/more-2/checkpoint" "$FOLDER/sealed"
 "$PYTHON" -m demo.evaluate "$FOLDER/sealed" --count 200 --out "$FOLDER/evaluation.json" --check
 "$PYTHON" -m demo.pack "$FOLDER/sealed"

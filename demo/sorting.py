@@ -91,7 +91,8 @@ def _passes(items: Sequence[_Item], down: bool) -> str:
             continue
         ordered = sorted(alike, key=lambda item: item.key, reverse=down)
         places = " ".join(f"{RANKS[placed + number]} {item.label}" for number, item in enumerate(ordered))
-        passes.append(f"{symbol} {' '.join(item.label for item in alike)}: {_ties(alike)}{places};")
+        ties = f"{_ties(alike)}{'largest' if down else 'smallest'}: " if len(alike) > 1 else ""  # what the sign means
+        passes.append(f"{symbol} {' '.join(item.label for item in alike)}: {ties}{places};")
         placed += len(alike)
     return " ".join(passes).rstrip(";")
 

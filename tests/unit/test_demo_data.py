@@ -143,7 +143,7 @@ def test_ties_are_shown_as_far_as_they_go():
     """Guards the hardest of the thoughts: numbers that begin alike."""
     asked = sorting.numbers_of([147, 142, 822, 139], "Sort.", down=False)
     assert asked.thoughts["high"].split(". ")[2] == (
-        "0 1 A B D: A4 B4 = D3 > A7 B2 > D9 < first D second B third A; 2 3 4 5 6 7 8 C: fourth C; 9"
+        "0 1 A B D: A4 B4 = D3 > A7 B2 > D9 < smallest: first D second B third A; 2 3 4 5 6 7 8 C: fourth C; 9"
     )
     assert asked.value == [139, 142, 147, 822]
 
