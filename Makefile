@@ -6,17 +6,23 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 BUILT := pyproject.toml setup.py $(wildcard cpu_kernels/native/*)  # what an installation is made of, beside Python
 
-.PHONY: demo test proofs test-all mutations gates lint types clean
+.PHONY: demo demo-model test proofs test-all mutations gates lint types clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.runs
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
-	$(BIN)/python -m converters.random_weights $(DEMO)/published --config configs/tiny.json --seed 0
-	$(BIN)/python -m converters.convert $(DEMO)/published $(DEMO)/checkpoint --verify
-	$(BIN)/python -m gptoss_jax.generate --checkpoint $(DEMO)/checkpoint --max-new-tokens 48 "Why is the sky blue?"
+	$(BIN)/python -m gptoss_jax.generate --show-reasoning "What is 417 + 258?"
 	@echo
-	@echo "The demo's weights are RANDOM: the text above is noise, and that is what it should be."
+	@echo "The same model as it would be published, converted as the 20b and the 120b are, and run:"
+	@echo
+	$(BIN)/python -m converters.export "$$($(BIN)/python -m gptoss_jax.runtime.demo_model)" $(DEMO)/published
+	$(BIN)/python -m converters.convert $(DEMO)/published $(DEMO)/checkpoint --verify
+	$(BIN)/python -m gptoss_jax.generate --checkpoint $(DEMO)/checkpoint --reasoning-effort high "What is 47 * 36?"
+
+# The model in the package, made anew: data, training, examination, archive; interrupted, it goes on.
+demo-model: $(VENV)/.develops
+	PYTHON=$(BIN)/python demo/make.sh
 
 # What a contributor needs, in 7 to 8 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
