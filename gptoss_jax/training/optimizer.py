@@ -70,14 +70,15 @@ def _matrix(path: str) -> MuonDimensionNumbers | None:
     return next((numbers for end, numbers in MATRICES.items() if path.endswith(end)), None)
 
 
-def spread(path: str, shape: tuple[int, ...], axes: Axes, sharding: Sharding) -> Axes:
+def spread(options: OptimizerOptions, path: str, shape: tuple[int, ...], axes: Axes, sharding: Sharding) -> Axes:
     """The logical axes by which a weight's moments, and the work on them, lie on the mesh.
 
     They are the weight's own `axes`, and the data shards cut the first that nothing else cuts: of what all of them
     would do alike each does its share (ZeRO, Rajbhandari et al. 2020, its first stage). Muon's matrices stay whole.
     """
     shards = sharding.size("batch")
-    whole = jax.tree.leaves(_matrix(path))  # the axes of one of Muon's matrices
+    matrix = _matrix(path) if options.matrix_learning_rate is not None else None
+    whole = jax.tree.leaves(matrix)  # the axes of one of Muon's matrices
     for place, (length, logical) in enumerate(zip(shape, axes, strict=True)):
         is_cut = logical is not None and sharding.size(logical) > 1
         if shards > 1 and place not in whole and not is_cut and length % shards == 0:

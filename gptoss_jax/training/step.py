@@ -168,10 +168,10 @@ class Trainer:
 
     def _working_shardings(self, trained: Trained) -> dict[str, Any]:
         """How the optimiser has each of the weights, and its gradient: see `optimizer.spread`."""
-        axes = {path: self._trainable.axes(path) for path in trained}
+        spread = functools.partial(optimizers.spread, self.options.optimizer, sharding=self.sharding)
         return {
-            path: self.sharding.named(optimizers.spread(path, trained[path].shape, axes[path], self.sharding))
-            for path in trained
+            path: self.sharding.named(spread(path, array.shape, self._trainable.axes(path)))
+            for path, array in trained.items()
         }
 
     def _optimizer(self, trained: Trained) -> optax.GradientTransformation:

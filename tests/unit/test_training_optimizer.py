@@ -153,6 +153,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 )
 def test_data_shards_share_the_optimisers_work(path, shape, axes, expected):
     """Guards memory and time of data parallel training, and Muon against a matrix that is cut."""
-    cut = sharding.make("data=2,tensor=2")
-    assert optimizer.spread(path, shape, axes, cut) == (expected or axes)
-    assert optimizer.spread(path, shape, axes, sharding.make("tensor=2")) == axes
+    cut, muon = sharding.make("data=2,tensor=2"), OptimizerOptions("muon")
+    assert optimizer.spread(muon, path, shape, axes, cut) == (expected or axes)
+    assert optimizer.spread(muon, path, shape, axes, sharding.make("tensor=2")) == axes
+    assert "batch" in optimizer.spread(OptimizerOptions(), path, (*shape[:-1], 64), axes, cut)  # Adam has no matrices
