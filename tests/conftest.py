@@ -40,7 +40,7 @@ from gptoss_jax.checkpoints import host_memory  # noqa: E402  (jax reads the env
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
-UNIT_CPU_SECONDS = 3.0  # of one case, without its fixtures; what `make test` promises rests on it
+UNIT_CPU_SECONDS = 6.0  # of one case, without its fixtures, on a slow machine: elsewhere it takes half of that
 
 
 def _local_only(connect):
