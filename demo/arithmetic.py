@@ -8,7 +8,7 @@ after all that it follows from.
 from collections.abc import Sequence
 from random import Random
 
-from demo.question import Question, is_held_out, one_of, thinking
+from demo.question import Question, is_held_out, one_of, sign, thinking
 
 SIZES = {(3, 3): 40, (3, 2): 12, (2, 3): 12, (2, 2): 12, (3, 1): 8, (1, 3): 8, (2, 1): 4, (1, 2): 3, (1, 1): 1}
 """Digits of two operands -> weight: numbers of unequal length are seen often enough."""
@@ -207,7 +207,7 @@ def _compare_digits(a: Sequence[int], b: Sequence[int]) -> list[str]:
     """Pairs of digits from the first on, each with its sign after it, up to the one that decides."""
     steps = []
     for x, y in zip(a, b, strict=True):
-        steps.append(f"{x} {y} {'=' if x == y else '>' if x > y else '<'}")
+        steps.append(f"{x} {y} {sign(x, y)}")
         if x != y:
             break
     return steps

@@ -46,7 +46,7 @@ SHAPES: Mapping[str, float] = {
 
 EFFORTS = (12, 38, 50)  # weights of low, medium and high where thoughts help: at low effort sums are guesses
 MOST_TOKENS = 288  # of a conversation, which a packed row must hold
-MORE = 4
+MORE = 4  # times as often as else are families drawn that are asked for
 DATED = 0.1  # the share of conversations with a date in the system message, as `--chat` has it
 
 

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Mapping
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HELD_OUT_SHARE = 10
 """One question in this many is never in the training data."""
@@ -37,6 +37,11 @@ def is_held_out(family: str, *operands: object) -> bool:
 def thinking(high: str, medium: str | None = None) -> dict[str, str]:
     """Thoughts by effort: none at low."""
     return {"high": high} | ({} if medium is None else {"medium": medium})
+
+
+def sign(x: Any, y: Any) -> str:
+    """How two digits or letters compare, as thoughts write it."""
+    return "=" if x == y else ">" if x > y else "<"
 
 
 def one_of(random: Random, *texts: str) -> str:

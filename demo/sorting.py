@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-from demo.question import Question, is_held_out, thinking
+from demo.question import Question, is_held_out, sign, thinking
 from demo.word_list import WORDS
 
 LABELS = "ABCDEF"
@@ -106,8 +106,8 @@ def _ties(alike: Sequence[_Item]) -> str:
     while len({item.key[1:length] for item in alike}) < len(alike):
         shown += f"{_beside(alike[0], alike[0].key[length])} "
         for before, item in itertools.pairwise(alike):
-            x, y = before.key[length], item.key[length]
-            shown += f"{_beside(item, y)} {'=' if x == y else '>' if x > y else '<'} "
+            own = item.key[length]
+            shown += f"{_beside(item, own)} {sign(before.key[length], own)} "
         length += 1
     return shown
 

@@ -40,7 +40,7 @@ from gptoss_jax.checkpoints import host_memory  # noqa: E402  (jax reads the env
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
-UNIT_CPU_SECONDS = 6.0  # of one case, without its fixtures, on a slow machine: elsewhere it takes half of that
+UNIT_CPU_SECONDS = 6.0  # of one case, without its fixtures; half of it is left for slow machines
 
 
 def _local_only(connect):
