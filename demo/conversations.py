@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from demo import arithmetic, facts, functions, greetings, instructions, sorting, unknown, words
 from demo.question import Question, is_held_out
+from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages as harmony_messages
 from gptoss_jax.harmony import render
 from gptoss_jax.harmony.settings import REASONING_EFFORTS, Settings
@@ -105,6 +106,16 @@ def shaped(random: Random, held_out: bool, family: str, shape: str, effort: str)
         document = _SHAPED[shape](random, held_out, family, effort)
         if fits(document):
             return Example(family, shape, effort, document)
+
+
+def check_known(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses a flag's names that are not known.
+
+    Raises:
+        GptossError: names the first of them, and those that are.
+    """
+    if unknown_names := [name for name in names if name not in known]:
+        raise GptossError(f"{flag} names {unknown_names[0]!r}, expected some of {', '.join(known)}")
 
 
 def question(random: Random, held_out: bool, family: str) -> Question:

@@ -39,9 +39,7 @@ def main(arguments: list[str]) -> None:
     options = flags.FLAGS
     if len(arguments) != 1:
         raise GptossError(f"expected one file to write, got {arguments or 'none'}")
-    known = [*conversations.QUESTIONS, *conversations.CALLS]
-    if unknown := [name for name in options.more if name not in known]:
-        raise GptossError(f"--more names {unknown[0]!r}, expected some of {', '.join(known)}")
+    conversations.check_known("--more", options.more, [*conversations.QUESTIONS, *conversations.CALLS])
     counts = write(
         arguments[0], count=options.count, seed=options.seed, held_out=options.held_out, more=tuple(options.more)
     )

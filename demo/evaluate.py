@@ -136,8 +136,7 @@ def check_rows(names: Sequence[str]) -> list[str]:
         GptossError: a name that no row has.
     """
     known = [*conversations.QUESTIONS, *conversations.CALLS, *SHAPES]
-    if unknown := [name for name in names if name not in known]:
-        raise GptossError(f"--families names {unknown[0]!r}, expected some of {', '.join(known)}")
+    conversations.check_known("--families", names, known)
     return list(names) or known
 
 
