@@ -64,6 +64,9 @@ class FakeTrainer:
         router = Router(load, np.full(LAYERS, np.log(EXPERTS), np.float32))
         return state, Report(loss, loss, 0.1, np.int32(batch.weights.sum()), 1.0, router)
 
+    def is_quantized(self, step: int) -> bool:
+        return False
+
     def evaluate(self, state: State, batch: Batch) -> Evaluation:
         return Evaluation(2 * jnp.abs(state.trained["layers/0/w"]).sum(), 3, 4)
 

@@ -39,6 +39,10 @@ class Trains(Protocol):
         """The state after one more step, and a StepReport; `state` is deleted."""
         ...
 
+    def is_quantized(self, step: int) -> bool:
+        """Which of two programs the step after `step` of them is done by."""
+        ...
+
     def evaluate(self, state: Any, batch: Any) -> Any:
         """An Evaluation."""
         ...
@@ -170,7 +174,7 @@ class Loop:
             this, begun, position = batch, position, after
             batch, after = self._data.take(position)  # while the step computes
             row = self._evaluated(self._row(step, report, begun), state)
-            self._pace.add(this)
+            self._pace.add(this, self._trainer.is_quantized(step - 1))
             if row.validation_loss is not None or schedule.is_due(schedule.log_every, step):
                 router = (np.asarray(report.router.load), np.asarray(report.router.entropy))
                 metrics.add(row, *router, self._pace.scalars())

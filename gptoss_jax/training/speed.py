@@ -6,14 +6,13 @@ of the unembedding only at tokens that are learned. What a program computes besi
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptoss_jax.model.config import ModelConfig
 
-_SKIPPED = 1  # steps at the beginning that no rate is made of: they compile
 _DOT_SIZE, _DOT_REPEATS = 2048, 5
 
 
@@ -117,19 +116,22 @@ class Pace:
         """
         self._config, self._total, self._method, self._rate = config, total_steps, method, rate
         self._vocab_rows, self._clock = vocab_rows, clock
-        self._seen, self._counts, self._flop = 0, Counts(), 0.0
-        self._began, self._ended, self._done = clock(), clock(), 0
+        self._counted, self._counts, self._flop = 0, Counts(), 0.0
+        self._seconds, self._ended, self._done = 0.0, clock(), 0
+        self._compiled: set[Hashable] = set()
 
     def start(self, done: int) -> None:
         """From now on steps count, of which `done` were done by earlier processes."""
-        self._done, self._began = done, self._clock()
+        self._done, self._ended = done, self._clock()
 
-    def add(self, batch: Any) -> None:
-        """One more step is done, on this batch."""
-        self._seen, self._done, self._ended = self._seen + 1, self._done + 1, self._clock()
-        if self._seen <= _SKIPPED:
-            self._began = self._ended
+    def add(self, batch: Any, program: Hashable = None) -> None:
+        """One more step is done, on this batch; the first one by each program compiles it, and is in no rate."""
+        began, self._ended = self._ended, self._clock()
+        self._done += 1
+        if program not in self._compiled:
+            self._compiled.add(program)
             return
+        self._counted, self._seconds = self._counted + 1, self._seconds + self._ended - began
         counts = count(batch, self._config.sliding_window)
         self._counts += counts
         self._flop += useful_flop(self._config, counts, method=self._method, vocab_rows=self._vocab_rows)
@@ -139,13 +141,12 @@ class Pace:
         """While the block runs, no time passes."""
         began = self._clock()
         yield
-        lost = self._clock() - began
-        self._began, self._ended = self._began + lost, self._ended + lost
+        self._ended += self._clock() - began
 
     @property
     def seconds(self) -> float:
         """Of the steps that count."""
-        return self._ended - self._began
+        return self._seconds
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -160,8 +161,7 @@ class Pace:
     @property
     def seconds_left(self) -> float | None:
         """Of the run, at this pace; None: no steps count yet."""
-        counted = self._seen - _SKIPPED
-        return (self._total - self._done) * self.seconds / counted if counted > 0 else None
+        return (self._total - self._done) * self.seconds / self._counted if self._counted else None
 
     def line(self) -> str:
         """For people."""
@@ -183,7 +183,7 @@ class Pace:
             return "speed: too few steps to measure one"
         per_token = self._flop / self._counts.tokens
         line = (
-            f"speed: {self.tokens_per_second:,.0f} tokens/s over {self._seen - _SKIPPED:,} steps, "
+            f"speed: {self.tokens_per_second:,.0f} tokens/s over {self._counted:,} steps, "
             f"{per_token / 1e6:,.2f} useful MFLOP a token, {self.flop_per_second / 1e9:,.1f} GFLOP/s"
         )
         if self._rate:

@@ -212,7 +212,7 @@ def test_useful_operations_are_those_of_the_products():
 
 
 def test_the_pace_counts_neither_compiling_nor_pauses():
-    """Guards tokens/s and the time left: the first step compiles, validation and saving are no training."""
+    """Guards tokens/s and the time left: a program's first step compiles it, validation and saving are no training."""
     now = [0.0]
     pace = Pace(CONFIG, 10, method="full", rate=1e9, clock=lambda: now[0])
     pace.start(2)
@@ -227,7 +227,10 @@ def test_the_pace_counts_neither_compiling_nor_pauses():
     assert pace.seconds == 4.0
     assert pace.tokens_per_second == 7.0
     assert pace.seconds_left == 10.0  # of 10 steps 5 are done
-    assert pace.line().endswith("10 s left") and "7 tokens/s" in pace.line()
+    now[0] += 100.0
+    pace.add(FakeData().take(Position())[0], "quantized")
+    assert (pace.seconds, pace.seconds_left) == (4.0, 8.0)
+    assert pace.line().endswith("8 s left") and "7 tokens/s" in pace.line()
     assert "of this machine's float32 matrix rate, 1.0 GFLOP/s" in pace.summary()
 
 
