@@ -1,5 +1,8 @@
 """The demo model's text as transformers writes it: the whole way from our checkpoint to another program."""
 
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -31,3 +34,15 @@ def test_transformers_writes_the_same_text(tmp_path):
         )
         ids = written[0, prompt.shape[1] :].tolist()
         assert ids[: len(answer.parsed.token_ids)] == list(answer.parsed.token_ids), question
+
+
+def test_the_demo_answers_within_ten_seconds_of_its_start():
+    """Guards start-up: an import, a compile that no cache keeps, an archive unpacked anew. The first run fills caches."""
+    command = [sys.executable, "-m", "gptoss_jax.generate", "What is 417 + 258?"]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - began)
+        assert "675" in answer.stdout
+    assert min(seconds[1:]) <= 10

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ENOUGH = 0.25  # quiet, a third and more; a machine that has other work loses some of it
 ATTEMPTS = 3
 TWO_DEVICES = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
