@@ -37,7 +37,7 @@ def test_transformers_writes_the_same_text(tmp_path):
 
 
 def test_the_demo_answers_within_ten_seconds_of_its_start():
-    """Guards start-up: an import, a compile that no cache keeps, an archive unpacked anew. The first run fills caches."""
+    """Guards start-up: an import, a compile that no cache keeps, an archive unpacked anew; the first run fills them."""
     command = [sys.executable, "-m", "gptoss_jax.generate", "What is 417 + 258?"]
     seconds = []
     for _ in range(3):
