@@ -13,7 +13,7 @@ from absl import flags
 
 from gptoss_jax.checkpoints import opening
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import finetune_flags, interrupts
+from gptoss_jax.cli import finetune_flags, interrupts, mistakes, model_flags
 from gptoss_jax.cli.flag_values import naming_flags
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, short
@@ -162,6 +162,10 @@ class _Run:
         except (GptossError, OSError):
             self._folder.abandon()
             raise
+        except RuntimeError as error:
+            if mistakes.of_memory(error):  # with other flags it is another run
+                self._folder.abandon()
+            raise
 
     def _trainer(self, data: Feed) -> "gptoss_jax.training.step.Trainer":
         options, screen = self._options, self._screen
@@ -170,6 +174,7 @@ class _Run:
 
             from gptoss_jax.training.step import Trainer
 
+        model_flags.note_device_memory(screen)
         if options.dtype == finetune_flags.AUTO:
             is_cpu = jax.default_backend() == "cpu"
             self._asked = dataclasses.replace(self._asked, dtype="float32" if is_cpu else "bfloat16")
