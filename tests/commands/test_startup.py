@@ -177,6 +177,13 @@ def test_an_obvious_mistake_is_reported_at_once(name, places, tmp_path):
     assert done.cpu_seconds < MISTAKE_CPU_SECONDS
 
 
+def test_what_needs_no_conversation_needs_none_of_its_packages(places, tmp_path):
+    """Guards machines that have JAX and little else: texts and ids are scored without harmony, JSON forms or a chat."""
+    done = run(tmp_path, SCORE, "--checkpoint", places["GOOD"], "--token-ids", "1,2,3", "--compilation-cache", "")
+    assert done.returncode == 0, done.stderr
+    assert done.packages.isdisjoint({"openai_harmony", "pydantic", "prompt_toolkit"})
+
+
 def test_the_first_token_comes_soon(tmp_path):
     """Guards the start with a warm cache: back ends for other devices, Orbax, traces and compilations take seconds."""
     vocabulary = {"vocab_size": 201_088, "eos_token_id": 200_002, "pad_token_id": 199_999}
