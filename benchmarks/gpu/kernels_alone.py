@@ -138,7 +138,7 @@ def _walk(jaxpr: Any, consts: Sequence[Any], values: Sequence[tuple[Any, bool]],
             inner = next(equation.params[key] for key in _INNER if key in equation.params)
             results = _walk(inner.jaxpr, inner.consts, given, found)
         else:
-            run, taken = _alone(equation)
+            run, taken = _alone(jaxpr, equation)
             operands = [known[var] for var in taken]
             if name in _KERNELS:
                 arrays, varies = map(list, zip(*operands, strict=True))
@@ -149,11 +149,12 @@ def _walk(jaxpr: Any, consts: Sequence[Any], values: Sequence[tuple[Any, bool]],
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _alone(equation: Any) -> tuple[Callable[..., Sequence[jax.Array]], list[Any]]:
-    """One equation as a function, and the variables that it takes."""
+def _alone(jaxpr: Any, equation: Any) -> tuple[Callable[..., Sequence[jax.Array]], list[Any]]:
+    """One equation of a jaxpr as a function, and the variables that it takes."""
     taken = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, core.Literal)))
-    jaxpr = core.Jaxpr([], taken, list(equation.outvars), [equation], equation.effects)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, [])), taken
+    outvars = list(equation.outvars)
+    alone = jaxpr.replace(constvars=[], invars=taken, outvars=outvars, eqns=[equation], effects=equation.effects)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, [])), taken
 
 
 def _name(equation: Any) -> str:

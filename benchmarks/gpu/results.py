@@ -41,10 +41,15 @@ def append(path: Path, entry: dict[str, Any]) -> None:
     """One write to the end of the file, so that lines of several processes do not mix, on the disk when it returns."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (json.dumps(entry) + "\n").encode())
+        os.write(descriptor, (json.dumps(entry, default=_python_number) + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _python_number(value: Any) -> Any:
+    """Of one of NumPy's."""
+    return value.item()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

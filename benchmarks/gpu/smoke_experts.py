@@ -27,7 +27,7 @@ GATED_SCALES = (120, 135)
 ROW_ERRORS = {"bfloat16": 1e-2, "float32": 1e-5}  # a block of 64 wrong outputs of 2,880 is 1.5e-1
 
 
-def exact(smoke: "Smoke", what: str, *, rows: int, scales: tuple[int, int]) -> None:
+def exact(smoke: "Smoke", what: str, *, rows: int, scales: tuple[int, int], columns: int | None = None) -> None:
     """The second product: token t has hidden unit f alone, 1, and its outputs are column f of its expert's weights.
 
     Shows boxes of copies and their ends, the order of codes, every scale byte of [low, high), which thread holds what.
@@ -44,10 +44,10 @@ def exact(smoke: "Smoke", what: str, *, rows: int, scales: tuple[int, int]) -> N
     def expected(expert: np.ndarray, hot: np.ndarray, sign: np.ndarray) -> np.ndarray:
         return dense[expert, :, hot]
 
-    _one_hot(smoke, what, rows, published, functools.partial(_activations, value=HOT), expected, signs=(1,))
+    _one_hot(smoke, what, rows, published, functools.partial(_activations, value=HOT), expected, (1,), columns or inner)
 
 
-def gated(smoke: "Smoke", what: str, *, rows: int) -> None:
+def gated(smoke: "Smoke", what: str, *, rows: int, columns: int | None = None) -> None:
     """The first product: one-hot activations of both signs, large enough that a SwiGLU is g (l + 1) or 0, rounded once.
 
     The second product hands the hidden units on as they are.
@@ -66,7 +66,9 @@ def gated(smoke: "Smoke", what: str, *, rows: int) -> None:
         found[:, :inner] = units.astype(ml_dtypes.bfloat16).astype(np.float32)
         return found
 
-    _one_hot(smoke, what, rows, published, functools.partial(_activations, value=LARGE), expected, signs=(1, -1))
+    _one_hot(
+        smoke, what, rows, published, functools.partial(_activations, value=LARGE), expected, (1, -1), columns or hidden
+    )
 
 
 def _one_hot(
@@ -77,21 +79,20 @@ def _one_hot(
     activations: Callable[..., np.ndarray],
     expected: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     signs: tuple[int, ...],
+    columns: int,
 ) -> None:
-    """Every column once for each sign, FEW x rows tokens in a call, of which the first is repeated for its bits."""
-    hidden, inner = _sizes(smoke)
+    """The first columns once for each sign, FEW x rows tokens in a call; the first call is repeated for its bits."""
     kernel = smoke.kernels.expert_mlp
     packed = jax.jit(functools.partial(op.packed, kernel.layout))(published)
     run = jax.jit(functools.partial(kernel.run, limit=NO_LIMIT))
     tokens, rng = FEW * rows, np.random.default_rng(rows + 1)
-    columns = hidden if len(signs) > 1 else inner  # of the first product's inputs, or of the second one's
     hot = np.concatenate([rng.permutation(columns) for _ in signs])
     sign = np.repeat(np.asarray(signs), columns)
     found, wanted, first = [], [], None
     for begin in range(0, len(hot), tokens):
         part = np.arange(begin, begin + tokens) % len(hot)
         expert = rng.permutation(np.repeat(np.arange(FEW, dtype=np.int32), rows))
-        x = jnp.asarray(activations(hidden, hot[part], sign[part]), jnp.bfloat16)
+        x = jnp.asarray(activations(smoke.config.hidden_size, hot[part], sign[part]), jnp.bfloat16)
         arguments = (x, jnp.asarray(expert[:, None]), jnp.ones((tokens, 1), jnp.float32), packed)
         first = first or arguments
         found.append(np.asarray(run(*arguments)))

@@ -15,8 +15,8 @@ class Case(NamedTuple):
     sizes: dict[str, Any]
 
 
-def _exact(*rows: int, scales: tuple[int, int] = (2, 250)) -> list[Case]:
-    return [Case("exact", {"rows": each, "scales": scales}) for each in rows]
+def _exact(*rows: int, scales: tuple[int, int] = (2, 250), **others: Any) -> list[Case]:
+    return [Case("exact", {"rows": each, "scales": scales, **others}) for each in rows]
 
 
 def _experts(*tokens: int, **others: Any) -> list[Case]:
@@ -75,8 +75,8 @@ TOY = {  # the same checks where an interpreter takes a second for a call
     "model": [Case("model", {})],
     "model_graphs": [Case("model", {})],
     "model_launches": [Case("model", {})],
-    "exact8": _exact(8),
-    "gated": [Case("gated", {"rows": 8})],
+    "exact8": _exact(8, columns=24),
+    "gated": [Case("gated", {"rows": 8, "columns": 24})],
     "experts8": _experts(3, skew=True),
     "paged_decode": [_paged([65, 300], 1, table=40)],
     "windowed": [_windowed([129], 1)],
