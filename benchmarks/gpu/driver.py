@@ -88,7 +88,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
         entries = results.read(path)[before:]
     bad = [name for name, end in ended.items() if end.how in ("failed", "hang")]
     print(f"ended badly: {', '.join(bad)}" if bad else "all sections ended well", flush=True)
-    print(json.dumps({"ended": {name: end.how for name, end in ended.items()}, **_by_kind(entries)}), flush=True)
+    print(json.dumps(_by_kind(entries) | {"ended": {name: end.how for name, end in ended.items()}}), flush=True)
     return 1 if bad else 0
 
 
@@ -205,8 +205,8 @@ def _same_tokens(path: Path, before: int) -> bool:
     return results.Results(path, "smoke/graphs").judge({}, "with and without command buffers", said, ok=same)
 
 
-def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for entry in entries:
         kept = {name: value for name, value in entry.items() if name not in ("kind", "tokens")}
         found.setdefault(entry["kind"], []).append(kept)

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     """All launches of one name."""
 
     name: str
-    count: int
+    times: int
     median_seconds: float
     total_seconds: float
 
@@ -92,7 +92,7 @@ def _events(planes: Iterable[Any]) -> Iterator[tuple[str, float]]:
 def _report(results: Results, found: list[Launch], seconds: float) -> None:
     """Per step, and of each name how often and how long."""
     steps = DISPATCHES * STEPS
-    total, count = sum(launch.total_seconds for launch in found) / steps, sum(launch.count for launch in found) / steps
+    total, count = sum(launch.total_seconds for launch in found) / steps, sum(launch.times for launch in found) / steps
     entry = {
         "layers": LAYERS,
         "seconds_per_step": seconds,
@@ -102,7 +102,7 @@ def _report(results: Results, found: list[Launch], seconds: float) -> None:
     }
     said = f"{LAYERS} layers: a step takes {seconds * 1e6:.0f} us, {count:.0f} launches of {total * 1e6:.0f} us in all"
     table = [
-        f"{launch.total_seconds / steps * 1e6:9.1f} us a step, {launch.count / steps:6.1f} x "
+        f"{launch.total_seconds / steps * 1e6:9.1f} us a step, {launch.times / steps:6.1f} x "
         f"{launch.median_seconds * 1e6:7.2f} us  {launch.name[:80]}"
         for launch in found[:SHOWN]
     ]

@@ -200,14 +200,15 @@ def paged(
 
     def run(table: Any, fixed: Any) -> jax.Array:
         q, k, v, positions, sinks = fixed
-        kv = attention_op.PagedKV(*(kv_cache.by_heads(x, config.num_kv_heads) for x in (k, v)), table)
+        k, v = (kv_cache.by_heads(x, config.num_kv_heads) for x in (k, v))
+        kv = attention_op.PagedKV(k, v, table)
         return attend(q, kv, positions, sinks).out
 
     def expected(table: Any, fixed: Any) -> tuple[jax.Array, Any]:
         """Of the last sequence, on a pool of its own pages."""
         q, k, v, positions, sinks = fixed
-        own = (kv_cache.by_heads(x[table[-1]], config.num_kv_heads).astype(jnp.float32) for x in (k, v))
-        kv = attention_op.PagedKV(*own, jnp.arange(per_sequence, dtype=jnp.int32)[None])
+        k, v = (kv_cache.by_heads(x[table[-1]], config.num_kv_heads).astype(jnp.float32) for x in (k, v))
+        kv = attention_op.PagedKV(k, v, jnp.arange(per_sequence, dtype=jnp.int32)[None])
         return _reference(q, kv, positions, sinks), jnp.arange(sequences - 1, sequences)
 
     keys = tokens * context_tokens + tokens * (tokens + 1) // 2
@@ -230,7 +231,8 @@ def windowed(
 
     def rings(ring: Any, fixed: Any, dtype: Any = jnp.bfloat16) -> attention_op.RingKV:
         arrays = (*ring, *fixed[1:3])
-        return attention_op.RingKV(*(kv_cache.by_heads(x, config.num_kv_heads).astype(dtype) for x in arrays), fixed[3])
+        split = (kv_cache.by_heads(x, config.num_kv_heads).astype(dtype) for x in arrays)
+        return attention_op.RingKV._make([*split, fixed[3]])
 
     def run(ring: Any, fixed: Any) -> jax.Array:
         return attend(fixed[0], rings(ring, fixed), fixed[4], fixed[5]).out

@@ -76,10 +76,10 @@ def check(options: flags.FlagValues) -> None:
         if not config_path(name).is_file():
             raise GptossError(f"--models {name}: no such config, expected a name of configs/ or a config.json")
     for name in ("batch", "contexts", "prefill", "op_tokens"):
-        if wrong := [value for value in options[name].value if not re.fullmatch(r"[1-9]\d{0,8}", value)]:
+        if wrong := [value for value in options[name].value or [] if not re.fullmatch(r"[1-9]\d{0,8}", value)]:
             raise GptossError(f"--{name.replace('_', '-')} {wrong[0]}, expected numbers from 1 on")
     for name in ("op_attention", "op_windows"):
-        if wrong := [value for value in options[name].value if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x\d+", value)]:
+        if wrong := [value for value in options[name].value or [] if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x\d+", value)]:
             raise GptossError(
                 f"--{name.replace('_', '-')} {wrong[0]}, expected SEQUENCESxTOKENSxTOKENS, as in 8x1x8192"
             )

@@ -46,7 +46,7 @@ def windowed(smoke: "Smoke", what: str, *, lengths: list[int], tokens: int) -> N
             rings[:, sequence, position % window] = rng.standard_normal((2, *rings.shape[3:]), np.float32)
     new = rng.standard_normal((2, len(lengths), tokens, *rings.shape[3:]), np.float32)
     arrays = (jnp.asarray(x, jnp.bfloat16) for x in (*rings, *new))
-    _compare(smoke, what, rng, lengths, tokens, op.RingKV(*arrays, jnp.asarray(start)))
+    _compare(smoke, what, rng, lengths, tokens, op.RingKV._make([*arrays, jnp.asarray(start)]))
 
 
 def _compare(smoke: "Smoke", what: str, rng: np.random.Generator, lengths: list[int], tokens: int, kv: Any) -> None:

@@ -130,7 +130,8 @@ def _picking(out: int, inputs: int, code: int, count: int, every: int = 1) -> tu
 def _published(gate_up: Any, gate_up_bias: np.ndarray, down: Any) -> op.ExpertWeights:
     biases = gate_up_bias, np.zeros((FEW, down[0].shape[1]), np.float32)
     first, second = (jnp.asarray(bias, jnp.bfloat16) for bias in biases)
-    return op.ExpertWeights(*map(jnp.asarray, gate_up), first, *map(jnp.asarray, down), second)
+    (blocks, scales), (down_blocks, down_scales) = (map(jnp.asarray, packed) for packed in (gate_up, down))
+    return op.ExpertWeights(blocks, scales, first, down_blocks, down_scales, second)
 
 
 def _dense(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

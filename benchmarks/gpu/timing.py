@@ -49,8 +49,8 @@ class Loop(NamedTuple):
 def lowered(step: Step, beside: Step, carry: Any, others: Any, calls: int, calls_per_turn: int = 1) -> Loop:
     """So many calls, in turns of a step, and what is not to be counted, to be compiled by `compile_all`."""
     turns = max(2, calls // calls_per_turn)
-    programs = (_lower(each, carry, others, turns) for each in (step, beside))
-    return Loop(*programs, (carry, others), turns * calls_per_turn)
+    whole, without = (_lower(each, carry, others, turns) for each in (step, beside))
+    return Loop(whole, without, (carry, others), turns * calls_per_turn)
 
 
 def _lower(step: Step, carry: Any, others: Any, calls: int) -> Any:

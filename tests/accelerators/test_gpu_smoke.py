@@ -74,8 +74,8 @@ def test_model(tmp_path):
 def _wrong_experts(wrong: Any) -> Kernels:
     reference = expert_op.IMPLEMENTATIONS["reference"]
 
-    def run(x: Any, ids: Any, shares: Any, weights: Any, *, limit: float) -> jax.Array:
-        return wrong(reference.run(x, ids, shares, weights, limit=limit))
+    def run(x: Any, expert_ids: Any, routing_weights: Any, weights: Any, *, limit: float) -> jax.Array:
+        return wrong(reference.run(x, expert_ids, routing_weights, weights, limit=limit))
 
     return Kernels(expert_mlp=expert_op.ExpertMlp(run))
 
@@ -179,10 +179,11 @@ def test_weights_take_a_program_for_each_shape_not_for_each_leaf():
     """Guards minutes of compiling: layers of the same shapes share their programs."""
     counts = []
     for depth in (2, 4):
-        weights._made.clear_cache()
+        made: Any = weights._made
+        made.clear_cache()
         whole = models.Whole.of(_config(depth), _kernels(INTERPRETED))
         params = whole.params()
-        counts.append(weights._made._cache_size())
+        counts.append(made._cache_size())
         assert len(params["layers"]) == depth
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
         assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), whole.shapes())

@@ -157,7 +157,7 @@ def test_launches_are_counted_on_streams_alone():
         _plane("/host:CPU", {"python": [("gate_up", 1000.0)]}),
     ]
     found = launches.launches(planes)
-    assert [(launch.name, launch.count) for launch in found] == [("gate_up", 2), ("fusion", 1)]
+    assert [(launch.name, launch.times) for launch in found] == [("gate_up", 2), ("fusion", 1)]
     assert found[0].median_seconds == pytest.approx(7e-6)
     assert found[0].total_seconds == pytest.approx(14e-6)
     assert launches.launches(planes[1:]) == []
