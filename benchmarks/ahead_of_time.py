@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
+from benchmarks import launches as launch_list
 from benchmarks import true_width, under_load
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
@@ -165,8 +166,8 @@ class Step(NamedTuple):
     layers: int | None = None  # fewer than the model has; None: all
 
 
-def compile_step(step: Step, kernels: str = "auto") -> Any:
-    """The compiled program of `step`, sampling included."""
+def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] = {}) -> Any:
+    """The compiled program of `step`, sampling included; `options` are XLA's, beside those of the target."""
     target = TARGETS[step.target]
     config = _config(step)
     laid_out = sharding.make(step.mesh, devices(target))
@@ -200,7 +201,7 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
         at = ints("batch", shape=(laid_out.size("batch"),))
         chunks = Chunks._make([tokens, counts, counts])
         lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
-    return lowered.compile(compiler_options=dict(target.options))
+    return lowered.compile(compiler_options={**target.options, **options})
 
 
 def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
@@ -210,18 +211,11 @@ def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...],
     return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
 
 
-def launches(compiled: Any) -> int:
-    """Kernels, copies and library calls in one iteration of a decoding program's loop; loops inside count once."""
-    text = compiled.as_text()
-    body = max(re.findall(r"while\(.*body=%?([\w.-]+)", text), key=lambda name: len(_computation(text, name)))
-    silent = r"parameter|get-tuple-element|tuple|bitcast|constant|iota|after-all|partition-id|replica-id"
-    opcodes = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(", _computation(text, body), re.MULTILINE)
-    return sum(re.fullmatch(silent, opcode) is None for opcode in opcodes)
-
-
-def _computation(text: str, name: str) -> str:
-    found = re.search(rf"^%?{re.escape(name)} .*?\{{$(.*?)^\}}", text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else ""
+def launches(step: Step, kernels: str = "auto") -> launch_list.Launches:
+    """What one token of a decoding program launches on a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_step(step, kernels, options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return launch_list.of_folder(Path(folder), compiled.as_text())
 
 
 def _is_array(x: Any) -> bool:
@@ -477,12 +471,35 @@ def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """From two depths, so that what a layer adds is separate from the step's own (embedding, logits, sampling)."""
     for name in (name for name in names if TARGETS[name].platform == "gpu" and TARGETS[name].devices == 1):
         two, four = (
-            launches(compile_step(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels))
-            for layers in (2, 4)
+            launches(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels) for layers in (2, 4)
         )
-        report = {"target": name, "per_layer": (four - two) / 2, "beside_layers": 2 * two - four}
-        line = f"{name}: {report['per_layer']:g} a layer and {report['beside_layers']} beside them, in a decoding step"
-        yield report, line
+        counts = launch_list.by_depth(two, 2, four, 4)
+        total = {key: sum(of_kind[key] for of_kind in counts.values()) for key in ("per_layer", "beside_layers")}
+        host = {"host_waits": four.host_waits, "host_launches": four.host_launches}
+        report = {"target": name, **total, **host, "kinds": counts}
+        yield report, _launches_text(report, two)
+
+
+def _launches_text(report: dict[str, Any], two: launch_list.Launches) -> str:
+    """The list of a program of two layers, by layer, and the sums."""
+
+    def heading(layer: int | None) -> str:
+        return "beside the layers" if layer is None else f"layer {layer}"
+
+    lines = []
+    for layer in (0, 1, None):
+        lines += [f"{report['target']}, {heading(layer)}:"]
+        of_layer = [launch for launch in two.launches if launch.layer == layer]
+        lines += [f"  {launch.kind:12} {launch.name:36} {launch.operation}" for launch in of_layer]
+    for kind, found in report["kinds"].items():
+        lines.append(
+            f"{report['target']}: {kind:12} {found['per_layer']:4g} a layer, {found['beside_layers']:3g} beside"
+        )
+    lines.append(
+        f"{report['target']}: {report['per_layer']:g} launches a layer and {report['beside_layers']:g} beside them for "
+        f"a token; the host waits {report['host_waits']} times, and launches {report['host_launches']} graphs or kernels"
+    )
+    return "\n".join(lines)
 
 
 def _fit_line(report: dict[str, Any]) -> str:
