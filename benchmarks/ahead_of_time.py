@@ -497,7 +497,7 @@ def _launches_text(report: dict[str, Any], two: launch_list.Launches) -> str:
         )
     lines.append(
         f"{report['target']}: {report['per_layer']:g} launches a layer and {report['beside_layers']:g} beside them for "
-        f"a token; the host waits {report['host_waits']} times, and launches {report['host_launches']} graphs or kernels"
+        f"a token; the host waits {report['host_waits']} times, launching {report['host_launches']} graphs and kernels"
     )
     return "\n".join(lines)
 
