@@ -37,9 +37,11 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
-from gptoss_jax.model.transformer import DTYPE_POLICIES, declare, nest
+from gptoss_jax.model.transformer import DTYPE_POLICIES, Leaf, declare, nest
+from gptoss_jax.runtime import weight_transforms
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import placement as placement_op
 from pallas_kernels.choice import Hardware
 
 ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
@@ -164,6 +166,7 @@ class Step(NamedTuple):
     width: int = 1  # tokens of each slot: 1 decodes, more are a chunk of a prompt
     mesh: str = ""
     layers: int | None = None  # fewer than the model has; None: all
+    dense: str = "bfloat16"  # or int8: the weights of attention and unembedding
 
 
 def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] = {}) -> Any:
@@ -177,14 +180,10 @@ def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] =
     def placed(array: Any, axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))
 
-    params = nest(
-        {
-            path: _rearranged(
-                jax.ShapeDtypeStruct(*declared.leaves[path][:2]), way, declared.leaves[path].axes, laid_out
-            )
-            for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
-        }
-    )
+    ways = declared.rearrangements(chosen.expert_mlp.layout)
+    params = nest({path: _stored(leaf, ways[path], step.dense, laid_out) for path, leaf in declared.leaves.items()})
+    if chosen.few_launches:
+        params = weight_transforms.join_projections(params, functools.partial(_joined, laid_out))
     drawing = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.slots))
     load = (_cache(config, step), *drawing)
     load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
@@ -204,18 +203,41 @@ def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] =
     return lowered.compile(compiler_options={**target.options, **options})
 
 
-def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
-    """What `weight_transforms.to_weight_layout` makes of a leaf."""
+def _joined(laid_out: Sharding, *projections: Any) -> layers.Joined:
+    """What `weight_transforms.joined` makes of three projections."""
+    shapes = jax.eval_shape(weight_transforms.joined, *projections)
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(("heads", *(None,) * (x.ndim - 1))))
+
+    return jax.tree.map(place, shapes)
+
+
+def _stored(leaf: Leaf, way: expert_op.Rearrangement, dense: str, laid_out: Sharding) -> Any:
+    """What `weight_transforms` make of a leaf."""
+    array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if leaf.num_inputs and dense == "int8":
+        found = jax.eval_shape(functools.partial(layers.quantize, num_inputs=leaf.num_inputs), array)
+        axes = leaf.axes, leaf.axes[: -leaf.num_inputs]
+        both = zip(found, axes, strict=True)
+        return layers.Dense8._make(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(of)) for x, of in both
+        )
     placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
     packed = jax.eval_shape(way.pack, array)
-    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
+    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(leaf.axes)))
 
 
-def launches(step: Step, kernels: str = "auto") -> launch_list.Launches:
-    """What one token of a decoding program launches on a GPU."""
+GRAPHED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+"""Everything that XLA can put into a CUDA graph, loops too, which it leaves out by default."""
+
+
+def launches(step: Step, kernels: str = "auto", *, graphs: str | None = None) -> launch_list.Launches:
+    """What one token of a decoding program launches on a GPU; `graphs` may hold these kinds, None: XLA's default."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = compile_step(step, kernels, options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        return launch_list.of_folder(Path(folder), compiled.as_text())
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options |= {} if graphs is None else {"xla_gpu_enable_command_buffer": graphs}
+        return launch_list.of_folder(Path(folder), compile_step(step, kernels, options).as_text())
 
 
 def _is_array(x: Any) -> bool:
@@ -237,6 +259,7 @@ def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
 MODEL_STEPS = (
     Step("gpt-oss-20b", "H200", 1, 8_192),
     Step("gpt-oss-20b", "H200", 1, 8_192, width=512),
+    Step("gpt-oss-20b", "H200", 1, 8_192, dense="int8"),
     Step("gpt-oss-20b", "H200", 1, 131_072),
     Step("gpt-oss-120b", "H200", 1, 131_072),
     Step("gpt-oss-120b", "H200", 1, 131_072, width=512),
@@ -302,6 +325,10 @@ def cases(target: Target) -> Iterator[Case]:
             ("sliding window attention", _ring(config, sequences, tokens)),
         ):
             yield Case(f"{form}, {size}", run, _attention_arguments(config, sequences, tokens, kv))
+    if target.hardware.platform in placement_op.IMPLEMENTATIONS:
+        for sequences in (1, 64):
+            name = f"rotation and storing, {sequences} sequences of 1 tokens"
+            yield Case(name, placement_op.IMPLEMENTATIONS["gpu"], _placement_arguments(config, sequences))
 
 
 def _attend_as_stored(attend: attention_op.Attend, q: Any, kv: Any, positions: Any, sinks: Any) -> Any:
@@ -329,6 +356,14 @@ def _expert_arguments(config: ModelConfig, tokens: int, layout: expert_op.Weight
 def _attention_arguments(config: ModelConfig, sequences: int, tokens: int, kv: Any) -> tuple[Any, ...]:
     q = _array(jnp.bfloat16, sequences, tokens, config.num_heads, config.head_dim)
     return q, kv, _array(jnp.int32, sequences, tokens), _array(jnp.bfloat16, config.num_heads)
+
+
+def _placement_arguments(config: ModelConfig, sequences: int) -> tuple[Any, ...]:
+    heads = config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim
+    turns = _array(jnp.float32, sequences, 2, config.head_dim // 2)
+    stored = placement_op.Stored(*_paged(config, sequences))
+    projected, bias = _array(jnp.float32, sequences, *heads), _array(jnp.bfloat16, *heads)
+    return projected, bias, turns, stored, _array(jnp.int32, sequences)
 
 
 def _paged(config: ModelConfig, sequences: int) -> attention_op.PagedKV:
@@ -470,34 +505,33 @@ def _kernels(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
 def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """From two depths, so that what a layer adds is separate from the step's own (embedding, logits, sampling)."""
     for name in (name for name in names if TARGETS[name].platform == "gpu" and TARGETS[name].devices == 1):
-        two, four = (
-            launches(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels) for layers in (2, 4)
-        )
+        steps = [Step("gpt-oss-20b", name, 1, 8_192, layers=layers) for layers in (2, 4)]
+        two, four = (launches(step, flags.FLAGS.kernels) for step in steps)
+        graphed = launches(steps[0], flags.FLAGS.kernels, graphs=GRAPHED)
         counts = launch_list.by_depth(two, 2, four, 4)
         total = {key: sum(of_kind[key] for of_kind in counts.values()) for key in ("per_layer", "beside_layers")}
-        host = {"host_waits": four.host_waits, "host_launches": four.host_launches}
-        report = {"target": name, **total, **host, "kinds": counts}
-        yield report, _launches_text(report, two)
+        host = {"host_waits": four.host_waits, "host_waits_with_loops_in_graphs": graphed.host_waits}
+        report = {"target": name, **total, **host, "host_launches": four.host_launches, "kinds": counts}
+        yield report, _launches_text(report, two, steps[0])
 
 
-def _launches_text(report: dict[str, Any], two: launch_list.Launches) -> str:
+def _launches_text(report: dict[str, Any], two: launch_list.Launches, step: Step) -> str:
     """The list of a program of two layers, by layer, and the sums."""
-
-    def heading(layer: int | None) -> str:
-        return "beside the layers" if layer is None else f"layer {layer}"
-
-    lines = []
+    target, lines = report["target"], []
+    timed = list(
+        zip(two.launches, launch_list.predicted_us(two.launches, _config(step), step.context_tokens), strict=True)
+    )
     for layer in (0, 1, None):
-        lines += [f"{report['target']}, {heading(layer)}:"]
-        of_layer = [launch for launch in two.launches if launch.layer == layer]
-        lines += [f"  {launch.kind:12} {launch.name:36} {launch.operation}" for launch in of_layer]
+        of_layer = [(launch, us) for launch, us in timed if launch.layer == layer]
+        heading = "beside the layers" if layer is None else f"layer {layer}"
+        lines.append(f"{target}, {heading}: {sum(us for _, us in of_layer):.0f} us predicted")
+        lines += [f"  {us:6.1f} us {launch.kind:12} {launch.name:36} {launch.operation}" for launch, us in of_layer]
     for kind, found in report["kinds"].items():
-        lines.append(
-            f"{report['target']}: {kind:12} {found['per_layer']:4g} a layer, {found['beside_layers']:3g} beside"
-        )
+        lines.append(f"{target}: {kind:12} {found['per_layer']:4g} a layer, {found['beside_layers']:3g} beside")
     lines.append(
-        f"{report['target']}: {report['per_layer']:g} launches a layer and {report['beside_layers']:g} beside them for "
-        f"a token; the host waits {report['host_waits']} times, launching {report['host_launches']} graphs and kernels"
+        f"{target}: {report['per_layer']:g} launches a layer and {report['beside_layers']:g} beside them for a token; "
+        f"the host launches {report['host_launches']} graphs and kernels and waits {report['host_waits']} times, "
+        f"{report['host_waits_with_loops_in_graphs']} times with loops in graphs"
     )
     return "\n".join(lines)
 
@@ -505,6 +539,7 @@ def _launches_text(report: dict[str, Any], two: launch_list.Launches) -> str:
 def _fit_line(report: dict[str, Any]) -> str:
     kind = "decoding" if report["width"] == 1 else f"prefill of {report['width']}"
     what = f"{report['model']} on {report['target']}: {kind}, {report['slots']} x {report['context_tokens']:,} tokens"
+    what += "" if report["dense"] == "bfloat16" else f", {report['dense']}"
     if "why" in report:
         return f"{what:70} does not fit: {report['why']}"
     total = report["arguments_gib"] + report["temporaries_gib"]

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptoss_jax.model.config import ModelConfig
+
 Parts = dict[str, list["Thunk"]]
 """Of a loop its condition and body, of a conditional its branches, of anything else that holds thunks: under ""."""
 
@@ -43,6 +45,35 @@ class Launches(NamedTuple):
     def by_kind(self) -> Counter[str]:
         """How many of each kind."""
         return Counter(launch.kind for launch in self.launches)
+
+
+LAUNCH_US = 2.0  # assumed: a dependent node of a CUDA graph, and the start and end of a kernel that reads weights
+READ_BYTES_PER_US = 4.3e6  # of an H200: what a copy reached, not the 4.8e6 that are promised
+
+
+def predicted_us(launches: Sequence[Launch], config: ModelConfig, context_tokens: int) -> list[float]:
+    """What each launch may take on an H200: an assumed time to launch, and to read weights, keys and values."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    experts = config.experts_per_token * inner * hidden * 17 / 32  # packed, with their scales
+    projections = [2 * hidden * (heads + 2 * kv_heads), 2 * heads * hidden]  # of queries, keys and values; of outputs
+    read = {
+        "expert_gate_up": 2 * experts,
+        "expert_down": experts,
+        "unembedding/dot_general": config.unembedding_bytes,
+        "experts/dot_general": 2 * config.num_experts * hidden,
+        "paged_attention": 4 * kv_heads * context_tokens,
+    }
+    found, of_layer = [], {}
+    for launch in launches:
+        own = read.get(launch.name, read.get(launch.operation, 0))
+        if launch.name == "paged_attention" and launch.layer is not None and config.has_sliding_window(launch.layer):
+            own = 4 * kv_heads * min(config.sliding_window, context_tokens)
+        if launch.operation == "attention/dot_general":
+            rest = of_layer.setdefault(launch.layer, list(projections))
+            own = rest.pop(0) if rest else 0
+        found.append(LAUNCH_US + own / READ_BYTES_PER_US)
+    return found
 
 
 def by_depth(few: Launches, few_layers: int, many: Launches, many_layers: int) -> dict[str, dict[str, float]]:

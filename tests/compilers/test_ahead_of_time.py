@@ -35,11 +35,24 @@ def _report(what: str, target: str) -> list[dict]:
 @_needs("gpu")
 def test_whole_steps_fit_one_gpu():
     """Guards the promise: 20b in 16 GB, 120b with 131,072 tokens in 80 GB, decoding and prefill."""
-    found = {(r["model"], r["context_tokens"], r["width"]): r for r in _report("models", "H200")}
+    found = {
+        (r["model"], r["context_tokens"], r["width"]): r for r in _report("models", "H200") if r["dense"] != "int8"
+    }
     for (model, context), budget in BUDGETS.items():
         for width in (1, 512):
             report = found[model, context, width]
             assert report["arguments_gib"] + report["temporaries_gib"] <= budget, report
+
+
+@_needs("gpu")
+def test_weights_in_eight_bits_stay_so():
+    """Guards --dense int8 on a GPU: its products read eight bits, and nothing keeps a wider copy of the weights."""
+    exact, rounded = (
+        next(r for r in _report("models", "H200") if (r["dense"], r["context_tokens"], r["width"]) == (dense, 8_192, 1))
+        for dense in ("bfloat16", "int8")
+    )
+    assert rounded["arguments_gib"] < exact["arguments_gib"] - 1, (exact, rounded)
+    assert rounded["temporaries_gib"] <= exact["temporaries_gib"] + 0.02, (exact, rounded)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,8 @@ def test_kernels_for_gpus_spill_nothing():
     )
     for kernel in kernels:
         assert kernel["spilled_bytes"] == kernel["local_memory_instructions"] == 0, kernel
-        assert not kernel["wgmma_serialized"] and kernel["tensor_core_instructions"] > 0, kernel
+        assert not kernel["wgmma_serialized"], kernel
+        assert kernel["tensor_core_instructions"] > 0 or kernel["case"].startswith("rotation"), kernel
 
 
 @_needs("tpu")
@@ -84,7 +98,7 @@ def test_a_decoding_step_launches_few_kernels():
     (report,) = _report("launches", "H200")
     assert 0 < report["per_layer"] <= LAUNCHES_PER_LAYER, report
     assert 0 < report["beside_layers"] <= LAUNCHES_BESIDE, report
-    assert report["host_waits"] <= HOST_WAITS, report
+    assert report["host_waits"] <= 1 and report["host_waits_with_loops_in_graphs"] == 0, report
 
 
-LAUNCHES_PER_LAYER, LAUNCHES_BESIDE, HOST_WAITS = 34, 36, 2  # what `benchmarks.ahead_of_time launches` printed
+LAUNCHES_PER_LAYER, LAUNCHES_BESIDE = 16, 20  # 16 and 19 when this was written
