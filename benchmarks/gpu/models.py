@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,11 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, sharding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, KVCache
-from gptoss_jax.model.layers import Kernels
+from gptoss_jax.model.layers import Joined, Kernels
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.taps import Taps
 from gptoss_jax.model.transformer import Model, declare
+from gptoss_jax.runtime import weight_transforms
 from pallas_kernels.expert_mlp import WeightLayout
 
 GIB = 1 << 30
@@ -39,12 +40,15 @@ class Whole(NamedTuple):
     declared: Model
     sharding: Sharding
     layout: WeightLayout
+    few_launches: bool  # as `Kernels` has it
 
     @classmethod
     def of(cls, config: ModelConfig, kernels: Kernels) -> "Whole":
         """On one device, bfloat16."""
         laid_out = sharding.make()
-        return cls(config, declare(config, laid_out, kernels), laid_out, kernels.expert_mlp.layout)
+        return cls(
+            config, declare(config, laid_out, kernels), laid_out, kernels.expert_mlp.layout, kernels.few_launches
+        )
 
     @property
     def step(self) -> ModelStep:
@@ -53,11 +57,20 @@ class Whole(NamedTuple):
 
     def shapes(self) -> Any:
         """Of the weights."""
-        return weights.shapes_of(self.declared, self.layout)
+        separate = weights.shapes_of(self.declared, self.layout)
+        return self.joined(separate, functools.partial(jax.eval_shape, weight_transforms.joined))
 
     def params(self) -> Any:
         """The weights themselves."""
-        return jax.block_until_ready(weights.random_params(self.declared, self.layout))
+        return jax.block_until_ready(self.joined(self.separate_params()))
+
+    def separate_params(self) -> Any:
+        """The same with each projection by itself, as it is published."""
+        return weights.random_params(self.declared, self.layout)
+
+    def joined(self, params: Any, join: Callable[..., Joined] | None = None) -> Any:
+        """What `loading.load` hands to these kernels; `join` is of `weight_transforms.join_projections`."""
+        return weight_transforms.join_projections(params, join) if self.few_launches else params
 
     def empty(self, slots: int, tokens: int) -> KVCache:
         """A cache of random keys and values, each slot with room for `tokens`."""

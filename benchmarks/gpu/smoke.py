@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import smoke_attention, smoke_experts, smoke_model
+from benchmarks.gpu import smoke_attention, smoke_experts, smoke_model, smoke_placement
 from benchmarks.gpu.comparing import Compare
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.smoke_groups import GROUPS
@@ -63,6 +63,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "experts": smoke_experts.experts,
     "paged": smoke_attention.paged,
     "windowed": smoke_attention.windowed,
+    "placed": smoke_placement.placed,
     "model": smoke_model.model,
 }
 

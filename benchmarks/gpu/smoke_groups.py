@@ -1,8 +1,9 @@
 """Which forms of the kernels smoke looks at, in which groups: sizes alone, without JAX, as the driver needs them.
 
 A group is a process of its own: a kernel that hangs or ends it takes no other with it. The sizes are those at which an
-op takes another form: rows per tile of 8, 16, 32, 64 and 128; one split of a sequence's keys and many, merged in
-float32; three and four tiles under way; a ring that has gone round, a page that is not full.
+op takes another form: rows per tile of 8, 16, 32, 64 and 128, and up to 8 tokens, which share tiles; one split of a
+sequence's keys and many, merged in float32; three and four tiles under way; a ring that has gone round, a page that is
+not full.
 """
 
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ def _windowed(lengths: list[int], tokens: int) -> Case:
     return Case("windowed", {"lengths": lengths, "tokens": tokens})
 
 
+def _placed(positions: list[int], **others: Any) -> Case:
+    return Case("placed", {"positions": positions, **others})
+
+
 _MIXED = [700 + 13 * i for i in range(64)]
 TRUE = {
     "model": [Case("model", {})],
@@ -40,7 +45,7 @@ TRUE = {
     "exact16_32": _exact(16, 32),
     "exact64_128": _exact(64, 128),
     "gated": [Case("gated", {"rows": rows}) for rows in (8, 32, 128)],
-    "experts8": [*_experts(1, 2, 67), *_experts(64, skew=True)],
+    "experts8": [*_experts(1, 2, 8, 9, 67), *_experts(64, skew=True)],
     "experts_more": [*_experts(100, 200, 512), *_experts(1100, skew=True)],
     "experts120": _experts(1, 64, num_experts=128),
     "experts120_prefill": _experts(4200, num_experts=128),
@@ -70,6 +75,12 @@ TRUE = {
         _windowed([4000], 2048),
         _windowed([300 + i for i in range(64)], 1),
     ],
+    "placed": [
+        _placed([0, 63, -1, 64, 4000]),
+        _placed(_MIXED),
+        _placed([5, 127, -1, 128, 9000], ring=True),
+        _placed(_MIXED, ring=True),
+    ],
 }
 TOY = {  # the same checks where an interpreter takes a second for a call
     "model": [Case("model", {})],
@@ -80,6 +91,7 @@ TOY = {  # the same checks where an interpreter takes a second for a call
     "experts8": _experts(3, skew=True),
     "paged_decode": [_paged([65, 300], 1, table=40)],
     "windowed": [_windowed([129], 1)],
+    "placed": [_placed([65, -1]), _placed([129], ring=True)],
 }
 GROUPS = {"true": TRUE, "toy": TOY}
 UNTUNED, NO_GRAPHS = "--xla_gpu_autotune_level=0", "--xla_gpu_enable_command_buffer="

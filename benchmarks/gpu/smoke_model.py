@@ -31,7 +31,8 @@ LOGITS_ERROR = 3e-2  # of a sequence's
 def model(smoke: "Smoke", what: str) -> None:
     """See the top of this file."""
     whole = Whole.of(smoke.config, smoke.kernels)
-    params = whole.params()
+    separate = whole.separate_params()
+    params = whole.joined(separate)
     program = under_load.decode_program(under_load.forms(whole.step))
     few, kept = _drawn(whole, program, params, DISPATCHES)
     many, held = _drawn(whole, program, params, (1,) * TOKENS)
@@ -40,7 +41,8 @@ def model(smoke: "Smoke", what: str) -> None:
     smoke.verdict(f"{what}: tokens are tokens", few.min(), _at_least(0))
     same = sum(np.count_nonzero(a != b) for a, b in zip(kept, held, strict=True))
     smoke.verdict(f"{what}: bits of the caches that differ", same, exactly(0))
-    _compare_logits(smoke, what, whole, params)
+    portable = weights.published_params(whole.declared, whole.layout, separate)
+    _compare_logits(smoke, what, (whole, params), (Whole.of(smoke.config, layers.Kernels()), portable))
 
 
 def _drawn(whole: Whole, program: Any, params: Any, dispatches: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -60,16 +62,17 @@ def _at_least(least: int) -> Compare:
     return compare
 
 
-def _compare_logits(smoke: "Smoke", what: str, whole: Whole, params: Any) -> None:
-    """A token and a chunk after a full cache, each sequence's logits beside those of the portable kernels."""
-    portable = Whole.of(smoke.config, layers.Kernels())
-    published = weights.published_params(whole.declared, whole.layout, params)
+def _compare_logits(smoke: "Smoke", what: str, *models: tuple[Whole, Any]) -> None:
+    """A token and a chunk after a full cache, each sequence's logits beside those of the portable kernels.
+
+    `models` are a model and its weights, with the kernels and with the portable ones.
+    """
+    config = smoke.config
     for width in WIDTHS:
-        ids = jax.random.randint(jax.random.key(width), (SLOTS, width), 0, whole.config.num_token_ids, jnp.int32)
+        ids = jax.random.randint(jax.random.key(width), (SLOTS, width), 0, config.num_token_ids, jnp.int32)
         counts = jnp.full(SLOTS, width, jnp.int32)
-        cache = under_load.start(whole.config, [under_load.GREEDY] * SLOTS, BEFORE_TOKENS, TOKENS).cache
+        cache = under_load.start(config, [under_load.GREEDY] * SLOTS, BEFORE_TOKENS, TOKENS).cache
         found, expected = (
-            jax.jit(functools.partial(step, each.declared))(weights, ids, counts, cache)[0]
-            for each, weights in ((whole, params), (portable, published))
+            jax.jit(functools.partial(step, whole.declared))(params, ids, counts, cache)[0] for whole, params in models
         )
         smoke.verdict(f"{what}: logits after a chunk of {width}", found, near(expected, LOGITS_ERROR))

@@ -51,7 +51,7 @@ def to_dense_format(model: Model, name: str) -> Transform:
 def join_projections(params: Params, join: Callable[..., layers.Joined] | None = None) -> Params:
     """`params` with the query, key and value projections of each layer in one, where none has an adapter.
 
-    Each layer's are freed as soon as they are joined. `join` is `joined`, or what stands for it of shapes alone.
+    The separate ones stay until the caller lets go of them. `join` is `joined`, or what stands for it of shapes alone.
     """
     join = join or jax.jit(joined)
     of_layers = params["layers"]

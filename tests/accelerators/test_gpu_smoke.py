@@ -61,9 +61,10 @@ def test_kernels(group, tmp_path):
     assert results.is_good and results.found("check")
 
 
-def test_model(tmp_path):
+@pytest.mark.parametrize("few_launches", [False, True])
+def test_model(few_launches, tmp_path):
     """Guards the check of whole programs, of which the interpreter would take hours: with the portable kernels."""
-    results = _run(tmp_path, "model", _kernels("reference"))
+    results = _run(tmp_path, "model", _kernels("reference")._replace(few_launches=few_launches))
     assert results.is_good and len(results.found("check")) == 5
     assert np.shape(results.found("drawn")[0]["tokens"]) == (2, 200)
 

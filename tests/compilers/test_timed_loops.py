@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from benchmarks import ahead_of_time
+from benchmarks import ahead_of_time, launches
 
 MISSING = ahead_of_time.missing("gpu")
 CODE = "from tests.compilers import test_timed_loops as test; test.compile_loops()"
@@ -44,8 +46,12 @@ def compile_loops() -> None:
             def repeat(carry, others, step=step):
                 return lax.fori_loop(0, 100, lambda i, carry: step(i, carry, others), carry)
 
-            compiled = ahead_of_time.lower(repeat, laid_out, array(jnp.float32), others).compile()
-            loops[name] = [compiled.as_text().count('"known_trip_count"'), ahead_of_time.launches(compiled)]
+            lowered = ahead_of_time.lower(repeat, laid_out, array(jnp.float32), others)
+            with tempfile.TemporaryDirectory() as folder:
+                options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+                text = lowered.compile(compiler_options=options).as_text()
+                found_launches = launches.of_folder(Path(folder), text).launches
+            loops[name] = [text.count('"known_trip_count"'), len(found_launches)]
         print(json.dumps(loops | {"calls": found.turns}))
 
 

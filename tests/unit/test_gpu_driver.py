@@ -128,6 +128,7 @@ def test_every_group_has_a_check_at_the_sizes_where_ops_change():
     cases = [case for group in smoke_groups.TRUE.values() for case in group]
     exact = {case.sizes["rows"] for case in cases if case.check == "exact"}
     assert exact == {8, 16, 32, 64, 128}
+    assert {8, 9} <= {case.sizes["tokens"] for case in cases if case.check == "experts"}  # the most that share tiles
     means = {
         max(1, case.sizes["tokens"] * 4 // case.sizes.get("num_experts", 32))
         for case in cases
@@ -135,7 +136,7 @@ def test_every_group_has_a_check_at_the_sizes_where_ops_change():
     }
     rows = {min(128, max(8, 1 << (mean - 1).bit_length())) for mean in means}
     assert rows == {8, 16, 32, 64, 128}
-    assert {case.check for case in cases} == {"exact", "gated", "experts", "paged", "windowed", "model"}
+    assert {case.check for case in cases} == {"exact", "gated", "experts", "paged", "windowed", "placed", "model"}
     assert set(smoke_groups.TOY) <= set(smoke_groups.TRUE)
     json.dumps(smoke_groups.GROUPS)
 
