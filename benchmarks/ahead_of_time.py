@@ -3,6 +3,7 @@
     python -m benchmarks.ahead_of_time models     # arguments + temporaries of whole steps against each device's memory
     python -m benchmarks.ahead_of_time kernels    # temporaries, registers and spills of each kernel at real shapes
     python -m benchmarks.ahead_of_time launches   # kernels, copies and library calls of a decoding step on a GPU
+    python -m benchmarks.ahead_of_time presets    # configs/meshes on their slices, beside what gptoss_jax.plan says
 
 The compilers are the vendors' own, from the compile-only wheels that `make gates` installs; nothing is run. A program
 that is too large for a TPU is refused by its compiler; for a GPU it is not, so its bytes are compared here. The last
@@ -87,6 +88,8 @@ class Target(NamedTuple):
 _H200 = Hardware("gpu", "NVIDIA H200", "9.0")
 TARGETS = {
     "H200": Target("gpu", "1x1x1", _H200, 141.0),
+    "2 H200": Target("gpu", "1x1x2", _H200, 141.0, 2),
+    "4 H200": Target("gpu", "1x1x4", _H200, 141.0, 4),
     "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
     "B200": Target(
         platform="gpu",
@@ -98,10 +101,13 @@ TARGETS = {
     ),
     "v5e": Target("tpu", "v5e:2x2", Hardware("tpu", "TPU v5 lite"), 15.75),
     "8 v5e": Target("tpu", "v5e:2x4", Hardware("tpu", "TPU v5 lite"), 15.75, 8),
+    "16 v5e": Target("tpu", "v5e:4x4", Hardware("tpu", "TPU v5 lite"), 15.75, 16),
     "v6e": Target("tpu", "v6e:2x2", Hardware("tpu", "TPU v6 lite"), 31.25),
     "8 v6e": Target("tpu", "v6e:2x4", Hardware("tpu", "TPU v6 lite"), 31.25, 8),
     "v5p": Target("tpu", "v5p:2x2x1", Hardware("tpu", "TPU v5"), 95.74),
+    "8 v5p": Target("tpu", "v5p:2x2x2", Hardware("tpu", "TPU v5"), 95.74, 8),
     "tpu7x": Target("tpu", "tpu7x:2x2x1", Hardware("tpu", "TPU7x"), 94.75),
+    "8 tpu7x": Target("tpu", "tpu7x:2x2x1", Hardware("tpu", "TPU7x"), 94.75, 8),
 }
 
 
@@ -476,7 +482,7 @@ def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     """Prints one table, then one JSON line."""
-    found = {"models": _models, "kernels": _kernels, "launches": _launches}
+    found = {"models": _models, "kernels": _kernels, "launches": _launches, "presets": _presets}
     if len(arguments) != 1 or arguments[0] not in found:
         raise GptossError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
     names = flags.FLAGS.target or list(TARGETS)
@@ -534,6 +540,12 @@ def _launches_text(report: dict[str, Any], two: launch_list.Launches, step: Step
         f"{report['host_waits_with_loops_in_graphs']} times with loops in graphs"
     )
     return "\n".join(lines)
+
+
+def _presets(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    from benchmarks import presets  # here: it compiles with this module
+
+    return presets.reports(names, flags.FLAGS.kernels)
 
 
 def _fit_line(report: dict[str, Any]) -> str:

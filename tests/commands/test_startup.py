@@ -18,6 +18,7 @@ COMMANDS = (
     "converters.convert",
     "converters.random_weights",
     "converters.export",
+    "gptoss_jax.plan",
 )
 SLACK = 2  # CPUs differ, and a busy one takes longer for the same
 HELP_CPU_SECONDS = 0.5 * SLACK
@@ -115,7 +116,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     return {"GOOD": good, "LLAMA": llama, "EMPTY": folder / "empty", "ABSENT": folder / "absent", **files}
 
 
-GENERATE, SCORE, CONVERT, RANDOM, _ = COMMANDS
+GENERATE, SCORE, CONVERT, RANDOM, *_ = COMMANDS
 MISTAKES = {
     "missing folder": (GENERATE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
     "wrong folder": (GENERATE, "--checkpoint EMPTY Hello", "empty: no *.safetensors and no model.safetensors.index"),

@@ -13,9 +13,17 @@ import sys
 import pytest
 
 from benchmarks import ahead_of_time
+from gptoss_jax.files import of_configs
+from gptoss_jax.model import mesh
+from gptoss_jax.model.config import read_config
+from gptoss_jax.planner import chips, plan
 
 # arguments + temporaries, GiB: what is left of a 16 GB and an 80 GB device
 BUDGETS = {("gpt-oss-20b", 8_192): 14.9, ("gpt-oss-120b", 131_072): 74.5}
+
+
+SLICES = {"H200": "h200x1", "8 H200": "h200x8", "B200": "b200x1", "v6e": "v6e:1x1"}  # target -> as the planner names it
+PLANNED_WITHIN = 0.05
 
 
 def _needs(platform):
@@ -32,9 +40,20 @@ def _report(what: str, target: str) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])[what]
 
 
+def _is_as_planned(report: dict) -> None:
+    """Guards the planner: what it says a program takes is what the vendor's compiler says."""
+    config = read_config(of_configs(f"configs/{report['model']}.json"))
+    workload = plan.Workload(report["slots"], report["context_tokens"], max(report["width"], 128))
+    where = mesh.read(report["mesh"]), chips.parse_slice(SLICES[report["target"]])
+    found = plan.make(plan.Request(config, report["model"], *where, workload))
+    compiled = report["arguments_gib"] + report["temporaries_gib"]
+    said = found.memory.program_bytes(report["width"]) / ahead_of_time.GIB
+    assert abs(said / compiled - 1) < PLANNED_WITHIN, (report, said)
+
+
 @_needs("gpu")
 def test_whole_steps_fit_one_gpu():
-    """Guards the promise: 20b in 16 GB, 120b with 131,072 tokens in 80 GB, decoding and prefill."""
+    """Guards the promise: 20b in 16 GB, 120b with 131,072 tokens in 80 GB, decoding and prefill; and the planner's."""
     found = {
         (r["model"], r["context_tokens"], r["width"]): r for r in _report("models", "H200") if r["dense"] != "int8"
     }
@@ -42,6 +61,7 @@ def test_whole_steps_fit_one_gpu():
         for width in (1, 512):
             report = found[model, context, width]
             assert report["arguments_gib"] + report["temporaries_gib"] <= budget, report
+            _is_as_planned(report)
 
 
 @_needs("gpu")
@@ -64,6 +84,8 @@ def test_whole_steps_fit(target):
     """Guards sharded programs, the portable path on Blackwell, and 131,072 tokens of the 20b on one v6e."""
     reports = _report("models", target)
     assert len(reports) == 2 and all(report["fits"] for report in reports), reports
+    for report in reports:
+        _is_as_planned(report)
 
 
 @_needs("gpu")
