@@ -29,7 +29,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from benchmarks import launches as launch_list
-from benchmarks import true_width, under_load
+from benchmarks import compiled_collectives, true_width, under_load
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.engine import programs
@@ -285,15 +285,18 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        found = program_memory(compile_step(step, kernels))
+        compiled = compile_step(step, kernels)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
+    found = program_memory(compiled)
     sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
     fits = sum(found) <= limit * GIB  # results take the place of what was donated
-    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": fits}
+    sent = [list(each) for each in compiled_collectives.of_program(compiled.as_text()) if each.where != "sampling"]
+    sizes = {k: round(v, 2) for k, v in sizes.items()}
+    return {**step._asdict(), **sizes, "of_gib": limit, "fits": fits, "collectives": sent}
 
 
 # ---- kernels by themselves ----

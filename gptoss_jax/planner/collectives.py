@@ -1,13 +1,15 @@
 """The collectives of a step, from the mesh alone: which, of how many bytes, over how many devices. Knows no JAX.
 
 Sums over heads and experts are written in the model (`Sharding.sum_over`); the others are what XLA's partitioner makes
-of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. A test reads the same
-list from compiled programs.
+of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. Tests read the same
+from compiled programs: all of it for CPUs, what is not sampling for GPUs and TPUs, whose compilers treat the few bytes
+of sampling each in their way (XLA for GPUs gathers logits for top-p).
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.mesh import MeshShape
 from gptoss_jax.planner.chips import Chip
@@ -71,6 +73,7 @@ def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, 
         Collective("all-reduce", "attention", ALWAYS, mesh.size("heads"), stream, config.num_layers),
         Collective("all-reduce", "experts", ALWAYS, mesh.size("experts", "expert_hidden"), stream, config.num_layers),
         *_sampling(config, mesh, workload.slots, decodes=width == 1),
+        *_top_logprobs(config, mesh, chip, workload.slots),
     ]
     return [collective for collective in found if collective.devices > 1]
 
@@ -96,6 +99,16 @@ def _sampling(config: ModelConfig, mesh: MeshShape, slots: int, *, decodes: bool
     yield Collective("all-reduce", "sampling", DRAWN, data, _BOOL, 2)
     yield by_slot(TOP_K, _FLOAT32, _SEARCH)
     yield by_slot(TOP_P, _FLOAT32, _SEARCH + 1)
-    logprobs = _FLOAT32 * config.vocab_size
-    yield Collective("all-gather", "sampling", TOP_LOGPROBS, vocab, logprobs * own, 1)
-    yield Collective("all-gather", "sampling", TOP_LOGPROBS, data, logprobs * slots, 1)
+
+
+def _top_logprobs(config: ModelConfig, mesh: MeshShape, chip: Chip, slots: int) -> Iterator[Collective]:
+    """XLA for CPUs brings all logits to every device; those for GPUs and TPUs the likeliest of each shard, with ids."""
+    vocab, data = mesh.size("vocab"), mesh.size("batch")
+    if chip.platform == "cpu":
+        logprobs = _FLOAT32 * config.vocab_size
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, vocab, logprobs * slots // data, 1)
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, data, logprobs * slots, 1)
+    else:
+        likeliest = _FLOAT32 * MAX_TOP_LOGPROBS
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, vocab, likeliest * vocab * slots // data, 2)
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, data, likeliest * slots, 2)

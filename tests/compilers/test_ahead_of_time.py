@@ -41,7 +41,7 @@ def _report(what: str, target: str) -> list[dict]:
 
 
 def _is_as_planned(report: dict) -> None:
-    """Guards the planner: what it says a program takes is what the vendor's compiler says."""
+    """Guards the planner: what it says a program takes and sends is what the vendor's compiler says."""
     config = read_config(of_configs(f"configs/{report['model']}.json"))
     workload = plan.Workload(report["slots"], report["context_tokens"], max(report["width"], 128))
     where = mesh.read(report["mesh"]), chips.parse_slice(SLICES[report["target"]])
@@ -49,6 +49,9 @@ def _is_as_planned(report: dict) -> None:
     compiled = report["arguments_gib"] + report["temporaries_gib"]
     said = found.memory.program_bytes(report["width"]) / ahead_of_time.GIB
     assert abs(said / compiled - 1) < PLANNED_WITHIN, (report, said)
+    work = found.decode_work if report["width"] == 1 else found.prefill_work
+    sent = [list(each) for each in sorted(work.collectives) if each.where != "sampling"]
+    assert sorted(report["collectives"]) == sent, (report, sent)
 
 
 @_needs("gpu")
