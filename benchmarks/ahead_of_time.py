@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import launches as launch_list
 from benchmarks import compiled_collectives, true_width, under_load
+from benchmarks import launches as launch_list
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.engine import programs
