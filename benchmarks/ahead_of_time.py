@@ -3,6 +3,7 @@
     python -m benchmarks.ahead_of_time models     # arguments + temporaries of whole steps against each device's memory
     python -m benchmarks.ahead_of_time kernels    # temporaries, registers and spills of each kernel at real shapes
     python -m benchmarks.ahead_of_time launches   # kernels, copies and library calls of a decoding step on a GPU
+    python -m benchmarks.ahead_of_time presets    # configs/meshes on their slices, beside what gptoss_jax.plan says
 
 The compilers are the vendors' own, from the compile-only wheels that `make gates` installs; nothing is run. A program
 that is too large for a TPU is refused by its compiler; for a GPU it is not, so its bytes are compared here. The last
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import true_width, under_load
+from benchmarks import compiled_collectives, true_width, under_load
+from benchmarks import launches as launch_list
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.engine import programs
@@ -36,9 +38,11 @@ from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
-from gptoss_jax.model.transformer import DTYPE_POLICIES, declare, nest
+from gptoss_jax.model.transformer import DTYPE_POLICIES, Leaf, declare, nest
+from gptoss_jax.runtime import weight_transforms
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
+from pallas_kernels import placement as placement_op
 from pallas_kernels.choice import Hardware
 
 ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
@@ -84,6 +88,8 @@ class Target(NamedTuple):
 _H200 = Hardware("gpu", "NVIDIA H200", "9.0")
 TARGETS = {
     "H200": Target("gpu", "1x1x1", _H200, 141.0),
+    "2 H200": Target("gpu", "1x1x2", _H200, 141.0, 2),
+    "4 H200": Target("gpu", "1x1x4", _H200, 141.0, 4),
     "8 H200": Target("gpu", "1x1x8", _H200, 141.0, 8),
     "B200": Target(
         platform="gpu",
@@ -95,10 +101,13 @@ TARGETS = {
     ),
     "v5e": Target("tpu", "v5e:2x2", Hardware("tpu", "TPU v5 lite"), 15.75),
     "8 v5e": Target("tpu", "v5e:2x4", Hardware("tpu", "TPU v5 lite"), 15.75, 8),
+    "16 v5e": Target("tpu", "v5e:4x4", Hardware("tpu", "TPU v5 lite"), 15.75, 16),
     "v6e": Target("tpu", "v6e:2x2", Hardware("tpu", "TPU v6 lite"), 31.25),
     "8 v6e": Target("tpu", "v6e:2x4", Hardware("tpu", "TPU v6 lite"), 31.25, 8),
     "v5p": Target("tpu", "v5p:2x2x1", Hardware("tpu", "TPU v5"), 95.74),
+    "8 v5p": Target("tpu", "v5p:2x2x2", Hardware("tpu", "TPU v5"), 95.74, 8),
     "tpu7x": Target("tpu", "tpu7x:2x2x1", Hardware("tpu", "TPU7x"), 94.75),
+    "8 tpu7x": Target("tpu", "tpu7x:2x2x1", Hardware("tpu", "TPU7x"), 94.75, 8),
 }
 
 
@@ -163,10 +172,11 @@ class Step(NamedTuple):
     width: int = 1  # tokens of each slot: 1 decodes, more are a chunk of a prompt
     mesh: str = ""
     layers: int | None = None  # fewer than the model has; None: all
+    dense: str = "bfloat16"  # or int8: the weights of attention and unembedding
 
 
-def compile_step(step: Step, kernels: str = "auto") -> Any:
-    """The compiled program of `step`, sampling included."""
+def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] = {}) -> Any:
+    """The compiled program of `step`, sampling included; `options` are XLA's, beside those of the target."""
     target = TARGETS[step.target]
     config = _config(step)
     laid_out = sharding.make(step.mesh, devices(target))
@@ -176,14 +186,10 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
     def placed(array: Any, axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))
 
-    params = nest(
-        {
-            path: _rearranged(
-                jax.ShapeDtypeStruct(*declared.leaves[path][:2]), way, declared.leaves[path].axes, laid_out
-            )
-            for path, way in declared.rearrangements(chosen.expert_mlp.layout).items()
-        }
-    )
+    ways = declared.rearrangements(chosen.expert_mlp.layout)
+    params = nest({path: _stored(leaf, ways[path], step.dense, laid_out) for path, leaf in declared.leaves.items()})
+    if chosen.few_launches:
+        params = weight_transforms.join_projections(params, functools.partial(_joined, laid_out))
     drawing = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.slots))
     load = (_cache(config, step), *drawing)
     load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
@@ -200,28 +206,44 @@ def compile_step(step: Step, kernels: str = "auto") -> Any:
         at = ints("batch", shape=(laid_out.size("batch"),))
         chunks = Chunks._make([tokens, counts, counts])
         lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
-    return lowered.compile(compiler_options=dict(target.options))
+    return lowered.compile(compiler_options={**target.options, **options})
 
 
-def _rearranged(array: Any, way: expert_op.Rearrangement, axes: tuple[Any, ...], laid_out: Sharding) -> Any:
-    """What `weight_transforms.to_weight_layout` makes of a leaf."""
+def _joined(laid_out: Sharding, *projections: Any) -> layers.Joined:
+    """What `weight_transforms.joined` makes of three projections."""
+    shapes = jax.eval_shape(weight_transforms.joined, *projections)
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(("heads", *(None,) * (x.ndim - 1))))
+
+    return jax.tree.map(place, shapes)
+
+
+def _stored(leaf: Leaf, way: expert_op.Rearrangement, dense: str, laid_out: Sharding) -> Any:
+    """What `weight_transforms` make of a leaf."""
+    array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if leaf.num_inputs and dense == "int8":
+        found = jax.eval_shape(functools.partial(layers.quantize, num_inputs=leaf.num_inputs), array)
+        axes = leaf.axes, leaf.axes[: -leaf.num_inputs]
+        both = zip(found, axes, strict=True)
+        return layers.Dense8._make(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(of)) for x, of in both
+        )
     placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
     packed = jax.eval_shape(way.pack, array)
-    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(axes)))
+    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(leaf.axes)))
 
 
-def launches(compiled: Any) -> int:
-    """Kernels, copies and library calls in one iteration of a decoding program's loop; loops inside count once."""
-    text = compiled.as_text()
-    body = max(re.findall(r"while\(.*body=%?([\w.-]+)", text), key=lambda name: len(_computation(text, name)))
-    silent = r"parameter|get-tuple-element|tuple|bitcast|constant|iota|after-all|partition-id|replica-id"
-    opcodes = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(", _computation(text, body), re.MULTILINE)
-    return sum(re.fullmatch(silent, opcode) is None for opcode in opcodes)
+GRAPHED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+"""Everything that XLA can put into a CUDA graph, loops too, which it leaves out by default."""
 
 
-def _computation(text: str, name: str) -> str:
-    found = re.search(rf"^%?{re.escape(name)} .*?\{{$(.*?)^\}}", text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else ""
+def launches(step: Step, kernels: str = "auto", *, graphs: str | None = None) -> launch_list.Launches:
+    """What one token of a decoding program launches on a GPU; `graphs` may hold these kinds, None: XLA's default."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options |= {} if graphs is None else {"xla_gpu_enable_command_buffer": graphs}
+        return launch_list.of_folder(Path(folder), compile_step(step, kernels, options).as_text())
 
 
 def _is_array(x: Any) -> bool:
@@ -243,6 +265,7 @@ def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
 MODEL_STEPS = (
     Step("gpt-oss-20b", "H200", 1, 8_192),
     Step("gpt-oss-20b", "H200", 1, 8_192, width=512),
+    Step("gpt-oss-20b", "H200", 1, 8_192, dense="int8"),
     Step("gpt-oss-20b", "H200", 1, 131_072),
     Step("gpt-oss-120b", "H200", 1, 131_072),
     Step("gpt-oss-120b", "H200", 1, 131_072, width=512),
@@ -262,15 +285,18 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        found = program_memory(compile_step(step, kernels))
+        compiled = compile_step(step, kernels)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
+    found = program_memory(compiled)
     sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
     fits = sum(found) <= limit * GIB  # results take the place of what was donated
-    return {**step._asdict(), **{k: round(v, 2) for k, v in sizes.items()}, "of_gib": limit, "fits": fits}
+    sent = [list(each) for each in compiled_collectives.of_program(compiled.as_text()) if each.where != "sampling"]
+    sizes = {k: round(v, 2) for k, v in sizes.items()}
+    return {**step._asdict(), **sizes, "of_gib": limit, "fits": fits, "collectives": sent}
 
 
 # ---- kernels by themselves ----
@@ -308,6 +334,10 @@ def cases(target: Target) -> Iterator[Case]:
             ("sliding window attention", _ring(config, sequences, tokens)),
         ):
             yield Case(f"{form}, {size}", run, _attention_arguments(config, sequences, tokens, kv))
+    if target.hardware.platform in placement_op.IMPLEMENTATIONS:
+        for sequences in (1, 64):
+            name = f"rotation and storing, {sequences} sequences of 1 tokens"
+            yield Case(name, placement_op.IMPLEMENTATIONS["gpu"], _placement_arguments(config, sequences))
 
 
 def _attend_as_stored(attend: attention_op.Attend, q: Any, kv: Any, positions: Any, sinks: Any) -> Any:
@@ -335,6 +365,14 @@ def _expert_arguments(config: ModelConfig, tokens: int, layout: expert_op.Weight
 def _attention_arguments(config: ModelConfig, sequences: int, tokens: int, kv: Any) -> tuple[Any, ...]:
     q = _array(jnp.bfloat16, sequences, tokens, config.num_heads, config.head_dim)
     return q, kv, _array(jnp.int32, sequences, tokens), _array(jnp.bfloat16, config.num_heads)
+
+
+def _placement_arguments(config: ModelConfig, sequences: int) -> tuple[Any, ...]:
+    heads = config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim
+    turns = _array(jnp.float32, sequences, 2, config.head_dim // 2)
+    stored = placement_op.Stored(*_paged(config, sequences))
+    projected, bias = _array(jnp.float32, sequences, *heads), _array(jnp.bfloat16, *heads)
+    return projected, bias, turns, stored, _array(jnp.int32, sequences)
 
 
 def _paged(config: ModelConfig, sequences: int) -> attention_op.PagedKV:
@@ -447,7 +485,7 @@ def bundle_reports(folder: Path, compiled: str) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     """Prints one table, then one JSON line."""
-    found = {"models": _models, "kernels": _kernels, "launches": _launches}
+    found = {"models": _models, "kernels": _kernels, "launches": _launches, "presets": _presets}
     if len(arguments) != 1 or arguments[0] not in found:
         raise GptossError(f"{' '.join(arguments) or 'nothing'} asked for, expected one of {', '.join(found)}")
     names = flags.FLAGS.target or list(TARGETS)
@@ -476,18 +514,47 @@ def _kernels(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
 def _launches(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """From two depths, so that what a layer adds is separate from the step's own (embedding, logits, sampling)."""
     for name in (name for name in names if TARGETS[name].platform == "gpu" and TARGETS[name].devices == 1):
-        two, four = (
-            launches(compile_step(Step("gpt-oss-20b", name, 1, 8_192, layers=layers), flags.FLAGS.kernels))
-            for layers in (2, 4)
-        )
-        report = {"target": name, "per_layer": (four - two) / 2, "beside_layers": 2 * two - four}
-        line = f"{name}: {report['per_layer']:g} a layer and {report['beside_layers']} beside them, in a decoding step"
-        yield report, line
+        steps = [Step("gpt-oss-20b", name, 1, 8_192, layers=layers) for layers in (2, 4)]
+        two, four = (launches(step, flags.FLAGS.kernels) for step in steps)
+        graphed = launches(steps[0], flags.FLAGS.kernels, graphs=GRAPHED)
+        counts = launch_list.by_depth(two, 2, four, 4)
+        total = {key: sum(of_kind[key] for of_kind in counts.values()) for key in ("per_layer", "beside_layers")}
+        host = {"host_waits": four.host_waits, "host_waits_with_loops_in_graphs": graphed.host_waits}
+        report = {"target": name, **total, **host, "host_launches": four.host_launches, "kinds": counts}
+        yield report, _launches_text(report, two, steps[0])
+
+
+def _launches_text(report: dict[str, Any], two: launch_list.Launches, step: Step) -> str:
+    """The list of a program of two layers, by layer, and the sums."""
+    target, lines = report["target"], []
+    timed = list(
+        zip(two.launches, launch_list.predicted_us(two.launches, _config(step), step.context_tokens), strict=True)
+    )
+    for layer in (0, 1, None):
+        of_layer = [(launch, us) for launch, us in timed if launch.layer == layer]
+        heading = "beside the layers" if layer is None else f"layer {layer}"
+        lines.append(f"{target}, {heading}: {sum(us for _, us in of_layer):.0f} us predicted")
+        lines += [f"  {us:6.1f} us {launch.kind:12} {launch.name:36} {launch.operation}" for launch, us in of_layer]
+    for kind, found in report["kinds"].items():
+        lines.append(f"{target}: {kind:12} {found['per_layer']:4g} a layer, {found['beside_layers']:3g} beside")
+    lines.append(
+        f"{target}: {report['per_layer']:g} launches a layer and {report['beside_layers']:g} beside them for a token; "
+        f"the host launches {report['host_launches']} graphs and kernels and waits {report['host_waits']} times, "
+        f"{report['host_waits_with_loops_in_graphs']} times with loops in graphs"
+    )
+    return "\n".join(lines)
+
+
+def _presets(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    from benchmarks import presets  # here: it compiles with this module
+
+    return presets.reports(names, flags.FLAGS.kernels)
 
 
 def _fit_line(report: dict[str, Any]) -> str:
     kind = "decoding" if report["width"] == 1 else f"prefill of {report['width']}"
     what = f"{report['model']} on {report['target']}: {kind}, {report['slots']} x {report['context_tokens']:,} tokens"
+    what += "" if report["dense"] == "bfloat16" else f", {report['dense']}"
     if "why" in report:
         return f"{what:70} does not fit: {report['why']}"
     total = report["arguments_gib"] + report["temporaries_gib"]

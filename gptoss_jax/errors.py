@@ -62,6 +62,14 @@ def check_list(name: str, values: object, of: str) -> None:
         raise GptossError(f"{name} is {short(values)}, expected a list of {of}")
 
 
+def check_text(text: str, what: str) -> None:
+    """Raises GptossError for what Python makes of bytes that are no UTF-8, in arguments and on stdin."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GptossError(f"{what} is not valid UTF-8") from None
+
+
 def shortened(name: str, limit: int = 120) -> str:
     """A name that some file chose, for an error message: its beginning."""
     return name if len(name) <= limit else f"{name[:limit]}..."

@@ -1,5 +1,7 @@
 """The test session is stricter than production: eight CPU devices, strict dtype promotion, no network.
 
+GPTOSS_JAX_TEST_PLATFORMS=cuda runs what is made for it on a GPU (tests/accelerators/test_gpu_smoke.py).
+
 A test's folder is its mark (docs/testing.md says what each holds), and a case marked unit has a budget of CPU time.
 """
 
@@ -17,7 +19,7 @@ if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could configure it; find the pytest plugin that did")
 
 # Environment rather than jax.config, so that commands which tests start as processes are held to it too.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("GPTOSS_JAX_TEST_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # BLAS threads of several processes wait for one another in loops; workers of pytest-xdist and commands have one each.

@@ -12,8 +12,7 @@ from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import known, only, token_ids, whole
 from gptoss_jax.api.tokens import finite, likeliest, usage
-from gptoss_jax.errors import GptossError, short
-from gptoss_jax.harmony import messages
+from gptoss_jax.errors import GptossError, check_text, short
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.json_values import needed
 from gptoss_jax.harmony.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -59,7 +58,7 @@ def _prompt_ids(prompt: object, vocab_path: str | None) -> Sequence[int]:
         raise GptossError(f"prompt holds {len(prompt)} prompts, expected one: send a request for each")
     if not isinstance(prompt, str):
         return token_ids(prompt, "prompt")
-    messages.check_text(prompt, "prompt")
+    check_text(prompt, "prompt")
     return load_tokenizer(vocab_path).encode(prompt)
 
 

@@ -14,7 +14,7 @@ from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.chat_session import ChatSession
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import RequestError
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, check_text
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
@@ -124,7 +124,7 @@ class _Console:
         typed, _, text = line.partition(" ")
         name = _OTHER_NAMES.get(typed.lower(), typed.lower())
         try:
-            messages.check_text(line, "what was entered")
+            check_text(line, "what was entered")
             if name in self._commands:
                 self._commands[name].act(text.strip())
             elif line.startswith("/"):

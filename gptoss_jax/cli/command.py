@@ -18,6 +18,7 @@ from gptoss_jax.cli import interrupts, mistakes
 from gptoss_jax.cli.escapes import guard_terminals
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.errors import GptossError
+from gptoss_jax.runtime import device_memory
 
 EXIT_CODE = 2
 HELP_WIDTH = 80
@@ -32,8 +33,8 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
     """Runs `main` on the command line's positional arguments.
 
     `--two-words` and `--two_words` are the same flag, and flags may follow positional arguments. A GptossError
-    or OSError that `main` raises becomes a line on stderr per problem, after `name`, and exit code 2; Ctrl-C exit code
-    130. Anything else is a bug and keeps its traceback.
+    or OSError that `main` raises becomes a line on stderr per problem, after `name`, and exit code 2, and so does a
+    device that runs out of memory; Ctrl-C exit code 130. Anything else is a bug and keeps its traceback.
 
     Args:
         main: the command; its module's docstring is its help.
@@ -41,6 +42,7 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
         sections: how its flags are grouped in --help; None: in one section.
     """
     gc.set_threshold(GC_THRESHOLD)
+    device_memory.reserve()  # before JAX looks
     open_streams(name)
     parse = functools.partial(_parse, name=name, sections=sections, module=main.__module__)
     try:
@@ -173,6 +175,10 @@ def _guard(work: Callable[[], None], name: str) -> None:
         refuse(str(error), name)
     except OSError as error:
         refuse(mistakes.of_file(error), name)
+    except RuntimeError as error:
+        if not (message := mistakes.of_memory(error)):
+            raise
+        refuse(message, name)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(interrupts.EXIT_CODE)

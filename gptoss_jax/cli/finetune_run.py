@@ -13,10 +13,11 @@ from absl import flags
 
 from gptoss_jax.checkpoints import opening
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import finetune_flags, interrupts
+from gptoss_jax.cli import finetune_flags, interrupts, mistakes, model_flags
 from gptoss_jax.cli.flag_values import naming_flags
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.errors import GptossError, short
+from gptoss_jax.model import mesh
 from gptoss_jax.model.config import ModelConfig, read_config
 from gptoss_jax.training import feed, memory
 from gptoss_jax.training import options as train_options
@@ -116,11 +117,7 @@ def _dry_run(
         found = _read(screen, asked, sources, None)
         rows = None if found.vocabulary is None else len(found.vocabulary)
         screen.answer(f"{found.described}\nsteps: {found.total_steps:,}\n")
-    shards: dict[str, int] = {}
-    if options.mesh:
-        from gptoss_jax.model import sharding  # here, since it imports JAX
-
-        shards = sharding.num_shards(options.mesh)
+    shards = mesh.num_shards(options.mesh)
     if options.dtype == finetune_flags.AUTO:
         screen.note("--dtype is auto: float32, as on CPUs, is what is counted")
     kept, again = (
@@ -162,6 +159,10 @@ class _Run:
         except (GptossError, OSError):
             self._folder.abandon()
             raise
+        except RuntimeError as error:
+            if mistakes.of_memory(error):  # with other flags it is another run
+                self._folder.abandon()
+            raise
 
     def _trainer(self, data: Feed) -> "gptoss_jax.training.step.Trainer":
         options, screen = self._options, self._screen
@@ -170,6 +171,7 @@ class _Run:
 
             from gptoss_jax.training.step import Trainer
 
+        model_flags.note_device_memory(screen)
         if options.dtype == finetune_flags.AUTO:
             is_cpu = jax.default_backend() == "cpu"
             self._asked = dataclasses.replace(self._asked, dtype="float32" if is_cpu else "bfloat16")

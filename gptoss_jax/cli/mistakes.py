@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from absl import flags
 
 from gptoss_jax.errors import short, shortened
+from gptoss_jax.runtime import device_memory
 
 # What other programs call things -> flags here, of which a command has one or none.
 _ELSEWHERE = {
@@ -40,6 +41,19 @@ _ELSEWHERE = {
     "v": ("stats",),
     "verbose": ("stats",),
 }
+# Flags by which a run takes less of a device's memory, with a value where it is that one which helps.
+_LESS_MEMORY = {
+    "max_context_tokens": "",
+    "slots": "",
+    "pool_tokens": "",
+    "n": "",
+    "dense": " int8",
+    "batch_rows": "",
+    "row_tokens": "",
+    "accumulate": "",
+    "rematerialize": "",
+    "mesh": "",
+}
 # What absl says of a value, after `flag --name=value: `.
 _REASONS = r"invalid literal|could not convert|value should be|\('Non-bool|\S+ is not |Flag --|Exceeds|empty string"
 
@@ -66,6 +80,15 @@ def of_file(error: OSError) -> str:
     if not error.strerror:
         return str(error)
     return f"{error.filename}: {error.strerror}" if isinstance(error.filename, str) else error.strerror
+
+
+def of_memory(error: BaseException) -> str | None:
+    """What a device that ran out of memory needed and had, and the flags that help; None for another error."""
+    if not (found := device_memory.out_of_memory(error)):
+        return None
+    ours = _own_flags()
+    helping = [f"{spelled(name)}{value}" for name, value in _LESS_MEMORY.items() if name in ours]
+    return f"{found}; what helps: {', '.join(helping)}" if helping else found
 
 
 def of_flag(error: Exception) -> str:

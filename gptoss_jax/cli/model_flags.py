@@ -11,7 +11,7 @@ from gptoss_jax.cli import hosts, interrupts
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.runtime import demo_model
+from gptoss_jax.runtime import demo_model, device_memory
 from gptoss_jax.runtime.number_formats import ACTIVATIONS, DENSE_ITEMSIZE
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def load(
     with interrupts.ended_by_ctrl_c():
         from gptoss_jax.runtime import loading  # here, so that a mistake is found before JAX is imported
 
+    note_device_memory(screen)
     programs_folder = _programs_folder(options, screen)
     with interrupts.stopping(screen.say) as pressed, screen.progress("loading", pressed) as report:
         language_model = loading.load(
@@ -114,6 +115,13 @@ def load(
     if language_model.weights_are_random:
         screen.say(f"these weights are RANDOM: {if_random}")
     return language_model
+
+
+def note_device_memory(screen: "gptoss_jax.cli.terminal.Screen") -> None:
+    """Says what JAX may take of a GPU, where one is what it will run on."""
+    with interrupts.ended_by_ctrl_c():
+        if line := device_memory.described():
+            screen.note(line)
 
 
 def _programs_folder(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") -> Path | None:

@@ -12,7 +12,7 @@ from openai_harmony import Message, Role
 from gptoss_jax.cli import command
 from gptoss_jax.cli.flag_values import naming_flags, only_source, read_text, token_ids
 from gptoss_jax.cli.prompt_flags import FLAG_OF, PROMPT_FLAGS
-from gptoss_jax.errors import GptossError
+from gptoss_jax.errors import GptossError, check_text
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.messages import Conversation
@@ -107,7 +107,7 @@ def settings(options: flags.FlagValues, current_date: str | None, remarks: list[
         GptossError: a value that cannot be, or a file that is not what it should be.
     """
     if options.system:
-        messages.check_text(options.system, "--system")
+        check_text(options.system, "--system")
     tools = messages.read_tools(options.tools, remarks) if options.tools else ()
     response_format = messages.read_response_format(options.response_format) if options.response_format else None
     with naming_flags(FLAG_OF):

@@ -17,6 +17,7 @@ from gptoss_jax.jobs.store import Layout
 from gptoss_jax.jobs.summary import Pace
 from gptoss_jax.jobs.survey import Survey
 from gptoss_jax.jobs.work import Reading
+from gptoss_jax.model import mesh
 
 if TYPE_CHECKING:
     import gptoss_jax.jobs.on_ray
@@ -66,12 +67,10 @@ def answer(
     Raises:
         GptossError: as `on_ray.connected` and `on_ray.run`.
     """
-    from gptoss_jax.model import sharding  # here: it imports JAX
-
     on_ray = _on_ray(options)
     if opening.open_weights(Path(options.checkpoint)).are_random:
         screen.say("these weights are RANDOM: the text is noise, not an answer")
-    cluster = on_ray.Cluster(options.ray_address, options.ray_workers, sharding.num_devices(options.mesh))
+    cluster = on_ray.Cluster(options.ray_address, options.ray_workers, mesh.num_devices(options.mesh))
     with (
         on_ray.connected(cluster.address),  # before signals are noted: Ray handles SIGTERM itself
         screen.status() as show,

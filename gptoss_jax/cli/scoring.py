@@ -11,8 +11,7 @@ from absl import flags
 from gptoss_jax.cli import flag_values, hosts, interrupts, model_flags
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.errors import GptossError
-from gptoss_jax.harmony import messages
+from gptoss_jax.errors import GptossError, check_text
 from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.runtime.scoring import Scores, Windows, check_named, score_in_windows, summary
 
@@ -78,7 +77,7 @@ def read_texts(options: flags.FlagValues, source: tuple[str, str], tokenizer: To
     if value == "-" and sys.stdin.isatty():
         raise GptossError("no text: give one in quotes, or --file, --token-ids, or stdin")
     text = flag_values.read_text(value) if flag == "file" else value
-    messages.check_text(text, "the text")
+    check_text(text, "the text")
     if not options.lines:
         return [_long_enough(tokenizer.encode(text), "the text")]
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

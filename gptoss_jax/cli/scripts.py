@@ -23,6 +23,11 @@ def finetune() -> None:
     _run("gptoss_jax.finetune")
 
 
+def plan() -> None:
+    """gptoss-plan."""
+    _run("gptoss_jax.plan")
+
+
 def score() -> None:
     """gptoss-score."""
     _run("gptoss_jax.score")

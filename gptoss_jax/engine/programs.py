@@ -119,6 +119,7 @@ class ModelStep(NamedTuple):
     model: Model
     config: ModelConfig
     sharding: Sharding
+    asked: sampling.Asked | None = None  # of all the steps that it is called for
 
     def __call__(
         self, params: Params, cache: KVCache, options: SlotOptions, state: SlotState, chunks: Chunks
@@ -126,7 +127,9 @@ class ModelStep(NamedTuple):
         """The chunks go into the cache, and slots with a budget draw the token that follows."""
         logits, cache = step(self.model, params, chunks.tokens, chunks.counts, cache)
         total = row_sum(self.sharding.mesh.size)
-        draw = sampling.sample(logits, options.sampling, state.drawn, cache.lengths, self.config.num_token_ids, total)
+        draw = sampling.sample(
+            logits, options.sampling, state.drawn, cache.lengths, self.config.num_token_ids, total, self.asked
+        )
         draws = chunks.budget > 0
         ended = sampling.is_stop(draw.token, options.stop_ids) | (draw.token == sampling.FAULTY)
         state = SlotState(
@@ -152,6 +155,10 @@ class Programs(Protocol):
     @property
     def num_chunks(self) -> int | None:
         """C, the chunks that one prefill takes: one for each data shard; None: one for each slot."""
+        ...
+
+    def of_dispatch(self, options: SlotOptions) -> "Programs":
+        """The same for many steps with these options: what follows from them is computed once."""
         ...
 
     def prefill(
@@ -180,6 +187,10 @@ class BatchedPrograms(NamedTuple):
 
     num_chunks = None
 
+    def of_dispatch(self, options):
+        """See `Programs`."""
+        return self._replace(step=self.step._replace(asked=sampling.Asked.of(options.sampling)))
+
     def prefill(self, params, cache, options, state, chunks, at):
         """A chunk of each slot's prompt; slots without one have a chunk of no tokens."""
         del at  # every slot has a chunk
@@ -202,6 +213,11 @@ class SlotBySlotPrograms(NamedTuple):
     def num_chunks(self) -> int:
         """C, one chunk for each data shard."""
         return self.step.sharding.size("batch")
+
+    def of_dispatch(self, options):
+        """See `Programs`; one slot asks for less than all."""
+        del options
+        return self
 
     def prefill(self, params, cache, options, state, chunks, at):
         """A chunk of one prompt for each data shard, that of slot `at`, whose cache and state alone are taken out."""
@@ -269,11 +285,26 @@ def decode(
     def one_step(carry):
         i, draws, cache, state = carry
         draw, cache, state = programs.decode_step(params, cache, options, state)
-        return i + 1, jax.tree.map(lambda every, new: every.at[:, i].set(new), draws, draw), cache, state
+        return i + 1, jax.lax.dynamic_update_slice_in_dim(draws, _packed(draw)[:, None], i, 1), cache, state
 
-    empty = _no_draw(state.token.shape[0])
-    draws = jax.tree.map(lambda x: jnp.repeat(x[:, None], MAX_STEPS_PER_DISPATCH, axis=1), empty)
-    return jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))[1:]
+    programs = programs.of_dispatch(options)
+    empty = _packed(_no_draw(state.token.shape[0]))
+    draws = jnp.repeat(empty[:, None], MAX_STEPS_PER_DISPATCH, axis=1)
+    _, draws, cache, state = jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))
+    return _unpacked(draws), cache, state
+
+
+def _packed(draw: Draw) -> Int32[Array, "B Z"]:
+    """A draw as one array, so that a step writes down one."""
+    numbers = [draw.token[:, None], draw.logprob[:, None], draw.top_ids, draw.top_logprobs]
+    return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.int32) for x in numbers], axis=1)
+
+
+def _unpacked(packed: Int32[Array, "*steps Z"]) -> Draw:
+    """The inverse of `_packed`, of many steps."""
+    token, logprob, top_ids, top_logprobs = jnp.split(packed, (1, 2, 2 + MAX_TOP_LOGPROBS), axis=-1)
+    logprob, top_logprobs = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (logprob, top_logprobs))
+    return Draw(token[..., 0], logprob[..., 0], top_ids, top_logprobs)
 
 
 def _no_draw(slots: int) -> Draw:

@@ -5,6 +5,7 @@ slots of any mixture share one program. To add an option, add its field to `Samp
 flag and its checks, and its line to `adjust_logits` or `filter_logits`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,18 @@ AXES: Any = Sampling(
     prompted=("batch", "vocab"),  # pyright: ignore[reportArgumentType]
 )
 """The logical axes of each array."""
+
+
+class Asked(NamedTuple):
+    """What any slot asks for, which decides what is computed: the same at each step of a dispatch."""
+
+    draws: Bool[Array, ""]  # at random
+    top: Bool[Array, ""]  # the likeliest ids
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Asked":
+        """By the slots' parameters."""
+        return cls(*(jnp.any(sampling.options[name] > 0) for name in ("temperature", "top_logprobs")))
 
 
 class Draw(NamedTuple):
@@ -94,6 +107,7 @@ def sample(
     positions: Int32[Array, "B"],
     num_token_ids: int,
     total: RowSum = invariant_sum,
+    asked: Asked | None = None,
 ) -> Draw:
     """Each slot's token, with log probabilities.
 
@@ -104,16 +118,83 @@ def sample(
         positions: where the token will stand in its sequence.
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
         total: how sums over the vocabulary are taken.
+        asked: `Asked.of` the parameters, where it is known already.
     """
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    logits = _named(logits, num_token_ids)
+    asked = asked or Asked.of(sampling)
+    raw, logits = logits, _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling, drawn)
-    greedy = _largest(scores)
+    found = survey(raw, logits, scores, total)
     draws = sampling.options["temperature"] > 0
-    random = jax.lax.cond(jnp.any(draws), lambda: _draw(scores, sampling, positions, total), lambda: greedy)
-    token = jnp.where(draws, random, greedy)
-    reported = report_logprobs(logits, token, jnp.any(sampling.options["top_logprobs"] > 0), num_token_ids, total)
-    return Draw(jnp.where(finite, token, FAULTY), *reported)
+    random = jax.lax.cond(asked.draws, lambda: _draw(scores, sampling, positions, total), lambda: found.likeliest)
+    token = jnp.where(draws, random, found.likeliest)
+    reported = _report(logits, token, asked.top, found.top, found.total)
+    return Draw(jnp.where(found.finite, token, FAULTY), *reported)
+
+
+class Survey(NamedTuple):
+    """What is to know of a slot's whole vocabulary, whatever is drawn."""
+
+    finite: Bool[Array, "B"]
+    likeliest: Int32[Array, "B"]  # the first id with the largest score
+    top: Float[Array, "B"]  # the largest logit
+    total: Float[Array, "B"]  # sum of exp(logit - top)
+
+
+def survey(
+    raw: Float[Array, "B V"],
+    logits: Float[Array, "B V"],
+    scores: Float[Array, "B V"],
+    total: RowSum = invariant_sum,
+) -> Survey:
+    """Of `raw` logits whether they are finite, of the named ones the softmax, of the scores the largest.
+
+    Whole vocabularies go through one reduction on a GPU, where five would be ten launches. Where a mesh cuts them,
+    each stays XLA's own, which it knows how to cut.
+    """
+    one_by_one = functools.partial(_survey_one_by_one, total=total)
+    if total is not invariant_sum:
+        return one_by_one(raw, logits, scores)
+    return jax.lax.platform_dependent(raw, logits, scores, cuda=_survey_at_once, default=one_by_one)
+
+
+def _survey_one_by_one(
+    raw: Float[Array, "B V"], logits: Float[Array, "B V"], scores: Float[Array, "B V"], total: RowSum
+) -> Survey:
+    finite = jnp.all(jnp.isfinite(raw), axis=-1)
+    return Survey(finite, _largest(scores), *_softmax_of(logits, total))
+
+
+def _softmax_of(logits: Float[Array, "*rows V"], total: RowSum) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """The largest logit, and the sum of exponentials after it is subtracted."""
+    top = jnp.max(logits, axis=-1)
+    return top, total(jnp.exp(logits - top[..., None]))
+
+
+def _survey_at_once(raw: Float[Array, "B V"], logits: Float[Array, "B V"], scores: Float[Array, "B V"]) -> Survey:
+    """A sum of exponentials moves to the larger of two maxima as they meet (arXiv:1805.02867)."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    finite = jnp.isfinite(raw).astype(jnp.float32)
+
+    def meet(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        (finite_a, score_a, id_a, top_a, sum_a), (finite_b, score_b, id_b, top_b, sum_b) = a, b
+        a_wins = (score_a > score_b) | ((score_a == score_b) & (id_a < id_b))
+        top = jnp.maximum(top_a, top_b)
+        parts = [
+            jnp.where(own == top, 1.0, jnp.exp(own - top)) * of_own for own, of_own in ((top_a, sum_a), (top_b, sum_b))
+        ]
+        likeliest = jnp.where(a_wins, score_a, score_b), jnp.where(a_wins, id_a, id_b)
+        return jnp.minimum(finite_a, finite_b), *likeliest, top, parts[0] + parts[1]
+
+    nothing = (
+        jnp.float32(1),
+        jnp.float32(-jnp.inf),
+        jnp.int32(scores.shape[-1] - 1),
+        jnp.float32(-jnp.inf),
+        jnp.float32(0),
+    )
+    each = finite, scores, ids, logits, jnp.ones_like(logits)
+    found = jax.lax.reduce(each, nothing, meet, (scores.ndim - 1,))
+    return Survey(found[0] > 0, *found[2:])
 
 
 def report_logprobs(
@@ -124,11 +205,33 @@ def report_logprobs(
     total: RowSum = invariant_sum,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
-    shifted = _named(logits, num_token_ids)
-    shifted = shifted - jnp.max(shifted, axis=-1, keepdims=True)
-    logprobs = shifted - jnp.log(total(jnp.exp(shifted)))[..., None]
-    logprob = jnp.take_along_axis(logprobs, token[..., None], axis=-1)[..., 0]
-    return logprob, *jax.lax.cond(with_top, _top, _no_top, logprobs)
+    logits = _named(logits, num_token_ids)
+    return _report(logits, token, with_top, *_softmax_of(logits, total))
+
+
+def _report(
+    logits: Float[Array, "*rows V"],
+    token: Int32[Array, "*rows"],
+    with_top: Bool[Array, ""],
+    top: Float[Array, "*rows"],
+    total: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - jnp.log(total)
+
+    def likeliest() -> Int32[Array, "*rows Z2"]:
+        return _packed(*_top(logits - top[..., None] - jnp.log(total)[..., None]))
+
+    nothing = jnp.zeros((*token.shape, 2 * MAX_TOP_LOGPROBS), jnp.int32)
+    packed = jax.lax.cond(with_top, likeliest, lambda: nothing)  # one array: a branch writes each by itself
+    return (
+        logprob,
+        packed[..., :MAX_TOP_LOGPROBS],
+        jax.lax.bitcast_convert_type(packed[..., MAX_TOP_LOGPROBS:], jnp.float32),
+    )
+
+
+def _packed(ids: Int32[Array, "*rows Z"], logprobs: Float[Array, "*rows Z"]) -> Int32[Array, "*rows Z2"]:
+    return jnp.concatenate([ids, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=-1)
 
 
 def _named(logits: Float[Array, "*rows V"], num_token_ids: int) -> Float[Array, "*rows V"]:
@@ -138,8 +241,11 @@ def _named(logits: Float[Array, "*rows V"], num_token_ids: int) -> Float[Array, 
 
 def record(drawn: Int32[Array, "B V"], token: Int32[Array, "B"], active: Bool[Array, "B"]) -> Int32[Array, "B V"]:
     """`drawn` after the active slots drew `token`."""
-    at = jnp.arange(token.shape[0], dtype=jnp.int32), jnp.maximum(token, 0)
-    return drawn.at[at].add(active.astype(jnp.int32))
+    token, once = jnp.maximum(token, 0), active.astype(jnp.int32)
+    if token.shape[0] > 1:
+        return drawn.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].add(once)
+    at = jnp.int32(0), token[0]  # a slice: of a scatter XLA checks the bounds, in launches of their own
+    return jax.lax.dynamic_update_slice(drawn, jax.lax.dynamic_slice(drawn, at, (1, 1)) + once[:, None], at)
 
 
 def adjust_logits(logits: Float[Array, "B V"], sampling: Sampling, drawn: Int32[Array, "B V"]) -> Float[Array, "B V"]:
@@ -175,28 +281,50 @@ def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array
 def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"], total: RowSum) -> Float[Array, "B V"]:
     weights = jnp.exp(scores)
     enough = top_p * total(weights)
-    filtered = _keep_likeliest(scores, lambda kept: total(jnp.where(kept, weights, 0.0)), enough)
+    filtered = _keep_likeliest(scores, lambda kept: total(jnp.where(kept, _beside(weights, kept), 0.0)), enough)
     return jnp.where((top_p < 1)[:, None], filtered, scores)
 
 
-def _keep_likeliest(
-    scores: Float[Array, "B V"], sum_of: Callable[[Bool[Array, "B V"]], Float[Array, "B"]], enough: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+def _beside(x: Float[Array, "B V"], kept: Bool[Array, "B *more V"]) -> Float[Array, "B *ones V"]:
+    return x.reshape(x.shape[0], *(1,) * (kept.ndim - 2), x.shape[1])
+
+
+DIGIT_BITS = 4  # of a threshold, that a GPU finds at once
+
+SumOfKept = Callable[[Bool[Array, "B *more V"]], Float[Array, "B *more"]]
+
+
+def _keep_likeliest(scores: Float[Array, "B V"], sum_of: SumOfKept, enough: Float[Array, "B"]) -> Float[Array, "B V"]:
     """The largest scores (at most 0) whose `sum_of` first reaches `enough`, at least one; -inf for the others.
 
-    Finds the threshold bit by bit instead of sorting: the bits of a float that is not positive, read as an integer,
+    Finds the threshold by its bits instead of sorting: the bits of a float that is not positive, read as an integer,
     grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
     """
     keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
+    ways = (functools.partial(way, sum_of=sum_of) for way in (_threshold_by_digits, _threshold_by_bits))
+    threshold = jax.lax.platform_dependent(keys, enough, **dict(zip(("cuda", "default"), ways, strict=True)))
+    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
 
+
+def _threshold_by_bits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
     def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
         bit = jnp.int32(1) << (30 - i)
         most = threshold + bit - 1  # the largest key that could be kept with this bit clear
         too_few = sum_of(keys <= most[:, None]) < enough
         return jnp.where(too_few, threshold + bit, threshold)
 
-    threshold = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(scores.shape[:1], jnp.int32))
-    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
+    return jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(keys.shape[:1], jnp.int32))
+
+
+def _threshold_by_digits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
+    """As `_threshold_by_bits`, four bits at a time and without a loop: a graph of launches may not hold one."""
+    threshold = jnp.zeros(keys.shape[:1], jnp.int32)
+    for low in range(31 - 31 % DIGIT_BITS, -1, -DIGIT_BITS):
+        digits = jnp.arange(1, 1 << min(DIGIT_BITS, 31 - low), dtype=jnp.int32)
+        most = threshold[:, None] + (digits << low) - 1  # the largest key that could be kept with a smaller digit
+        too_few = sum_of(keys[:, None, :] <= most[..., None]) < enough[:, None]
+        threshold = threshold + (jnp.sum(too_few, axis=-1, dtype=jnp.int32) << low)
+    return threshold
 
 
 def _draw(
@@ -227,11 +355,6 @@ def _top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Fl
     values, ids = jax.lax.top_k(logprobs, count)
     padding = [(0, 0)] * (logprobs.ndim - 1) + [(0, MAX_TOP_LOGPROBS - count)]
     return jnp.pad(ids, padding), jnp.pad(values, padding, constant_values=-jnp.inf)
-
-
-def _no_top(logprobs: Float[Array, "*rows V"]) -> tuple[Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
-    shape = (*logprobs.shape[:-1], MAX_TOP_LOGPROBS)
-    return jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
 
 
 def is_stop(token: Int32[Array, "B"], stop_ids: Int32[Array, "B Z"]) -> Bool[Array, "B"]:

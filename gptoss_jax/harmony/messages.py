@@ -12,7 +12,7 @@ from openai_harmony import Author, DeveloperContent, Message, Role, SystemConten
 from openai_harmony import ToolNamespaceConfig as Namespace
 
 from gptoss_jax import whole_files
-from gptoss_jax.errors import GptossError, short
+from gptoss_jax.errors import GptossError, check_text, short
 from gptoss_jax.files import check_value
 from gptoss_jax.harmony import json_values, parsed, render, tool_schemas
 from gptoss_jax.harmony.chat_format import from_chat
@@ -178,14 +178,6 @@ def user(text: str) -> Message:
     if not text.strip():
         raise GptossError("the prompt is empty, expected text")
     return Message.from_role_and_content(Role.USER, text)
-
-
-def check_text(text: str, what: str) -> None:
-    """Raises GptossError for what Python makes of bytes that are no UTF-8, in arguments and on stdin."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise GptossError(f"{what} is not valid UTF-8") from None
 
 
 def write_messages(path: str | Path, messages: Sequence[Message]) -> None:

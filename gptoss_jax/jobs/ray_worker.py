@@ -25,6 +25,7 @@ from gptoss_jax.jobs.rows import RowReader
 from gptoss_jax.jobs.store import Layout, PartsReader, done_rows
 from gptoss_jax.jobs.survey import Survey
 from gptoss_jax.jobs.work import Reading, Task, Worker, in_order
+from gptoss_jax.runtime import device_memory
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
@@ -140,6 +141,7 @@ def _engine(job: Job, cpus: int | None) -> "gptoss_jax.engine.engine.Engine":
     """The model, with as many threads as this worker has CPUs."""
     if cpus:
         os.environ["NPROC"] = str(cpus)  # XLA's number of threads, and with it that of our kernels
+    device_memory.reserve()
     from gptoss_jax.runtime import loading  # not before: it imports JAX
 
     language_model = loading.load(**job.model, programs_folder=_programs_folder(job.programs))

@@ -4,6 +4,8 @@ openai/gpt-oss torch/model.py, MLPBlock: softmax over the top_k logits alone, Sw
 """
 
 import functools
+import math
+import operator
 from typing import Any
 
 import jax
@@ -20,12 +22,45 @@ from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.taps import Tap
 from pallas_kernels import expert_mlp as op
 
+COUNTED_TOKENS = 64  # up to so many, accelerators rank experts by counting: a sort is three launches of its own
 
-def route(logits: Float[Array, "*BT E"], top_k: int) -> tuple[Int32[Array, "*BT X"], Float[Array, "*BT X"]]:
-    """The experts with the largest logits, and the softmax over those alone."""
+
+def route(
+    logits: Float[Array, "*BT E"], top_k: int, is_token: Bool[Array, "*BT"] | None = None
+) -> tuple[Int32[Array, "*BT X"], Float[Array, "*BT X"]]:
+    """The experts with the largest logits, of equal ones the first, and the softmax over those alone.
+
+    Where `is_token` says that it is padding, they are -1: none.
+    """
+    is_token = jnp.ones(logits.shape[:-1], jnp.bool_) if is_token is None else is_token
+    if math.prod(logits.shape[:-1]) > COUNTED_TOKENS:
+        return _sorted(logits, is_token, top_k)
+    ways = (functools.partial(way, top_k=top_k) for way in (_sorted, _counted))
+    return jax.lax.platform_dependent(logits, is_token, **dict(zip(("cpu", "default"), ways, strict=True)))
+
+
+def _sorted(
+    logits: Float[Array, "*BT E"], is_token: Bool[Array, "*BT"], top_k: int
+) -> tuple[Int32[Array, "*BT X"], Float[Array, "*BT X"]]:
     top, ids = jax.lax.top_k(logits, top_k)
     shares = jnp.exp(top - top[..., :1])  # the first is the largest
-    return ids, shares / invariant_sum(shares)[..., None]
+    return jnp.where(is_token[..., None], ids, -1), shares / invariant_sum(shares)[..., None]
+
+
+def _counted(
+    logits: Float[Array, "*BT E"], is_token: Bool[Array, "*BT"], top_k: int
+) -> tuple[Int32[Array, "*BT X"], Float[Array, "*BT X"]]:
+    """By how many experts come before each: two reductions, and elementwise work that joins what reads it."""
+    expert = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    own, other = logits[..., :, None], logits[..., None, :]
+    comes_before = (other > own) | ((other == own) & (expert < expert[:, None]))
+    rank = jnp.sum(comes_before, axis=-1, dtype=jnp.int32)
+    is_xth = rank[..., None, :] == jnp.arange(top_k, dtype=jnp.int32)[:, None]
+    ids = jnp.max(jnp.where(is_xth & is_token[..., None, None], expert, -1), axis=-1)
+    top = jnp.sum(jnp.where(is_xth, other, 0), axis=-1)
+    shares = jnp.exp(top - top[..., :1])
+    total = functools.reduce(operator.add, (shares[..., x : x + 1] for x in range(top_k)))
+    return ids, shares / total
 
 
 class Mxfp4Linear(nnx.Module):
@@ -91,8 +126,8 @@ class MixtureOfExperts(nnx.Module):
 
     def _run_local(self, x, logits, is_token, packed):
         """This device's experts, and its part of their width, summed over the devices that hold the rest."""
-        ids, weights = route(logits, self.config.experts_per_token)
-        ids = jnp.where(is_token[..., None], ids, -1) - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
+        ids, weights = route(logits, self.config.experts_per_token, is_token)
+        ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
         flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))

@@ -18,6 +18,7 @@ from gptoss_jax.model.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op
+from pallas_kernels import placement as placement_op
 from pallas_kernels.choice import Choice, Hardware, KernelError, by_name
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -30,6 +31,8 @@ class Kernels(NamedTuple):
     expert_mlp: expert_op.ExpertMlp = expert_op.IMPLEMENTATIONS["reference"]
     linear: linear_op.Linear = linear_op.IMPLEMENTATIONS["reference"]
     packed_attention: attention_op.AttendPacked = attention_op.PACKED["reference"]  # of rows of training
+    few_launches: bool = False  # whether a token's launches cost as much as its bytes: on GPUs, not on CPUs
+    place: placement_op.Place | None = None  # what rotates and stores a decoded token; None: step by step
 
     @property
     def batch_invariant(self) -> bool:
@@ -55,11 +58,18 @@ def choose_kernels(
     experts = expert_op.choose_with_adapters if expert_adapters else expert_op.choose
     ops = {"attention": attention, "expert_mlp": experts, "linear": linear_op.choose}
     chosen, line = _chosen(names, hardware, ops)
-    return Kernels(**chosen), line
+    # Written for the same devices as the attention that reads what it stores.
+    place = placement_op.IMPLEMENTATIONS.get(chosen["attention"].name)
+    few_launches = hardware.platform == "gpu" or place is not None
+    return Kernels(**_implementations(chosen), few_launches=few_launches, place=place), line
 
 
-def _chosen(names: str, hardware: Hardware, ops: Mapping[str, Callable[..., Choice]]) -> tuple[dict[str, Any], str]:
-    """The implementation of each of `ops` that `names` asks for, and the line that says so."""
+def _implementations(chosen: Mapping[str, Choice]) -> dict[str, Any]:
+    return {op: choice.implementation for op, choice in chosen.items()}
+
+
+def _chosen(names: str, hardware: Hardware, ops: Mapping[str, Callable[..., Choice]]) -> tuple[dict[str, Choice], str]:
+    """The choice for each of `ops` that `names` asks for, and the line that says so."""
     if not isinstance(names, str):
         raise GptossError(f"kernels is {names!r}, expected a name, or names as attention=NAME,linear=NAME")
     pairs = [part.split("=", 1) for part in names.split(",")] if "=" in names else [(op, names) for op in ops]
@@ -73,7 +83,7 @@ def _chosen(names: str, hardware: Hardware, ops: Mapping[str, Callable[..., Choi
     except KernelError as error:
         raise GptossError(str(error)) from None
     line = ", ".join(f"{op}: {choice.name} ({choice.reason})" for op, choice in chosen.items())
-    return {op: choice.implementation for op, choice in chosen.items()}, f"kernels {line}"
+    return chosen, f"kernels {line}"
 
 
 def choose_training_kernels(
@@ -104,7 +114,7 @@ def choose_training_kernels(
 
     attention = functools.partial(attention_op.choose_packed, dtype=dtype)
     chosen, line = _chosen(names, hardware, {"packed_attention": attention, "expert_mlp": experts})
-    return Kernels(**chosen), line
+    return Kernels(**_implementations(chosen)), line
 
 
 Shape = tuple[int, ...]
@@ -127,6 +137,24 @@ def quantize(w: Float[Array, "..."], num_inputs: int) -> Dense8:
     scales = jnp.max(jnp.abs(w), axis=axes) / 127
     steps = w / jnp.expand_dims(jnp.where(scales > 0, scales, 1), axes)
     return Dense8(jnp.round(steps).astype(jnp.int8), scales)
+
+
+class Joined(NamedTuple):
+    """The query, key and value projections as one: of each key/value head its query heads, its key, its value.
+
+    Stands in the tree of weights where the query's weight stood; the others are `ELSEWHERE`. A mesh cuts it as it cuts
+    heads.
+    """
+
+    weight: Any  # [K, G + 2, H, D], or `Dense8` of that
+    bias: Float[Array, "K G2 H"]
+
+
+class Elsewhere(NamedTuple):
+    """In the place of a weight that is part of another."""
+
+
+ELSEWHERE = Elsewhere()
 
 
 class Dropout(NamedTuple):

@@ -1,12 +1,12 @@
-"""A mesh from a string or a file, and the one table that says which mesh axis cuts which logical axis.
+"""A mesh of devices, and where on it an array lies whose axes have names.
 
 Weights, caches and activations name their axes logically ("heads", "experts", ...); only here do those names meet
-devices. A cut that does not come out even is refused, with the sizes that would: MXFP4 blocks of 32 are never split.
+devices, by the table in `mesh.py`. A cut that does not come out even is refused, with the sizes that would: MXFP4
+blocks of 32 are never split.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,11 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gptoss_jax.errors import GptossError, short
-from gptoss_jax.files import FileError, of_configs, read_json
+from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.config_ranges import MXFP4_BLOCK
-
-MOST_DEVICES = 999_999_999  # of one axis: a typing error, not a machine, has more
-MESH_AXES = ("data", "expert", "tensor")
-
-# Logical axis -> the mesh axes that cut it, outermost first. To add a mesh axis, add it above and use it here.
-RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data",),
-    "pages": ("data",),
-    "heads": ("tensor",),
-    "experts": ("expert",),
-    "expert_hidden": ("tensor",),
-    "vocab": ("expert", "tensor"),
-}
+from gptoss_jax.model.mesh import MESH_AXES, RULES, MeshError, axes_and_rules, check_even, check_rules, unknown_axis
 
 Axes = tuple[str | None, ...]
-
-
-class MeshError(GptossError):
-    """A mesh or a rule that this model or these devices cannot follow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +36,7 @@ class Sharding:
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
 
     def __post_init__(self):
-        for logical, axes in self.rules.items():
-            if logical not in RULES:
-                raise MeshError(f"unknown logical axis {short(logical)} in rules, expected one of {', '.join(RULES)}")
-            for axis in axes:
-                if axis not in self.mesh.axis_names:
-                    raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {self.mesh.axis_names}")
-        if self.mesh_axes("pages") != self.mesh_axes("batch"):
-            raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
-        for logical in ("heads", "experts", "expert_hidden", "vocab"):
-            if shared := set(self.mesh_axes(logical)) & set(self.mesh_axes("batch")):
-                raise MeshError(f"rules cut both batch and {logical} by {', '.join(shared)}: sums would mix sequences")
+        check_rules(self.rules, self.mesh.axis_names)
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes that cut `logical`."""
@@ -173,22 +145,7 @@ class Sharding:
         Raises:
             MeshError: names each axis that does not come out even and the sizes that would.
         """
-        blocks = config.intermediate_size // MXFP4_BLOCK
-        lengths = {
-            "heads": (config.num_kv_heads, "key/value heads"),
-            "experts": (config.num_experts, "experts"),
-            "expert_hidden": (blocks, f"MXFP4 blocks of {MXFP4_BLOCK} in an expert's width"),
-            "vocab": (config.vocab_size, "vocabulary ids"),
-            "batch": (slots, "slots of the batch"),
-        }
-        faults = []
-        for logical, (length, what) in lengths.items():
-            if length % self.size(logical):
-                legal = [str(n) for n in range(1, min(length, 1024) + 1) if length % n == 0]
-                axes = " * ".join(self.mesh_axes(logical))
-                faults.append(f"{length} {what} over {axes} = {self.size(logical)} (even: {', '.join(legal)})")
-        if faults:
-            raise MeshError("the mesh does not divide the model: " + "; ".join(faults))
+        check_even(config, self.mesh_axes, self.size, slots)
 
 
 def is_axes(x: Any) -> bool:
@@ -213,75 +170,18 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":
         return _build({}, {}, devices or jax.devices())
-    return _build(*_axes_and_rules(mesh), devices or jax.devices())
-
-
-def num_devices(mesh: str | Path) -> int:
-    """How many devices `make` takes for a mesh that is a text or a file.
-
-    Raises:
-        MeshError: as `make`.
-    """
-    return math.prod(_axes_and_rules(mesh)[0].values()) if mesh else 1
-
-
-def num_shards(mesh: str | Path) -> dict[str, int]:
-    """Into how many shards `make` would cut each logical axis, whether or not there are so many devices.
-
-    Raises:
-        MeshError: as `make`.
-    """
-    axes, rules = _axes_and_rules(mesh) if mesh else ({}, {})
-    cuts = {**RULES, **rules}
-    return {logical: math.prod(axes.get(axis, 1) for axis in cut) for logical, cut in cuts.items()}
-
-
-def _axes_and_rules(mesh: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    axes, rules = _read_file(Path(mesh)) if str(mesh).endswith(".json") else (_parse(str(mesh)), {})
-    for name, size in axes.items():
-        if name not in MESH_AXES:
-            raise _unknown_axis(name)
-        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
-            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
-    return axes, rules
+    return _build(*axes_and_rules(mesh), devices or jax.devices())
 
 
 def _with_all_axes(mesh: Mesh) -> Mesh:
     """`mesh` with those of MESH_AXES that it lacks, of size 1, and the axis types that the model is written for."""
     for name in mesh.axis_names:
         if name not in MESH_AXES:
-            raise _unknown_axis(name)
+            raise unknown_axis(name)
     names = (*mesh.axis_names, *(name for name in MESH_AXES if name not in mesh.axis_names))
     devices = mesh.devices.reshape(mesh.devices.shape + (1,) * (len(names) - mesh.devices.ndim))
     # Explicit axes, make_mesh's default, would have every operation name its output's sharding.
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
-
-
-def _unknown_axis(name: Any) -> MeshError:
-    return MeshError(f"unknown mesh axis {short(name)}, expected {', '.join(MESH_AXES)}")
-
-
-def _parse(text: str) -> dict[str, Any]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if any(not re.fullmatch(r"[0-9]{1,9}", number) for _, _, number in pairs):
-        raise MeshError(f"mesh {short(text)}, expected for example data=1,expert=4,tensor=2, or a .json file")
-    axes = {name.strip(): int(number) for name, _, number in pairs}
-    if len(axes) < len(pairs):
-        raise MeshError(f"mesh {short(text)} names an axis twice")
-    return axes
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    try:
-        raw = read_json(of_configs(path))
-    except FileError as error:
-        raise MeshError(f"mesh file {error}") from None
-    right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
-    right = right and all(isinstance(part, dict) for part in raw.values())
-    rules = raw.get("rules", {}).values() if right else ()
-    if not right or not all(isinstance(axes, list) and all(isinstance(a, str) for a in axes) for axes in rules):
-        raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
-    return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
 
 
 def _too_few(wanted: int, devices: Sequence[Any]) -> str:

@@ -83,6 +83,8 @@ def load(
     leaves = _reported(leaves, model.leaves, report)
     placed = adapted.put(weights.config, factors, sharding)
     params = transformer.nest(dict(adapted.beside(weights.config, leaves, placed)))
+    if chosen.few_launches:
+        params = weight_transforms.join_projections(params)
     return LanguageModel(
         config=weights.config,
         sharding=sharding,

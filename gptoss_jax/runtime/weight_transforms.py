@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import layers
 from gptoss_jax.model.sharding import Axes, Sharding
-from gptoss_jax.model.transformer import Model
+from gptoss_jax.model.transformer import Model, Params
 from pallas_kernels import expert_mlp as expert_op
 
 Transform = Callable[[str, Any], Any]
@@ -46,6 +46,34 @@ def to_dense_format(model: Model, name: str) -> Transform:
         return _quantize(array, num_inputs) if num_inputs and name == "int8" else array
 
     return convert
+
+
+def join_projections(params: Params, join: Callable[..., layers.Joined] | None = None) -> Params:
+    """`params` with the query, key and value projections of each layer in one, where none has an adapter.
+
+    The separate ones stay until the caller lets go of them. `join` is `joined`, or what stands for it of shapes alone.
+    """
+    join = join or jax.jit(joined)
+    of_layers = params["layers"]
+    for i, layer in of_layers.items():
+        projections = [layer["attention"][name] for name in "qkv"]
+        if any(isinstance(part["weight"], layers.Adapted) for part in projections):
+            continue
+        one = join(*projections)
+        nothing = {"weight": layers.ELSEWHERE, "bias": layers.ELSEWHERE}
+        attention = layer["attention"] | {"q": nothing | {"weight": one}, "k": nothing, "v": nothing}
+        of_layers = of_layers | {i: layer | {"attention": attention}}
+    return params | {"layers": of_layers}
+
+
+def joined(q: Params, k: Params, v: Params) -> layers.Joined:
+    """The three projections, each a weight and a bias, as `layers.Joined`."""
+
+    def beside(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        by_head = q.reshape(k.shape[0], -1, *q.shape[1:])
+        return jnp.concatenate([by_head, k[:, None], v[:, None]], axis=1)
+
+    return layers.Joined(*(jax.tree.map(beside, *(part[name] for part in (q, k, v))) for name in ("weight", "bias")))
 
 
 _quantize = jax.jit(layers.quantize, static_argnums=1)

@@ -69,7 +69,7 @@ def memory(
     Args:
         config: the model.
         options: method, rows, optimizer and so on.
-        shards: logical axis -> into how many shards the mesh cuts it, as `gptoss_jax.model.sharding.num_shards` says.
+        shards: logical axis -> into how many shards the mesh cuts it, as `gptoss_jax.model.mesh.num_shards` says.
         vocab_rows: rows of the compact vocabulary; all by default.
     """
     rows = vocab_rows or config.vocab_size

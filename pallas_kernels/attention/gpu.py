@@ -7,7 +7,8 @@ tensor core products; the softmax runs online in float32, in base 2. A block is 
 a producer: two blocks share an SM, and while one takes exponentials the other multiplies.
 
 Where few queries meet many keys (decoding), the tiles of a sequence are split among blocks, and what the splits found
-is merged after the kernel by their log-sum-exp. The sink is the first logit that split 0 sees: it enters once.
+is merged after the kernel by their log-sum-exp (`_merged`). The sink is the first logit that split 0 sees: it enters
+once.
 
 Operands are bfloat16, sums float32. Tensor cores round float32 to 10 bits, so float32 is refused, not rounded.
 `docs/kernels.md` has the costs. The names in annotations are those of the op, with R queries of a block and Y keys.
@@ -15,6 +16,7 @@ Operands are bfloat16, sums float32. Tensor cores round float32 to 10 bits, so f
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -31,6 +33,7 @@ STAGES = 4  # tiles under way per block: two blocks keep 128 KiB in flight per S
 SHARED_BYTES = 111 * 1024  # for tiles, queries and outputs of a block, so that an SM's 228 KiB hold two blocks
 ROWS = 64  # queries of one wgmma; a block takes two lots where there are as many, which halves the reads of keys
 BLOCKS = 264  # that run at once: 2 on each of Hopper's 132 SMs
+MOST_UNROLLED = 40  # splits that are merged one by one: 33 of eight key/value heads, but 264 of one
 TILES_PER_SPLIT = 4  # a split of fewer costs more in starting and merging than it saves
 LOWEST = -1e30  # below any logit; finite, so that nothing is ever inf - inf
 NOWHERE = 2**30  # the position of a slot that holds no key: after every query
@@ -275,9 +278,34 @@ def _run(
         interpret=interpret,
         kernel_name=keys.kernel_name,
     )(by_head, positions, sinks, *sources)
-    found = Attended(out[:, :, 0], lse[:, :, 0]) if plan.splits == 1 else merge(Attended(out, lse), axis=2)
+    found = _merged(Attended(out, lse))
     out, lse = (_by_token(x[:, :, : t * plan.group], t) for x in found)
     return Attended(out, jnp.where(positions[..., None] < 0, -jnp.inf, lse))
+
+
+def _merged(parts: Attended) -> Attended:
+    """`contract.merge` of the splits, [B, K, splits, R, H], written so that XLA makes two kernels of it and not three.
+
+    Each output weighs the splits for itself, without a reduction.
+    """
+    if parts.out.shape[2] == 1:
+        return Attended(parts.out[:, :, 0], parts.lse[:, :, 0])
+    if parts.out.shape[2] > MOST_UNROLLED:
+        return merge(parts, axis=2)
+    splits = [Attended(parts.out[:, :, i], parts.lse[:, :, i, :, None]) for i in range(parts.out.shape[2])]
+    lse = [jnp.broadcast_to(split.lse, split.out.shape) for split in splits]
+    top = _tree(jnp.maximum, lse)
+    weights = [jnp.exp(x - top) for x in lse]
+    total = _tree(jnp.add, weights)
+    out = _tree(jnp.add, [split.out * weight for split, weight in zip(splits, weights, strict=True)]) / total
+    return Attended(out, (top + jnp.log(total))[..., 0])
+
+
+def _tree(pair: Callable[[Array, Array], Array], of: list[Array]) -> Array:
+    """Neighbours first: a chain would wait for each in turn."""
+    while len(of) > 1:
+        of = [*map(pair, of[::2], of[1::2]), *of[len(of) // 2 * 2 :]]
+    return of[0]
 
 
 def _by_token(x: Float[Array, "B K TG *H"], tokens: int) -> Float[Array, "B T N *H"]:

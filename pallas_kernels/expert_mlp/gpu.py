@@ -1,13 +1,14 @@
 """The experts' MLPs on Hopper GPUs: two grouped products of packed weights, dequantised in registers (Mosaic GPU).
 
-How the data moves. The assignments are sorted by expert and cut into tiles of M rows (tiles.py); XLA gathers their
-activations. A block of threads (one warpgroup for every 64 outputs) multiplies one tile by its expert's weights, which
-TMA brings to shared memory as they lie in HBM, 4 blocks of 32 weights of each output at a time and several such steps
-ahead. They go to registers, become bfloat16 there, and are the A operand of wgmma (64 outputs x 128 inputs); B is the
-tile's activations (128 inputs x M rows), swizzled in shared memory. So weights are read once for M rows, as 4.25 bits,
-and their bfloat16 form is never stored. The first product adds its bias and ends in the SwiGLU, the second adds its
-bias; `TiledRows.combine` weights and sums. Decoding and prefill are one kernel: M goes from 8 to 128, and from 64
-outputs in a block of threads to 256, which then share the activations.
+How the data moves. The assignments are sorted by expert and cut into tiles of M rows, whose activations XLA gathers; of
+few tokens every tile has all, and nothing is sorted (tiles.py). A block of threads (one warpgroup for every 64 outputs)
+multiplies one tile by its expert's weights, which TMA brings to shared memory as they lie in HBM, 4 blocks of 32
+weights of each output at a time and several such steps ahead. They go to registers, become bfloat16 there, and are the
+A operand of wgmma (64 outputs x 128 inputs); B is the tile's activations (128 inputs x M rows), swizzled in shared
+memory. So weights are read once for M rows, as 4.25 bits, and their bfloat16 form is never stored. The first product
+adds its bias and ends in the SwiGLU, the second adds its bias; `tiles.combine` weights and sums. Decoding and prefill
+are one kernel: M goes from 8 to 128, and from 64 outputs in a block of threads to 256, which then share the
+activations.
 
 Two orders make this cheap, both settled once at load or outside:
 
@@ -40,7 +41,7 @@ from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels import mxfp4
 from pallas_kernels.expert_mlp.reference import ALPHA
-from pallas_kernels.expert_mlp.tiles import TiledRows, tile_rows
+from pallas_kernels.expert_mlp.tiles import TiledRows, TokenTiles, tile_rows
 from pallas_kernels.expert_mlp.weights import (
     AS_PUBLISHED,
     ExpertWeights,
@@ -168,9 +169,9 @@ def expert_mlp(
     terms = _terms(x)
     most = MOST_ROWS if len(terms) == 1 else MOST_ROWS // 4  # three terms take three times the shared memory
     rows = tile_rows(expert_ids.size, num_experts, FEWEST_ROWS, most)
-    tiles = TiledRows.of(expert_ids, num_experts, rows)
+    tiles = (TokenTiles if len(x) <= FEWEST_ROWS else TiledRows).of(expert_ids, num_experts, rows)
     gathered = jnp.stack([_in_fragment_order(tiles.gather(term)) for term in terms])
-    run = functools.partial(_product, tiles, rows, interpret=interpret)
+    run = functools.partial(_product, tiles.in_use(), rows, interpret=interpret)
     hidden = run(gathered, *arrays[:3], limit=limit)
     return tiles.combine(run(hidden, *arrays[3:])[:, : x.shape[1]], routing_weights)
 
@@ -223,7 +224,7 @@ class _Tiling(NamedTuple):
 
 
 def _product(
-    tiles: TiledRows,
+    experts: Int32[Array, "I"],
     rows: int,
     x: Array,
     words: UInt32[Array, "E R W"],
@@ -233,7 +234,9 @@ def _product(
     limit: float | None = None,
     interpret: Any,
 ) -> Array:
-    """Each tile's rows of x [terms, I M, inputs] by its expert's weights, plus bias.
+    """Each tile's rows of x [terms, I M, inputs] by its expert's weights, plus bias; tiles of no expert are left out.
+
+    Where x has M rows, they are those of every tile.
 
     With `limit` the outputs are gates and linear parts, and the SwiGLU of them is given, as terms, in fragment order;
     without, the outputs in their order, float32 [I M, outputs], padded.
@@ -253,13 +256,14 @@ def _product(
     blocks = pl.cdiv(units, tiling.warpgroups)
     width = OUTPUTS // 2 if limit is not None else OUTPUTS
     columns = blocks * tiling.warpgroups * width
-    shape = (terms, x.shape[1], columns) if limit is not None else (x.shape[1], columns)
+    tile_rows = len(experts) * rows
+    shape = (terms, tile_rows, columns) if limit is not None else (tile_rows, columns)
     out = jax.ShapeDtypeStruct(shape, jnp.float32 if limit is None else jnp.bfloat16)
     kernel = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling, groups=inputs // GROUP, limit=limit, interpret=interpret),
         out_type=out,
         scratch_types=_scratch(tiling, bias.dtype, interpret),
-        grid=(len(tiles.expert), blocks),  # blocks run fastest: tiles of one expert find its weights in L2
+        grid=(len(experts), blocks),  # blocks run fastest: tiles of one expert find its weights in L2
         grid_names=("tile", "block"),
         num_threads=tiling.warpgroups,
         thread_name="warpgroup",
@@ -267,9 +271,10 @@ def _product(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # `loaded` and `consumed` say all there is to say
         ),
+        kernel_name="expert_down" if limit is None else "expert_gate_up",
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return kernel(tiles.expert, tiles.used.reshape(1), x, words, scales, bias)
+    return kernel(experts, x, words, scales, bias)
 
 
 def _scratch(tiling: _Tiling, bias_dtype: Any, interpret: Any) -> dict[str, Any]:
@@ -291,7 +296,6 @@ def _scratch(tiling: _Tiling, bias_dtype: Any, interpret: Any) -> dict[str, Any]
 
 def _kernel(
     expert,
-    used,
     x,
     words,
     scales,
@@ -316,11 +320,12 @@ def _kernel(
     unit = lax.axis_index("block") * tiling.warpgroups + warpgroup
     columns, phase = pl.ds(unit // words.shape[2] * 4, 4), lax.rem(unit, words.shape[2])
     rows, steps = pl.ds(tile * tiling.rows, tiling.rows), pl.cdiv(groups, GROUPS)
+    x_rows = pl.ds(0, tiling.rows) if x.shape[1] == tiling.rows else rows
     operands_s = [ref.at[warpgroup] for ref in operands_s]
+    own = expert[tile]
 
-    @pl.when(tile < used[0])
+    @pl.when((own >= 0) & (own < words.shape[0]))
     def _():
-        own = expert[tile]
 
         def load(step):
             slot = lax.rem(step, tiling.stages)
@@ -334,7 +339,7 @@ def _kernel(
 
             @pl.when(warpgroup == 0)
             def _():
-                of_tile = x.at[:, rows, pl.ds(step * GROUPS * GROUP, GROUPS * GROUP)]
+                of_tile = x.at[:, x_rows, pl.ds(step * GROUPS * GROUP, GROUPS * GROUP)]
                 plgpu.copy_gmem_to_smem(of_tile, x_s.at[slot], loaded.at[slot])
 
         def release(step):

@@ -79,15 +79,65 @@ class TiledRows(NamedTuple):
         row = row.at[to].set(jnp.arange(num_tiles * rows, dtype=jnp.int32), mode="drop")
         return cls(expert, used, assignment, row.reshape(expert_ids.shape))
 
+    def in_use(self) -> Int32[Array, "I"]:
+        """The expert of each tile, -1 beyond those in use."""
+        return jnp.where(jnp.arange(len(self.expert), dtype=jnp.int32) < self.used, self.expert, -1)
+
     def gather(self, x: Float[Array, "T D"]) -> Float[Array, "IM D"]:
         """Each row's token; 0 in an empty row."""
         token = jnp.where(self.assignment < 0, x.shape[0], self.assignment // self.row.shape[1])
         return x.at[token].get(mode="fill", fill_value=0)
 
     def combine(self, y: Float[Array, "IM D"], routing_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
-        """Each token's assignments, weighted and summed in float32; what empty rows hold is not read."""
-        assigned = y.at[self.row].get(mode="fill", fill_value=0).astype(jnp.float32)
-        return jnp.sum(assigned * routing_weights.astype(jnp.float32)[..., None], axis=1)
+        """See `combine`."""
+        return combine(y, self.row, routing_weights)
+
+
+class TokenTiles(NamedTuple):
+    """Tiles of few tokens, at most M: each tile holds all of them, and who is not assigned to its expert is not read.
+
+    So nothing is sorted, counted or gathered: a tile for each assignment, empty where an expert has one already.
+
+    Example: tokens assigned to experts (0, 2) and (2, -1), tiles of four rows. Tile 0 is of expert 0, tile 1 of expert
+    2 with both tokens, tiles 2 and 3 are of none: expert = [0, 2, -1, -1], row = [[0, 4], [5, 16]].
+    """
+
+    rows: int  # M
+    expert: Int32[Array, "I"]  # of each tile, I = T X; no expert's number: an empty tile
+    row: Int32[Array, "T X"]  # where each assignment is; I M for a skipped one
+
+    @classmethod
+    def of(cls, expert_ids: Int32[Array, "T X"], num_experts: int, rows: int) -> "TokenTiles":
+        """Lays out; of one token, whose assignments are the tiles, nothing is computed but `row`."""
+        tokens, count = expert_ids.shape[0], expert_ids.size
+        flat, tile = expert_ids.reshape(-1), jnp.arange(count, dtype=jnp.int32)
+        first = tile  # of its expert's assignments
+        if tokens > 1:
+            first = jnp.min(jnp.where(flat == flat[:, None], tile, count), axis=1)
+        row = first * rows + tile // expert_ids.shape[1]
+        row = jnp.where((flat >= 0) & (flat < num_experts), row, count * rows)
+        expert = flat if tokens == 1 else jnp.where(first == tile, flat, -1)
+        return cls(rows, expert, row.reshape(expert_ids.shape))
+
+    def in_use(self) -> Int32[Array, "I"]:
+        """The expert of each tile; no expert's number where the tile is empty."""
+        return self.expert
+
+    def gather(self, x: Float[Array, "T D"]) -> Float[Array, "M D"]:
+        """The rows of any tile."""
+        return jnp.pad(x, ((0, self.rows - x.shape[0]), (0, 0)))
+
+    def combine(self, y: Float[Array, "IM D"], routing_weights: Float[Array, "T X"]) -> Float[Array, "T D"]:
+        """See `combine`."""
+        return combine(y, self.row, routing_weights)
+
+
+def combine(
+    y: Float[Array, "IM D"], row: Int32[Array, "T X"], routing_weights: Float[Array, "T X"]
+) -> Float[Array, "T D"]:
+    """Each token's assignments, at `row`, weighted and summed in float32; what empty rows hold is not read."""
+    assigned = y.at[row].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.sum(assigned * routing_weights.astype(jnp.float32)[..., None], axis=1)
 
 
 def max_tiles(num_assignments: int, num_experts: int, rows: int) -> int:

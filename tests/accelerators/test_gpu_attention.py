@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpreter
-from pallas_kernels.attention import Attended, gpu, merge, reference
+from pallas_kernels.attention import Attended, gpu, reference
 from tests.structures import attended, paged_kv, ring_kv
 
 HEAD = 16
@@ -77,15 +77,15 @@ def test_the_window_ends_between_distances_127_and_128(start, tokens):
 @pytest.mark.parametrize(("blocks", "splits"), [(1, 1), (gpu.BLOCKS, 3)])
 def test_the_sink_is_counted_once(blocks, splits, monkeypatch):
     """Guards the merge: n equal logits, values of 1 and a sink give n / (n + e^sink), however many splits there are."""
-    merged = []
-    monkeypatch.setattr(gpu, "merge", lambda parts, axis: merged.append(parts.lse.shape[axis]) or merge(parts, axis))
+    merged, merge = [], gpu._merged
+    monkeypatch.setattr(gpu, "_merged", lambda parts: merged.append(parts.lse.shape[2]) or merge(parts))
     monkeypatch.setattr(gpu, "BLOCKS", blocks)
     lengths, page, pages = np.array([700, 5, 1], np.int32), 64, 12
     keys = np.ones((3 * pages, page, 1, HEAD), np.float32)
     table = np.arange(3 * pages, dtype=np.int32).reshape(3, pages)
     sinks, q = np.array([-2, 0, 3], np.float32), np.zeros((3, 1, 3, HEAD), np.float32)
     found = _run(q, paged_kv(keys, keys, table), lengths[:, None] - 1, sinks)
-    assert merged == ([splits] if splits > 1 else [])
+    assert merged == [splits]
     total = lengths[:, None] + np.exp(sinks)
     np.testing.assert_allclose(found.out[:, 0, :, 0], lengths[:, None] / total, rtol=1e-5)
     np.testing.assert_allclose(found.lse[:, 0], np.log(total), rtol=1e-5)

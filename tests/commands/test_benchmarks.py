@@ -12,11 +12,12 @@ from converters.random_checkpoint import with_vocab_size
 from tests import processes
 
 FOLDER = Path(true_width.__file__).parent
-COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if 'if __name__ == "__main__":' in path.read_text())
+MODULES = {path.stem: path for path in FOLDER.glob("*.py")} | {
+    path.parent.name: path for path in FOLDER.glob("*/__main__.py")
+}
+COMMANDS = sorted(name for name, path in MODULES.items() if 'if __name__ == "__main__":' in path.read_text())
 CUT = ("--config", "CONFIG", "--layers", 2)
-GPU_SIZES = ("--memory-gib", 0.02, "--copy-elements", 4096, "--matrix-side", 32, "--calls", 1, "--steps", 1)
-GPU_CASES = ("--batch", 1, "--contexts", 16, "--prefill", 8, "--chunk", 8, "--op-tokens", 1, "--op-attention", "1x1x40")
-GPU_CHECKS = ("--check-tokens", 2, "--check-attention", "2x1")
+GPU_SIZES = ("--only", "limits", "--limit-mib", 1, "--matrix-side", 32, "--loop-ms", 0.01, "--dispatches", 1)
 BATCH_SIZES = ("--scale", 0.02, "--slots", 2, "--rows", 3, "--alone-rows", 1, "--prefix-rows", 3, "--rounds", 1)
 TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, FILE for one to write
     "ahead_of_time": ("models", "--target", "v6e"),
@@ -27,7 +28,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "cpu_dense_experts": ("--tokens", 16, "--hidden", 24, "--inner", 40, "--rounds", 1),
     "cpu_packed_attention": ("--rows", 1, "--tokens", 40, "--conversations", "20,40", "--rounds", 1),
     "cpu_products": ("--config", "CONFIG", "--rows", 1, "--copies-mib", 1, "--rounds", 1),
-    "gpu": ("--models", "CONFIG", "--kernels", "reference", "--notransformers", *GPU_SIZES, *GPU_CASES, *GPU_CHECKS),
+    "gpu": GPU_SIZES,  # all of it in test_gpu_benchmark.py
     "huge_pages": ("--outputs", 512, "--repeats", 1),
     "sampling": ("--config", "CONFIG", "--repeats", 1),
     "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),

@@ -18,6 +18,7 @@ COMMANDS = (
     "converters.convert",
     "converters.random_weights",
     "converters.export",
+    "gptoss_jax.plan",
 )
 SLACK = 2  # CPUs differ, and a busy one takes longer for the same
 HELP_CPU_SECONDS = 0.5 * SLACK
@@ -115,7 +116,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     return {"GOOD": good, "LLAMA": llama, "EMPTY": folder / "empty", "ABSENT": folder / "absent", **files}
 
 
-GENERATE, SCORE, CONVERT, RANDOM, _ = COMMANDS
+GENERATE, SCORE, CONVERT, RANDOM, *_ = COMMANDS
 MISTAKES = {
     "missing folder": (GENERATE, "--checkpoint ABSENT Hello", "absent: no such folder, expected a checkpoint's folder"),
     "wrong folder": (GENERATE, "--checkpoint EMPTY Hello", "empty: no *.safetensors and no model.safetensors.index"),
@@ -175,6 +176,13 @@ def test_an_obvious_mistake_is_reported_at_once(name, places, tmp_path):
     assert done.stdout == ""
     assert "jax" not in done.packages
     assert done.cpu_seconds < MISTAKE_CPU_SECONDS
+
+
+def test_what_needs_no_conversation_needs_none_of_its_packages(places, tmp_path):
+    """Guards machines that have JAX and little else: texts and ids are scored without harmony, JSON forms or a chat."""
+    done = run(tmp_path, SCORE, "--checkpoint", places["GOOD"], "--token-ids", "1,2,3", "--compilation-cache", "")
+    assert done.returncode == 0, done.stderr
+    assert done.packages.isdisjoint({"openai_harmony", "pydantic", "prompt_toolkit"})
 
 
 def test_the_first_token_comes_soon(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from converters.random_checkpoint import with_vocab_size
-from gptoss_jax.model import sharding
+from gptoss_jax.model import mesh
 from gptoss_jax.training import batch as batches
 from gptoss_jax.training import memory, rows
 from gptoss_jax.training.options import OptimizerOptions, TrainOptions
@@ -49,13 +49,13 @@ def found(tmp_path_factory):
     @functools.cache
     def compiled(case: str) -> Found:
         changes = dict(CASES[case])
-        mesh = changes.pop("mesh", "")
+        axes = changes.pop("mesh", "")
         options = TrainOptions(batch_rows=8, row_tokens=256, steps=4, **changes)
-        trainer = Trainer.open(folder, options, total_steps=4, mesh=mesh or None)
+        trainer = Trainer.open(folder, options, total_steps=4, mesh=axes or None)
         step = trainer.compiled_step(trainer.init(), batches.stack([rows.empty(256)], 8))
         analysis: Any = step.memory_analysis()
         sizes = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-        return Found(*sizes, memory.memory(trainer.config, options, sharding.num_shards(mesh)))
+        return Found(*sizes, memory.memory(trainer.config, options, mesh.num_shards(axes)))
 
     return compiled
 

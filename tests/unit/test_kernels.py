@@ -190,6 +190,35 @@ def test_every_assignment_has_a_row_of_its_own(tokens, top_k, experts, rows, dat
     np.testing.assert_allclose(combined, x * (routing_weights * taken).sum(axis=1, keepdims=True))
 
 
+_shared = jax.jit(tiles_of.TokenTiles.of, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 4, 6), (3, 2, 4), (8, 4, 6)])
+@settings(max_examples=20)
+@given(st.data())
+def test_few_tokens_share_tiles(tokens, top_k, experts, data):
+    """Guards decoding: an expert has one tile however many tokens it has, and each assignment finds its token there."""
+    ids = np.array(data.draw(st.lists(st.integers(-1, experts), min_size=tokens * top_k, max_size=tokens * top_k)))
+    ids = ids.astype(np.int32).reshape(tokens, top_k)
+    on_device = _shared(jnp.asarray(ids), experts, 8)
+    shared = jax.tree.map(np.asarray, on_device)
+    taken = (ids >= 0) & (ids < experts)
+    in_use = shared.expert[(shared.expert >= 0) & (shared.expert < experts)]
+    assert len(set(in_use)) == len(in_use) or tokens == 1
+    assert set(in_use) == set(ids[taken])
+    for token, x in np.argwhere(taken):
+        tile, row = divmod(int(shared.row[token, x]), 8)
+        assert (shared.expert[tile], row) == (ids[token, x], token)
+    assert (shared.row[~taken] == ids.size * 8).all()
+    x = np.arange(1.0, 2 * tokens + 1, dtype=np.float32).reshape(tokens, 2)
+    rows = np.tile(np.asarray(on_device.gather(jnp.asarray(x))), (ids.size, 1))
+    used = (np.repeat(shared.expert, 8) >= 0) & (np.repeat(shared.expert, 8) < experts)
+    spoilt = np.where(used[:, None], rows, np.float32(np.nan))  # empty tiles hold anything
+    routing_weights = np.arange(1.0, ids.size + 1, dtype=np.float32).reshape(ids.shape)
+    combined = on_device.combine(jnp.asarray(spoilt), jnp.asarray(routing_weights))
+    np.testing.assert_allclose(combined, x * (routing_weights * taken).sum(axis=1, keepdims=True))
+
+
 def test_reference_visits_the_top_k_experts_only():
     """Guards decoding cost: one token makes X tiles whatever E is, and the dearest routing never more than its rows."""
     for name in ("gpt-oss-20b", "gpt-oss-120b"):

@@ -20,7 +20,7 @@ from gptoss_jax.jobs.rows import RowReader
 from gptoss_jax.jobs.store import Layout, PartsReader, Store, parts, take_over
 from gptoss_jax.jobs.survey import survey
 from gptoss_jax.jobs.work import Task, Worker
-from gptoss_jax.model import sharding
+from gptoss_jax.model import mesh
 
 APPENDED, IN_PARTS = (Record({"rows": 3}, {}, {}, {"appended": is_so}) for is_so in (True, False))
 LINES = [b'{"id":"%d"}' % i for i in range(3)]
@@ -119,6 +119,6 @@ def test_what_only_this_process_can_read_is_no_input_for_others(tmp_path, monkey
 def test_devices_of_a_mesh_are_counted_without_any(tmp_path):
     """Guards what a worker asks a cluster for, whose accelerators this machine need not have."""
     (tmp_path / "mesh.json").write_text('{"axes": {"expert": 4, "tensor": 2}}')
-    assert [sharding.num_devices(mesh) for mesh in ("", "data=2,expert=16", tmp_path / "mesh.json")] == [1, 32, 8]
+    assert [mesh.num_devices(text) for text in ("", "data=2,expert=16", tmp_path / "mesh.json")] == [1, 32, 8]
     with pytest.raises(GptossError, match="unknown mesh axis 'experts'"):
-        sharding.num_devices("experts=4")
+        mesh.num_devices("experts=4")

@@ -215,6 +215,41 @@ def test_logprobs_are_the_models_own():
     np.testing.assert_allclose(draw.top_logprobs[:, :4], np.take_along_axis(exact, order, -1), atol=1e-5)
 
 
+def test_a_vocabulary_is_surveyed_at_once_as_reduction_by_reduction():
+    """Guards GPUs: ties, penalties' -inf, logits that are not finite, padding: one pass finds what five do."""
+    rng = np.random.default_rng(0)
+    raw = jnp.asarray(rng.integers(-4, 4, (6, 97)), jnp.float32)
+    raw = raw.at[3, 5].set(jnp.inf).at[4, 6].set(-jnp.inf).at[5, 7].set(jnp.nan)
+    logits = jnp.where(jnp.arange(97) < 90, raw, -jnp.inf)
+    scores = logits.at[:, ::3].set(-jnp.inf)
+    apart = jax.jit(functools.partial(sampling._survey_one_by_one, total=sampling.invariant_sum))(raw, logits, scores)
+    at_once = jax.jit(sampling._survey_at_once)(raw, logits, scores)
+    assert apart.finite.tolist() == at_once.finite.tolist() == [True, True, True, False, False, False]
+    for ours, theirs in zip(at_once, apart, strict=True):
+        np.testing.assert_allclose(ours[:3], theirs[:3], rtol=1e-6)
+
+
+def test_thresholds_are_found_by_digits_as_by_bits():
+    """Guards GPUs: four bits at a time, without a loop, give the same threshold, of counts and of weights."""
+    rng = np.random.default_rng(0)
+    scores = -jnp.abs(jnp.asarray(rng.standard_normal((5, 300)) * 10 ** rng.uniform(-9, 9, (5, 300)), jnp.float32))
+    scores = scores.at[:, 7].set(0).at[1, :100].set(scores[1, 100]).at[2, 8:].set(-jnp.inf)
+    keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)
+    weights = jnp.exp(scores)
+
+    @jax.jit
+    def both(of, wanted):
+        def sum_of(kept):
+            return jnp.sum(jnp.where(kept, sampling._beside(of, kept), 0), axis=-1)
+
+        return [way(keys, wanted, sum_of) for way in (sampling._threshold_by_bits, sampling._threshold_by_digits)]
+
+    for enough in (1.0, 40.0, 150.0, 300.0):
+        for of in (jnp.ones_like(weights), weights):
+            by_bits, by_digits = both(of, jnp.minimum(enough, jnp.sum(of, axis=-1) * 0.9))
+            np.testing.assert_array_equal(by_digits, by_bits)
+
+
 def test_unnamed_ids_are_never_drawn():
     """Guards the embedding's padding rows: ids from 200,019 have no token, yet may have the largest logit."""
     logits = np.zeros((200, 12))

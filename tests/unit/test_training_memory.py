@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gptoss_jax.checkpoints.huggingface import mxfp4_recipes
-from gptoss_jax.model import sharding
+from gptoss_jax.model import mesh
 from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.training import loss, memory
 from gptoss_jax.training.memory import Memory
@@ -68,8 +68,8 @@ def test_a_mesh_cuts_what_it_cuts():
     """Guards bytes per device: data shards have fewer rows, tensor and expert shards fewer weights."""
     small = read_config(ROOT / "configs" / "small.json")
     whole, by_data, by_experts, by_width = (
-        memory.memory(small, dataclasses.replace(LORA, batch_rows=8), sharding.num_shards(mesh))
-        for mesh in ("", "data=2", "expert=4", "tensor=2")
+        memory.memory(small, dataclasses.replace(LORA, batch_rows=8), mesh.num_shards(text))
+        for text in ("", "data=2", "expert=4", "tensor=2")
     )
     assert by_data.base == whole.base and by_data.activations == whole.activations / 2
     assert by_data.trained == whole.trained and by_data.optimizer == whole.optimizer / 2

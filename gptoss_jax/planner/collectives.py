@@ -1,0 +1,114 @@
+"""The collectives of a step, from the mesh alone: which, of how many bytes, over how many devices. Knows no JAX.
+
+Sums over heads and experts are written in the model (`Sharding.sum_over`); the others are what XLA's partitioner makes
+of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. Tests read the same
+from compiled programs: all of it for CPUs, what is not sampling for GPUs and TPUs, whose compilers treat the few bytes
+of sampling each in their way (XLA for GPUs gathers logits for top-p).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.mesh import MeshShape
+from gptoss_jax.planner.chips import Chip
+from gptoss_jax.planner.memory import Workload
+
+ALWAYS = "every step"
+DISPATCH = "every dispatch"  # of up to 64 decoding steps
+DRAWN, TOP_K, TOP_P, TOP_LOGPROBS = "temperature", "top-k", "top-p", "top_logprobs"
+_FLOAT32, _BFLOAT16, _INT32, _BOOL = 4, 2, 4, 1
+_SEARCH = 31  # passes of the search for the threshold of top-k and top-p
+
+
+class Collective(NamedTuple):
+    """Arrays that devices send one another at one place of a step.
+
+    Attributes:
+        kind: all-reduce or all-gather.
+        where: what needs it: embedding, attention, experts or sampling.
+        when: ALWAYS, DISPATCH, or what some slot has to ask for.
+        devices: that take part in each.
+        bytes: of one array on a device, after it.
+        arrays: of a step; a compiler may send several at once.
+    """
+
+    kind: str
+    where: str
+    when: str
+    devices: int
+    bytes: int
+    arrays: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all arrays."""
+        return self.bytes * self.arrays
+
+    @property
+    def sent_bytes(self) -> float:
+        """That each device sends to others, in a ring: twice around for a sum, once for a gathered array."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * (self.devices - 1) / self.devices * self.total_bytes
+
+
+def decode_step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> list[Collective]:
+    """Of one decoding step, those first that every step has."""
+    return _step(config, mesh, chip, workload, 1)
+
+
+def prefill_chunk(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> list[Collective]:
+    """Of one chunk of every slot's prompt."""
+    return _step(config, mesh, chip, workload, workload.prefill_tokens)
+
+
+def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, width: int) -> list[Collective]:
+    slots = workload.slots // mesh.size("batch")
+    numbers = slots * width * config.hidden_size
+    stream = _FLOAT32 * numbers
+    embedded = numbers * (_FLOAT32 if chip.platform == "cpu" else _BFLOAT16)  # XLA:CPU sums no bfloat16 across devices
+    found = [
+        Collective("all-reduce", "embedding", ALWAYS, mesh.size("vocab"), embedded, 1),
+        Collective("all-reduce", "attention", ALWAYS, mesh.size("heads"), stream, config.num_layers),
+        Collective("all-reduce", "experts", ALWAYS, mesh.size("experts", "expert_hidden"), stream, config.num_layers),
+        *_sampling(config, mesh, workload.slots, decodes=width == 1),
+        *_top_logprobs(config, mesh, chip, workload.slots),
+    ]
+    return [collective for collective in found if collective.devices > 1]
+
+
+def _sampling(config: ModelConfig, mesh: MeshShape, slots: int, *, decodes: bool) -> Iterator[Collective]:
+    """Of logits cut by vocabulary, a number for each slot; of slots cut by data shards, what any of them asks for."""
+    vocab, data = mesh.size("vocab"), mesh.size("batch")
+    own = slots // data
+
+    def by_slot(when: str, itemsize: int, count: int) -> Collective:
+        return Collective("all-reduce", "sampling", when, vocab, itemsize * own, count)
+
+    yield by_slot(
+        ALWAYS, _FLOAT32, 5
+    )  # two maxima, a sum, the least id of the largest, the drawn one's log probability
+    yield by_slot(ALWAYS, _BOOL, 1)  # whether all logits are finite
+    yield Collective("all-gather", "sampling", ALWAYS, data, _INT32 * slots, 1)  # what is drawn, to be counted
+    yield Collective("all-gather", "sampling", ALWAYS, data, 2 * _INT32 * slots, 1)
+    if decodes:
+        yield Collective("all-reduce", "sampling", ALWAYS, data, _BOOL, 1)  # whether any goes on
+    yield Collective("all-reduce", "sampling", DISPATCH if decodes else ALWAYS, data, _BOOL, 2)  # what any asks for
+    yield by_slot(DRAWN, _FLOAT32, 3)
+    yield Collective("all-reduce", "sampling", DRAWN, data, _BOOL, 2)
+    yield by_slot(TOP_K, _FLOAT32, _SEARCH)
+    yield by_slot(TOP_P, _FLOAT32, _SEARCH + 1)
+
+
+def _top_logprobs(config: ModelConfig, mesh: MeshShape, chip: Chip, slots: int) -> Iterator[Collective]:
+    """XLA for CPUs brings all logits to every device; those for GPUs and TPUs the likeliest of each shard, with ids."""
+    vocab, data = mesh.size("vocab"), mesh.size("batch")
+    if chip.platform == "cpu":
+        logprobs = _FLOAT32 * config.vocab_size
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, vocab, logprobs * slots // data, 1)
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, data, logprobs * slots, 1)
+    else:
+        likeliest = _FLOAT32 * MAX_TOP_LOGPROBS
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, vocab, likeliest * vocab * slots // data, 2)
+        yield Collective("all-gather", "sampling", TOP_LOGPROBS, data, likeliest * slots, 2)

@@ -1,0 +1,209 @@
+"""Bytes on each device of a mesh: weights, keys and values, slots, temporaries. Knows no JAX.
+
+Weights, keys and values, and slots are arrays whose shapes are known: their bytes are counted, not estimated, and a
+test holds them to what a compiled program says of its arguments. Temporaries are the compiler's, and an estimate.
+"""
+
+import math
+from typing import NamedTuple
+
+from gptoss_jax.engine.sampling_params import OPTIONS
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MAX_STOP_IDS, MXFP4_BLOCK
+from gptoss_jax.model.mesh import MeshShape
+from gptoss_jax.planner.chips import Chip
+
+PAGE_TOKENS = 64  # of gptoss_jax.model.kv_cache, which imports JAX
+LEAST_SNAPSHOTS = 16  # of gptoss_jax.engine.runner, which does too
+_BFLOAT16, _WORD = 2, 4
+_LANES, _ROWS = 128, {1: 32, 4: 8}  # a TPU's tile: columns, and rows by bytes of an element
+_TOP_ARRAYS = 4  # [B, V] float32 or int32: log probabilities of all slots on one device, sorted, where any asks for top
+
+
+class Workload(NamedTuple):
+    """What runs: one engine, all of whose slots are full.
+
+    Attributes:
+        slots: B, sequences at once, over all data shards.
+        context_tokens: that each can hold, and holds.
+        prefill_tokens: T of a chunk of a prompt.
+    """
+
+    slots: int
+    context_tokens: int
+    prefill_tokens: int
+
+
+class Memory(NamedTuple):
+    """Bytes on each device, by part.
+
+    Attributes:
+        experts: MXFP4 blocks and scales, and biases, as the chip's kernel wants them.
+        attention: projections, biases and sinks.
+        embeddings: embedding and unembedding.
+        others: routers and norms, which every device has whole.
+        kv_cache: pages of the full-attention layers and rings of the sliding-window layers.
+        slots: page tables, sampling options and counts of drawn ids.
+        snapshots: rings that the prefix cache keeps, beside the programs.
+        activations: of one layer of the widest program, and the residual stream.
+        temporaries: of drawing a token, and what a compiler copies.
+    """
+
+    experts: int
+    attention: int
+    embeddings: int
+    others: int
+    kv_cache: int
+    slots: int
+    snapshots: int
+    activations: int
+    temporaries: int
+
+    @property
+    def weights(self) -> int:
+        """Of all weights."""
+        return self.experts + self.attention + self.embeddings + self.others
+
+    @property
+    def arguments(self) -> int:
+        """What a decoding step's program takes."""
+        return self.weights + self.kv_cache + self.slots
+
+    def program_bytes(self, width: int) -> int:
+        """Arguments and temporaries of a program that takes `width` tokens of each slot: 1 decodes."""
+        return self.arguments + self.temporaries + (self.activations if width > 1 else 0)
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return sum(self)
+
+
+def memory(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> Memory:
+    """What an engine of `workload` takes on each device; the mesh has to cut the model evenly."""
+    tokens = workload.slots // mesh.size("batch") * workload.prefill_tokens
+    return Memory(
+        experts=config.num_layers * _expert_layer(config, mesh, chip.expert_layout),
+        attention=config.num_layers * _attention_layer(config, mesh),
+        embeddings=2 * _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab"),
+        others=_others(config),
+        kv_cache=_kv_cache(config, mesh, workload),
+        slots=_slots(config, mesh, workload),
+        snapshots=_snapshots(config, mesh, workload),
+        activations=tokens * _activations(config, mesh),
+        temporaries=_temporaries(config, mesh, chip, workload),
+    )
+
+
+# ---- weights ----
+
+
+def _attention_layer(config: ModelConfig, mesh: MeshShape) -> int:
+    """q, k, v, their biases, sinks and the output product by heads; its bias is on every device."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    rows = config.head_dim * (heads + 2 * kv_heads)
+    cut = rows * (config.hidden_size + 1) + heads + config.head_dim * heads * config.hidden_size
+    return _BFLOAT16 * (cut // mesh.size("heads") + config.hidden_size)
+
+
+def _others(config: ModelConfig) -> int:
+    """Routers with biases, two norms a layer, and the last norm."""
+    router = config.num_experts * (config.hidden_size + 1)
+    return _BFLOAT16 * (config.num_layers * (router + 2 * config.hidden_size) + config.hidden_size)
+
+
+def _expert_layer(config: ModelConfig, mesh: MeshShape, layout: str) -> int:
+    """Blocks, scales and biases of a layer's experts on one device, in a weight layout (docs/kernels.md)."""
+    experts = config.num_experts // mesh.size("experts")
+    inner, hidden = config.intermediate_size // mesh.size("expert_hidden"), config.hidden_size
+    if layout == "published":
+        weights = 3 * inner * hidden
+        return experts * (weights // 2 + weights // MXFP4_BLOCK + _BFLOAT16 * (2 * inner + hidden))
+    blocks_in, blocks_inner = hidden // MXFP4_BLOCK, inner // MXFP4_BLOCK
+    parts = 4 if layout == "words" else 1
+    columns, outputs = _padded(inner // parts, _LANES), _padded(hidden, _LANES)
+    gate_up = 2 * parts * columns * (_codes(blocks_in, parts) + _padded(blocks_in, _ROWS[1]) + _BFLOAT16)
+    down = outputs * (_codes(blocks_inner, parts) + _padded(blocks_inner, _ROWS[1]) + _BFLOAT16)
+    return experts * (gate_up + down)
+
+
+def _codes(blocks: int, parts: int) -> int:
+    """Bytes of a column of codes on a TPU: 32-bit words of a block's part of 8, or the block's 32 codes of 4 bits."""
+    if parts == 1:
+        return blocks * MXFP4_BLOCK // 2
+    return _WORD * _padded(blocks * MXFP4_BLOCK // (2 * _WORD), _ROWS[4])
+
+
+def _padded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+# ---- sequences ----
+
+
+def num_pages(tokens: int) -> int:
+    """Pages that hold `tokens` tokens of a sequence."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def _kv_cache(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+    full = config.num_layers - _sliding_layers(config)
+    page_tokens = full * num_pages(workload.context_tokens) * PAGE_TOKENS
+    slots = workload.slots // mesh.size("batch")
+    return slots * (page_tokens * _token_bytes(config, mesh) + _rings(config, mesh, workload))
+
+
+def _rings(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+    """Of one slot: the sliding-window layers."""
+    window = min(config.sliding_window, workload.context_tokens)
+    return _sliding_layers(config) * window * _token_bytes(config, mesh)
+
+
+def _token_bytes(config: ModelConfig, mesh: MeshShape) -> int:
+    """Keys and values of one token and layer."""
+    return 2 * _BFLOAT16 * config.num_kv_heads * config.head_dim // mesh.size("heads")
+
+
+def _sliding_layers(config: ModelConfig) -> int:
+    return sum(config.has_sliding_window(i) for i in range(config.num_layers))
+
+
+def _slots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+    """Page table and length; stop ids, options, a bit per id; and by id: bias, whether prompted, how often drawn."""
+    words = num_pages(workload.context_tokens) + 1 + MAX_STOP_IDS + len(OPTIONS) + -(-config.vocab_size // 32) + 2
+    by_id = (_WORD + 1 + _WORD) * config.vocab_size // mesh.size("vocab")
+    return workload.slots // mesh.size("batch") * (_WORD * words + by_id)
+
+
+def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+    """As `gptoss_jax.engine.runner.num_snapshots` says, where nobody says otherwise."""
+    block = math.lcm(workload.prefill_tokens, PAGE_TOKENS)
+    if block >= workload.context_tokens:
+        return 0
+    most = max(1, workload.slots * num_pages(workload.context_tokens) * PAGE_TOKENS // block)
+    count = min(max(LEAST_SNAPSHOTS, workload.slots), most)
+    return -(-count // mesh.size("batch")) * _rings(config, mesh, workload)
+
+
+# ---- what a program makes while it runs ----
+
+
+def _activations(config: ModelConfig, mesh: MeshShape) -> int:
+    """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out."""
+    hidden, inner = config.hidden_size, config.intermediate_size // mesh.size("expert_hidden")
+    stream = 3 * _WORD * hidden
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
+    rows = config.experts_per_token * (_BFLOAT16 * (hidden + inner) + _WORD * hidden)
+    return stream + _WORD * attention + rows
+
+
+def _temporaries(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:
+    """Logits and their like of each slot, and all of them on one device where any slot asks for top log probabilities.
+
+    A TPU's compiler also copies the embedding into another order.
+    """
+    slots = workload.slots // mesh.size("batch")
+    scores = 6 * _WORD * slots * config.vocab_size // mesh.size("vocab")
+    top = _TOP_ARRAYS * _WORD * workload.slots * config.vocab_size if mesh.devices > 1 else 0
+    copied = _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab") if chip.platform == "tpu" else 0
+    return scores + top + copied

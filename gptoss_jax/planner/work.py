@@ -1,0 +1,135 @@
+"""What one device does in a step: operations, bytes of memory, collectives, launches. Knows no JAX.
+
+A lower bound, as `ModelConfig.decode_bytes` is: weights are read once a step, of the experts those that are expected to
+be hit when every token draws its experts evenly; activations stay where they are computed.
+"""
+
+from typing import NamedTuple
+
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.config_ranges import MXFP4_BLOCK
+from gptoss_jax.model.mesh import MeshShape
+from gptoss_jax.planner import collectives
+from gptoss_jax.planner.chips import Chip
+from gptoss_jax.planner.collectives import ALWAYS, Collective
+from gptoss_jax.planner.memory import Workload
+
+_BFLOAT16 = 2
+_BY_ID = 4 + 1 + 4 + 2 * 4  # bytes that drawing reads of each id: bias, prompted, drawn; logits, written and read
+
+
+class Work(NamedTuple):
+    """One device's part of a step.
+
+    Attributes:
+        tokens: of the step, over all devices.
+        flops: multiplications and additions.
+        weight_bytes: read from memory.
+        kv_bytes: keys and values, read; and of each slot what drawing reads.
+        collectives: all that the program has, those that only some slots ask for too.
+        launches: kernels, copies and library calls; None: not counted on this chip.
+    """
+
+    tokens: int
+    flops: float
+    weight_bytes: float
+    kv_bytes: float
+    collectives: tuple[Collective, ...]
+    launches: int | None
+
+    @property
+    def hbm_bytes(self) -> float:
+        """That go through memory."""
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def always(self) -> list[Collective]:
+        """Collectives that every step has."""
+        return [each for each in self.collectives if each.when == ALWAYS]
+
+    @property
+    def sent_bytes(self) -> float:
+        """That the device sends to others in every step."""
+        return sum((each.sent_bytes for each in self.always), 0.0)
+
+
+def decode_step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> Work:
+    """A token of every slot, each with its whole context in the cache."""
+    found = tuple(collectives.decode_step(config, mesh, chip, workload))
+    return _work(config, mesh, chip, workload, 1, found)
+
+
+def prefill_chunk(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> Work:
+    """A chunk of every slot's prompt, the last of a prompt as long as the context: the one with most keys before it."""
+    found = tuple(collectives.prefill_chunk(config, mesh, chip, workload))
+    return _work(config, mesh, chip, workload, workload.prefill_tokens, found)
+
+
+def _work(
+    config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, width: int, found: tuple[Collective, ...]
+) -> Work:
+    slots = workload.slots // mesh.size("batch")
+    tokens = slots * width
+    keys = sum(_keys(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    read = sum(_keys_read(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    heads, vocab = mesh.size("heads"), mesh.size("vocab")
+    of_experts = mesh.size("experts", "expert_hidden")
+    expert = 3 * config.intermediate_size * config.hidden_size
+    router = config.num_layers * config.num_experts * config.hidden_size
+    flops = (
+        2
+        * tokens
+        * (
+            config.attention_bytes / _BFLOAT16 / heads
+            + router
+            + config.num_layers * config.experts_per_token * expert / of_experts
+        )
+    )
+    flops += 4 * slots * keys * config.num_heads * config.head_dim / heads
+    flops += slots * config.unembedding_bytes / vocab
+    launches = None
+    if chip.launches is not None:
+        per_layer, beside = chip.launches
+        launches = round(per_layer * config.num_layers + beside + sum(c.arrays for c in found if c.when == ALWAYS))
+    return Work(
+        tokens=workload.slots * width,
+        flops=flops,
+        weight_bytes=_weights_read(config, mesh, tokens),
+        kv_bytes=slots * (2 * _BFLOAT16 * read * config.num_kv_heads * config.head_dim / heads)
+        + slots * _BY_ID * config.vocab_size / vocab,
+        collectives=found,
+        launches=launches,
+    )
+
+
+def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
+    """Bytes of attention, routers, unembedding, the tokens' embeddings, and of the experts that they hit."""
+    missed = (1 - config.experts_per_token / config.num_experts) ** tokens
+    weights = 3 * config.intermediate_size * config.hidden_size * config.num_experts
+    experts = config.num_layers * (1 - missed) * (weights / 2 + weights / MXFP4_BLOCK)
+    routers = _BFLOAT16 * config.num_layers * config.num_experts * config.hidden_size
+    embedded = _BFLOAT16 * tokens * config.hidden_size / mesh.size("vocab")
+    return (
+        experts / mesh.size("experts", "expert_hidden")
+        + config.attention_bytes / mesh.size("heads")
+        + routers
+        + config.unembedding_bytes / mesh.size("vocab")
+        + embedded
+    )
+
+
+def _keys(config: ModelConfig, layer: int, context: int, width: int) -> int:
+    """Keys that the last `width` tokens of a context see, all together."""
+    first = context - width + 1  # tokens up to the chunk's first, itself included
+    if not config.has_sliding_window(layer):
+        return width * (first + context) // 2
+    window = config.sliding_window
+    growing = max(0, min(width, window - first + 1))  # tokens that see everything before them
+    return growing * (2 * first + growing - 1) // 2 + (width - growing) * min(window, context)
+
+
+def _keys_read(config: ModelConfig, layer: int, context: int, width: int) -> int:
+    """Keys that are read once for the last `width` tokens of a context."""
+    if not config.has_sliding_window(layer):
+        return context
+    return min(context, config.sliding_window + width - 1)
