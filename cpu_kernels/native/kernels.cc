@@ -15,7 +15,13 @@
 namespace cpu_kernels::CPU_KERNELS_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA), linear,        expert_mlp, attention, packed_attention,
-                          packed_attention_gradient,           dense_experts, dense_experts_gradient};
+const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA),
+                          linear,
+                          expert_mlp,
+                          attention,
+                          packed_attention,
+                          packed_attention_gradient,
+                          dense_experts,
+                          dense_experts_gradient};
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

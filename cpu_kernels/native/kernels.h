@@ -59,21 +59,19 @@ struct Kernels {
 };
 
 // Compiled in by setup.py, those of the machine's family that the compiler knows; dispatch.cc says which of them run.
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace neon {
-extern const Kernels kKernels;
-}
-namespace portable {
-extern const Kernels kKernels;
-}
+#define CPU_KERNELS_OF(isa)       \
+  namespace isa {                 \
+  extern const Kernels kKernels;  \
+  bool is_supported();            \
+  }
+CPU_KERNELS_OF(avx512bf16)
+CPU_KERNELS_OF(avx512vnni)
+CPU_KERNELS_OF(avx512)
+CPU_KERNELS_OF(avxvnni)
+CPU_KERNELS_OF(avx2)
+CPU_KERNELS_OF(neon)
+CPU_KERNELS_OF(portable)
+#undef CPU_KERNELS_OF
 
 // The kernels in use: the best that this machine can run, or what `cpu_kernels_select` asked for.
 const Kernels& kernels();

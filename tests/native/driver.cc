@@ -185,6 +185,7 @@ int main() {
   same = same && linear(13, 37, 1700) && linear_int8(13, 37, 1700);  // deep enough that sums wait in memory
   for (bool is_bf16 : {false, true})
     for (int64_t rows : {1, 9, 140}) same = same && experts(is_bf16, rows, 64, 96, 3, 2);
+  same = same && experts(true, 41, 18 * 32, 64, 1, 1);  // tokens by themselves and side by side, two groups of blocks
   for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
     for (int64_t tokens : {1, 20})
       for (int32_t start : {0, 70, 1100})
