@@ -23,6 +23,9 @@ HANDLERS = (
     "packed_attention_gradient",
     "dense_experts",
     "dense_experts_gradient",
+    "survey",
+    "likeliest",
+    "nucleus",
 )
 
 

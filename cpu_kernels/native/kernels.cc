@@ -8,6 +8,7 @@
 #include "linear.h"
 #include "packed_attention.h"
 #include "packed_gradient.h"
+#include "sampling.h"
 
 #define CPU_KERNELS_STRING(name) CPU_KERNELS_STRING_OF(name)
 #define CPU_KERNELS_STRING_OF(name) #name
@@ -22,6 +23,9 @@ const Kernels kKernels = {CPU_KERNELS_STRING(CPU_KERNELS_ISA),
                           packed_attention,
                           packed_attention_gradient,
                           dense_experts,
-                          dense_experts_gradient};
+                          dense_experts_gradient,
+                          survey,
+                          likeliest,
+                          nucleus};
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

@@ -8,6 +8,7 @@
 #include "dense_experts_call.h"
 #include "packed_call.h"
 #include "parallel.h"
+#include "sampling_call.h"
 
 namespace cpu_kernels {
 
@@ -56,6 +57,9 @@ struct Kernels {
   bool (*packed_attention_gradient)(const Pool&, const PackedCall&, const PackedGradient&);
   bool (*dense_experts)(const Pool&, const DenseExperts&, float* y);
   bool (*dense_experts_gradient)(const Pool&, const DenseExperts&, const DenseExpertsGradient&);
+  bool (*survey)(const Pool&, const SurveyCall&);
+  bool (*likeliest)(const Pool&, const LikeliestCall&);
+  bool (*nucleus)(const Pool&, const NucleusCall&);
 };
 
 // Compiled in by setup.py, those of the machine's family that the compiler knows; dispatch.cc says which of them run.

@@ -2,7 +2,8 @@
 
 Keys are folded from (request seed, position), so a slot's draw depends on its own request alone. Every option is data:
 slots of any mixture share one program. To add an option, add its field to `SamplingParams`, which gives its array, its
-flag and its checks, and its line to `adjust_logits` or `filter_logits`.
+flag and its checks, and its line to `adjust_logits` (and to `adjust_ids` of cpu_kernels/native/sampling.h) or to
+`filter_logits`.
 """
 
 import functools
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
+import cpu_kernels
+from cpu_kernels import sampling as cpu_sampling
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
 from gptoss_jax.model.invariant_sum import RowSum, invariant_sum
 
@@ -117,17 +121,39 @@ def sample(
         drawn: how often each slot's answer holds each id.
         positions: where the token will stand in its sequence.
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
-        total: how sums over the vocabulary are taken.
+        total: how sums over the vocabulary are taken. With `invariant_sum`, which is for one device, kernels do it on
+            CPUs: the tokens are the same, and log probabilities but for rounding.
         asked: `Asked.of` the parameters, where it is known already.
     """
-    asked = asked or Asked.of(sampling)
+
+    def by_xla(*arguments: Any) -> Draw:
+        return _sample(*arguments, num_token_ids, total)
+
+    def by_kernels(*arguments: Any) -> Draw:
+        return _sample_by_kernels(*arguments, num_token_ids)
+
+    arguments = logits, sampling, drawn, positions, asked or Asked.of(sampling)
+    if total is not invariant_sum or cpu_kernels.why_not():
+        return by_xla(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=by_kernels, default=by_xla)
+
+
+def _sample(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    drawn: Int32[Array, "B V"],
+    positions: Int32[Array, "B"],
+    asked: Asked,
+    num_token_ids: int,
+    total: RowSum,
+) -> Draw:
     raw, logits = logits, _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling, drawn)
     found = survey(raw, logits, scores, total)
     draws = sampling.options["temperature"] > 0
     random = jax.lax.cond(asked.draws, lambda: _draw(scores, sampling, positions, total), lambda: found.likeliest)
     token = jnp.where(draws, random, found.likeliest)
-    reported = _report(logits, token, asked.top, found.top, found.total)
+    reported = _report(logits, token, asked.top, found.top, found.total, num_token_ids)
     return Draw(jnp.where(found.finite, token, FAULTY), *reported)
 
 
@@ -197,6 +223,47 @@ def _survey_at_once(raw: Float[Array, "B V"], logits: Float[Array, "B V"], score
     return Survey(found[0] > 0, *found[2:])
 
 
+def _sample_by_kernels(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    drawn: Int32[Array, "B V"],
+    positions: Int32[Array, "B"],
+    asked: Asked,
+    num_token_ids: int,
+) -> Draw:
+    """Looks at each logit once; where top-k leaves few ids in every slot, all else is done with those."""
+    options = sampling.options
+    penalties = tuple(options[name] for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"))
+    found = cpu_sampling.survey(
+        logits, sampling.bias, sampling.allowed, sampling.prompted, drawn, penalties, num_token_ids
+    )
+    draws = options["temperature"] > 0
+    random = jax.lax.cond(asked.draws, lambda: _draw_by_kernels(found, sampling, positions), lambda: found.likeliest)
+    token = jnp.where(draws, random, found.likeliest)
+    reported = _report(logits, token, asked.top, found.largest_logit, found.total, num_token_ids)
+    return Draw(jnp.where(found.finite, token, FAULTY), *reported)
+
+
+def _draw_by_kernels(found: cpu_sampling.Survey, sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """`_draw`'s token: among few ids without looking at others, unless a slot that draws has too many."""
+    draws = sampling.options["temperature"] > 0
+    temperature = jnp.where(draws, _positive(sampling.options["temperature"]), 1)
+    top_k = jnp.where(draws, sampling.options["top_k"], 1)  # what a greedy slot would draw is not asked for
+    left = cpu_sampling.likeliest(found, temperature, top_k)
+
+    def among_few() -> Int32[Array, "B"]:
+        vocab_size = found.scores.shape[-1]
+        scores = cpu_sampling.nucleus(left, jnp.exp(left.scores), sampling.options["top_p"], vocab_size)
+        scores = _min_p(scores, sampling.options["min_p"])
+        noises = jax.vmap(_noise_at)(sampling.options["seed"], positions, left.ids)
+        return jnp.take_along_axis(left.ids, _largest(scores + noises)[:, None], axis=-1)[:, 0]
+
+    def among_all() -> Int32[Array, "B"]:
+        return _draw(found.scores, sampling, positions, invariant_sum)
+
+    return jax.lax.cond(jnp.all(left.counts >= 0), among_few, among_all)
+
+
 def report_logprobs(
     logits: Float[Array, "*rows V"],
     token: Int32[Array, "*rows"],
@@ -206,7 +273,7 @@ def report_logprobs(
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
     logits = _named(logits, num_token_ids)
-    return _report(logits, token, with_top, *_softmax_of(logits, total))
+    return _report(logits, token, with_top, *_softmax_of(logits, total), num_token_ids)
 
 
 def _report(
@@ -215,11 +282,13 @@ def _report(
     with_top: Bool[Array, ""],
     top: Float[Array, "*rows"],
     total: Float[Array, "*rows"],
+    num_token_ids: int,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    """The same with the softmax known; `logits` may have padding's, since no `token` is any."""
     logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - jnp.log(total)
 
     def likeliest() -> Int32[Array, "*rows Z2"]:
-        return _packed(*_top(logits - top[..., None] - jnp.log(total)[..., None]))
+        return _packed(*_top(_named(logits, num_token_ids) - top[..., None] - jnp.log(total)[..., None]))
 
     nothing = jnp.zeros((*token.shape, 2 * MAX_TOP_LOGPROBS), jnp.int32)
     packed = jax.lax.cond(with_top, likeliest, lambda: nothing)  # one array: a branch writes each by itself
@@ -264,12 +333,20 @@ def filter_logits(
     scores: Float[Array, "B V"], sampling: Sampling, total: RowSum = invariant_sum
 ) -> Float[Array, "B V"]:
     """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
-    temperature = jnp.maximum(sampling.options["temperature"], jnp.finfo(jnp.float32).tiny)[:, None]
-    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
+    coldness = 1 / _positive(sampling.options["temperature"])[:, None]  # XLA would turn a quotient into this product
+    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) * coldness
     by_count, by_weight = sampling.options["top_k"] > 0, sampling.options["top_p"] < 1
     scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.options["top_k"]), lambda: scores)
     scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"], total), lambda: scores)
-    return jnp.where(scores >= jnp.log(sampling.options["min_p"][:, None]), scores, -jnp.inf)  # the largest score is 0
+    return _min_p(scores, sampling.options["min_p"])
+
+
+def _positive(temperature: Float[Array, "B"]) -> Float[Array, "B"]:
+    return jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+
+
+def _min_p(scores: Float[Array, "B C"], min_p: Float[Array, "B"]) -> Float[Array, "B C"]:
+    return jnp.where(scores >= jnp.log(min_p[:, None]), scores, -jnp.inf)  # the largest score is 0
 
 
 def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
@@ -333,11 +410,25 @@ def _draw(
     """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
 
     def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
-        key = jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
-        return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
+        return jax.random.gumbel(_key(seed, position), scores.shape[-1:], jnp.float32)
 
     noises = jax.vmap(noise)(sampling.options["seed"], positions)
     return _largest(filter_logits(scores, sampling, total) + noises)
+
+
+def _key(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
+
+
+def _noise_at(seed: UInt32[Array, ""], position: Int32[Array, ""], ids: Int32[Array, "C"]) -> Float[Array, "C"]:
+    """What `jax.random.gumbel` of a whole row has at `ids`, without the others: its bits are of a counter each."""
+    counter = ids.astype(jnp.uint32)
+    key = jax.random.key_data(_key(seed, position))
+    high, low = threefry2x32_p.bind(*jnp.broadcast_to(key[:, None], (2, *ids.shape)), jnp.zeros_like(counter), counter)
+    bits = (high ^ low) >> 9 | jnp.float32(1).view(jnp.uint32)  # a number from 1 to 2
+    tiny = jnp.finfo(jnp.float32).tiny
+    uniform = jnp.maximum(tiny, (bits.view(jnp.float32) - 1) * (1 - tiny) + tiny)
+    return -jnp.log(-jnp.log(uniform))
 
 
 def _largest(scores: Float[Array, "B V"]) -> Int32[Array, "B"]:
