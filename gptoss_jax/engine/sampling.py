@@ -8,7 +8,7 @@ flag and its checks, and its line to `adjust_logits` (and to `adjust_ids` of cpu
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
 import cpu_kernels
 from cpu_kernels import sampling as cpu_sampling
+from gptoss_jax.engine import truncation
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
 from gptoss_jax.model.invariant_sum import RowSum, invariant_sum
 
@@ -125,13 +126,8 @@ def sample(
             CPUs: the tokens are the same, and log probabilities but for rounding.
         asked: `Asked.of` the parameters, where it is known already.
     """
-
-    def by_xla(*arguments: Any) -> Draw:
-        return _sample(*arguments, num_token_ids, total)
-
-    def by_kernels(*arguments: Any) -> Draw:
-        return _sample_by_kernels(*arguments, num_token_ids)
-
+    by_xla = functools.partial(_sample, num_token_ids=num_token_ids, total=total)
+    by_kernels = functools.partial(_sample_by_kernels, num_token_ids=num_token_ids)
     arguments = logits, sampling, drawn, positions, asked or Asked.of(sampling)
     if total is not invariant_sum or cpu_kernels.why_not():
         return by_xla(*arguments)
@@ -233,7 +229,7 @@ def _sample_by_kernels(
 ) -> Draw:
     """Looks at each logit once; where top-k leaves few ids in every slot, all else is done with those."""
     options = sampling.options
-    penalties = tuple(options[name] for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"))
+    penalties = options["repetition_penalty"], options["frequency_penalty"], options["presence_penalty"]
     found = cpu_sampling.survey(
         logits, sampling.bias, sampling.allowed, sampling.prompted, drawn, penalties, num_token_ids
     )
@@ -254,7 +250,7 @@ def _draw_by_kernels(found: cpu_sampling.Survey, sampling: Sampling, positions: 
     def among_few() -> Int32[Array, "B"]:
         vocab_size = found.scores.shape[-1]
         scores = cpu_sampling.nucleus(left, jnp.exp(left.scores), sampling.options["top_p"], vocab_size)
-        scores = _min_p(scores, sampling.options["min_p"])
+        scores = truncation.min_p(scores, sampling.options["min_p"])
         noises = jax.vmap(_noise_at)(sampling.options["seed"], positions, left.ids)
         return jnp.take_along_axis(left.ids, _largest(scores + noises)[:, None], axis=-1)[:, 0]
 
@@ -333,75 +329,17 @@ def filter_logits(
     scores: Float[Array, "B V"], sampling: Sampling, total: RowSum = invariant_sum
 ) -> Float[Array, "B V"]:
     """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
-    coldness = 1 / _positive(sampling.options["temperature"])[:, None]  # XLA would turn a quotient into this product
+    options = sampling.options
+    coldness = 1 / _positive(options["temperature"])[:, None]  # XLA would turn a quotient into this product
     scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) * coldness
-    by_count, by_weight = sampling.options["top_k"] > 0, sampling.options["top_p"] < 1
-    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.options["top_k"]), lambda: scores)
-    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"], total), lambda: scores)
-    return _min_p(scores, sampling.options["min_p"])
+    by_count, by_weight = jnp.any(options["top_k"] > 0), jnp.any(options["top_p"] < 1)
+    scores = jax.lax.cond(by_count, lambda: truncation.top_k(scores, options["top_k"]), lambda: scores)
+    scores = jax.lax.cond(by_weight, lambda: truncation.top_p(scores, options["top_p"], total), lambda: scores)
+    return truncation.min_p(scores, options["min_p"])
 
 
 def _positive(temperature: Float[Array, "B"]) -> Float[Array, "B"]:
     return jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
-
-
-def _min_p(scores: Float[Array, "B C"], min_p: Float[Array, "B"]) -> Float[Array, "B C"]:
-    return jnp.where(scores >= jnp.log(min_p[:, None]), scores, -jnp.inf)  # the largest score is 0
-
-
-def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
-    """Counts are whole numbers, exact in float32: XLA may add in any order, and takes half as long."""
-    enough = jnp.where(top_k > 0, jnp.minimum(top_k, scores.shape[-1]), scores.shape[-1]).astype(jnp.float32)
-    return _keep_likeliest(scores, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.float32), enough)
-
-
-def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"], total: RowSum) -> Float[Array, "B V"]:
-    weights = jnp.exp(scores)
-    enough = top_p * total(weights)
-    filtered = _keep_likeliest(scores, lambda kept: total(jnp.where(kept, _beside(weights, kept), 0.0)), enough)
-    return jnp.where((top_p < 1)[:, None], filtered, scores)
-
-
-def _beside(x: Float[Array, "B V"], kept: Bool[Array, "B *more V"]) -> Float[Array, "B *ones V"]:
-    return x.reshape(x.shape[0], *(1,) * (kept.ndim - 2), x.shape[1])
-
-
-DIGIT_BITS = 4  # of a threshold, that a GPU finds at once
-
-SumOfKept = Callable[[Bool[Array, "B *more V"]], Float[Array, "B *more"]]
-
-
-def _keep_likeliest(scores: Float[Array, "B V"], sum_of: SumOfKept, enough: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """The largest scores (at most 0) whose `sum_of` first reaches `enough`, at least one; -inf for the others.
-
-    Finds the threshold by its bits instead of sorting: the bits of a float that is not positive, read as an integer,
-    grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
-    """
-    keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
-    ways = (functools.partial(way, sum_of=sum_of) for way in (_threshold_by_digits, _threshold_by_bits))
-    threshold = jax.lax.platform_dependent(keys, enough, **dict(zip(("cuda", "default"), ways, strict=True)))
-    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
-
-
-def _threshold_by_bits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
-    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
-        bit = jnp.int32(1) << (30 - i)
-        most = threshold + bit - 1  # the largest key that could be kept with this bit clear
-        too_few = sum_of(keys <= most[:, None]) < enough
-        return jnp.where(too_few, threshold + bit, threshold)
-
-    return jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(keys.shape[:1], jnp.int32))
-
-
-def _threshold_by_digits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
-    """As `_threshold_by_bits`, four bits at a time and without a loop: a graph of launches may not hold one."""
-    threshold = jnp.zeros(keys.shape[:1], jnp.int32)
-    for low in range(31 - 31 % DIGIT_BITS, -1, -DIGIT_BITS):
-        digits = jnp.arange(1, 1 << min(DIGIT_BITS, 31 - low), dtype=jnp.int32)
-        most = threshold[:, None] + (digits << low) - 1  # the largest key that could be kept with a smaller digit
-        too_few = sum_of(keys[:, None, :] <= most[..., None]) < enough[:, None]
-        threshold = threshold + (jnp.sum(too_few, axis=-1, dtype=jnp.int32) << low)
-    return threshold
 
 
 def _draw(

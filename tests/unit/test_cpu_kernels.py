@@ -186,7 +186,8 @@ def test_experts_have_the_same_bits_on_every_instruction_set(shape, dtype):
     Sums of bfloat16 activations are exact in whole numbers, whichever instructions make them and however many tokens
     lie side by side; in the second shape there are more than a vector of any set's, and blocks for more than its lanes.
     """
-    arguments = _expert_arguments(*shape, dtype)
+    tokens, hidden, inner, experts, top_k = shape
+    arguments = _expert_arguments(tokens, hidden, inner, experts, top_k, dtype)
     found = _on_all_sets(lambda: expert_mlp(*arguments, limit=LIMIT))
     _assert_same_bits(found, except_on=None if dtype == jnp.bfloat16 else "portable")
 

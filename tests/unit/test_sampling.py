@@ -16,7 +16,7 @@ from scipy import stats  # jax brings scipy
 
 import cpu_kernels
 from cpu_kernels import sampling as cpu_sampling
-from gptoss_jax.engine import sampling
+from gptoss_jax.engine import sampling, truncation
 from gptoss_jax.engine.sampling import FAULTY, Asked, Draw
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model.invariant_sum import invariant_sum
@@ -210,7 +210,7 @@ def drawn_by_xla(request):
     def by_xla(logits, slots, drawn, positions):
         return sampling._sample(logits, slots, drawn, positions, Asked.of(slots), named, invariant_sum)
 
-    by_kernels = jax.jit(lambda *arguments: sampling.sample(*arguments, named))
+    by_kernels = jax.jit(functools.partial(sampling.sample, num_token_ids=named))
     _drawn(by_kernels, logits, mixture)  # compiled once, for all instruction sets
     return logits, mixtures, by_kernels, [_drawn(by_xla, logits, params) for params in mixtures]
 
@@ -239,7 +239,7 @@ def test_kernels_leave_what_xla_leaves(top_k):
     @jax.jit
     def ours(logits):
         options = slots.options
-        penalties = tuple(options[f"{name}_penalty"] for name in ("repetition", "frequency", "presence"))
+        penalties = options["repetition_penalty"], options["frequency_penalty"], options["presence_penalty"]
         found = cpu_sampling.survey(logits, slots.bias, slots.allowed, slots.prompted, drawn, penalties, WIDE)
         left = cpu_sampling.likeliest(found, options["temperature"], options["top_k"])
         return left.ids, cpu_sampling.nucleus(left, jnp.exp(left.scores), options["top_p"], WIDE), left.counts
@@ -320,9 +320,9 @@ def test_thresholds_are_found_by_digits_as_by_bits():
     @jax.jit
     def both(of, wanted):
         def sum_of(kept):
-            return jnp.sum(jnp.where(kept, sampling._beside(of, kept), 0), axis=-1)
+            return jnp.sum(jnp.where(kept, truncation._beside(of, kept), 0), axis=-1)
 
-        return [way(keys, wanted, sum_of) for way in (sampling._threshold_by_bits, sampling._threshold_by_digits)]
+        return [way(keys, wanted, sum_of) for way in (truncation._threshold_by_bits, truncation._threshold_by_digits)]
 
     for enough in (1.0, 40.0, 150.0, 300.0):
         for of in (jnp.ones_like(weights), weights):
