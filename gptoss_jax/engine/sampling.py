@@ -281,10 +281,11 @@ def _report(
     num_token_ids: int,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """The same with the softmax known; `logits` may have padding's, since no `token` is any."""
-    logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - jnp.log(total)
+    log_total = jnp.log(total)  # once: XLA:CPU's bits of a logarithm follow from what it is fused with
+    logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - log_total
 
     def likeliest() -> Int32[Array, "*rows Z2"]:
-        return _packed(*_top(_named(logits, num_token_ids) - top[..., None] - jnp.log(total)[..., None]))
+        return _packed(*_top(_named(logits, num_token_ids) - top[..., None] - log_total[..., None]))
 
     nothing = jnp.zeros((*token.shape, 2 * MAX_TOP_LOGPROBS), jnp.int32)
     packed = jax.lax.cond(with_top, likeliest, lambda: nothing)  # one array: a branch writes each by itself

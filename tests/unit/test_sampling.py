@@ -295,6 +295,17 @@ def test_logprobs_are_the_models_own():
     np.testing.assert_allclose(draw.top_logprobs[:, :4], np.take_along_axis(exact, order, -1), atol=1e-5)
 
 
+def test_the_bits_of_logprobs_do_not_follow_from_the_rows_beside():
+    """Guards a row's line in any batch: a logarithm that XLA:CPU makes anew in each fusion is another in each shape."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(16, 512)) * 4, jnp.float32)
+    tokens = jnp.argsort(logits)[:, 7]
+    report = jax.jit(functools.partial(sampling.report_logprobs, with_top=jnp.bool_(True), num_token_ids=500))
+    together = report(logits, tokens)
+    for rows in (1, 3, 5, 7):
+        for found, expected in zip(report(logits[2 : 2 + rows], tokens[2 : 2 + rows]), together, strict=True):
+            np.testing.assert_array_equal(found, expected[2 : 2 + rows])
+
+
 def test_a_vocabulary_is_surveyed_at_once_as_reduction_by_reduction():
     """Guards GPUs: ties, penalties' -inf, logits that are not finite, padding: one pass finds what five do."""
     rng = np.random.default_rng(0)
