@@ -299,10 +299,11 @@ def test_the_bits_of_logprobs_do_not_follow_from_the_rows_beside():
     """Guards a row's line in any batch: a logarithm that XLA:CPU makes anew in each fusion is another in each shape."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(16, 512)) * 4, jnp.float32)
     tokens = jnp.argsort(logits)[:, 7]
-    report = jax.jit(functools.partial(sampling.report_logprobs, with_top=jnp.bool_(True), num_token_ids=500))
-    together = report(logits, tokens)
+    with_top = jnp.bool_(True)
+    report = jax.jit(functools.partial(sampling.report_logprobs, num_token_ids=500))
+    together = report(logits, tokens, with_top)
     for rows in (1, 3, 5, 7):
-        for found, expected in zip(report(logits[2 : 2 + rows], tokens[2 : 2 + rows]), together, strict=True):
+        for found, expected in zip(report(logits[2 : 2 + rows], tokens[2 : 2 + rows], with_top), together, strict=True):
             np.testing.assert_array_equal(found, expected[2 : 2 + rows])
 
 
