@@ -61,6 +61,11 @@ class ResponsesStream:
         """The last event, with the whole response; one whose numbers were not finite has failed."""
         return [self._event(_LAST.get(whole["status"], "response.failed"), response=dict(whole))]
 
+    def error(self, error: Mapping[str, Any]) -> dict[str, Any]:
+        """An event in place of all that would come; `error` has a message, a type, a param and a code."""
+        fields = {name: error[name] for name in ("code", "message", "param")}
+        return self._event("error", **fields, error=dict(error))
+
     # ---- items ----
 
     def _begin(self, message: int, kind: str) -> list[dict[str, Any]]:

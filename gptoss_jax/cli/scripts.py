@@ -23,6 +23,11 @@ def finetune() -> None:
     _run("gptoss_jax.finetune")
 
 
+def serve() -> None:
+    """gptoss-serve."""
+    _run("gptoss_jax.serve")
+
+
 def score() -> None:
     """gptoss-score."""
     _run("gptoss_jax.score")
