@@ -17,7 +17,7 @@ from gptoss_jax.api.asked import Options
 from gptoss_jax.api.completions import Prompt
 from gptoss_jax.cli import interrupts, model_flags, prompts, sampling_flags
 from gptoss_jax.cli.flag_values import naming_flags, token_ids
-from gptoss_jax.cli.mistakes import of_file
+from gptoss_jax.cli.mistakes import of_file, spelled
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.errors import GptossError
@@ -87,8 +87,9 @@ def _check(options: flags.FlagValues) -> None:
     if not 1 <= options.slots <= MAX_SLOTS:
         raise GptossError(f"--slots is {options.slots}, expected 1 to {MAX_SLOTS}")
     for name, least in _LEAST.items():
-        if options[name].value < least:
-            raise GptossError(f"--{name.replace('_', '-')} is {options[name].value}, expected at least {least}")
+        value: Any = options[name].value
+        if value < least:
+            raise GptossError(f"{spelled(name)} is {value}, expected at least {least}")
     if options.port > 65535:
         raise GptossError(f"--port is {options.port}, expected 0 to 65535")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
