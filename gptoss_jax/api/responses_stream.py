@@ -61,10 +61,20 @@ class ResponsesStream:
         """The last event, with the whole response; one whose numbers were not finite has failed."""
         return [self._event(_LAST.get(whole["status"], "response.failed"), response=dict(whole))]
 
-    def error(self, error: Mapping[str, Any]) -> dict[str, Any]:
-        """An event in place of all that would come; `error` has a message, a type, a param and a code."""
+    def fail(self, error: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Events in place of all that would come: the response has failed, and the error that clients raise.
+
+        Args:
+            error: OpenAI's object: a message, a type, a param and a code.
+        """
+        code = "rate_limit_exceeded" if error["type"] == "rate_limit_error" else "server_error"
+        head = {**responses.under_way(self._asked, self._response_id, self._model), **self._added, **_NOT_YET}
+        failed = {**head, "status": "failed", "error": {"code": code, "message": error["message"]}}
         fields = {name: error[name] for name in ("code", "message", "param")}
-        return self._event("error", **fields, error=dict(error))
+        return [
+            self._event("response.failed", response={**failed, "output": self._items}),
+            self._event("error", **fields, error=dict(error)),
+        ]
 
     # ---- items ----
 

@@ -83,7 +83,7 @@ def _check(options: flags.FlagValues) -> None:
     if missing := [name for name in _NEEDS if not importlib.util.find_spec(name)]:
         raise GptossError(f"{' and '.join(missing)} not installed: pip install 'gptoss-jax[serve]'")
     if options.coordinator is not None:
-        raise GptossError("--coordinator: a server runs on one host; others can run servers of their own")
+        raise GptossError("--coordinator: a server runs on one host; others can have their own")
     if not 1 <= options.slots <= MAX_SLOTS:
         raise GptossError(f"--slots is {options.slots}, expected 1 to {MAX_SLOTS}")
     for name, least in _LEAST.items():

@@ -62,8 +62,8 @@ class ResponsesExchange:
         return events.named(self._events.last(self._kept(self._finished, cached_tokens)))
 
     def fail(self, problem: Problem) -> Sequence[bytes]:
-        """The error, under both names by which clients look for it."""
-        return events.named([self._events.error(problem.document()["error"])])
+        """The error, in both ways in which clients look for it."""
+        return events.named(self._events.fail(problem.document()["error"]))
 
     def whole(self, answers: Sequence[Answer], cached_tokens: int) -> dict[str, Any]:
         """The response."""

@@ -192,7 +192,12 @@ def test_an_answer_whose_numbers_fail_ends_as_failed():
     stream.take(news[0])
     _, whole = stream.finish(answer)
     (last,) = stream.last(whole)
-    assert (last["type"], last["response"]["error"]["code"]) == ("response.failed", "server_error")
+    error = {"message": "m", "type": "server_error", "param": None, "code": "c"}
+    failed, raised = stream.fail(error)
+    assert (raised["type"], raised["error"], raised["code"]) == ("error", error, "c")
+    for event in (last, failed):
+        assert (event["type"], event["response"]["error"]["code"]) == ("response.failed", "server_error")
+        assert event["response"]["status"] == "failed"
 
 
 def test_a_prompt_that_is_given_back_stands_in_front():
