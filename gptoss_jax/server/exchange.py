@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.completions import Prompt
@@ -45,6 +45,7 @@ class Model:
             raise Problem(404, message, param="model", code="model_not_found")
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """One request and its response."""
 
