@@ -28,7 +28,7 @@ class Connection:
     def __init__(
         self, app: Any, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, chunk: int = 1 << 16
     ):
-        given = {"content-type": "application/json"} | headers
+        given = {"content-type": "application/json", **headers}
         self._scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},

@@ -168,9 +168,8 @@ def test_numbers_that_fail_end_one_answer(path):
     house = House(script)
 
     async def both(app: Any) -> list[Reply]:
-        return await asyncio.gather(
-            post(app, path, ASKING[path] | {"stream": True}), post(app, CHAT, HI | {"max_tokens": 3})
-        )
+        streamed, limited = ASKING[path] | {"stream": True}, HI | {"max_tokens": 3}
+        return list(await asyncio.gather(post(app, path, streamed), post(app, CHAT, limited)))
 
     streamed, other = house.run(both)
     last = streamed.events()[-1]
