@@ -9,7 +9,9 @@ each connection asking for one answer after another. Three phases:
 1. alone: each of --requests different requests by itself, over HTTP; prompts and answers are of mixed lengths, and no
    answer stops early.
 2. pace: the same requests, --slots of them at a time: first through the engine alone, in this process, then over HTTP,
-   streamed, as often as --rounds says, in turns. The overhead is the median of the rounds' ratios, less one.
+   streamed, as often as --rounds says, in turns. The overhead is the median of the rounds' ratios, less one: of the
+   clock's seconds, and of the CPU time of engine and server, which other work on a busy machine changes less. Clients
+   take their share of the clock's seconds where cores are few.
 3. load: --connections of them for --minutes, streamed or not at random; one in --breaks leaves somewhere in the middle.
    Every answer that is not broken off is compared with the same request's alone, character by character and log
    probability by log probability. In the end nothing may run or wait, all pages of the cache must be free, and the
@@ -140,6 +142,17 @@ def _server(options: flags.FlagValues, checkpoint: Path, context_tokens: int) ->
         process.wait(60)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all of its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _overhead(seconds: dict[str, list[float]]) -> float:
+    ratios = [http / bare for http, bare in zip(seconds["http"], seconds["engine"], strict=True)]
+    return round(statistics.median(ratios) - 1, 4)
+
+
 def _rss_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
@@ -240,15 +253,24 @@ def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
         client.close()
         kept = [ended for ended in alone if ended is not None]
         seconds: dict[str, list[float]] = {"engine": [], "http": []}
+        cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
         for _ in range(options.rounds):
+            began = time.process_time()
             seconds["engine"].append(_engine_alone(engine, asked))
+            cpu_seconds["engine"].append(time.process_time() - began)
+            began = _cpu_seconds(pid)
             seconds["http"].append(_over_http(port, asked, options.slots))
-            print(f"engine {seconds['engine'][-1]:.2f} s, http {seconds['http'][-1]:.2f} s", flush=True)
-        ratios = [http / bare for http, bare in zip(seconds["http"], seconds["engine"], strict=True)]
+            cpu_seconds["http"].append(_cpu_seconds(pid) - began)
+            took = ", ".join(
+                f"{name} {seconds[name][-1]:.2f} s (CPU {cpu_seconds[name][-1]:.2f} s)" for name in seconds
+            )
+            print(took, flush=True)
         tokens = sum(body["max_tokens"] for body in asked)
         figures: dict[str, Any] = {
+            "tokens": tokens,
             "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
-            "overhead": round(statistics.median(ratios) - 1, 4),
+            "overhead": _overhead(seconds),
+            "cpu_overhead": _overhead(cpu_seconds),
         }
         return figures | _under_load(options, port, pid, asked, kept)
 
