@@ -82,7 +82,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
 
 
 def choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[str, Any]:
-    """One of the `choices` of a response, whole."""
+    """One choice of a response, whole."""
     content = _content(answer)
     reasoning = answer.parsed.reasoning or None
     calls = [

@@ -21,7 +21,7 @@ class ChatStream:
     """The chunks of one response."""
 
     def __init__(self, asked: Asked, response_id: str, model: str, *, created: int = 0, with_usage: bool = False):
-        """`created`: seconds since 1970; `with_usage`: a last chunk without choices says what was used."""
+        """`created`: seconds since 1970; `with_usage`: a last chunk without any choice says what was used."""
         self._asked, self._response_id, self._with_usage = asked, response_id, with_usage
         self._head = {
             "id": f"chatcmpl-{response_id}",

@@ -79,7 +79,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
 
 
 def choice(asked: Asked, answer: Answer, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One of the `choices` of a response, whole."""
+    """One choice of a response, whole."""
     ids, text = _text(answer, tokenizer)
     return {
         "index": index,

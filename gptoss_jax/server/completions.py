@@ -1,4 +1,4 @@
-"""/v1/completions: a request and its response; of several prompts, the choices of each after those of the one before.
+"""/v1/completions: a request and its response; of several prompts, the answers to each in their order.
 
 With `echo` a prompt is given back, with its log probabilities where these are asked for: what evaluations score with.
 `max_tokens` may then be 0.
@@ -107,8 +107,11 @@ class CompletionsExchange:
     def end(self, answers: Sequence[Answer], cached_tokens: int) -> Sequence[bytes]:
         """The usage, if it is asked for, and the end."""
         if not self._draws:
-            choices = [self._scored(at) | {"text": "", "logprobs": None} for at in range(len(self._each))]
-            return [*events.data([{**self._head("text_completion"), "choices": choices}]), events.DONE]
+            ended = [self._scored(at) | {"text": "", "logprobs": None} for at in range(len(self._each))]
+            last = [{**self._head("text_completion"), "choices": ended}]
+            if self._with_usage:
+                last.append({**self._head("text_completion"), "choices": [], "usage": self._used_alone()})
+            return [*events.data(last), events.DONE]
         usages = []
         for at, each in enumerate(self._chunks):
             usages += each.end(answers[at * self._n : (at + 1) * self._n], 0)
@@ -126,24 +129,22 @@ class CompletionsExchange:
         """The response."""
         name = self._model.names[0]
         if not self._draws:
-            prompt_tokens = sum(len(each.token_ids) for each in self._each)
-            used = {"prompt_tokens": prompt_tokens, "completion_tokens": 0, "total_tokens": prompt_tokens}
-            choices = [self._scored(at) for at in range(len(self._each))]
-            return {**self._head("text_completion"), "choices": choices, "usage": used}
+            scored = [self._scored(at) for at in range(len(self._each))]
+            return {**self._head("text_completion"), "choices": scored, "usage": self._used_alone()}
         documents = [
             completions.response(each, answers[at * self._n : (at + 1) * self._n], self._id, name)
             for at, each in enumerate(self._each)
         ]
-        choices = []
+        shown = []
         for document, prompt in zip(documents, self._prompts, strict=True):
             for choice in document["choices"]:
                 given = completions.echoed(choice, prompt, self._model.tokenizer) if prompt else choice
-                choices.append({**given, "index": len(choices)})
+                shown.append({**given, "index": len(shown)})
         answers_kept = [answer for document in documents for answer in document["gptoss"]["answers"]]
         return {
             **documents[0],
             "created": self._created,
-            "choices": choices,
+            "choices": shown,
             "usage": _sum([document["usage"] for document in documents]) | cached_document(cached_tokens),
             "gptoss": {**documents[0]["gptoss"], "answers": answers_kept},
         }
@@ -157,6 +158,11 @@ class CompletionsExchange:
         head = {"id": f"cmpl-{self._id}", "object": kind, "created": self._created, "model": name}
         return {**head, "system_fingerprint": None}
 
+    def _used_alone(self) -> dict[str, int]:
+        """Of prompts after which nothing is drawn."""
+        tokens = sum(len(each.token_ids) for each in self._each)
+        return {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+
     def _scored(self, at: int) -> dict[str, Any]:
         """The choice of a prompt after which nothing is drawn."""
         nothing = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -169,8 +175,8 @@ class CompletionsExchange:
         """Chunks of the prompt `at`, with their choice's index among all."""
         placed = []
         for chunk in chunks:
-            choices = [{**choice, "index": at * self._n + choice["index"]} for choice in chunk["choices"]]
-            placed.append({**chunk, "choices": choices})
+            numbered = [{**choice, "index": at * self._n + choice["index"]} for choice in chunk["choices"]]
+            placed.append({**chunk, "choices": numbered})
         return placed
 
 

@@ -71,7 +71,7 @@ class Running:
     def __exit__(self, *error: object) -> None:
         self.runner.gate.set()
         self.thread.close(0.0)
-        assert self.thread.join(20.0)
+        assert self.thread.join(60.0)
 
     def ask(self, name: str, *prompts: tuple[int, ...], count: int = 8) -> Any:
         streams = [AnswerStream(load_tokenizer()) for _ in prompts]
@@ -87,7 +87,7 @@ class Running:
         return list(news.answer.parsed.token_ids)
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Waits for something that comes soon."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -184,7 +184,7 @@ def test_closing_lets_end_what_runs_and_refuses_what_waits():
             running.ask("late", (4,))
         assert not running.thread.is_open
         running.runner.gate.set()
-        assert running.ended.wait(10)
+        assert running.ended.wait(60)
         assert (running.tokens("runs", 0), running.tokens("runs", 1)) == (answer((1,), 60), answer((2,), 60))
         waits = running.last("waits")
         assert waits is not None and isinstance(waits.error, ClosedError)
@@ -202,7 +202,7 @@ def test_closing_ends_at_its_limit():
         running.thread.close(30.0)
         running.thread.close(0.0)
         running.runner.gate.set()
-        assert running.ended.wait(10)
+        assert running.ended.wait(60)
         last = running.last("runs")
         assert last is not None and last.answer is None and "shutting down" in str(last.error)
         assert running.engine.num_running == 0
@@ -217,7 +217,7 @@ def test_an_engine_that_fails_leaves_nobody_waiting():
         futures = [running.thread.call(lambda: 1) for _ in range(2)]  # the first may be done before the dispatch
         running.runner.fails = True
         running.runner.gate.set()
-        assert running.ended.wait(10)
+        assert running.ended.wait(60)
         for name, number in (("runs", 0), ("waits", 0), ("waits", 1), ("waits", 2)):
             last = running.last(name, number)
             assert last is not None and "the engine has failed" in str(last.error)
@@ -263,4 +263,4 @@ def test_a_coroutine_that_is_cancelled_frees_its_slot():
     running = Running()
     asyncio.run(asyncio.wait_for(main(running), 20))
     running.thread.close(0.0)
-    assert running.thread.join(10.0)  # though the loop is closed
+    assert running.thread.join(60.0)  # though the loop is closed

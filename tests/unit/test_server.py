@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ SAID = "Hello naïve 🙂 world"
 class ScriptedRunner(FakeRunner):
     """One that answers whatever it is asked with `script`, or, where that has a None, with numbers that are not finite.
 
-    It waits in each dispatch until `gate` is open, and decodes a step at a time.
+    It decodes a step at a time, and draws nothing while `gate` is not open.
     """
 
     def __init__(self, sizes: EngineConfig, script: list[int | None]):
@@ -56,8 +57,10 @@ class ScriptedRunner(FakeRunner):
         self._drawn[slot] = 0
 
     def decode(self, steps):
-        self.gate.wait(20)
-        return super().decode(1)
+        if self.gate.is_set():
+            return super().decode(1)
+        time.sleep(0.002)
+        return super().decode(0)
 
     def _draw(self, slot, budget) -> int:
         token = self.script[self._drawn[slot] % len(self.script)]
@@ -93,7 +96,7 @@ class House:
 
         async def main() -> Any:
             async with self.app.router.lifespan_context(self.app):
-                return await asyncio.wait_for(work(self.app), 30)
+                return await asyncio.wait_for(work(self.app), 100)
 
         return asyncio.run(main())
 
@@ -152,6 +155,11 @@ def test_a_prompt_given_back_is_scored_in_the_engines_thread():
     assert house.scored == [((5, 6, 7), "engine")] and reply["usage"]["completion_tokens"] == 0
     drawn = House().post(TEXT, {"prompt": [5, 6], "echo": True, "max_tokens": 2, "logprobs": 0}).json()["choices"][0]
     assert len(drawn["logprobs"]["tokens"]) == 4
+    only = {"prompt": [5, 6], "echo": True, "max_tokens": 0, "logprobs": 0, "stream": True}
+    events = House().post(TEXT, only | {"stream_options": {"include_usage": True}}).events()
+    assert [len(choice["logprobs"]["tokens"]) for choice in events[0]["choices"]] == [2]
+    assert events[1]["choices"][0]["finish_reason"] == "length" and events[-1] == "[DONE]"
+    assert events[2]["usage"]["total_tokens"] == 2
     plain = House()
     assert plain.post(TEXT, {"prompt": "Hi", "echo": True, "max_tokens": 0}).json()["choices"][0]["text"] == "Hi"
     assert plain.scored == []
