@@ -93,6 +93,8 @@ class Reply(Response):
         coming = aiter(answering)
         while (found := await self._next(coming, send)) is not None:
             number, news = found
+            if news.answer is not None and news.answer.finish_reason == "error":  # what came before it is not lost
+                await _send(send, self._exchange.take(number, news.deltas))
             self._note(number, news)
             if news.answer is None:
                 await _send(send, self._exchange.take(number, news.deltas))

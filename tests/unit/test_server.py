@@ -182,6 +182,7 @@ def test_numbers_that_fail_end_one_answer(path):
     streamed, other = house.run(both)
     last = streamed.events()[-1]
     assert last["error"]["code"] == "numerics_error" and streamed.status == 200
+    assert b"Hm" in streamed.body
     assert other.json()["choices"][0]["finish_reason"] == "length"
     assert b'gptoss_errors_total{code="numerics_error"} 1.0' in house.metrics.text()
 
