@@ -73,15 +73,16 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
         "object": "chat.completion",
         "created": 0,
         "model": asked.echo.get("model", model),
-        "choices": [_choice(asked, answer, response_id, index) for index, answer in enumerate(answers)],
-        "usage": _usage(asked, answers),
+        "choices": [choice(asked, answer, response_id, index) for index, answer in enumerate(answers)],
+        "usage": usage_document(asked, answers),
         "system_fingerprint": None,
         **({} if asked.metadata is None else {"metadata": asked.metadata}),
         "gptoss": openai_fields.additions(asked, answers),
     }
 
 
-def _choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[str, Any]:
+def choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[str, Any]:
+    """One choice of a response, whole."""
     content = _content(answer)
     reasoning = answer.parsed.reasoning or None
     calls = [
@@ -117,6 +118,7 @@ def _log_probabilities(asked: Asked, answer: Answer, content: Shown) -> dict[str
     return {"content": log_probabilities(asked, answer, content), "refusal": None}
 
 
-def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+def usage_document(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The `usage` of a response."""
     used = usage(asked, answers)
     return {**used.document(), "completion_tokens_details": {"reasoning_tokens": used.reasoning}}

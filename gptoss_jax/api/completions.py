@@ -6,7 +6,7 @@ tokens whose text is kept, offsets are counted in that text, and the likeliest i
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
@@ -70,14 +70,15 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
         "object": "text_completion",
         "created": 0,
         "model": asked.echo.get("model", model),
-        "choices": [_choice(asked, answer, index, tokenizer) for index, answer in enumerate(answers)],
+        "choices": [choice(asked, answer, index, tokenizer) for index, answer in enumerate(answers)],
         "usage": usage(asked, answers).document(),
         "system_fingerprint": None,
         "gptoss": openai_fields.additions(asked, answers),
     }
 
 
-def _choice(asked: Asked, answer: Answer, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def choice(asked: Asked, answer: Answer, index: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One choice of a response, whole."""
     ids, text = _text(answer, tokenizer)
     return {
         "index": index,
@@ -95,6 +96,43 @@ def _text(answer: Answer, tokenizer: Tokenizer) -> tuple[Sequence[int], str]:
     return (ids[:-1], tokenizer.decode(ids[:-1])) if answer.finish_reason == "stop" else (ids, text)
 
 
+class Prompt(NamedTuple):
+    """A prompt of T tokens that is given back before the text that goes on from it (OpenAI's `echo`).
+
+    Attributes:
+        token_ids: all T.
+        logprobs: of each but the first, which has none: T - 1, or none at all if they were not asked for.
+        likeliest: of each but the first, the likeliest ids with their log probabilities.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] = ()
+    likeliest: Sequence[Sequence[tuple[int, float]]] = ()
+
+
+def echoed(whole_choice: Mapping[str, Any], prompt: Prompt, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A choice with its prompt in front, of text and of log probabilities, whose offsets count from the prompt's."""
+    text = tokenizer.decode(prompt.token_ids)
+    after = whole_choice["logprobs"]
+    if after is None:
+        return {**whole_choice, "text": text + whole_choice["text"]}
+    decoder, at, offsets = StreamDecoder(tokenizer), 0, list[int]()
+    for token in prompt.token_ids:
+        offsets.append(at)
+        at += len(decoder.feed(token))
+    pairs = zip(prompt.token_ids[1:], prompt.logprobs, prompt.likeliest, strict=True)
+    likely = [{**dict(tops), token: logprob} for token, logprob, tops in pairs]
+    before = {
+        "tokens": [_spelled(token, tokenizer) for token in prompt.token_ids],
+        "token_logprobs": [None, *map(finite, prompt.logprobs)],
+        "top_logprobs": [None, *(_by_spelling(at_step, tokenizer) for at_step in likely)],
+        "text_offset": offsets,
+    }
+    after = {**after, "text_offset": [len(text) + offset for offset in after["text_offset"]]}
+    logprobs = {name: [*before[name], *after[name]] for name in before}
+    return {**whole_choice, "text": text + whole_choice["text"], "logprobs": logprobs}
+
+
 def _log_probabilities(answer: Answer, ids: Sequence[int], length: int, tokenizer: Tokenizer) -> dict[str, list[Any]]:
     """The older form: lists side by side, of those ids that begin before `length` characters of text."""
     decoder, at = StreamDecoder(tokenizer), 0
@@ -109,11 +147,13 @@ def _log_probabilities(answer: Answer, ids: Sequence[int], length: int, tokenize
     return {
         "tokens": [_spelled(ids[step], tokenizer) for step in steps],
         "token_logprobs": [finite(answer.logprobs[step]) for step in steps],
-        "top_logprobs": [
-            {_spelled(token, tokenizer): finite(logprob) for token, logprob in at_step.items()} for at_step in likely
-        ],
+        "top_logprobs": [_by_spelling(at_step, tokenizer) for at_step in likely],
         "text_offset": offsets,
     }
+
+
+def _by_spelling(logprobs: Mapping[int, float], tokenizer: Tokenizer) -> dict[str, float]:
+    return {_spelled(token, tokenizer): finite(logprob) for token, logprob in logprobs.items()}
 
 
 def _spelled(token: int, tokenizer: Tokenizer) -> str:

@@ -121,19 +121,26 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     cut = answer.finish_reason == "length"
     failed = answer.finish_reason == "error"
     return {
-        "id": f"resp_{response_id}",
-        "object": "response",
-        "created_at": 0,
+        **under_way(asked, response_id, model),
         "status": _STATUS[answer.finish_reason],
         "error": {"code": "server_error", "message": NOT_FINITE} if failed else None,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         "output": output(answer, response_id, lambda shown: _message_logprobs(asked, answer, shown)),
         "usage": _usage(asked, answers),
+        "gptoss": openai_fields.additions(asked, answers),
+    }
+
+
+def under_way(asked: Asked, response_id: str, model: str) -> dict[str, Any]:
+    """What a response says before there is an answer."""
+    return {
+        "id": f"resp_{response_id}",
+        "object": "response",
+        "created_at": 0,
         "model": model,
         **_acted(asked),
         **asked.echo,
         "metadata": asked.metadata or {},
-        "gptoss": openai_fields.additions(asked, answers),
     }
 
 

@@ -28,6 +28,11 @@ def plan() -> None:
     _run("gptoss_jax.plan")
 
 
+def serve() -> None:
+    """gptoss-serve."""
+    _run("gptoss_jax.serve")
+
+
 def score() -> None:
     """gptoss-score."""
     _run("gptoss_jax.score")

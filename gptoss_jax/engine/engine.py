@@ -93,6 +93,21 @@ class Engine:
         return len(self._placement.waiting)
 
     @property
+    def waiting_ids(self) -> tuple[int, ...]:
+        """Those of submitted requests that have no slot, the oldest first; preempted ones are among them."""
+        return tuple(sequence.request_id for sequence in self._placement.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._placement.running)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages of all shards that no request holds; all of them are `pages_per_shard * num_shards` of the runner."""
+        return self._placement.num_free_pages
+
+    @property
     def is_idle(self) -> bool:
         """Whether every submitted request has ended."""
         return not self._placement.waiting and not self._placement.running

@@ -118,6 +118,7 @@ class Placement:
         self._runner.admit(slot, sequence.request, sequence.tokens[: sequence.drawn], cached)
         self._prefixes[self._runner.shard_of(slot)].use(prefix)
         sequence.pages, sequence.prefilled = list(prefix.pages), cached
+        sequence.cached = cached if sequence.cached is None else sequence.cached
         if prefix.snapshot is not None:
             self._runner.restore_rings(slot, prefix.snapshot)
         self._take_pages(slot, num_pages(sequence.num_known))
@@ -154,6 +155,11 @@ class Placement:
             self._prefixes[shard].forget(sequence.pages)
         self._pools[shard].release(reversed(sequence.pages))  # the end of a prefix is given away before its beginning
         return sequence
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages of all shards that nobody holds."""
+        return sum(pool.num_free for pool in self._pools)
 
     # ---- when pages are short ----
 

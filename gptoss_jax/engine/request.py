@@ -167,3 +167,4 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
     step: int = 0  # tokens of the answer before these
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for: id and logprob, best first
+    cached_tokens: int = 0  # of the prompt, which the prefix cache held when the request first got a slot

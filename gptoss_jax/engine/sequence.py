@@ -23,6 +23,7 @@ class Sequence:
             answer is drawn again after a preemption.
         block_keys: of the blocks of `prompt`, by which the prefix cache finds them; None: not asked for yet.
         passed: younger sequences that got a slot while it waited.
+        cached: tokens of the prompt that the prefix cache held when it first got a slot; None: it has had none.
     """
 
     request_id: int
@@ -35,6 +36,7 @@ class Sequence:
     drawn: int = 0
     block_keys: list[bytes] | None = None
     passed: int = 0
+    cached: int | None = None
 
     def __post_init__(self):
         self.prompt = self.request.token_ids
@@ -88,7 +90,8 @@ class Sequence:
         self.tokens += new
         here = slice(again, again + len(new))
         reason = reason or ("error" if faulty else None)
-        return Event(self.request_id, tuple(new), tuple(logprobs[here].tolist()), reason, step, self._top(top, here))
+        news = tuple(new), tuple(logprobs[here].tolist()), reason, step, self._top(top, here)
+        return Event(self.request_id, *news, cached_tokens=self.cached or 0)
 
     def _top(self, top: Any, here: slice) -> tuple[tuple[tuple[int, float], ...], ...]:
         """The likeliest ids of each new token, with their log probabilities, as many as were asked for."""

@@ -31,6 +31,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "gpu": GPU_SIZES,  # all of it in test_gpu_benchmark.py
     "huge_pages": ("--outputs", 512, "--repeats", 1),
     "sampling": ("--config", "CONFIG", "--repeats", 1),
+    "serve": ("--scale", 0.1, "--slots", 2, "--connections", 2, "--requests", 2, "--rounds", 1, "--minutes", 0.01),
     "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),
     "tpu_experts": ("--only", "v6e", "--tokens", 1, "--experts", 32),
     "unrolled_or_scanned": (*CUT, "--experts", 4, "--steps", 1),

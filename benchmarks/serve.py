@@ -1,0 +1,313 @@
+"""Measures the server under load: what HTTP costs beside the engine alone, then many connections, some of which break.
+
+    python -m benchmarks.serve
+    python -m benchmarks.serve --minutes 10 --connections 64 --slots 16
+
+A server of the checkpoint (left out: of the package's demo model) runs in a process of its own, and so do its clients,
+each connection asking for one answer after another. Three phases:
+
+1. alone: each of --requests different requests by itself, over HTTP; prompts and answers are of mixed lengths, and no
+   answer stops early.
+2. pace: the same requests, --slots of them at a time: first through the engine alone, in this process, then over HTTP,
+   streamed, as often as --rounds says, in turns. The overhead is the median of the rounds' ratios, less one: of the
+   clock's seconds, and of the CPU time of engine and server, which other work on a busy machine changes less. Clients
+   take their share of the clock's seconds where cores are few.
+3. load: --connections of them for --minutes, streamed or not at random; one in --breaks leaves somewhere in the middle.
+   Every answer that is not broken off is compared with the same request's alone, character by character and log
+   probability by log probability. In the end nothing may run or wait, all pages of the cache must be free, and the
+   server's memory may not have grown after the first third by more than --leak-mib.
+
+It fails if an answer is lost or differs, or something leaks.
+"""
+
+import concurrent.futures
+import http.client
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from gptoss_jax.api import completions
+from gptoss_jax.api.asked import Options
+from gptoss_jax.cli import command
+from gptoss_jax.engine.request import EngineConfig
+from gptoss_jax.errors import GptossError
+from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.runtime import demo_model, loading
+from gptoss_jax.runtime.answers import as_they_end
+
+_DIRECT = {"http_proxy": "", "https_proxy": "", "all_proxy": ""}
+
+
+class Ended(NamedTuple):
+    """What an answer was: its text, and the log probability of each token."""
+
+    text: str
+    logprobs: tuple[float, ...]
+
+
+def bodies(count: int, scale: float, num_token_ids: int) -> list[dict[str, Any]]:
+    """Different requests, of ids: prompts of 8 to 300 tokens and answers of 4 to 120, times `scale`."""
+    draw = random.Random(0)
+    found = []
+    for seed in range(count):
+        prompt_tokens, answer_tokens = int(8 * 37 ** draw.random() * scale), int(4 * 30 ** draw.random() * scale)
+        prompt = [draw.randrange(min(num_token_ids, 199_998)) for _ in range(max(1, prompt_tokens))]
+        body = {"prompt": prompt, "max_tokens": max(1, answer_tokens), "seed": seed, "logprobs": 0}
+        found.append(body | {"logit_bias": {"200002": -100, "200012": -100}})
+    return found
+
+
+# ---- over HTTP ----
+
+
+class Client:
+    """One connection, which asks for one answer after another."""
+
+    def __init__(self, port: int):
+        self._port = port
+        self._connection: http.client.HTTPConnection | None = None
+
+    def ask(self, body: dict[str, Any], *, stream: bool = False, leaves_after: float | None = None) -> Ended | None:
+        """The answer; None where the client has left, `leaves_after` seconds."""
+        self._connection = self._connection or http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        sent = json.dumps(body | {"stream": stream})
+        self._connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+        if leaves_after is not None:
+            time.sleep(leaves_after)
+            self.close()
+            return None
+        response = self._connection.getresponse()
+        data = response.read()
+        if response.status != 200:
+            raise GptossError(f"status {response.status}: {data[:300].decode()}")
+        return _streamed(data.decode()) if stream else _whole(json.loads(data)["choices"])
+
+    def close(self) -> None:
+        """Leaves, whatever is under way."""
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+
+def _whole(choices: Sequence[dict[str, Any]]) -> Ended:
+    logprobs = [value for choice in choices for value in (choice["logprobs"] or {}).get("token_logprobs", ())]
+    return Ended("".join(choice["text"] for choice in choices), tuple(logprobs))
+
+
+def _streamed(text: str) -> Ended:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    if lines[-1:] != ["[DONE]"]:
+        raise GptossError(f"the stream ended without its end: {text[-300:]}")
+    return _whole([choice for line in lines[:-1] for choice in json.loads(line)["choices"]])
+
+
+def _metrics(port: int) -> dict[str, float]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = [line for line in connection.getresponse().read().decode().splitlines() if not line.startswith("#")]
+    connection.close()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+@contextmanager
+def _server(options: flags.FlagValues, checkpoint: Path, context_tokens: int) -> Iterator[tuple[int, int]]:
+    """A server's port and its process' number."""
+    arguments = ["--checkpoint", checkpoint, "--port", 0, "--slots", options.slots, "--queue", options.connections]
+    arguments += ["--max-context-tokens", context_tokens]
+    command_line = [sys.executable, "-m", "gptoss_jax.serve", *map(str, arguments)]
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, env=os.environ | _DIRECT)
+    said: list[str] = []
+    try:
+        for line in process.stderr or ():
+            said.append(line)
+            if found := re.search(r"serving .*:(\d+)/v1", line):
+                yield int(found[1]), process.pid
+                return
+        raise GptossError(f"the server did not start: {' '.join(said)}")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process, all of its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _overhead(seconds: dict[str, list[float]]) -> float:
+    ratios = [http / bare for http, bare in zip(seconds["http"], seconds["engine"], strict=True)]
+    return round(statistics.median(ratios) - 1, 4)
+
+
+def _rss_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+
+# ---- phases ----
+
+
+def _over_http(port: int, asked: Sequence[dict[str, Any]], connections: int) -> float:
+    """Seconds for all of them, so many at a time, streamed."""
+    clients = [Client(port) for _ in range(connections)]
+    idle = list(clients)
+
+    def ask(body: dict[str, Any]) -> None:
+        client = idle.pop()
+        client.ask(body, stream=True)
+        idle.append(client)
+
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(connections) as pool:
+        list(pool.map(ask, asked))
+    seconds = time.perf_counter() - began
+    for client in clients:
+        client.close()
+    return seconds
+
+
+def _engine_alone(engine: Any, asked: Sequence[dict[str, Any]]) -> float:
+    """Seconds for the same through an engine without HTTP, text included."""
+    tokenizer = load_tokenizer()
+    pairs = []
+    for body in asked:
+        made = completions.ask(body, Options()).requests(tokenizer, engine.config.stop_ids)
+        pairs += zip(*made, strict=True)
+    began = time.perf_counter()
+    for _ in as_they_end(engine, pairs):
+        pass
+    return time.perf_counter() - began
+
+
+def _under_load(
+    options: flags.FlagValues, port: int, pid: int, asked: Sequence[dict[str, Any]], alone: Sequence[Ended]
+) -> dict[str, Any]:
+    """Many connections for some minutes; counts what was answered, broken off, lost and different."""
+    until = time.monotonic() + 60 * options.minutes
+    counts = {"answered": 0, "left": 0, "different": 0, "lost": 0}
+    memory: list[float] = []
+
+    def connection(number: int) -> dict[str, int]:
+        draw, client, found = random.Random(number), Client(port), dict.fromkeys(counts, 0)
+        while time.monotonic() < until:
+            at = draw.randrange(len(asked))
+            leaves = draw.random() < 1 / options.breaks
+            try:
+                ended = client.ask(
+                    asked[at], stream=draw.random() < 0.5, leaves_after=3 * draw.random() ** 2 if leaves else None
+                )
+            except (GptossError, OSError, http.client.HTTPException) as error:
+                print(f"lost: {error}", file=sys.stderr)
+                found["lost"] += 1
+                client.close()
+                continue
+            found["left" if leaves else "answered"] += 1
+            found["different"] += ended is not None and ended != alone[at]
+        client.close()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(options.connections) as pool:
+        futures = [pool.submit(connection, number) for number in range(options.connections)]
+        while time.monotonic() < until:
+            memory.append(_rss_mib(pid))
+            time.sleep(min(1.0, 6 * options.minutes))
+        for future in futures:
+            for name, count in future.result().items():
+                counts[name] += count
+    deadline = time.monotonic() + 1.0  # in which slots of those that left have to be free
+    while (after := _metrics(port))["gptoss_running"] + after["gptoss_waiting"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    third = max(memory[: max(1, len(memory) // 3)])
+    return counts | {
+        "slots_leaked": int(after["gptoss_running"] + after["gptoss_waiting"]),
+        "pages_leaked": int(after["gptoss_pages"] - after["gptoss_free_pages"]),
+        "rss_mib_first_third": round(third, 1),
+        "rss_mib_end": round(_rss_mib(pid), 1),
+        "prefix_hit_rate": round(after["gptoss_prefix_hit_rate"], 4),
+    }
+
+
+def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
+    """All phases."""
+    model = loading.load(checkpoint)
+    asked = bodies(options.requests, options.scale, model.config.num_token_ids)
+    context_tokens = max(len(body["prompt"]) + body["max_tokens"] for body in asked) + 1
+    engine = model.engine(EngineConfig(slots=options.slots, max_context_tokens=context_tokens))
+    with _server(options, checkpoint, context_tokens) as (port, pid):
+        client = Client(port)
+        alone = [client.ask(body) for body in asked]
+        client.close()
+        kept = [ended for ended in alone if ended is not None]
+        seconds: dict[str, list[float]] = {"engine": [], "http": []}
+        cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
+        for _ in range(options.rounds):
+            began = time.process_time()
+            seconds["engine"].append(_engine_alone(engine, asked))
+            cpu_seconds["engine"].append(time.process_time() - began)
+            began = _cpu_seconds(pid)
+            seconds["http"].append(_over_http(port, asked, options.slots))
+            cpu_seconds["http"].append(_cpu_seconds(pid) - began)
+            took = ", ".join(
+                f"{name} {seconds[name][-1]:.2f} s (CPU {cpu_seconds[name][-1]:.2f} s)" for name in seconds
+            )
+            print(took, flush=True)
+        tokens = sum(body["max_tokens"] for body in asked)
+        figures: dict[str, Any] = {
+            "tokens": tokens,
+            "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
+            "overhead": _overhead(seconds),
+            "cpu_overhead": _overhead(cpu_seconds),
+        }
+        return figures | _under_load(options, port, pid, asked, kept)
+
+
+# ---- the command ----
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_string("checkpoint", None, "FOLDER: A checkpoint; left out: the package's demo model.")
+    flags.DEFINE_integer("slots", 16, "Answers that are drawn at once.", lower_bound=1)
+    flags.DEFINE_integer("connections", 64, "Connections under load.", lower_bound=1)
+    flags.DEFINE_integer("requests", 64, "Different requests.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Measurements of the pace, of which the median counts.", lower_bound=1)
+    flags.DEFINE_float("minutes", 2.0, "X: Time under load.", lower_bound=0.0)
+    flags.DEFINE_float("breaks", 5.0, "X: One request in so many is broken off.", lower_bound=1.0)
+    flags.DEFINE_float("scale", 1.0, "X: Lengths are multiplied by it.", lower_bound=0.001)
+    flags.DEFINE_float("leak_mib", 64.0, "X: Growth of memory after the first third that is no leak.", lower_bound=0.0)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a line for each round, then one JSON line."""
+    if arguments:
+        raise GptossError(f"{arguments[0]}: expected flags only")
+    options, load_average = flags.FLAGS, os.getloadavg()[0]
+    figures = measure(options, Path(options.checkpoint or demo_model.folder()))
+    about = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}",
+        "load_average_before": round(load_average, 2),
+        **{name: options[name].value for name in ("slots", "connections", "requests", "minutes", "rounds")},
+    }
+    print(json.dumps(about | figures))
+    grown = figures["rss_mib_end"] - figures["rss_mib_first_third"] > options.leak_mib
+    if figures["lost"] or figures["different"] or figures["slots_leaked"] or figures["pages_leaked"] or grown:
+        raise GptossError("an answer was lost or differs, or something leaks: see the figures")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main, "serve")

@@ -1,0 +1,186 @@
+"""The server as people run it: a process, real clients, signals; what they see is what the model says alone."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import processes, scripted
+from tests.serve_clients import SUM
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+DIRECT = {name: value for name, value in os.environ.items() if name not in PROXIES}
+SIZES = ("--port", 0, "--slots", 4, "--max-context-tokens", 512, "--queue", 8, "--finish-seconds", 20)
+SOLVED = "417 + 258 = 675."
+LOOP = ['get_time{"city":"Tokyo"}', "In Tokyo it is 08:15."]
+
+
+class Server:
+    """A server's process, its address, and what it has said."""
+
+    def __init__(self, process: Any, folder: Path):
+        self.process, self._stderr = process, folder / "stderr"
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"serving .* at (\S+)/v1", self.stderr)):
+            assert process.is_alive() and time.monotonic() < deadline, self.stderr
+            time.sleep(0.05)
+        self.url = found[1]
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def ask(self, scenario: str, *arguments: str) -> dict[str, Any]:
+        done = self.start(scenario, *arguments)
+        out, error = done.communicate(timeout=120)
+        assert done.returncode == 0, error + self.stderr
+        return json.loads(out.splitlines()[-1])
+
+    def start(self, scenario: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.serve_clients", scenario, self.url, *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=DIRECT)
+
+
+@contextmanager
+def serving(*arguments: Any) -> Iterator[Server]:
+    """A server that runs as long as the block."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        names = [str(folder / stream) for stream in ("stdin", "stdout", "stderr")]
+        for each in names:
+            Path(each).touch()
+        redirect = processes._Redirect(names, None)
+        process = processes.start("gptoss_jax.serve", *arguments, *SIZES, prepare=redirect, environment={})
+        try:
+            yield Server(process, folder)
+        finally:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Server]:
+    """The demo model, served."""
+    with serving() as server:
+        yield server
+
+
+def test_openais_client_gets_the_same_answer_by_every_api(demo):
+    """Guards the APIs as clients read them: whole and streamed alike, usage, log probabilities, a prompt given back."""
+    found = demo.ask("answers")
+    assert found["models"] == ["gptoss-demo"]
+    texts = ("chat", "streamed", "response", "streamed_response")
+    assert [found[name] for name in texts] == [SOLVED] * 4
+    assert found["reasoning"] == found["streamed_reasoning"] != ""
+    assert found["finish_reason"] == "stop"
+    assert found["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    assert found["streamed_usage"]["total_tokens"] == found["usage"]["total_tokens"]
+    assert "".join(token for token, _ in found["logprobs"]) == SOLVED
+    assert {count for _, count in found["logprobs"]} == {2}
+    assert {"response.created", "response.reasoning_text.delta", "response.completed"} <= set(found["kinds"])
+    assert found["echoed"][1].startswith("The sky") and len(found["echoed_logprobs"]) == 2
+    assert found["echoed_logprobs"][0][0] is None and found["echoed_logprobs"][0][1] < 0
+
+
+def test_an_agent_calls_a_function_and_reads_its_result(demo):
+    """Guards agent loops through both APIs, streamed or not, by items given back or by kept responses."""
+    assert demo.ask("agents") == dict.fromkeys(
+        [
+            *("chat", "chat streamed", "responses, items", "responses, items, streamed"),
+            *("responses, kept", "responses, kept, streamed"),
+        ],
+        LOOP,
+    )
+
+
+def test_what_is_refused_and_what_acts_in_its_place(demo):
+    """Guards errors as OpenAI's client has them, and the headers that say what was ignored or mapped."""
+    found = demo.ask("errors")
+    assert found["model"] == ["NotFoundError", "model_not_found", "model"]
+    assert found["effort"] == ["BadRequestError", "invalid_request", "reasoning_effort"]
+    assert found["length"] == ["BadRequestError", "context_length_exceeded", None]
+    assert found["previous"] == ["BadRequestError", "previous_response_not_found", "previous_response_id"]
+    assert found["headers"] == {
+        "x-gptoss-ignored": "best_guess",
+        "x-gptoss-mapped": "reasoning_effort: minimal -> low",
+    }
+
+
+def test_clients_that_leave_free_their_slots_within_a_second(demo):
+    """Guards against leaks: streams, whole answers and those that wait, all of which go at once."""
+    found = demo.ask("leaving")
+    assert found["seconds"] < 1.0 and found["leaked_pages"] == 0
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_curl(demo):
+    """Guards the first line that people copy."""
+    body = json.dumps({"messages": [{"role": "user", "content": SUM}], "temperature": 0})
+    command = ["curl", "-s", f"{demo.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(command, capture_output=True, text=True, env=DIRECT, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == SOLVED
+
+
+def test_sigterm_lets_end_what_runs(demo):
+    """Guards a stop: what runs ends, what waits hears that it will not be answered, and the exit code is 0."""
+    client = demo.start("ending")
+    assert client.stdout and client.stdout.readline() == "under way\n"
+    os.kill(demo.process.pid, signal.SIGTERM)
+    out, error = client.communicate(timeout=60)
+    assert json.loads(out) == {"done": 4, "refused": 1}, error
+    demo.process.join(30)
+    assert demo.process.exitcode == 0 and "Traceback" not in demo.stderr
+
+
+def test_numbers_that_fail_end_one_answer_and_keys_are_asked_for(tmp_path):
+    """Guards a server against one bad answer, and against those without its key."""
+    model = scripted.write(tmp_path / "model", "thinker", spoilt=" look")
+    (tmp_path / "keys").write_text("sk-one\nsk-two\n")
+    with serving("--checkpoint", model, "--model-names", "broken", "--api-key-file", tmp_path / "keys") as server:
+        found = server.ask("faults", "sk-two")
+        assert found["whole"] == "numerics_error"
+        text, code = found["streamed"]
+        assert code == "numerics_error" and scripted.REASONING.startswith(text) and text
+        assert found["events"] == ["response.created", "response.failed", "numerics_error"]
+        assert found["others"] == "length"
+        assert found["wrong"] == "invalid_api_key"
+        assert "Traceback" not in server.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["x"], "serve: x: expected flags only (--checkpoint names the model)"),
+        (["--port", 70000], "serve: --port is 70000, expected 0 to 65535"),
+        (["--queue", -1], "serve: --queue is -1, expected at least 0"),
+        (["--host", "192.0.2.1"], "serve: --host 192.0.2.1 --port 8000: Cannot assign requested address"),
+        (["--api-key-file", "/dev/null"], "serve: /dev/null holds no key, expected one a line"),
+        (["--temperature", -1], "serve: --temperature is -1.0, expected 0 to 10000"),
+        (
+            ["--coordinator", "a:1"],
+            "serve: --coordinator: a server runs on one host; others can have their own",
+        ),
+    ],
+)
+def test_bad_flags_get_one_line(arguments, error):
+    """Guards people against tracebacks: one line and exit code 2, before weights are read."""
+    done = processes.run("gptoss_jax.serve", "--quiet", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error + "\n")
+
+
+def test_help_names_every_flag():
+    """Guards --help: what the command does, and each of its flags."""
+    done = processes.run("gptoss_jax.serve", "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(flag in done.stdout for flag in ("--api-key-file", "--queue", "--finish-seconds", "--pool-tokens"))
