@@ -146,7 +146,9 @@ def test_a_trace_is_written(tmp_path, command):
 
 def test_the_page_shows_what_the_command_takes():
     """Guards docs/sharding.md: its table of --show has every section."""
+    from gptoss_jax.cli import plan_asked
     from gptoss_jax.planner import show
 
+    assert tuple(show.SECTIONS) == plan_asked.SECTIONS
     page = (ROOT / "docs" / "sharding.md").read_text()
     assert [name for name in show.SECTIONS if f"| `{name}` |" not in page] == []
