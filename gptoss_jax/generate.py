@@ -39,7 +39,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, flag_values, model_flags, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags
 
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": (
@@ -53,7 +53,7 @@ SECTIONS = {
     "What the system and developer messages say": prompt_flags.PROMPT_FLAGS,
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
     "What is shown and kept": ("show_reasoning", "json", "raw", "stats", "quiet", "save", "n"),
-    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
+    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
 }
 
 
@@ -80,6 +80,7 @@ def define_flags() -> None:
     prompt_flags.define_flags()
     sampling_flags.define_flags()
     model_flags.define_flags()
+    profiling.define_flags()
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +89,12 @@ def main(arguments: list[str]) -> None:
 
     options = flags.FLAGS
     flag_values.refuse_together(
-        options, ("raw", "json"), ("raw", "show_reasoning"), ("stats", "quiet"), ("chat", "coordinator")
+        options,
+        ("raw", "json"),
+        ("raw", "show_reasoning"),
+        ("stats", "quiet"),
+        ("chat", "coordinator"),
+        ("chat", "profile"),
     )
     if options.chat:
         chat.run(options, arguments)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from gptoss_jax import whole_files
-from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, profiling, prompts, sampling_flags
 from gptoss_jax.cli.answer_view import AnswerView, remarks
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import Request
@@ -39,6 +39,7 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     sampling = sampling_flags.sampling(options)
     if not 1 <= options.n <= MAX_ANSWERS:
         raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
+    profiling.check(options)
     if options.save:
         whole_files.check_can_write(options.save)
     screen = Screen(quiet=options.quiet)
@@ -77,9 +78,10 @@ def _run(
     samples: list[Sample] = []
     with interrupts.noted() as pressed:  # until what had come is printed and saved
         stopped = hosts.agreed(lambda: pressed() or screen.reader_left)
-        for sample in collect(engine, requests, streams, shown.show, stopped):
-            shown.finish(sample)
-            samples.append(sample)
+        with profiling.traced(options, screen):
+            for sample in collect(engine, requests, streams, shown.show, stopped):
+                shown.finish(sample)
+                samples.append(sample)
         was_stopped = stopped()  # in any process; from here on each is on its own
         at_length = options.json or options.stats
         statistics = answer_report.measure(

@@ -18,7 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.mesh import MESH_AXES, RULES, MeshError, axes_and_rules, check_even, check_rules, unknown_axis
+from gptoss_jax.model.mesh import (
+    MESH_AXES,
+    RULES,
+    MeshError,
+    MeshShape,
+    axes_and_rules,
+    check_even,
+    check_rules,
+    unknown_axis,
+)
 
 Axes = tuple[str | None, ...]
 
@@ -153,12 +162,14 @@ def is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and not hasattr(x, "_fields") and all(a is None or isinstance(a, str) for a in x)
 
 
-def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any] | None = None) -> Sharding:
+def make(
+    mesh: str | Path | Mesh | MeshShape | Sharding | None = None, devices: Sequence[Any] | None = None
+) -> Sharding:
     """A Sharding over the first of `devices`, as many as `mesh` asks for.
 
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
-            with some of the axes of MESH_AXES; or None for a single device.
+            with some of the axes of MESH_AXES, or its shape; or None for a single device.
         devices: all that JAX has by default.
 
     Raises:
@@ -166,6 +177,8 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     """
     if isinstance(mesh, Sharding):
         return mesh
+    if isinstance(mesh, MeshShape):
+        return _build(mesh.axes, mesh.rules, devices or jax.devices())
     if isinstance(mesh, Mesh):
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":

@@ -6,6 +6,7 @@ be hit when every token draws its experts evenly; activations stay where they ar
 
 from typing import NamedTuple
 
+from gptoss_jax.model import keys
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.model.mesh import MeshShape
@@ -70,8 +71,8 @@ def _work(
 ) -> Work:
     slots = workload.slots // mesh.size("batch")
     tokens = slots * width
-    keys = sum(_keys(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
-    read = sum(_keys_read(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    seen = sum(keys.seen(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    read = sum(keys.read(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
     heads, vocab = mesh.size("heads"), mesh.size("vocab")
     of_experts = mesh.size("experts", "expert_hidden")
     expert = 3 * config.intermediate_size * config.hidden_size
@@ -85,7 +86,7 @@ def _work(
             + config.num_layers * config.experts_per_token * expert / of_experts
         )
     )
-    flops += 4 * slots * keys * config.num_heads * config.head_dim / heads
+    flops += 4 * slots * seen * config.num_heads * config.head_dim / heads
     flops += slots * config.unembedding_bytes / vocab
     launches = None
     if chip.launches is not None:
@@ -116,20 +117,3 @@ def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
         + config.unembedding_bytes / mesh.size("vocab")
         + embedded
     )
-
-
-def _keys(config: ModelConfig, layer: int, context: int, width: int) -> int:
-    """Keys that the last `width` tokens of a context see, all together."""
-    first = context - width + 1  # tokens up to the chunk's first, itself included
-    if not config.has_sliding_window(layer):
-        return width * (first + context) // 2
-    window = config.sliding_window
-    growing = max(0, min(width, window - first + 1))  # tokens that see everything before them
-    return growing * (2 * first + growing - 1) // 2 + (width - growing) * min(window, context)
-
-
-def _keys_read(config: ModelConfig, layer: int, context: int, width: int) -> int:
-    """Keys that are read once for the last `width` tokens of a context."""
-    if not config.has_sliding_window(layer):
-        return context
-    return min(context, config.sliding_window + width - 1)

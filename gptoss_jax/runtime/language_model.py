@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ from gptoss_jax.runtime.answers import collect, run_one
 from gptoss_jax.runtime.kept_programs import KeptPrograms
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from gptoss_jax.runtime.scoring import Scores, check_named
+
+if TYPE_CHECKING:
+    import gptoss_jax.runtime.lowered
 
 LOGITS_CHUNK_TOKENS = 256
 
@@ -139,6 +142,31 @@ class LanguageModel:
             report=report,
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
+
+    def lower(
+        self, batch: int, context_tokens: int, mesh: Any = None, *, prefill_tokens: int = 1
+    ) -> "gptoss_jax.runtime.lowered.LoweredStep":
+        """One program of an engine over this model, lowered and not run: what its compiler makes of it can be read.
+
+        Args:
+            batch: sequences at once, over all data shards.
+            context_tokens: that each can hold.
+            mesh: to lower for, as `load` takes one, over JAX's devices; None: the one that the model lies on. On
+                another mesh no weight is moved: shapes are enough.
+            prefill_tokens: of each sequence's prompt that are read at once; 1: a decoding step.
+
+        Returns:
+            An object with `.memory`, `.collectives`, `.flops` by named scope, `.operations`, `.shardings`, `.buffers`
+            and `.text`; it compiles when first asked.
+
+        Raises:
+            GptossError: sizes below 1, more context than the model has, an adapter on another mesh.
+            MeshError: the mesh does not cut the model and the batch evenly.
+        """
+        from gptoss_jax.runtime import lowered  # here: whoever generates needs none of it
+
+        sizes = {"batch": batch, "context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
+        return lowered.of_loaded(self, mesh, **{name: to_whole(name, size) for name, size in sizes.items()})
 
     def generate(
         self,

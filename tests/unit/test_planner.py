@@ -13,11 +13,11 @@ from benchmarks import presets, under_load
 from benchmarks.presets import PRESETS, Preset
 from gptoss_jax.engine import runner
 from gptoss_jax.engine.request import EngineConfig
-from gptoss_jax.model import kv_cache, mesh, sharding
+from gptoss_jax.model import keys, kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, memory, plan, report, work
+from gptoss_jax.planner import chips, memory, plan, report
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -178,9 +178,9 @@ def test_keys_are_counted_one_by_one(layer, context, width):
     """Guards the sums over a chunk's keys, in windows and without, against a count token by token."""
     model = config("gpt-oss-20b")
     window = model.sliding_window if layer == 0 else context
-    assert work._keys(model, layer, context, width) == sum(min(window, i + 1) for i in range(context - width, context))
+    assert keys.seen(model, layer, context, width) == sum(min(window, i + 1) for i in range(context - width, context))
     seen = {key for i in range(context - width, context) for key in range(max(0, i + 1 - window), i + 1)}
-    assert work._keys_read(model, layer, context, width) == len(seen)
+    assert keys.read(model, layer, context, width) == len(seen)
 
 
 def test_devices_together_do_the_work_of_one():
