@@ -36,16 +36,17 @@ class Held:
             self.next = _threads().submit(self._matcher.advance, tuple(token_ids))
 
 
-def ready(held: Mapping[int, Held], patience_seconds: float | None) -> dict[int, Hold]:
-    """What may follow, by slot, of those where it is known within the time; one at least, if there are any.
+def ready(held: Mapping[int, Held], patience_seconds: float | None, *, alone: bool) -> dict[int, Hold]:
+    """What may follow, by slot, of those where it is known within the time.
 
     Args:
         held: by slot.
         patience_seconds: how long to wait for all of them. None: until all are there.
+        alone: nobody else has anything to do, so that it is waited for one at least.
     """
     waiting = {each.next for each in held.values()}
     _, late = concurrent.futures.wait(waiting, patience_seconds)
-    if late == waiting:
+    if alone and late == waiting:
         concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
     return {slot: each.next.result() for slot, each in held.items() if each.next.done()}
 

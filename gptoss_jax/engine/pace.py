@@ -61,8 +61,9 @@ class Pace:
             step_seconds: what a step takes.
         """
         patience = None if self._waits else max(LEAST_PATIENCE_SECONDS, PATIENCE * step_seconds)
-        known = ready({slot: each for slot, each in held.items() if slot in decoding}, patience)
-        steps = [ANY] * (len(decoding) - sum(slot in decoding for slot in held))
+        asked = {slot: each for slot, each in held.items() if slot in decoding}
+        steps = [ANY] * (len(decoding) - len(asked))
+        known = ready(asked, patience, alone=not steps)
         for slot in held:
             if slot in known and not known[slot].fault:
                 steps.append(slots.hold(slot, known[slot]))
