@@ -50,9 +50,13 @@ def compile_form(form: AnswerForm, tokenizer: Tokenizer) -> CompiledForm:
     Raises:
         GptossError: what cannot be enforced, or no text fulfils; the error names the schema and the keyword.
     """
-    found = [(body, *_taken(body, tokenizer)) for body in _bodies(form)]
+    bodies = _bodies(form)
+    whole, found = _matcher(lark.message_grammar(form), tokenizer), []
+    if whole.is_error() or any(body.lenient for body in bodies):  # whose fault it is, and what is not enforced
+        found = [(body, *_taken(body, tokenizer)) for body in bodies]
     coerced = frozenset(body for body, is_coerced, _ in found if is_coerced)
-    whole = _matcher(lark.message_grammar(form, coerced=coerced), tokenizer)
+    if coerced:
+        whole = _matcher(lark.message_grammar(form, coerced=coerced), tokenizer)
     if fault := whole.get_error():
         raise GptossError(f"the form of the answer cannot be held: {_first_line(fault)}")
     first = whole.deep_copy()

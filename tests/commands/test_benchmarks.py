@@ -32,6 +32,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "huge_pages": ("--outputs", 512, "--repeats", 1),
     "sampling": ("--config", "CONFIG", "--repeats", 1),
     "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),
+    "structured": ("--answers", 2, "--rows", 2, "--tokens", 3, "--rounds", 1, "--config", "TINY"),
     "tpu_experts": ("--only", "v6e", "--tokens", 1, "--experts", 32),
     "unrolled_or_scanned": (*CUT, "--experts", 4, "--steps", 1),
     "write_gguf": (*CUT, "FILE"),
@@ -72,7 +73,7 @@ def test_help(name):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "compilers"])
 def test_toy_run(name, config_file, tmp_path):
     """Guards a benchmark that nobody runs for months: it ends with what it found, or says which wheel it lacks."""
-    files = {"CONFIG": config_file, "FILE": tmp_path / "model.gguf"}
+    files = {"CONFIG": config_file, "TINY": ROOT_CONFIG, "FILE": tmp_path / "model.gguf"}
     done = processes.run(f"benchmarks.{name}", *(files.get(argument, argument) for argument in TOYS[name]))
     if missing := WHEELS.get(name):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {missing}\n")
