@@ -19,11 +19,15 @@ AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
+AVX2 = ["-mavx2", "-mfma"]
 X86 = {
-    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
     "avx512": AVX512,
-    "avx2": ["-mavx2", "-mfma"],
+    "avxvnni": [*AVX2, "-mavxvnni"],
+    "avx2": AVX2,
 }
+OF_ONE_SET = ["kernels.cc", "supported.cc"]  # compiled once per instruction set, the first of them with its flags
 PORTABLE = "portable"
 MACHINES = {  # instruction sets beside portable C++, with the flags that allow them
     "x86_64": X86,
@@ -44,7 +48,7 @@ def macro(what: str) -> tuple[str, None]:
 
 
 class BuildKernels(build_ext):
-    """Compiles `kernels.cc` once per instruction set, the rest once, knowing which there are, and links them."""
+    """Compiles what is of one instruction set once for each, the rest once, knowing which there are, and links them."""
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension, or says in one line what is lost without it."""
@@ -56,18 +60,23 @@ class BuildKernels(build_ext):
     def _build(self, library: Path) -> None:
         import jax.ffi
 
-        objects = self._compile(["kernels.cc"], PORTABLE, [macro(PORTABLE)], [])  # any C++17 compiler can build these
+        objects = self._compile_set(PORTABLE, [])  # any C++17 compiler can build these
         have = []
         for name, flags in MACHINES.get(platform.machine().lower(), {}).items():
             try:
-                objects += self._compile(["kernels.cc"], name, [macro(name)], flags)
+                objects += self._compile_set(name, flags)
                 have.append(macro(f"have_{name}"))
             except CompileError as error:
                 print(f"gptoss-jax: CPU kernels without {name}, which this compiler lacks ({error})", file=sys.stderr)
-        once = [path.name for path in sorted(NATIVE.glob("*.cc")) if path.name != "kernels.cc"]
+        once = [path.name for path in sorted(NATIVE.glob("*.cc")) if path.name not in OF_ONE_SET]
         objects += self._compile(once, "common", have, ["-isystem", jax.ffi.include_dir()])
         library.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(library), target_lang="c++")
+
+    def _compile_set(self, name: str, flags: list[str]) -> list[str]:
+        kernels, supported = ([source] for source in OF_ONE_SET)
+        objects = self._compile(supported, name, [macro(name)], [])
+        return objects + self._compile(kernels, name, [macro(name)], flags)
 
     def _compile(self, names: list[str], folder: str, macros: list, flags: list[str]) -> list[str]:
         return self.compiler.compile(

@@ -23,6 +23,9 @@ HANDLERS = (
     "packed_attention_gradient",
     "dense_experts",
     "dense_experts_gradient",
+    "survey",
+    "likeliest",
+    "nucleus",
 )
 
 
@@ -66,7 +69,8 @@ def why_not() -> str | None:
 def instruction_sets() -> tuple[str, ...]:
     """Those that this machine can run, the best, which is the one in use, first.
 
-    They are avx512bf16, avx512, avx2, neon and portable. On all but the first a product of bfloat16s has the same bits.
+    They are avx512bf16, avx512vnni, avx512, avxvnni, avx2, neon and portable. Experts have the same bits under bfloat16
+    on all of them, dense products of bfloat16s on all but the first.
     """
     names = map(library().cpu_kernels_supported, itertools.count())
     return tuple(name.decode() for name in itertools.takewhile(bool, names))

@@ -7,38 +7,29 @@
 namespace cpu_kernels {
 namespace {
 
-// The compiler's own test asks the operating system too: whether it keeps the wide registers of a thread. A compiler
-// that lacks an instruction set does not know its name either.
-#if defined(CPU_KERNELS_HAVE_AVX512)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-}
-#endif
-#if defined(CPU_KERNELS_HAVE_AVX512BF16)
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#endif
-#if defined(CPU_KERNELS_HAVE_AVX2)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
-
 // Those that were built and that this machine can run, the best first; null after the last.
 struct Supported {
-  const Kernels* kernels[5] = {};
+  const Kernels* kernels[8] = {};
 
   Supported() {
     const Kernels** next = kernels;
 #if defined(CPU_KERNELS_HAVE_AVX512BF16)
-    if (has_avx512bf16()) *next++ = &avx512bf16::kKernels;
+    if (avx512bf16::is_supported()) *next++ = &avx512bf16::kKernels;
+#endif
+#if defined(CPU_KERNELS_HAVE_AVX512VNNI)
+    if (avx512vnni::is_supported()) *next++ = &avx512vnni::kKernels;
 #endif
 #if defined(CPU_KERNELS_HAVE_AVX512)
-    if (has_avx512()) *next++ = &avx512::kKernels;
+    if (avx512::is_supported()) *next++ = &avx512::kKernels;
+#endif
+#if defined(CPU_KERNELS_HAVE_AVXVNNI)
+    if (avxvnni::is_supported()) *next++ = &avxvnni::kKernels;
 #endif
 #if defined(CPU_KERNELS_HAVE_AVX2)
-    if (has_avx2()) *next++ = &avx2::kKernels;
+    if (avx2::is_supported()) *next++ = &avx2::kKernels;
 #endif
 #if defined(CPU_KERNELS_HAVE_NEON)
-    *next++ = &neon::kKernels;
+    if (neon::is_supported()) *next++ = &neon::kKernels;
 #endif
     *next++ = &portable::kKernels;
   }

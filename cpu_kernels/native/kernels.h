@@ -8,6 +8,7 @@
 #include "dense_experts_call.h"
 #include "packed_call.h"
 #include "parallel.h"
+#include "sampling_call.h"
 
 namespace cpu_kernels {
 
@@ -56,24 +57,25 @@ struct Kernels {
   bool (*packed_attention_gradient)(const Pool&, const PackedCall&, const PackedGradient&);
   bool (*dense_experts)(const Pool&, const DenseExperts&, float* y);
   bool (*dense_experts_gradient)(const Pool&, const DenseExperts&, const DenseExpertsGradient&);
+  bool (*survey)(const Pool&, const SurveyCall&);
+  bool (*likeliest)(const Pool&, const LikeliestCall&);
+  bool (*nucleus)(const Pool&, const NucleusCall&);
 };
 
 // Compiled in by setup.py, those of the machine's family that the compiler knows; dispatch.cc says which of them run.
-namespace avx512bf16 {
-extern const Kernels kKernels;
-}
-namespace avx512 {
-extern const Kernels kKernels;
-}
-namespace avx2 {
-extern const Kernels kKernels;
-}
-namespace neon {
-extern const Kernels kKernels;
-}
-namespace portable {
-extern const Kernels kKernels;
-}
+#define CPU_KERNELS_OF(isa)       \
+  namespace isa {                 \
+  extern const Kernels kKernels;  \
+  bool is_supported();            \
+  }
+CPU_KERNELS_OF(avx512bf16)
+CPU_KERNELS_OF(avx512vnni)
+CPU_KERNELS_OF(avx512)
+CPU_KERNELS_OF(avxvnni)
+CPU_KERNELS_OF(avx2)
+CPU_KERNELS_OF(neon)
+CPU_KERNELS_OF(portable)
+#undef CPU_KERNELS_OF
 
 // The kernels in use: the best that this machine can run, or what `cpu_kernels_select` asked for.
 const Kernels& kernels();

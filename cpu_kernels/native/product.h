@@ -9,8 +9,9 @@
 // such a copy where rows are many. Every tile adds in this one order, so a row of the result has the same bits beside
 // any neighbours.
 //
-// All this is of float32, which bfloat16 activations are made too. Where the instruction set multiplies bfloat16 itself
-// they stay what they are, and product_bf16.h says how a block is laid out, unpacked and added then.
+// All this is of float32, which bfloat16 activations of dense weights are made too. Where the instruction set multiplies
+// bfloat16 itself they stay what they are, and product_bf16.h says how a block is laid out, unpacked and added then.
+// MXFP4 weights meet float32 activations alone here, and bfloat16 ones in product_int16.h.
 #ifndef CPU_KERNELS_PRODUCT_H_
 #define CPU_KERNELS_PRODUCT_H_
 

@@ -1,8 +1,8 @@
 // Blocks of weights as bfloat16 pairs, for the instruction that multiplies and adds these: twice as many at a time.
 //
 // Sixteen lanes take a pair of neighbouring inputs each: sum = odd w * odd x + sum, then the even ones, each rounded
-// once. Nothing is unzipped; MXFP4 codes under their scales and signed bytes are bfloat16s exactly. The instruction
-// takes operands and results below 2^-126 as zero.
+// once. Nothing is unzipped; signed bytes are bfloat16s exactly. The instruction takes operands and results below 2^-126
+// as zero.
 #ifndef CPU_KERNELS_PRODUCT_BF16_H_
 #define CPU_KERNELS_PRODUCT_BF16_H_
 
@@ -38,26 +38,6 @@ inline void unpack(const int8_t* p, Pairs& to) {
   const __m512 lo = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
   const __m512 hi = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes + 1)));
   to.all = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-}
-
-// The sixteen MXFP4 codes under each E8M0 scale, as bfloat16s.
-struct Bf16Codes {
-  uint16_t of[256][16];
-};
-constexpr Bf16Codes bf16_codes() {
-  Bf16Codes result{};
-  for (int scale = 0; scale < 256; ++scale)
-    for (int code = 0; code < 16; ++code) result.of[scale][code] = bf16_of_fp4(code, scale);
-  return result;
-}
-alignas(64) constexpr Bf16Codes kBf16Codes = bf16_codes();
-
-inline void unpack(const uint8_t* p, uint8_t scale, Pairs& to) {
-  // The permutation reads the last five bits of a word: a nibble and a bit that makes no difference to the table.
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i nibbles = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-  const __m256i* codes = reinterpret_cast<const __m256i*>(kBf16Codes.of[scale]);
-  to.all = _mm512_permutexvar_epi16(nibbles, _mm512_broadcast_i64x4(_mm256_load_si256(codes)));
 }
 
 // Adds the products of one block of R rows of weights and of x to their sums.

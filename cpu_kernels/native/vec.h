@@ -1,8 +1,8 @@
 // Sixteen float32 lanes on every instruction set, with the same bits as the result wherever IEEE 754 allows it.
 //
-// A source that includes this is compiled once per instruction set, chosen by -DCPU_KERNELS_AVX512BF16, _AVX512, _AVX2,
-// _NEON or _PORTABLE; everything then lives in a namespace of that name. Such sources use no standard C++ templates and
-// no inline functions from elsewhere: of equal inline functions the linker keeps one, perhaps that for a newer machine.
+// A source that includes this is compiled once per instruction set (isa.h); everything then lives in a namespace of that
+// name. Such sources use no standard C++ templates and no inline functions from elsewhere: of equal inline functions the
+// linker keeps one, perhaps that for a newer machine.
 //
 // Lanes are added up by one fixed tree, exp uses no fused operation, and min, max give b where a or b is NaN. `fma`
 // rounds once, except in portable code, which rounds twice: equal where the product is exact, as of two bfloat16s.
@@ -12,23 +12,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(CPU_KERNELS_AVX512BF16)
-#define CPU_KERNELS_ISA avx512bf16
-#define CPU_KERNELS_AVX512  // as which its vectors are; product_bf16.h has what more it can do
-#include <immintrin.h>
-#elif defined(CPU_KERNELS_AVX512)
-#define CPU_KERNELS_ISA avx512
-#include <immintrin.h>
-#elif defined(CPU_KERNELS_AVX2)
-#define CPU_KERNELS_ISA avx2
+#include "isa.h"
+
+#if defined(CPU_KERNELS_AVX512) || defined(CPU_KERNELS_AVX2)
 #include <immintrin.h>
 #elif defined(CPU_KERNELS_NEON)
-#define CPU_KERNELS_ISA neon
 #include <arm_neon.h>
-#elif defined(CPU_KERNELS_PORTABLE)
-#define CPU_KERNELS_ISA portable
-#else
-#error "compile with -DCPU_KERNELS_ and one of AVX512BF16, AVX512, AVX2, NEON, PORTABLE"
 #endif
 
 namespace cpu_kernels::CPU_KERNELS_ISA {

@@ -2,19 +2,24 @@
 
 Keys are folded from (request seed, position), so a slot's draw depends on its own request alone. Every option is data:
 slots of any mixture share one program. To add an option, add its field to `SamplingParams`, which gives its array, its
-flag and its checks, and its line to `adjust_logits` or `filter_logits`.
+flag and its checks, and its line to `adjust_logits` (and to `adjust_ids` of cpu_kernels/native/sampling.h) or to
+`filter_logits`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int32, Real, UInt32
 
+import cpu_kernels
+from cpu_kernels import sampling as cpu_sampling
+from gptoss_jax.engine import truncation
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
 from gptoss_jax.model.invariant_sum import RowSum, invariant_sum
 
@@ -117,17 +122,34 @@ def sample(
         drawn: how often each slot's answer holds each id.
         positions: where the token will stand in its sequence.
         num_token_ids: ids from here on are padding of the embedding: no part of any distribution.
-        total: how sums over the vocabulary are taken.
+        total: how sums over the vocabulary are taken. With `invariant_sum`, which is for one device, kernels do it on
+            CPUs: the tokens are the same, and log probabilities but for rounding.
         asked: `Asked.of` the parameters, where it is known already.
     """
-    asked = asked or Asked.of(sampling)
+    by_xla = functools.partial(_sample, num_token_ids=num_token_ids, total=total)
+    by_kernels = functools.partial(_sample_by_kernels, num_token_ids=num_token_ids)
+    arguments = logits, sampling, drawn, positions, asked or Asked.of(sampling)
+    if total is not invariant_sum or cpu_kernels.why_not():
+        return by_xla(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=by_kernels, default=by_xla)
+
+
+def _sample(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    drawn: Int32[Array, "B V"],
+    positions: Int32[Array, "B"],
+    asked: Asked,
+    num_token_ids: int,
+    total: RowSum,
+) -> Draw:
     raw, logits = logits, _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling, drawn)
     found = survey(raw, logits, scores, total)
     draws = sampling.options["temperature"] > 0
     random = jax.lax.cond(asked.draws, lambda: _draw(scores, sampling, positions, total), lambda: found.likeliest)
     token = jnp.where(draws, random, found.likeliest)
-    reported = _report(logits, token, asked.top, found.top, found.total)
+    reported = _report(logits, token, asked.top, found.top, found.total, num_token_ids)
     return Draw(jnp.where(found.finite, token, FAULTY), *reported)
 
 
@@ -197,6 +219,47 @@ def _survey_at_once(raw: Float[Array, "B V"], logits: Float[Array, "B V"], score
     return Survey(found[0] > 0, *found[2:])
 
 
+def _sample_by_kernels(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    drawn: Int32[Array, "B V"],
+    positions: Int32[Array, "B"],
+    asked: Asked,
+    num_token_ids: int,
+) -> Draw:
+    """Looks at each logit once; where top-k leaves few ids in every slot, all else is done with those."""
+    options = sampling.options
+    penalties = options["repetition_penalty"], options["frequency_penalty"], options["presence_penalty"]
+    found = cpu_sampling.survey(
+        logits, sampling.bias, sampling.allowed, sampling.prompted, drawn, penalties, num_token_ids
+    )
+    draws = options["temperature"] > 0
+    random = jax.lax.cond(asked.draws, lambda: _draw_by_kernels(found, sampling, positions), lambda: found.likeliest)
+    token = jnp.where(draws, random, found.likeliest)
+    reported = _report(logits, token, asked.top, found.largest_logit, found.total, num_token_ids)
+    return Draw(jnp.where(found.finite, token, FAULTY), *reported)
+
+
+def _draw_by_kernels(found: cpu_sampling.Survey, sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    """`_draw`'s token: among few ids without looking at others, unless a slot that draws has too many."""
+    draws = sampling.options["temperature"] > 0
+    temperature = jnp.where(draws, _positive(sampling.options["temperature"]), 1)
+    top_k = jnp.where(draws, sampling.options["top_k"], 1)  # what a greedy slot would draw is not asked for
+    left = cpu_sampling.likeliest(found, temperature, top_k)
+
+    def among_few() -> Int32[Array, "B"]:
+        vocab_size = found.scores.shape[-1]
+        scores = cpu_sampling.nucleus(left, jnp.exp(left.scores), sampling.options["top_p"], vocab_size)
+        scores = truncation.min_p(scores, sampling.options["min_p"])
+        noises = jax.vmap(_noise_at)(sampling.options["seed"], positions, left.ids)
+        return jnp.take_along_axis(left.ids, _largest(scores + noises)[:, None], axis=-1)[:, 0]
+
+    def among_all() -> Int32[Array, "B"]:
+        return _draw(found.scores, sampling, positions, invariant_sum)
+
+    return jax.lax.cond(jnp.all(left.counts >= 0), among_few, among_all)
+
+
 def report_logprobs(
     logits: Float[Array, "*rows V"],
     token: Int32[Array, "*rows"],
@@ -206,7 +269,7 @@ def report_logprobs(
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """Log probabilities by the model's own distribution: of each `token`, and `with_top` of the likeliest ids."""
     logits = _named(logits, num_token_ids)
-    return _report(logits, token, with_top, *_softmax_of(logits, total))
+    return _report(logits, token, with_top, *_softmax_of(logits, total), num_token_ids)
 
 
 def _report(
@@ -215,11 +278,13 @@ def _report(
     with_top: Bool[Array, ""],
     top: Float[Array, "*rows"],
     total: Float[Array, "*rows"],
+    num_token_ids: int,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
+    """The same with the softmax known; `logits` may have padding's, since no `token` is any."""
     logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - jnp.log(total)
 
     def likeliest() -> Int32[Array, "*rows Z2"]:
-        return _packed(*_top(logits - top[..., None] - jnp.log(total)[..., None]))
+        return _packed(*_top(_named(logits, num_token_ids) - top[..., None] - jnp.log(total)[..., None]))
 
     nothing = jnp.zeros((*token.shape, 2 * MAX_TOP_LOGPROBS), jnp.int32)
     packed = jax.lax.cond(with_top, likeliest, lambda: nothing)  # one array: a branch writes each by itself
@@ -264,67 +329,17 @@ def filter_logits(
     scores: Float[Array, "B V"], sampling: Sampling, total: RowSum = invariant_sum
 ) -> Float[Array, "B V"]:
     """`scores`, tempered, with -inf for every id that top-k, top-p or min-p rule out."""
-    temperature = jnp.maximum(sampling.options["temperature"], jnp.finfo(jnp.float32).tiny)[:, None]
-    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
-    by_count, by_weight = sampling.options["top_k"] > 0, sampling.options["top_p"] < 1
-    scores = jax.lax.cond(jnp.any(by_count), lambda: _top_k(scores, sampling.options["top_k"]), lambda: scores)
-    scores = jax.lax.cond(jnp.any(by_weight), lambda: _top_p(scores, sampling.options["top_p"], total), lambda: scores)
-    return jnp.where(scores >= jnp.log(sampling.options["min_p"][:, None]), scores, -jnp.inf)  # the largest score is 0
+    options = sampling.options
+    coldness = 1 / _positive(options["temperature"])[:, None]  # XLA would turn a quotient into this product
+    scores = (scores - jnp.max(scores, axis=-1, keepdims=True)) * coldness
+    by_count, by_weight = jnp.any(options["top_k"] > 0), jnp.any(options["top_p"] < 1)
+    scores = jax.lax.cond(by_count, lambda: truncation.top_k(scores, options["top_k"]), lambda: scores)
+    scores = jax.lax.cond(by_weight, lambda: truncation.top_p(scores, options["top_p"], total), lambda: scores)
+    return truncation.min_p(scores, options["min_p"])
 
 
-def _top_k(scores: Float[Array, "B V"], top_k: Int32[Array, "B"]) -> Float[Array, "B V"]:
-    """Counts are whole numbers, exact in float32: XLA may add in any order, and takes half as long."""
-    enough = jnp.where(top_k > 0, jnp.minimum(top_k, scores.shape[-1]), scores.shape[-1]).astype(jnp.float32)
-    return _keep_likeliest(scores, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.float32), enough)
-
-
-def _top_p(scores: Float[Array, "B V"], top_p: Float[Array, "B"], total: RowSum) -> Float[Array, "B V"]:
-    weights = jnp.exp(scores)
-    enough = top_p * total(weights)
-    filtered = _keep_likeliest(scores, lambda kept: total(jnp.where(kept, _beside(weights, kept), 0.0)), enough)
-    return jnp.where((top_p < 1)[:, None], filtered, scores)
-
-
-def _beside(x: Float[Array, "B V"], kept: Bool[Array, "B *more V"]) -> Float[Array, "B *ones V"]:
-    return x.reshape(x.shape[0], *(1,) * (kept.ndim - 2), x.shape[1])
-
-
-DIGIT_BITS = 4  # of a threshold, that a GPU finds at once
-
-SumOfKept = Callable[[Bool[Array, "B *more V"]], Float[Array, "B *more"]]
-
-
-def _keep_likeliest(scores: Float[Array, "B V"], sum_of: SumOfKept, enough: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """The largest scores (at most 0) whose `sum_of` first reaches `enough`, at least one; -inf for the others.
-
-    Finds the threshold by its bits instead of sorting: the bits of a float that is not positive, read as an integer,
-    grow as it falls, and a sum over more of the same weights is never smaller, in floating point too.
-    """
-    keys = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # 0 for the largest score
-    ways = (functools.partial(way, sum_of=sum_of) for way in (_threshold_by_digits, _threshold_by_bits))
-    threshold = jax.lax.platform_dependent(keys, enough, **dict(zip(("cuda", "default"), ways, strict=True)))
-    return jnp.where(keys <= threshold[:, None], scores, -jnp.inf)
-
-
-def _threshold_by_bits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
-    def set_bit(i: Int32[Array, ""], threshold: Int32[Array, "B"]) -> Int32[Array, "B"]:
-        bit = jnp.int32(1) << (30 - i)
-        most = threshold + bit - 1  # the largest key that could be kept with this bit clear
-        too_few = sum_of(keys <= most[:, None]) < enough
-        return jnp.where(too_few, threshold + bit, threshold)
-
-    return jax.lax.fori_loop(0, 31, set_bit, jnp.zeros(keys.shape[:1], jnp.int32))
-
-
-def _threshold_by_digits(keys: Int32[Array, "B V"], enough: Float[Array, "B"], sum_of: SumOfKept) -> Int32[Array, "B"]:
-    """As `_threshold_by_bits`, four bits at a time and without a loop: a graph of launches may not hold one."""
-    threshold = jnp.zeros(keys.shape[:1], jnp.int32)
-    for low in range(31 - 31 % DIGIT_BITS, -1, -DIGIT_BITS):
-        digits = jnp.arange(1, 1 << min(DIGIT_BITS, 31 - low), dtype=jnp.int32)
-        most = threshold[:, None] + (digits << low) - 1  # the largest key that could be kept with a smaller digit
-        too_few = sum_of(keys[:, None, :] <= most[..., None]) < enough[:, None]
-        threshold = threshold + (jnp.sum(too_few, axis=-1, dtype=jnp.int32) << low)
-    return threshold
+def _positive(temperature: Float[Array, "B"]) -> Float[Array, "B"]:
+    return jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
 
 
 def _draw(
@@ -333,11 +348,25 @@ def _draw(
     """A token from the softmax of the filtered scores, by the Gumbel-max trick."""
 
     def noise(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> Float[Array, "V"]:
-        key = jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
-        return jax.random.gumbel(key, scores.shape[-1:], jnp.float32)
+        return jax.random.gumbel(_key(seed, position), scores.shape[-1:], jnp.float32)
 
     noises = jax.vmap(noise)(sampling.options["seed"], positions)
     return _largest(filter_logits(scores, sampling, total) + noises)
+
+
+def _key(seed: UInt32[Array, ""], position: Int32[Array, ""]) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed, impl=KEYS), position)
+
+
+def _noise_at(seed: UInt32[Array, ""], position: Int32[Array, ""], ids: Int32[Array, "C"]) -> Float[Array, "C"]:
+    """What `jax.random.gumbel` of a whole row has at `ids`, without the others: its bits are of a counter each."""
+    counter = ids.astype(jnp.uint32)
+    key = jax.random.key_data(_key(seed, position))
+    high, low = threefry2x32_p.bind(*jnp.broadcast_to(key[:, None], (2, *ids.shape)), jnp.zeros_like(counter), counter)
+    bits = (high ^ low) >> 9 | jnp.float32(1).view(jnp.uint32)  # a number from 1 to 2
+    tiny = jnp.finfo(jnp.float32).tiny
+    uniform = jnp.maximum(tiny, (bits.view(jnp.float32) - 1) * (1 - tiny) + tiny)
+    return -jnp.log(-jnp.log(uniform))
 
 
 def _largest(scores: Float[Array, "B V"]) -> Int32[Array, "B"]:

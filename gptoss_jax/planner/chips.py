@@ -51,11 +51,11 @@ class Chip(NamedTuple):
 
 CHIPS = {
     "h100": Chip(
-        "H100 SXM", "gpu", 1, int(79.6 * _GIB), 989.4 * _TERA, 3350 * _GB, 450 * _GB, 0, "published", (32, 34),
+        "H100 SXM", "gpu", 1, int(79.6 * _GIB), 989.4 * _TERA, 3350 * _GB, 450 * _GB, 0, "published", (16, 19),
         "NVIDIA H100 data sheet: 989.4 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s both ways; memory as the driver says",
     ),
     "h200": Chip(
-        "H200", "gpu", 1, 151_397_597_184, 989.4 * _TERA, 4800 * _GB, 450 * _GB, 0, "published", (32, 34),
+        "H200", "gpu", 1, 151_397_597_184, 989.4 * _TERA, 4800 * _GB, 450 * _GB, 0, "published", (16, 19),
         "NVIDIA H200 data sheet: H100's arithmetic and NVLink, 4.8 TB/s; memory: XLA's h200.txtpb",
     ),
     "b200": Chip(

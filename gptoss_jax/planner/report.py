@@ -7,6 +7,7 @@ from typing import Any
 from gptoss_jax.planner.collectives import Collective
 from gptoss_jax.planner.memory import Memory
 from gptoss_jax.planner.plan import CLOSE, Plan, Timed, in_gib
+from gptoss_jax.runtime.device_memory import FRACTION, GPU_FRACTION
 
 PARTS = {  # part of Memory -> its name, and the logical axes that cut it
     "experts": ("experts", ("experts", "expert_hidden")),
@@ -67,12 +68,9 @@ def verdict(plan: Plan) -> str:
     if share > 1:
         return f"{said}: does not fit"
     said += ": closer than the estimate is exact" if share > CLOSE else ""
-    if plan.request.slice.chip.platform == "gpu" and share > JAX_SHARE:
-        said += f"; JAX takes {JAX_SHARE:.0%} of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.02, 0.99):.2f}"
+    if plan.request.slice.chip.platform == "gpu" and share > GPU_FRACTION:
+        said += f"; commands have JAX take {GPU_FRACTION:.0%} of a GPU: {FRACTION}={min(share + 0.02, 0.99):.2f}"
     return said
-
-
-JAX_SHARE = 0.75  # of a GPU's memory, that JAX takes where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else
 
 
 def _work(plan: Plan) -> Iterator[str]:

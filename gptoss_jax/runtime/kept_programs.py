@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+import cpu_kernels
 from gptoss_jax.runtime import device, user_cache
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -69,6 +70,7 @@ class KeptPrograms:
         kept = _read(path, key)
         if kept is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the devices' driver has become another one, say
+                cpu_kernels.why_not()  # has XLA know the kernels that a program may call, where there are any
                 return serialize_executable.deserialize_and_load(
                     *kept, backend=self._devices[0].client, execution_devices=self._devices
                 )

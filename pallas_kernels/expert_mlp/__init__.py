@@ -136,6 +136,9 @@ DENSE_IMPLEMENTATIONS = Implementations[ExpertMlp](
 )
 """Those that take dense weights, as published, with gradients to them too."""
 
+CPU_ARITHMETIC = "bfloat16 as int16 blocks"
+"""What the kernel for CPUs multiplies; float32 activations stay what they are."""
+
 FEW_EXPERTS = 16
 """Up to so many, computing all of them in two large products is faster than sorting tokens by expert."""
 
@@ -151,6 +154,8 @@ def choose(name: str, hardware: Hardware) -> Choice:
         choice = best(IMPLEMENTATIONS, hardware, otherwise)
     else:
         choice = by_name("expert_mlp", IMPLEMENTATIONS, name, hardware)
+    if choice.name == "cpu":
+        return choice._replace(reason=f"{choice.reason}, {CPU_ARITHMETIC}")
     return choice._replace(implementation=_tpu(hardware.name)) if choice.name == "tpu" else choice
 
 

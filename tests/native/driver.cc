@@ -3,6 +3,7 @@
 // For sanitizers: it knows no XLA, so nothing but the kernels is under test.
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -175,6 +176,37 @@ bool packed(Heads heads, int64_t tokens, int32_t part, int64_t window) {
   });
 }
 
+// One look at logits, then top-k and top-p: what is left, as scores, and the look's own results.
+bool sampling(int64_t rows, int64_t vocab, int32_t top_k) {
+  const int64_t spans = (vocab + cpu_kernels::kSpanIds - 1) / cpu_kernels::kSpanIds, most = vocab < 100 ? vocab : 100;
+  std::vector<float> logits(static_cast<size_t>(rows * vocab));
+  for (float& logit : logits) logit = static_cast<float>(random_bits() % 1000) / 100;
+  const std::vector<float> bias(logits.size(), 0.5f), penalty(static_cast<size_t>(rows), 1.25f);
+  const std::vector<uint32_t> allowed(static_cast<size_t>(rows * ((vocab + 31) / 32)), 0xFFFFFFF7u);
+  const auto prompted = std::unique_ptr<bool[]>(new bool[logits.size()]());
+  const auto drawn = filled<int32_t>(rows * vocab, [](uint32_t bits) { return bits % 3; });
+  const std::vector<int32_t> asked(static_cast<size_t>(rows), top_k);
+  const std::vector<float> top_p(static_cast<size_t>(rows), 0.5f), weights(static_cast<size_t>(rows * most), 1);
+  return agree(rows * (vocab + spans + 2 + 2 * most), [&](const Pool& pool, float* y) {
+    float *span = y + rows * vocab, *largest = span + rows * spans, *total = largest + rows;
+    float *tempered = total + rows, *left = tempered + rows * most;
+    std::vector<int32_t> likeliest(static_cast<size_t>(rows)), counts(likeliest), ids(weights.size());
+    const auto finite = std::unique_ptr<bool[]>(new bool[likeliest.size()]);
+    cpu_kernels::SurveyCall call = {};
+    call.logits = logits.data(), call.bias = bias.data(), call.allowed = allowed.data();
+    call.prompted = prompted.get(), call.drawn = drawn.data();
+    call.repetition = call.frequency = call.presence = penalty.data();
+    call.rows = rows, call.vocab = vocab, call.num_ids = vocab;
+    call.scores = y, call.largest_of_spans = span, call.likeliest = likeliest.data();
+    call.largest_logit = largest, call.total = total, call.finite = finite.get();
+    return kernels.survey(pool, call) &&
+           kernels.likeliest(pool, {y, span, penalty.data(), asked.data(), rows, vocab, most, ids.data(), tempered,
+                                    counts.data()}) &&
+           kernels.nucleus(pool, {ids.data(), counts.data(), tempered, weights.data(), top_p.data(), rows, vocab, most,
+                                  left});
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -185,6 +217,9 @@ int main() {
   same = same && linear(13, 37, 1700) && linear_int8(13, 37, 1700);  // deep enough that sums wait in memory
   for (bool is_bf16 : {false, true})
     for (int64_t rows : {1, 9, 140}) same = same && experts(is_bf16, rows, 64, 96, 3, 2);
+  same = same && experts(true, 41, 18 * 32, 64, 1, 1);  // tokens by themselves and side by side, two groups of blocks
+  for (int64_t vocab : {1, 50, 64, 4097, 10000})
+    for (int32_t top_k : {0, 1, 40, 5000}) same = same && sampling(3, vocab, top_k);
   for (Heads heads : {Heads{4, 2, 32}, Heads{3, 1, 33}, Heads{65, 1, 16}})
     for (int64_t tokens : {1, 20})
       for (int32_t start : {0, 70, 1100})

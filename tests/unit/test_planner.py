@@ -17,7 +17,7 @@ from gptoss_jax.model import kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, memory, plan, work
+from gptoss_jax.planner import chips, memory, plan, report, work
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -217,9 +217,16 @@ def test_costs_that_somebody_measured_are_added():
     """Guards --launch-us and --collective-us: what a data sheet does not have, times how often it happens."""
     asked = request("gpt-oss-20b", "h200x2", "configs/meshes/h200x2.json", 1)
     decode = plan.make(asked._replace(costs=Costs(2e-6, 10e-6))).decode
-    assert decode is not None and decode.work.launches == 32 * 24 + 34 + 24 * 2 + 1 + 6
+    assert decode is not None and decode.work.launches == 16 * 24 + 19 + 24 * 2 + 1 + 6
     assert decode.overhead == pytest.approx(decode.work.launches * 2e-6 + (24 * 2 + 1 + 6) * 10e-6)
     assert decode.bound == "latency"
+
+
+@pytest.mark.parametrize(("slots", "said"), [(16, False), (48, True)])
+def test_a_share_beyond_what_commands_take_is_named(slots, said):
+    """Guards runs that fit by the plan alone: of a GPU JAX has no more than its fraction, whatever the card holds."""
+    found = plan.make(request("gpt-oss-120b", "h100x1", "configs/meshes/h100x1.json", slots))
+    assert found.fits and ("XLA_CLIENT_MEM_FRACTION=0." in report.verdict(found)) == said
 
 
 def test_of_simulated_devices_no_speed_is_said():

@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 from scipy import stats  # jax brings scipy
 
-from gptoss_jax.engine import sampling
-from gptoss_jax.engine.sampling import FAULTY, Draw
+import cpu_kernels
+from cpu_kernels import sampling as cpu_sampling
+from gptoss_jax.engine import sampling, truncation
+from gptoss_jax.engine.sampling import FAULTY, Asked, Draw
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model.invariant_sum import invariant_sum
 from tests.goldens import make as golden
@@ -179,6 +182,83 @@ def test_any_mixture_shares_a_batch_and_a_program(mixture):
     assert together.tolist() == alone
 
 
+WIDE = 5_000  # ids, more than the kernels keep in a list
+
+
+def _wide_logits(slots: int) -> np.ndarray:
+    """Some of them equal, as bfloat16s are."""
+    logits = np.random.default_rng(1).normal(0, 3, (slots, WIDE)).astype(ml_dtypes.bfloat16)
+    return np.asarray(logits, np.float32)
+
+
+def _drawn(draw, logits, params) -> Draw:
+    slots = _slots(params, logits.shape[1] - 1, logits.shape[1])
+    positions = np.arange(len(params), dtype=np.int32)
+    return jax.tree.map(np.asarray, draw(np.resize(logits, (len(params), logits.shape[1])), *slots, positions))
+
+
+@pytest.fixture(scope="module", params=["narrow", "wide"])
+def drawn_by_xla(request):
+    """Logits, mixtures of options (any, those with few ids, greedy ones), a draw by kernels, and what XLA draws."""
+    logits = LOGITS if request.param == "narrow" else _wide_logits(8)
+    named = logits.shape[1] - 1
+    mixture = [dataclasses.replace(p, top_logprobs=3) for p in OPTIONS.values()]
+    few = [dataclasses.replace(p, top_k=min(p.top_k or 40, 1000)) for p in mixture]
+    mixtures = mixture, few, [dataclasses.replace(p, temperature=0.0) for p in few]
+
+    @jax.jit
+    def by_xla(logits, slots, drawn, positions):
+        return sampling._sample(logits, slots, drawn, positions, Asked.of(slots), named, invariant_sum)
+
+    by_kernels = jax.jit(functools.partial(sampling.sample, num_token_ids=named))
+    _drawn(by_kernels, logits, mixture)  # compiled once, for all instruction sets
+    return logits, mixtures, by_kernels, [_drawn(by_xla, logits, params) for params in mixtures]
+
+
+@pytest.mark.skipif(cpu_kernels.why_not() is not None, reason=str(cpu_kernels.why_not()))
+@pytest.mark.parametrize("isa", () if cpu_kernels.why_not() else cpu_kernels.instruction_sets())
+def test_kernels_draw_what_xla_draws(drawn_by_xla, isa):
+    """Guards the C++: thresholds of top-k and top-p, noise of few ids, ties; every option, in mixtures."""
+    logits, mixtures, by_kernels, expected = drawn_by_xla
+    for params, theirs in zip(mixtures, expected, strict=True):
+        with cpu_kernels.instruction_set(isa):
+            ours = _drawn(by_kernels, logits, params)
+        np.testing.assert_array_equal(ours.token, theirs.token)
+        np.testing.assert_array_equal(ours.top_ids, theirs.top_ids)
+        np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=3e-6)
+
+
+@pytest.mark.skipif(cpu_kernels.why_not() is not None, reason=str(cpu_kernels.why_not()))
+@pytest.mark.parametrize("top_k", [1, 7, 600])
+def test_kernels_leave_what_xla_leaves(top_k):
+    """Guards the sets that draws come from, bit by bit, which few draws would not show: top-p's sums have an order."""
+    logits = jnp.asarray(_wide_logits(8))
+    params = [SamplingParams(top_k=top_k, top_p=i / 7, temperature=0.3 + i) for i in range(8)]
+    slots, drawn = _slots(params, WIDE, WIDE)
+
+    @jax.jit
+    def ours(logits):
+        options = slots.options
+        penalties = options["repetition_penalty"], options["frequency_penalty"], options["presence_penalty"]
+        found = cpu_sampling.survey(logits, slots.bias, slots.allowed, slots.prompted, drawn, penalties, WIDE)
+        left = cpu_sampling.likeliest(found, options["temperature"], options["top_k"])
+        return left.ids, cpu_sampling.nucleus(left, jnp.exp(left.scores), options["top_p"], WIDE), left.counts
+
+    expected = np.asarray(jax.jit(sampling.filter_logits)(sampling.adjust_logits(logits, slots, drawn), slots))
+    for ids, scores, count, theirs in zip(*map(np.asarray, ours(logits)), expected, strict=True):
+        found = np.full(WIDE, -np.inf, np.float32)
+        found[ids[:count]] = scores[:count]
+        np.testing.assert_array_equal(found, theirs)
+
+
+def test_noise_of_few_ids_is_that_of_all():
+    """Guards the counters of JAX's generator, which the noise of an id by itself is made from."""
+    seed, position = jnp.uint32(5), jnp.int32(17)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 201_088, 300), jnp.int32)
+    whole = jax.jit(lambda: jax.random.gumbel(sampling._key(seed, position), (201_088,), jnp.float32))()
+    np.testing.assert_array_equal(jax.jit(sampling._noise_at)(seed, position, ids), whole[ids])
+
+
 def test_seeds_and_positions_are_independent():
     """Guards the key: over seeds at one position, and over positions of one seed, draws are uniform and differ."""
     uniform = np.zeros((2_000, 4), np.float32)
@@ -240,9 +320,9 @@ def test_thresholds_are_found_by_digits_as_by_bits():
     @jax.jit
     def both(of, wanted):
         def sum_of(kept):
-            return jnp.sum(jnp.where(kept, sampling._beside(of, kept), 0), axis=-1)
+            return jnp.sum(jnp.where(kept, truncation._beside(of, kept), 0), axis=-1)
 
-        return [way(keys, wanted, sum_of) for way in (sampling._threshold_by_bits, sampling._threshold_by_digits)]
+        return [way(keys, wanted, sum_of) for way in (truncation._threshold_by_bits, truncation._threshold_by_digits)]
 
     for enough in (1.0, 40.0, 150.0, 300.0):
         for of in (jnp.ones_like(weights), weights):
