@@ -78,12 +78,13 @@ def test_a_late_mask_stalls_nobody():
     slow = engine.submit(Request(prompt(7), (), 30, constraint=Rule(late)))
     others = [engine.submit(Request(prompt(n), (), 40)) for n in (8, 9)]
     quick = engine.submit(Request(prompt(10), (), 40, constraint=Rule()))
-    tokens, ended = dict.fromkeys((slow, *others, quick), ()), set()
+    tokens: dict[int, list[int]] = {number: [] for number in (slow, *others, quick)}
+    ended = set[int]()
     while not {*others, quick} <= ended:
         for event in engine.tick():
             tokens[event.request_id] += event.token_ids
             ended |= {event.request_id} if event.finish_reason else set()
-    assert tokens[slow] == ()
+    assert tokens[slow] == []
     late.set()
     assert run(engine)[slow] == ruled_answer(prompt(7), 30)
     assert [list(tokens[i]) for i in others] == [answer(prompt(n), 40) for n in (8, 9)]
@@ -119,9 +120,9 @@ def test_a_stop_in_the_middle_of_a_run_ends_the_answer():
     """Guards stop ids and stop strings: what was forced beyond them is nobody's."""
     whole = ruled_answer(prompt(7), 60)
     at = next(i for i in range(len(whole) - 2) if tuple(whole[i : i + 3]) == RUN)
-    for stops in ({"stop_ids": (RUN[1],)}, {"stop_ids": (), "ends_at": lambda token: token == RUN[1]}):
+    for stop_ids, ends_at in (((RUN[1],), None), ((), lambda token: token == RUN[1])):
         engine = make_engine(EngineConfig(slots=1, max_context_tokens=360))
-        engine.submit(Request(prompt(7), max_new_tokens=60, constraint=Rule(), **stops))
+        engine.submit(Request(prompt(7), stop_ids, 60, ends_at=ends_at, constraint=Rule()))
         assert run(engine)[0] == whole[: at + 2]
         engine.submit(Request(prompt(9), (), 10))
         assert run(engine)[1] == answer(prompt(9), 10)
