@@ -50,7 +50,7 @@ SECTIONS = {
         "tool_results",
         "chat",
     ),
-    "What the system and developer messages say": prompt_flags.PROMPT_FLAGS,
+    "What the system and developer messages say": (*prompt_flags.PROMPT_FLAGS, "tool_choice"),
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
     "What is shown and kept": ("show_reasoning", "json", "raw", "stats", "quiet", "save", "n"),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
@@ -67,6 +67,8 @@ def define_flags() -> None:
     flags.DEFINE_string("tool_results", None, "FILE: What the calls at the end of --messages gave, JSON.")
     flags.DEFINE_string("token_ids", None, "IDS: The whole prompt as token ids in place of text: 1,2,3.")
     flags.DEFINE_bool("chat", False, "A session of prompts and answers that remembers; /help lists its commands.")
+
+    flags.DEFINE_string("tool_choice", "auto", "NAME: Which of --tools it has to call: auto, none, required, or one.")
 
     flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
     flags.DEFINE_bool("json", False, "Print one JSON document with everything.")

@@ -3,9 +3,10 @@
 import bisect
 from typing import NamedTuple
 
+from gptoss_jax.engine.held import Held
 from gptoss_jax.engine.page_pool import PagePool
 from gptoss_jax.engine.prefix_cache import Key, Prefix, PrefixCache, block_keys
-from gptoss_jax.engine.runner import ModelRunner
+from gptoss_jax.engine.runner import ModelRunner, Pending
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.statistics import Statistics
@@ -115,7 +116,13 @@ class Placement:
         """Gives a sequence a slot, with the prefix that it shares and the other pages of what is known of it."""
         cached = len(prefix.keys) * self._block_tokens
         self.running[slot] = sequence
-        self._runner.admit(slot, sequence.request, sequence.tokens[: sequence.drawn], cached)
+        drawn = sequence.tokens[: sequence.drawn]
+        if constraint := sequence.request.constraint:
+            sequence.held = Held(constraint, drawn)
+            pending = Pending(sequence.prompt[-1], sequence.limit - sequence.drawn)
+            self._runner.admit(slot, sequence.request, drawn, cached, pending)
+        else:
+            self._runner.admit(slot, sequence.request, drawn, cached)
         self._prefixes[self._runner.shard_of(slot)].use(prefix)
         sequence.pages, sequence.prefilled = list(prefix.pages), cached
         sequence.cached = cached if sequence.cached is None else sequence.cached
@@ -124,6 +131,11 @@ class Placement:
         self._take_pages(slot, num_pages(sequence.num_known))
         self._statistics.prompt_tokens += len(sequence.prompt)
         self._statistics.cached_prompt_tokens += cached
+
+    @property
+    def held(self) -> dict[int, Held]:
+        """What holds sequences to a form, by slot, whether their prompt is read or not."""
+        return {slot: sequence.held for slot, sequence in self.running.items() if sequence.held}
 
     # ---- what it holds ----
 

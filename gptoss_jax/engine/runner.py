@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.engine import programs, sampling
+from gptoss_jax.engine.held import HeldSlots
+from gptoss_jax.engine.held_decode import Holds, decode_held
 from gptoss_jax.engine.programs import NO_TOKEN, Chunks, RingCopy, SlotOptions, SlotState
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling import Draw
@@ -38,6 +40,20 @@ class Chunk(NamedTuple):
     budget: int
 
 
+class Pending(NamedTuple):
+    """A token that goes into the cache with the next step of decoding, where no chunk of the prompt draws it.
+
+    Attributes:
+        token: its id.
+        budget: tokens that may be drawn after it.
+    """
+
+    token: int
+    budget: int
+
+
+NOTHING_PENDING = Pending(0, 0)
+
 CompileProgram = Callable[[str, Any, tuple[Any, ...]], Any]
 """Compiles the program of this name, a jitted function, for these arguments."""
 
@@ -55,6 +71,7 @@ class Compiled(NamedTuple):
     halt: Any
     prefill: dict[int, Any]  # by width
     decode: Any
+    later: dict[str, Any]  # programs that are compiled when they are first asked for
     save_rings: Any = None  # without a prefix cache, neither
     restore_rings: Any = None
 
@@ -107,6 +124,7 @@ class ModelRunner:
         self._options, self._state = self._empty_slots()
         self.snapshots_per_shard = -(-num_snapshots(engine_config) // self.num_shards)
         self._snapshots = self._empty_snapshots(cache_dtype) if self.snapshots_per_shard else None
+        self._compile_program = compile_program
         began = time.perf_counter()
         self.compiled = compiled or self._compile(compile_program, report)
         self.compile_seconds = time.perf_counter() - began
@@ -128,13 +146,13 @@ class ModelRunner:
             dtype=dtype,
         )()
 
-    def _slot(self, request: Request, drawn: Sequence[int]) -> tuple[Any, Any]:
-        """Options and state of a slot that is not active yet, on the host, without the leading axis."""
+    def _slot(self, request: Request, drawn: Sequence[int], pending: Pending = NOTHING_PENDING) -> tuple[Any, Any]:
+        """Options and state of a slot, on the host, without the leading axis; it is active if something is pending."""
         config = self._config
         stop_ids = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
         stop_ids[: len(request.stop_ids)] = request.stop_ids
         constants = sampling.constants(request.sampling, request.token_ids, config.vocab_size, config.num_token_ids)
-        state = [np.int32(0), np.int32(0), sampling.count_ids(drawn, config.vocab_size)]
+        state = [*map(np.int32, pending), sampling.count_ids(drawn, config.vocab_size)]
         return SlotOptions._make([stop_ids, constants]), SlotState._make(state)
 
     def _to_slots(self, array: np.ndarray) -> jax.Array:
@@ -167,6 +185,7 @@ class ModelRunner:
                 for width in widths
             },
             decode=build("decode", decode, self._params, self._cache, *slots, np.int32(1)),
+            later={},
             **({} if self._snapshots is None else self._compile_ring_copies(build, self._snapshots)),
         )
 
@@ -203,14 +222,22 @@ class ModelRunner:
         """The data shard that a slot and its pages lie in."""
         return slot // self._slots_per_shard
 
-    def admit(self, slot: int, request: Request, drawn: Sequence[int], cached: int = 0) -> None:
+    def admit(
+        self,
+        slot: int,
+        request: Request,
+        drawn: Sequence[int],
+        cached: int = 0,
+        pending: Pending = NOTHING_PENDING,
+    ) -> None:
         """Makes a slot ready for a request, of whose answer `drawn` is known; its pages come with `set_pages`.
 
-        `cached` tokens of its prompt are in these pages already, and in the rings that `restore_rings` gives it.
+        `cached` tokens of its prompt are in these pages already, and in the rings that `restore_rings` gives it. Where
+        something is `pending`, the slot would decode at once: until its prompt is read, it has to sit out.
         """
         numbers = np.int32(slot), np.int32(cached)
         lengths, self._options, self._state = self.compiled.admit(
-            self._cache.lengths, self._options, self._state, *numbers, self._slot(request, drawn)
+            self._cache.lengths, self._options, self._state, *numbers, self._slot(request, drawn, pending)
         )
         self._cache = self._cache._replace(lengths=lengths)
 
@@ -302,6 +329,27 @@ class ModelRunner:
             self._params, self._cache, self._options, self._state, np.int32(steps)
         )
         return draws
+
+    def decode_held(self, steps: int, held: HeldSlots) -> Draw:
+        """As `decode`, with slots held to masks; the first call compiles the program."""
+        self._send_table()
+        arguments = (self._params, self._cache, self._options, self._state, np.int32(steps), self._holds(held))
+        if "decode-held" not in self.compiled.later:
+            cache, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
+            shardings = (self._sharding.readable, cache, state)
+            program = functools.partial(decode_held, self.forms.decode)
+            program = jax.jit(program, donate_argnums=(1, 3), out_shardings=shardings)
+            self.compiled.later["decode-held"] = self._compile_program("decode-held", program, arguments)
+        draws, self._cache, self._state = self.compiled.later["decode-held"](*arguments)
+        return draws
+
+    def _holds(self, held: HeldSlots) -> Holds:
+        arrays = (held.mask, held.stands_below, held.forced, held.takes_part)
+        return Holds._make(map(self._to_slots, arrays))
+
+    def unheld(self) -> HeldSlots:
+        """What `decode_held` takes, for slots of which none is held yet."""
+        return HeldSlots(self._engine_config.slots, self._config.vocab_size, programs.MAX_STEPS_PER_DISPATCH)
 
 
 def block_tokens(engine_config: EngineConfig) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import (
     NOT_FINITE,
+    NOT_HELD,
     EngineConfig,
     Event,
     NumericsError,
@@ -28,6 +29,8 @@ from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.errors import GptossError, check_list, check_type
+from gptoss_jax.grammar.compiled import held_form
+from gptoss_jax.grammar.forms import AUTO, ToolChoice
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -212,6 +215,7 @@ class LanguageModel:
         prompts: Iterable[str | Sequence[int]],
         *,
         settings: Settings | None = None,
+        tool_choice: ToolChoice = AUTO,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         max_context_tokens: int = 4096,
@@ -223,7 +227,9 @@ class LanguageModel:
 
         Args:
             prompts: what users say, each in a conversation of its own; or token ids, as they are.
-            settings: what the system and developer messages say; None: the defaults.
+            settings: what the system and developer messages say; None: the defaults. A response format, and functions
+                that are strict, hold the answers to texts; token ids are answered as they are.
+            tool_choice: which functions an answer may or has to call.
             sampling: how tokens are drawn, of each answer alike; None: the defaults.
             max_new_tokens: length of an answer at most, its reasoning included; None: as far as the context goes.
             max_context_tokens: prompt and answer at most; memory grows with it.
@@ -239,15 +245,19 @@ class LanguageModel:
         slots = self.sharding.even_slots(to_whole("slots", slots))
         engine_config = EngineConfig(slots=slots, max_context_tokens=max_context_tokens)
         tokenizer, requests, streams = load_tokenizer(), [], []
+        form = held_form(settings, tool_choice)
         for prompt in prompts:
             streams.append(AnswerStream(tokenizer))
             ids, ends_at = _ids(prompt, settings), streams[-1].ends_at
-            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling, ends_at)
+            constraint = form if isinstance(prompt, str) else None
+            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling, ends_at, constraint)
             request.check(self.config, engine_config)
             requests.append(request)
         for sample in collect(self._idle_engine(engine_config), requests, streams):
             if sample.answer.finish_reason == "error":
                 raise NumericsError(NOT_FINITE)
+            if sample.answer.finish_reason == "constraint":
+                raise GptossError(NOT_HELD)
             yield sample.answer
 
     def _idle_engine(self, engine_config: EngineConfig) -> Engine:

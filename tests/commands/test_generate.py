@@ -433,7 +433,8 @@ def test_settings_are_echoed_as_they_acted(folder, tmp_path):
     settings = document["settings"]
     assert (settings["reasoning_effort"], settings["system"]) == ("high", "Be kind.")
     assert settings["tools"] == [TOOLS[0]["function"]]
-    assert settings["response_format"] == {"name": "reply", "schema": {"type": "object"}, "description": None}
+    held = {"name": "reply", "schema": {"type": "object"}, "description": None, "strict": True}
+    assert settings["response_format"] == held
     assert tokenizer.RETURN in settings["stop_ids"]
     path.write_text(json.dumps(document))
     settings = _document(folder, "thinker", "More?", "--messages", path, "--max-new-tokens", "1")["settings"]

@@ -271,6 +271,7 @@ def test_context_beyond_the_models_is_refused():
         ("Request((1,), 2)", "stop_ids is 2, expected a list of whole numbers"),
         ("Request((1,), (), sampling={'seed': 1})", "sampling is {'seed': 1}, expected SamplingParams"),
         ("Request((1,), (), ends_at=3)", "ends_at is 3, expected a function of a token id, or None"),
+        ("Request((1,), (), constraint='json')", "constraint is 'json', expected a Constraint, or None"),
         ("EngineConfig(slots=1.5)", "slots is 1.5, expected a whole number"),
         ("EngineConfig(slots=None)", "slots is None, expected a whole number"),
         ("EngineConfig(max_context_tokens='4096')", "max_context_tokens is '4096', expected a whole number"),
