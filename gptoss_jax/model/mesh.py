@@ -16,16 +16,18 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
 MOST_DEVICES = 999_999_999  # of one axis: a typing error, not a machine, has more
-MESH_AXES = ("data", "expert", "tensor")
+PAGE_TOKENS = 64  # that a device holds of each page of keys and values
+MESH_AXES = ("data", "expert", "tensor", "sequence")
 
 # Logical axis -> the mesh axes that cut it, outermost first. To add a mesh axis, add it above and use it here.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data",),
     "pages": ("data",),
+    "positions": ("sequence",),
     "heads": ("tensor",),
     "experts": ("expert",),
     "expert_hidden": ("tensor",),
-    "vocab": ("expert", "tensor"),
+    "vocab": ("expert", "tensor", "sequence"),
 }
 
 
@@ -134,9 +136,14 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], axis_names: Sequence[str])
                 raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {tuple(axis_names)}")
     if cut("pages") != cut("batch"):
         raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
-    for logical in ("heads", "experts", "expert_hidden", "vocab"):
+    for logical in ("heads", "experts", "expert_hidden", "vocab", "positions"):
         if shared := set(cut(logical)) & set(cut("batch")):
             raise MeshError(f"rules cut both batch and {logical} by {', '.join(shared)}: sums would mix sequences")
+    if shared := set(cut("heads")) & set(cut("positions")):
+        raise MeshError(
+            f"rules cut both heads and positions by {', '.join(sorted(shared))}: "
+            "a mesh axis can cut one axis of the keys only"
+        )
 
 
 def check_even(
@@ -160,6 +167,7 @@ def check_even(
         "expert_hidden": (blocks, f"MXFP4 blocks of {MXFP4_BLOCK} in an expert's width"),
         "vocab": (config.vocab_size, "vocabulary ids"),
         "batch": (slots, "slots of the batch"),
+        "positions": (-(-config.max_context_tokens // PAGE_TOKENS), f"pages of {PAGE_TOKENS} tokens in the context"),
     }
     faults = []
     for logical, (length, what) in lengths.items():

@@ -13,7 +13,7 @@ PARTS = {  # part of Memory -> its name, and the logical axes that cut it
     "attention": ("attention", ("heads",)),
     "embeddings": ("embeddings", ("vocab",)),
     "others": ("routers and norms", ()),
-    "kv_cache": ("keys and values", ("batch", "heads")),
+    "kv_cache": ("keys and values", ("batch", "heads", "positions")),
     "slots": ("slots", ("batch", "vocab")),
     "snapshots": ("prefix cache's rings", ("batch", "heads")),
     "activations": ("activations (estimate)", ("batch", "heads", "expert_hidden")),

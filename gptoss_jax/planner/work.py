@@ -4,6 +4,7 @@ A lower bound, as `ModelConfig.decode_bytes` is: weights are read once a step, o
 be hit when every token draws its experts evenly; activations stay where they are computed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from gptoss_jax.model.config import ModelConfig
@@ -70,8 +71,8 @@ def _work(
 ) -> Work:
     slots = workload.slots // mesh.size("batch")
     tokens = slots * width
-    keys = sum(_keys(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
-    read = sum(_keys_read(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    keys = _of_layers(_keys, config, mesh, workload.context_tokens, width)
+    read = _of_layers(_keys_read, config, mesh, workload.context_tokens, width)
     heads, vocab = mesh.size("heads"), mesh.size("vocab")
     of_experts = mesh.size("experts", "expert_hidden")
     expert = 3 * config.intermediate_size * config.hidden_size
@@ -116,6 +117,15 @@ def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
         + config.unembedding_bytes / mesh.size("vocab")
         + embedded
     )
+
+
+def _of_layers(
+    count: Callable[[ModelConfig, int, int, int], int], config: ModelConfig, mesh: MeshShape, context: int, width: int
+) -> float:
+    """A device's part of the keys that `count` counts of a layer, over all layers: positions cut full attention."""
+    counts = ((layer, count(config, layer, context, width)) for layer in range(config.num_layers))
+    shards = mesh.size("positions")
+    return sum(keys if config.has_sliding_window(layer) else keys / shards for layer, keys in counts)
 
 
 def _keys(config: ModelConfig, layer: int, context: int, width: int) -> int:
