@@ -35,7 +35,7 @@ from gptoss_jax.cli import command
 from gptoss_jax.engine import programs
 from gptoss_jax.engine.programs import OPTIONS_AXES, STATE_AXES, Chunks, ModelStep
 from gptoss_jax.errors import GptossError
-from gptoss_jax.model import kv_cache, layers, sharding
+from gptoss_jax.model import kv_cache, layers, padding, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Leaf, declare, nest
@@ -187,7 +187,9 @@ def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] =
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))
 
     ways = declared.rearrangements(chosen.expert_mlp.layout)
-    params = nest({path: _stored(leaf, ways[path], step.dense, laid_out) for path, leaf in declared.leaves.items()})
+    shapes = {path: padding.shape(config, laid_out, leaf.shape, leaf.axes) for path, leaf in declared.leaves.items()}
+    leaves = {path: leaf._replace(shape=shapes[path]) for path, leaf in declared.leaves.items()}
+    params = nest({path: _stored(leaf, ways[path], step.dense, laid_out) for path, leaf in leaves.items()})
     if chosen.few_launches:
         params = weight_transforms.join_projections(params, functools.partial(_joined, laid_out))
     drawing = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.slots))

@@ -72,6 +72,11 @@ class MeshShape:
         axes = {axis for name in logical for axis in self.mesh_axes(name)}
         return math.prod(self.axes.get(axis, 1) for axis in axes)
 
+    def expert_width(self, config: ModelConfig) -> int:
+        """Columns of an expert's width that each device holds, zeros included."""
+        shards = self.size("expert_hidden")
+        return expert_width(config, shards) // shards
+
     def check(self, config: ModelConfig, slots: int = 1) -> None:
         """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
 
@@ -146,8 +151,19 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], axis_names: Sequence[str])
         )
 
 
+def expert_width(config: ModelConfig, shards: int) -> int:
+    """Columns of an expert's width over all `shards`, which hold as many whole MXFP4 blocks each: some may be zeros."""
+    blocks = config.intermediate_size // MXFP4_BLOCK
+    return -(-blocks // shards) * shards * MXFP4_BLOCK
+
+
 def check_even(
-    config: ModelConfig, mesh_axes: Callable[[str], tuple[str, ...]], size: Callable[[str], int], slots: int
+    config: ModelConfig,
+    mesh_axes: Callable[[str], tuple[str, ...]],
+    size: Callable[[str], int],
+    slots: int,
+    *,
+    pads: bool = True,
 ) -> None:
     """Refuses a cut of this model and `slots` slots that does not come out even.
 
@@ -156,6 +172,8 @@ def check_even(
         mesh_axes: logical axis -> mesh axes that cut it.
         size: logical axis -> into how many shards.
         slots: of the batch.
+        pads: whether an expert's width may have blocks of zeros at its end, as `gptoss_jax.load` makes them; training
+            has none.
 
     Raises:
         MeshError: names each axis that does not come out even and the sizes that would.
@@ -171,10 +189,11 @@ def check_even(
     }
     faults = []
     for logical, (length, what) in lengths.items():
-        if length % size(logical):
-            legal = [str(n) for n in range(1, min(length, 1024) + 1) if length % n == 0]
+        shards, may_be_padded = size(logical), pads and logical == "expert_hidden"  # see `expert_width`
+        if length % shards and not (may_be_padded and shards <= length):
+            legal = [str(n) for n in range(1, min(length, 1024) + 1) if may_be_padded or length % n == 0]
             axes = " * ".join(mesh_axes(logical))
-            faults.append(f"{length} {what} over {axes} = {size(logical)} (even: {', '.join(legal)})")
+            faults.append(f"{length} {what} over {axes} = {shards} (even: {', '.join(legal)})")
     if faults:
         raise MeshError("the mesh does not divide the model: " + "; ".join(faults))
 

@@ -5,8 +5,8 @@ shard s holds run s. So every shard has its part of every sequence whatever its 
 are as without, and on a device the pool looks like any other: its own tokens, in order. Each token is stored by one
 shard; every shard attends with all queries to its own keys, and `merged` makes one softmax of the parts.
 
-Rings of sliding-window layers are not cut: 128 tokens a slot are less than what a merge would send, and a layer without
-one does not wait for others.
+Rings of sliding-window layers are not cut: it would save little of 128 tokens a slot, and cost a merge in each of these
+layers.
 """
 
 from typing import NamedTuple

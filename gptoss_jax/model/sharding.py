@@ -147,13 +147,15 @@ class Sharding:
 
         return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, new, at)
 
-    def check(self, config: ModelConfig, slots: int = 1) -> None:
+    def check(self, config: ModelConfig, slots: int = 1, *, pads: bool = True) -> None:
         """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
+
+        `pads`: whether experts may be padded, as where they are loaded to be run, not trained.
 
         Raises:
             MeshError: names each axis that does not come out even and the sizes that would.
         """
-        check_even(config, self.mesh_axes, self.size, slots)
+        check_even(config, self.mesh_axes, self.size, slots, pads=pads)
 
 
 def is_axes(x: Any) -> bool:

@@ -114,7 +114,7 @@ def _others(config: ModelConfig) -> int:
 def _expert_layer(config: ModelConfig, mesh: MeshShape, layout: str) -> int:
     """Blocks, scales and biases of a layer's experts on one device, in a weight layout (docs/kernels.md)."""
     experts = config.num_experts // mesh.size("experts")
-    inner, hidden = config.intermediate_size // mesh.size("expert_hidden"), config.hidden_size
+    inner, hidden = mesh.expert_width(config), config.hidden_size
     if layout == "published":
         weights = 3 * inner * hidden
         return experts * (weights // 2 + weights // MXFP4_BLOCK + _BFLOAT16 * (2 * inner + hidden))
@@ -190,7 +190,7 @@ def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
 
 def _activations(config: ModelConfig, mesh: MeshShape) -> int:
     """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out."""
-    hidden, inner = config.hidden_size, config.intermediate_size // mesh.size("expert_hidden")
+    hidden, inner = config.hidden_size, mesh.expert_width(config)
     stream = 3 * _WORD * hidden
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
     rows = config.experts_per_token * (_BFLOAT16 * (hidden + inner) + _WORD * hidden)

@@ -74,8 +74,7 @@ def _work(
     keys = _of_layers(_keys, config, mesh, workload.context_tokens, width)
     read = _of_layers(_keys_read, config, mesh, workload.context_tokens, width)
     heads, vocab = mesh.size("heads"), mesh.size("vocab")
-    of_experts = mesh.size("experts", "expert_hidden")
-    expert = 3 * config.intermediate_size * config.hidden_size
+    expert = 3 * mesh.expert_width(config) * config.hidden_size  # a device's part of one
     router = config.num_layers * config.num_experts * config.hidden_size
     flops = (
         2
@@ -83,7 +82,7 @@ def _work(
         * (
             config.attention_bytes / _BFLOAT16 / heads
             + router
-            + config.num_layers * config.experts_per_token * expert / of_experts
+            + config.num_layers * config.experts_per_token * expert / mesh.size("experts")
         )
     )
     flops += 4 * slots * keys * config.num_heads * config.head_dim / heads
@@ -106,12 +105,12 @@ def _work(
 def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
     """Bytes of attention, routers, unembedding, the tokens' embeddings, and of the experts that they hit."""
     missed = (1 - config.experts_per_token / config.num_experts) ** tokens
-    weights = 3 * config.intermediate_size * config.hidden_size * config.num_experts
+    weights = 3 * mesh.expert_width(config) * config.hidden_size * config.num_experts
     experts = config.num_layers * (1 - missed) * (weights / 2 + weights / MXFP4_BLOCK)
     routers = _BFLOAT16 * config.num_layers * config.num_experts * config.hidden_size
     embedded = _BFLOAT16 * tokens * config.hidden_size / mesh.size("vocab")
     return (
-        experts / mesh.size("experts", "expert_hidden")
+        experts / mesh.size("experts")
         + config.attention_bytes / mesh.size("heads")
         + routers
         + config.unembedding_bytes / mesh.size("vocab")

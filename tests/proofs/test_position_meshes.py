@@ -1,6 +1,7 @@
 """A mesh that cuts keys and values by position: an engine's answers and its devices' memory, on eight devices."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,16 @@ def test_long_prompts_equal_one_device(mesh, folder, alone):
     expected = alone.logits(TOKENS)
     found = gptoss_jax.load(folder, mesh=mesh, dtype="float32").logits(TOKENS)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_devices_of_experts_can_hold_positions(folder, alone, tmp_path):
+    """Guards the rule in a file: any mesh axis that cuts neither slots nor heads can cut positions."""
+    path = tmp_path / "mesh.json"
+    path.write_text(json.dumps({"axes": {"expert": 4, "tensor": 2}, "rules": {"positions": ["expert"]}}))
+    model = gptoss_jax.load(folder, mesh=path, dtype="float32")
+    assert kv_cache.page_tokens(model.sharding) == 256
+    expected = alone.logits(TOKENS[:300])
+    assert np.abs(model.logits(TOKENS[:300]) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("mesh", "deterministic"), [*((mesh, False) for mesh in MESHES), (MESHES[1], True)])

@@ -17,7 +17,7 @@ from gptoss_jax.model import kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, memory, plan, work
+from gptoss_jax.planner import chips, memory, plan, report, work
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -96,6 +96,20 @@ def test_experts_on_tpus_take_what_their_layout_takes():
     assert sizes == pytest.approx([426.7, 414.7], rel=5e-4)
     published = memory.memory(one_layer, mesh.read(""), H200, Workload(1, 128, 128)).experts / MIB
     assert published == pytest.approx(403.9, abs=0.05)
+
+
+@pytest.mark.parametrize(("shards", "width"), [(1, 2880), (2, 2880), (4, 2944), (8, 3072)])
+@pytest.mark.parametrize("model", presets.MODELS)
+def test_padded_experts_are_counted(model, shards, width):
+    """Guards tensor=4 and 8, where each device holds and reads as many whole blocks: zeros too."""
+    found = plan.make(request(model, f"h200x{shards}", f"tensor={shards}", 8))
+    numbers, of_one = config(model), 3 * width * 2880 // shards
+    assert mesh.expert_width(numbers, shards) == width
+    each = of_one // 2 + of_one // 32 + 2 * (2 * width // shards + 2880)
+    assert found.memory.experts == numbers.num_layers * numbers.num_experts * each
+    said = f"experts' width 2,880 padded with zeros to {width:,}, to come out even"
+    assert (said in report.text(found).splitlines()) == (width > 2880)
+    assert report.to_json(found)["padded"] == (said if width > 2880 else None)
 
 
 # Arguments and temporaries in GiB as `python -m benchmarks.ahead_of_time models` printed them (docs/kernels.md).
@@ -298,10 +312,10 @@ def test_what_cannot_be_planned_is_refused(asked, message):
         plan.make(request(*asked))
 
 
-def test_a_mesh_that_cuts_blocks_is_refused():
-    """Guards MXFP4 blocks: the sizes that would come out even are named, as where the model is loaded."""
-    with pytest.raises(MeshError, match=r"90 MXFP4 blocks of 32 .* over tensor = 4 \(even: 1, 2, 3"):
-        plan.make(request("gpt-oss-120b", "h200x4", "tensor=4"))
+def test_a_mesh_that_does_not_come_out_even_is_refused():
+    """Guards heads and experts: the sizes that would come out even are named, as where the model is loaded."""
+    with pytest.raises(MeshError, match=r"8 key/value heads over tensor = 3 \(even: 1, 2, 4, 8\)"):
+        plan.make(request("gpt-oss-120b", "h200x3", "tensor=3"))
     both = {**mesh.RULES, "expert_hidden": ("expert",)}
     with pytest.raises(MeshError, match="rules cut both experts and expert_hidden by expert"):
         mesh.MeshShape({"expert": 2}, both)
