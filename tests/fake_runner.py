@@ -46,17 +46,25 @@ class FakeRunner(ModelRunner):
     """
 
     def __init__(
-        self, engine_config: EngineConfig, *, num_shards: int = 1, one_batch: bool = False, several_hosts: bool = False
+        self,
+        engine_config: EngineConfig,
+        *,
+        num_shards: int = 1,
+        one_batch: bool = False,
+        several_hosts: bool = False,
+        page_tokens: int = PAGE_TOKENS,
     ):
         slots, tokens = engine_config.slots, engine_config.pool_tokens
         self.deterministic, self._one_batch, self.num_shards = not one_batch, one_batch, num_shards
         self._several_hosts = several_hosts
-        pages = slots * num_pages(engine_config.max_context_tokens) if tokens is None else num_pages(tokens)
+        own = num_pages(engine_config.max_context_tokens, page_tokens)
+        pages = slots * own if tokens is None else num_pages(tokens, page_tokens)
+        self.page_tokens = page_tokens
         self.pages_per_shard = -(-pages // num_shards)
         self._slots_per_shard = slots // num_shards
         self.compiled = SimpleNamespace(prefill=dict.fromkeys(engine_config.prefill_widths))
-        self.snapshots_per_shard = -(-num_snapshots(engine_config) // num_shards)
-        self._memory = np.full((num_shards, self.pages_per_shard, PAGE_TOKENS), -1)
+        self.snapshots_per_shard = -(-num_snapshots(engine_config, page_tokens) // num_shards)
+        self._memory = np.full((num_shards, self.pages_per_shard, page_tokens), -1)
         self._rings = np.full((slots, WINDOW), -1)
         self._ring_copies = np.full((num_shards, self.snapshots_per_shard, WINDOW), -1)
         self._pages = [[] for _ in range(slots)]
@@ -139,7 +147,7 @@ class FakeRunner(ModelRunner):
 
     def _write(self, slot, tokens) -> None:
         for token in tokens:
-            page, place = divmod(self._lengths[slot], PAGE_TOKENS)
+            page, place = divmod(self._lengths[slot], self.page_tokens)
             self._memory[self.shard_of(slot), self._pages[slot][page], place] = token
             self._rings[slot, self._lengths[slot] % WINDOW] = token
             self._lengths[slot] += 1

@@ -25,7 +25,6 @@ from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.statistics import Statistics
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.kv_cache import PAGE_TOKENS
 
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
 STEPS_PER_DISPATCH_ON_SEVERAL_HOSTS = 8
@@ -54,9 +53,8 @@ class Engine:
         """`engine_config` is what the runner was made for; `scheduler`: another policy than `Scheduler`'s."""
         self.runner, self.config, self.engine_config = runner, config, engine_config
         self._scheduler, self.statistics = scheduler or Scheduler(), Statistics()
-        self._placement = Placement(
-            runner, self._scheduler, engine_config.slots, block_tokens(engine_config), self.statistics
-        )
+        block = block_tokens(engine_config, runner.page_tokens)
+        self._placement = Placement(runner, self._scheduler, engine_config.slots, block, self.statistics)
         self._ids = itertools.count()
         self._seconds_per_forward = SECONDS_PER_DISPATCH
         self._pace = Pace(waits=runner.on_several_hosts)
@@ -79,7 +77,7 @@ class Engine:
         if not isinstance(request, Request):
             raise RequestError(f"the request is {short(request)}, expected Request")
         limit, prompt = request.check(self.config, self.engine_config), len(request.token_ids)
-        pool_tokens = self.runner.pages_per_shard * PAGE_TOKENS
+        pool_tokens = self.runner.pages_per_shard * self.runner.page_tokens
         if request.max_new_tokens is None:
             limit = max(1, min(limit, pool_tokens - prompt))
         if prompt + limit > pool_tokens:

@@ -84,6 +84,7 @@ class ModelRunner:
         forms: how slots share the arithmetic.
         num_shards: data shards, each with its own slots and pages.
         pages_per_shard: pages of the pool of each.
+        page_tokens: of a page, over all the devices that hold parts of it.
         snapshots_per_shard: rings that each can keep for prefixes; 0: there is no prefix cache.
         compiled: the programs, for another runner just like this one.
         compile_seconds: what compiling them took.
@@ -109,9 +110,11 @@ class ModelRunner:
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self.forms = programs.choose(model, config, sharding, deterministic=self.deterministic)
         self.num_shards = sharding.size("batch")
-        self.pages_per_shard = -(-_pool_pages(engine_config) // self.num_shards)
+        self.page_tokens = kv_cache.page_tokens(sharding)
+        self.pages_per_shard = -(-_pool_pages(engine_config, self.page_tokens) // self.num_shards)
         self._slots_per_shard = engine_config.slots // self.num_shards
-        self._table = np.zeros((engine_config.slots, kv_cache.num_pages(engine_config.max_context_tokens)), np.int32)
+        width = kv_cache.num_pages(engine_config.max_context_tokens, self.page_tokens)
+        self._table = np.zeros((engine_config.slots, width), np.int32)
         self._table_changed = False
         self._cache = kv_cache.allocator(
             config,
@@ -122,7 +125,7 @@ class ModelRunner:
             dtype=cache_dtype,
         )()
         self._options, self._state = self._empty_slots()
-        self.snapshots_per_shard = -(-num_snapshots(engine_config) // self.num_shards)
+        self.snapshots_per_shard = -(-num_snapshots(engine_config, self.page_tokens) // self.num_shards)
         self._snapshots = self._empty_snapshots(cache_dtype) if self.snapshots_per_shard else None
         self._compile_program = compile_program
         began = time.perf_counter()
@@ -352,23 +355,23 @@ class ModelRunner:
         return HeldSlots(self._engine_config.slots, self._config.vocab_size, programs.MAX_STEPS_PER_DISPATCH)
 
 
-def block_tokens(engine_config: EngineConfig) -> int:
+def block_tokens(engine_config: EngineConfig, page_tokens: int = kv_cache.PAGE_TOKENS) -> int:
     """Tokens of a block of the prefix cache: whole pages, and whole chunks of a long prompt."""
-    return math.lcm(max(engine_config.prefill_widths), kv_cache.PAGE_TOKENS)
+    return math.lcm(max(engine_config.prefill_widths), page_tokens)
 
 
-def num_snapshots(engine_config: EngineConfig) -> int:
+def num_snapshots(engine_config: EngineConfig, page_tokens: int = kv_cache.PAGE_TOKENS) -> int:
     """Snapshots of all shards together: no more than blocks fit the pool, and none if no prompt goes on after one."""
-    block = block_tokens(engine_config)
+    block = block_tokens(engine_config, page_tokens)
     if block >= engine_config.max_context_tokens:
         return 0
     wanted = engine_config.prefix_snapshots
-    most = max(1, _pool_pages(engine_config) * kv_cache.PAGE_TOKENS // block)
+    most = max(1, _pool_pages(engine_config, page_tokens) * page_tokens // block)
     return min(max(16, engine_config.slots), most) if wanted is None else wanted
 
 
-def _pool_pages(engine_config: EngineConfig) -> int:
+def _pool_pages(engine_config: EngineConfig, page_tokens: int) -> int:
     """Pages of all shards together."""
     if engine_config.pool_tokens is not None:
-        return kv_cache.num_pages(engine_config.pool_tokens)
-    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens)
+        return kv_cache.num_pages(engine_config.pool_tokens, page_tokens)
+    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens, page_tokens)

@@ -111,10 +111,18 @@ class Sharding:
         in_specs, out_specs = (jax.tree.map(self.spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def sum_over(self, x: jax.Array, *logical: str) -> jax.Array:
+    def sum_over(self, x: Any, *logical: str) -> Any:
         """Inside `map`: the sum of every shard's x, over the mesh axes that cut any of `logical`, in one collective."""
-        cut = [axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1]
+        cut = self._cut(*logical)
         return jax.lax.psum(x, cut) if cut else x
+
+    def max_over(self, x: jax.Array, *logical: str) -> jax.Array:
+        """Inside `map`: as `sum_over`, the greatest of every shard's x. It has no gradient."""
+        cut = self._cut(*logical)
+        return jax.lax.pmax(x, cut) if cut else x
+
+    def _cut(self, *logical: str) -> tuple[str, ...]:
+        return tuple(axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1)
 
     def index(self, logical: str) -> jax.Array | int:
         """Inside `map`: which shard of `logical` this device holds."""
@@ -148,13 +156,15 @@ class Sharding:
 
         return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, new, at)
 
-    def check(self, config: ModelConfig, slots: int = 1) -> None:
+    def check(self, config: ModelConfig, slots: int = 1, *, pads: bool = True) -> None:
         """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
+
+        `pads`: whether experts may be padded, as where they are loaded to be run, not trained.
 
         Raises:
             MeshError: names each axis that does not come out even and the sizes that would.
         """
-        check_even(config, self.mesh_axes, self.size, slots)
+        check_even(config, self.mesh_axes, self.size, slots, pads=pads)
 
 
 def is_axes(x: Any) -> bool:

@@ -389,7 +389,7 @@ class LanguageModel:
 
     def _cache(self, slots: int, tokens: int) -> kv_cache.KVCache:
         """A cache in which each slot owns its shard's pages, in order."""
-        pages = kv_cache.num_pages(tokens)
+        pages = kv_cache.num_pages(tokens, kv_cache.page_tokens(self.sharding))
         if tokens not in self._allocators:  # compiled once for each capacity
             self._allocators[tokens] = kv_cache.allocator(
                 self.config,

@@ -15,7 +15,7 @@ import numpy as np
 from gptoss_jax.engine import programs, sampling
 from gptoss_jax.engine.programs import NO_TOKEN, OPTIONS_AXES, STATE_AXES, Chunks, SlotOptions, SlotState
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.model import kv_cache, layers
+from gptoss_jax.model import kv_cache, layers, padding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MAX_STOP_IDS
 from gptoss_jax.model.layers import Kernels
@@ -72,7 +72,9 @@ def abstract_model(
     """The model as `load` would make it of these; `dense` names the format of attention and unembedding."""
     model = declare(config, sharding, kernels, policy)
     ways = model.rearrangements(kernels.expert_mlp.layout)
-    params = nest({path: _stored(leaf, ways[path], dense, sharding) for path, leaf in model.leaves.items()})
+    shapes = {path: padding.shape(config, sharding, leaf.shape, leaf.axes) for path, leaf in model.leaves.items()}
+    leaves = {path: leaf._replace(shape=shapes[path]) for path, leaf in model.leaves.items()}
+    params = nest({path: _stored(leaf, ways[path], dense, sharding) for path, leaf in leaves.items()})
     if kernels.few_launches:
         params = weight_transforms.join_projections(params, functools.partial(_joined, sharding))
     return AbstractModel(config, sharding, model, params, policy)

@@ -845,7 +845,7 @@ class _Device:
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_kernels_for_cpus_are_refused_for_other_devices(platform, tmp_path):
     """Guards against kernels that are found to have no such target only where XLA compiles, after all was loaded."""
-    mesh = Mesh(np.array([[[_Device(platform), _Device(platform, 1)]]], object), sharding.MESH_AXES)
+    mesh = Mesh(np.array([[[[_Device(platform)], [_Device(platform, 1)]]]], object), sharding.MESH_AXES)
     for kernels in ("cpu", "linear=reference,attention=cpu"):
         message = (
             f"attention kernel 'cpu' cannot run: it is C\\+\\+ for CPUs, and the devices are {platform}; auto takes"

@@ -29,6 +29,9 @@ MESHES = (
     ("small", "configs/meshes/data2-expert2-tensor2.json"),
     ("demo", "data=2,tensor=4"),
     ("demo", "expert=8"),
+    ("small", "sequence=8"),
+    ("demo", "data=2,sequence=4"),
+    ("small", "configs/meshes/expert2-tensor2-sequence2.json"),
 )
 
 
