@@ -12,6 +12,7 @@ from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import sharding
 from gptoss_jax.model.config import parse_config
+from gptoss_jax.model.mesh import num_devices
 from gptoss_jax.model.sharding import MeshError
 from tests.gate import TinyModel
 from tests.goldens import make as golden
@@ -61,7 +62,9 @@ def test_sharded_equals_unsharded(mesh, folder, expected):
     assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
 
 
-PRESETS = sorted(str(path) for path in (golden.ROOT / "configs" / "meshes").glob("*.json"))
+FILES = sorted((golden.ROOT / "configs" / "meshes").glob("*.json"))
+SAME = {path.read_text(): str(path) for path in FILES if num_devices(path) <= 8}  # one of those that say the same
+PRESETS = sorted(SAME.values())
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
