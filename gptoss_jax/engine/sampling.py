@@ -21,7 +21,7 @@ import cpu_kernels
 from cpu_kernels import sampling as cpu_sampling
 from gptoss_jax.engine import truncation
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, OPTIONS, SamplingParams
-from gptoss_jax.model.invariant_sum import RowSum, invariant_sum
+from gptoss_jax.model.invariant_sum import RowSum, invariant_log, invariant_sum
 
 KEYS = "threefry2x32"  # whatever JAX's default is: others draw otherwise, or depend on a slot's neighbours
 FAULTY = -1  # in place of a token: the slot's logits were not finite
@@ -149,7 +149,7 @@ def _sample(
     draws = sampling.options["temperature"] > 0
     random = jax.lax.cond(asked.draws, lambda: _draw(scores, sampling, positions, total), lambda: found.likeliest)
     token = jnp.where(draws, random, found.likeliest)
-    reported = _report(logits, token, asked.top, found.top, found.total, num_token_ids)
+    reported = _report(logits, token, asked.top, found.top, found.log_total, num_token_ids)
     return Draw(jnp.where(found.finite, token, FAULTY), *reported)
 
 
@@ -159,7 +159,7 @@ class Survey(NamedTuple):
     finite: Bool[Array, "B"]
     likeliest: Int32[Array, "B"]  # the first id with the largest score
     top: Float[Array, "B"]  # the largest logit
-    total: Float[Array, "B"]  # sum of exp(logit - top)
+    log_total: Float[Array, "B"]  # log of the sum of exp(logit - top)
 
 
 def survey(
@@ -187,9 +187,10 @@ def _survey_one_by_one(
 
 
 def _softmax_of(logits: Float[Array, "*rows V"], total: RowSum) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """The largest logit, and the sum of exponentials after it is subtracted."""
+    """The largest logit, and the logarithm of the sum of exponentials after it is subtracted."""
     top = jnp.max(logits, axis=-1)
-    return top, total(jnp.exp(logits - top[..., None]))
+    log = invariant_log if total is invariant_sum else jnp.log
+    return top, log(total(jnp.exp(logits - top[..., None])))
 
 
 def _survey_at_once(raw: Float[Array, "B V"], logits: Float[Array, "B V"], scores: Float[Array, "B V"]) -> Survey:
@@ -216,7 +217,7 @@ def _survey_at_once(raw: Float[Array, "B V"], logits: Float[Array, "B V"], score
     )
     each = finite, scores, ids, logits, jnp.ones_like(logits)
     found = jax.lax.reduce(each, nothing, meet, (scores.ndim - 1,))
-    return Survey(found[0] > 0, *found[2:])
+    return Survey(found[0] > 0, found[2], found[3], jnp.log(found[4]))
 
 
 def _sample_by_kernels(
@@ -236,7 +237,7 @@ def _sample_by_kernels(
     draws = options["temperature"] > 0
     random = jax.lax.cond(asked.draws, lambda: _draw_by_kernels(found, sampling, positions), lambda: found.likeliest)
     token = jnp.where(draws, random, found.likeliest)
-    reported = _report(logits, token, asked.top, found.largest_logit, found.total, num_token_ids)
+    reported = _report(logits, token, asked.top, found.largest_logit, invariant_log(found.total), num_token_ids)
     return Draw(jnp.where(found.finite, token, FAULTY), *reported)
 
 
@@ -277,11 +278,10 @@ def _report(
     token: Int32[Array, "*rows"],
     with_top: Bool[Array, ""],
     top: Float[Array, "*rows"],
-    total: Float[Array, "*rows"],
+    log_total: Float[Array, "*rows"],
     num_token_ids: int,
 ) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows Z"], Float[Array, "*rows Z"]]:
     """The same with the softmax known; `logits` may have padding's, since no `token` is any."""
-    log_total = jnp.log(total)  # once: XLA:CPU's bits of a logarithm follow from what it is fused with
     logprob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - top - log_total
 
     def likeliest() -> Int32[Array, "*rows Z2"]:

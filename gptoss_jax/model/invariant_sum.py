@@ -1,4 +1,4 @@
-"""Sums over the last axis whose bits, on CPUs, do not follow from how many rows are summed at once."""
+"""Sums over the last axis, and logarithms, whose bits on CPUs do not follow from how many rows there are at once."""
 
 import functools
 import operator
@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 FOLD = 8
+_VECTOR = 16  # numbers of the widest vectors of CPUs
 
 RowSum = Callable[[Float[Array, "*rows n"]], Float[Array, "*rows"]]
 """The sum of each row."""
@@ -35,6 +36,21 @@ def invariant_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
     additions of whole slices, there is one order for each n; it takes as long.
     """
     return lax.platform_dependent(x, cpu=_folded, default=functools.partial(jnp.sum, axis=-1))
+
+
+def invariant_log(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """The logarithm of each number, of positive ones, whose bits on CPUs do not follow from how many there are.
+
+    XLA:CPU takes other instructions for what is left beside whole vectors: here there are whole ones, and barriers keep
+    XLA from taking the padding away.
+    """
+    return lax.platform_dependent(x, cpu=_log_of_whole_vectors, default=jnp.log)
+
+
+def _log_of_whole_vectors(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    padded = jnp.pad(x.reshape(-1), (0, -x.size % _VECTOR), constant_values=1)
+    logs = lax.optimization_barrier(jnp.log(lax.optimization_barrier(padded)))
+    return logs[: x.size].reshape(x.shape)
 
 
 def _folded(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:

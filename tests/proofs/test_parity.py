@@ -287,7 +287,8 @@ def _interleaved_rotation(x, cosine, sine):
     return jnp.stack([even * cosine - odd * sine, odd * cosine + even * sine], axis=-1).reshape(x.shape)
 
 
-def _softmax_before_top_k(logits, top_k):
+def _softmax_before_top_k(logits, top_k, is_token=None):
+    del is_token  # padding's outputs are dropped later too
     weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
     return ids, weights
 

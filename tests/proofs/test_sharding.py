@@ -66,8 +66,9 @@ def test_sharded_equals_unsharded(mesh, folder, expected):
     assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * scale
 
 
-FILES = (golden.ROOT / "configs" / "meshes").glob("*.json")
-PRESETS = sorted(str(path) for path in FILES if num_devices(path) <= 8)
+FILES = sorted((golden.ROOT / "configs" / "meshes").glob("*.json"))
+SAME = {path.read_text(): str(path) for path in FILES if num_devices(path) <= 8}  # one of those that say the same
+PRESETS = sorted(SAME.values())
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 

@@ -19,7 +19,7 @@ from cpu_kernels import sampling as cpu_sampling
 from gptoss_jax.engine import sampling, truncation
 from gptoss_jax.engine.sampling import FAULTY, Asked, Draw
 from gptoss_jax.engine.sampling_params import SamplingParams
-from gptoss_jax.model.invariant_sum import invariant_sum
+from gptoss_jax.model.invariant_sum import invariant_log, invariant_sum
 from tests.goldens import make as golden
 
 V = 50
@@ -296,7 +296,7 @@ def test_logprobs_are_the_models_own():
 
 
 def test_the_bits_of_logprobs_do_not_follow_from_the_rows_beside():
-    """Guards a row's line in any batch: a logarithm that XLA:CPU makes anew in each fusion is another in each shape."""
+    """Guards a row's line in any batch: XLA:CPU has other logarithms in other shapes, and in other fusions."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(16, 512)) * 4, jnp.float32)
     tokens = jnp.argsort(logits)[:, 7]
     with_top = jnp.bool_(True)
@@ -305,6 +305,16 @@ def test_the_bits_of_logprobs_do_not_follow_from_the_rows_beside():
     for rows in (1, 3, 5, 7):
         for found, expected in zip(report(logits[2 : 2 + rows], tokens[2 : 2 + rows], with_top), together, strict=True):
             np.testing.assert_array_equal(found, expected[2 : 2 + rows])
+
+
+def test_the_bits_of_a_logarithm_do_not_follow_from_how_many_there_are():
+    """Guards the same where a kernel of ours took the sum."""
+    numbers = np.random.default_rng(0).uniform(1, 1000, 4096).astype(np.float32)
+    log = jax.jit(invariant_log)
+    together = log(numbers)
+    for count in (1, 3, 5, 7, 15, 33):
+        for at in range(0, 900, count):
+            np.testing.assert_array_equal(log(numbers[at : at + count]), together[at : at + count])
 
 
 def test_a_vocabulary_is_surveyed_at_once_as_reduction_by_reduction():
