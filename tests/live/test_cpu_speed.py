@@ -20,9 +20,9 @@ VECTORS = [name for name in INSTRUCTION_SETS if name.startswith("avx")]
 HIDDEN, INNER = 2880, 2880  # gpt-oss' own, of one expert
 ROUNDS = 15
 
-# At least so many times the speed of exact float32 products by the same instruction set, where measured: half of that
-# is below each.
-TIMES_FLOAT32 = {"decode": 0.75, "prefill": 1.2}
+# At least so many times the speed of exact float32 products by the same instruction set: 1.1 to 1.65 where measured, so
+# that half of it is below, and what other work takes of a machine is not.
+TIMES_FLOAT32 = 0.75
 TOKENS = {"decode": 1, "prefill": 48}
 
 
@@ -63,4 +63,4 @@ def test_int16_blocks_are_faster_than_float32(isa, case, weights):
         rounds = [{name: _seconds(run, each, *rest) for name, each in inputs.items()} for _ in range(ROUNDS)]
     ratio = statistics.median(r["float32"] for r in rounds) / statistics.median(r["bfloat16"] for r in rounds)
     print(f"{isa}, {case}: {ratio:.2f} times the speed of float32")
-    assert ratio >= TIMES_FLOAT32[case]
+    assert ratio >= TIMES_FLOAT32
