@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("cpu_kernels", "gptoss_jax.errors"),
     ("pallas_kernels", "gptoss_jax.files", "gptoss_jax.whole_files"),
-    ("gptoss_jax.model", "gptoss_jax.compression"),
+    ("gptoss_jax.model", "gptoss_jax.compression", "gptoss_jax.pictures"),
     ("gptoss_jax.jsonl", "gptoss_jax.engine", "gptoss_jax.harmony", "gptoss_jax.checkpoints"),
     ("gptoss_jax.runtime", "gptoss_jax.api"),
     ("gptoss_jax.server", "gptoss_jax.jobs", "gptoss_jax.training", "gptoss_jax.planner"),
@@ -29,6 +29,7 @@ KNOW_NO_JAX = (
     "gptoss_jax.files",
     "gptoss_jax.whole_files",
     "gptoss_jax.compression",
+    "gptoss_jax.pictures",
     "gptoss_jax.jsonl",
 )
 
