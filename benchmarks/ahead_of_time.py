@@ -12,7 +12,6 @@ line is JSON. Times and numbers need the device itself: `benchmarks.gpu`.
 
 import functools
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -26,51 +25,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 
-from benchmarks import compiled_collectives, true_width, under_load
 from benchmarks import launches as launch_list
+from benchmarks import true_width
 from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
-from gptoss_jax.engine import programs
-from gptoss_jax.engine.programs import OPTIONS_AXES, STATE_AXES, Chunks, ModelStep
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config, read_config
 from gptoss_jax.model.sharding import Sharding
-from gptoss_jax.model.transformer import DTYPE_POLICIES, Leaf, declare, nest
-from gptoss_jax.runtime import weight_transforms
+from gptoss_jax.planner import compiled_collectives
+from gptoss_jax.runtime import compile_only, lowering
+from gptoss_jax.runtime.compile_only import B200_DIFFERS, ENVIRONMENT
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import placement as placement_op
 from pallas_kernels.choice import Hardware
 
-ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
 GIB = 1 << 30
-H200_SPEC = Path(__file__).with_name("h200.txtpb")
-
-
-B200_DIFFERS = {  # from the same source's b200.txtpb
-    "core_count": "148",
-    "memory_bandwidth": "7672320000000",
-    "l2_cache_size": "132644864",
-    "clock_rate_ghz": "1.965",
-    "device_memory_size": "191514411008",
-    "cuda_compute_capability": "{ major: 10 feature_extension: ACCELERATED_FEATURES }",
-    "platform_version": '"Compute Capability 10.0a"',
-    "name": '"NVIDIA B200"',
-    "device_description_str": '"NVIDIA B200"',
-}
 
 
 class Target(NamedTuple):
@@ -113,20 +85,7 @@ TARGETS = {
 
 def missing(platform: str) -> str | None:
     """Why nothing can be compiled for `platform` here, in a few words, or None if it can."""
-    wheels = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda13", "nvidia.cu13")}[platform]
-    absent = [name for name in wheels if not _is_installed(name)]
-    return (
-        f"no compile-only wheels for {platform} here ({', '.join(absent)}): make gates installs them"
-        if absent
-        else None
-    )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that it would be in
-        return False
+    return compile_only.missing(platform)
 
 
 def devices(target: Target) -> list[Any]:
@@ -135,21 +94,8 @@ def devices(target: Target) -> list[Any]:
     Raises:
         GptossError: the compiler's wheels are not installed.
     """
-    if absent := missing(target.platform):
-        raise GptossError(absent)
-    if target.platform == "gpu":
-        topology = topologies.get_topology_desc("", "cuda", topology=target.topology, target_config=_gpu_spec(target))
-        return topology.devices[: target.devices]
-    return topologies.get_topology_desc(target.topology, "tpu").devices[: target.devices]
-
-
-def _gpu_spec(target: Target) -> str:
-    """A GPU as XLA describes it."""
-    spec = H200_SPEC.read_text().partition("\n")[2]  # after the comment
-    for name, value in target.differs.items():
-        spec, found = re.subn(rf"^( *{name}) ?:? .*$", rf"\1: {value}", spec, flags=re.MULTILINE)
-        assert found == 1, name
-    return spec
+    where = target.platform, target.topology, target.hardware, target.devices, target.differs
+    return compile_only.devices(compile_only.Target(*where))
 
 
 def lower(function: Callable[..., Any], laid_out: Sharding, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -178,60 +124,12 @@ class Step(NamedTuple):
 def compile_step(step: Step, kernels: str = "auto", options: Mapping[str, Any] = {}) -> Any:
     """The compiled program of `step`, sampling included; `options` are XLA's, beside those of the target."""
     target = TARGETS[step.target]
-    config = _config(step)
-    laid_out = sharding.make(step.mesh, devices(target))
     chosen, _ = layers.choose_kernels(kernels, target.hardware)
-    declared = declare(config, laid_out, chosen)
-
-    def placed(array: Any, axes: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=laid_out.named(axes))
-
-    ways = declared.rearrangements(chosen.expert_mlp.layout)
-    params = nest({path: _stored(leaf, ways[path], step.dense, laid_out) for path, leaf in declared.leaves.items()})
-    if chosen.few_launches:
-        params = weight_transforms.join_projections(params, functools.partial(_joined, laid_out))
-    drawing = jax.eval_shape(functools.partial(under_load.drawing, config, [under_load.GREEDY] * step.slots))
-    load = (_cache(config, step), *drawing)
-    load = jax.tree.map(placed, load, (kv_cache.axes(config), OPTIONS_AXES, STATE_AXES), is_leaf=_is_array)
-    forms = under_load.forms(ModelStep(declared, config, laid_out))
-
-    def ints(*axes: str | None, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return placed(jax.ShapeDtypeStruct(shape, jnp.int32), axes)
-
-    if step.width == 1:
-        decode = functools.partial(programs.decode, forms.decode)
-        lowered = lower(decode, laid_out, params, *load, ints(shape=()), donate=(1, 3))
-    else:
-        tokens, counts = ints("batch", None, shape=(step.slots, step.width)), ints("batch", shape=(step.slots,))
-        at = ints("batch", shape=(laid_out.size("batch"),))
-        chunks = Chunks._make([tokens, counts, counts])
-        lowered = lower(forms.prefill.prefill, laid_out, params, *load, chunks, at, donate=(1, 3))
+    laid_out = sharding.make(step.mesh, devices(target))
+    model = lowering.abstract_model(_config(step), laid_out, chosen, dense=step.dense)
+    shape = lowering.StepShape(step.slots, step.context_tokens, step.width)
+    lowered = lowering.lower(model, shape, "cuda" if target.platform == "gpu" else target.platform)
     return lowered.compile(compiler_options={**target.options, **options})
-
-
-def _joined(laid_out: Sharding, *projections: Any) -> layers.Joined:
-    """What `weight_transforms.joined` makes of three projections."""
-    shapes = jax.eval_shape(weight_transforms.joined, *projections)
-
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(("heads", *(None,) * (x.ndim - 1))))
-
-    return jax.tree.map(place, shapes)
-
-
-def _stored(leaf: Leaf, way: expert_op.Rearrangement, dense: str, laid_out: Sharding) -> Any:
-    """What `weight_transforms` make of a leaf."""
-    array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    if leaf.num_inputs and dense == "int8":
-        found = jax.eval_shape(functools.partial(layers.quantize, num_inputs=leaf.num_inputs), array)
-        axes = leaf.axes, leaf.axes[: -leaf.num_inputs]
-        both = zip(found, axes, strict=True)
-        return layers.Dense8._make(
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out.named(of)) for x, of in both
-        )
-    placed = laid_out.named if way is expert_op.AS_PUBLISHED else laid_out.row_major
-    packed = jax.eval_shape(way.pack, array)
-    return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=placed(way.axes(leaf.axes)))
 
 
 GRAPHED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
@@ -246,20 +144,10 @@ def launches(step: Step, kernels: str = "auto", *, graphs: str | None = None) ->
         return launch_list.of_folder(Path(folder), compile_step(step, kernels, options).as_text())
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "dtype")
-
-
 def _config(step: Step) -> ModelConfig:
     path = true_width.CONFIG.with_name(f"{step.model}.json")
     raw = json.loads(path.read_text())
     return parse_config(raw if step.layers is None else true_width.raw_config(step.layers, path))
-
-
-def _cache(config: ModelConfig, step: Step) -> kv_cache.KVCache:
-    pages = step.slots * kv_cache.num_pages(step.context_tokens)
-    shape = {"slots": step.slots, "pages": pages, "max_context_tokens": step.context_tokens}
-    return jax.eval_shape(functools.partial(kv_cache.empty, config, **shape, dtype=DTYPE_POLICIES["bfloat16"].cache))
 
 
 MODEL_STEPS = (

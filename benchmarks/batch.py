@@ -166,6 +166,7 @@ class Recorder:
             halt=self._noting("halt", compiled.halt, 1),
             prefill={width: self._noting("prefill", program, 4) for width, program in compiled.prefill.items()},
             decode=self._noting("decode", compiled.decode, 4),
+            later={},
         )
 
     def _noting(self, kind: str, program: Any, given: int) -> Callable[..., Any]:

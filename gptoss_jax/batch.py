@@ -44,7 +44,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, flag_values, model_flags, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags
 
 SECTIONS = {
     "The job": (
@@ -60,7 +60,7 @@ SECTIONS = {
     "Many machines": ("shard", "merge", "ray", "ray_address", "ray_workers"),
     "What the system and developer messages say, where a row does not": prompt_flags.PROMPT_FLAGS,
     "How tokens are drawn, where a row does not say": ("n", "logprobs", *sampling_flags.SAMPLING_FLAGS),
-    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
+    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
 }
 
 
@@ -86,6 +86,7 @@ def define_flags() -> None:
     prompt_flags.define_flags()
     sampling_flags.define_flags()
     model_flags.define_flags()
+    profiling.define_flags()
 
 
 def main(arguments: list[str]) -> None:
@@ -98,6 +99,7 @@ def main(arguments: list[str]) -> None:
     )
     flag_values.refuse_together(options, ("coordinator", "validate"), ("coordinator", "merge"))
     flag_values.refuse_together(options, ("ray", "shard"), ("ray", "merge"), ("ray", "coordinator"))
+    flag_values.refuse_together(options, ("profile", "validate"), ("profile", "merge"), ("profile", "ray"))
     flag_values.refuse_without(options, ("ray_address", "ray"), ("ray_workers", "ray"))
     sys.exit(batch_job.run(options, arguments))
 

@@ -39,7 +39,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, flag_values, model_flags, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags
 
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": (
@@ -50,10 +50,10 @@ SECTIONS = {
         "tool_results",
         "chat",
     ),
-    "What the system and developer messages say": prompt_flags.PROMPT_FLAGS,
+    "What the system and developer messages say": (*prompt_flags.PROMPT_FLAGS, "tool_choice"),
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
     "What is shown and kept": ("show_reasoning", "json", "raw", "stats", "quiet", "save", "n"),
-    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
+    "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
 }
 
 
@@ -68,6 +68,8 @@ def define_flags() -> None:
     flags.DEFINE_string("token_ids", None, "IDS: The whole prompt as token ids in place of text: 1,2,3.")
     flags.DEFINE_bool("chat", False, "A session of prompts and answers that remembers; /help lists its commands.")
 
+    flags.DEFINE_string("tool_choice", "auto", "NAME: Which of --tools it has to call: auto, none, required, or one.")
+
     flags.DEFINE_bool("show_reasoning", False, "Show the model's reasoning, dim, on stderr.")
     flags.DEFINE_bool("json", False, "Print one JSON document with everything.")
     flags.DEFINE_bool("raw", False, "Print all that comes, as it comes, control tokens spelled out.")
@@ -80,6 +82,7 @@ def define_flags() -> None:
     prompt_flags.define_flags()
     sampling_flags.define_flags()
     model_flags.define_flags()
+    profiling.define_flags()
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +91,12 @@ def main(arguments: list[str]) -> None:
 
     options = flags.FLAGS
     flag_values.refuse_together(
-        options, ("raw", "json"), ("raw", "show_reasoning"), ("stats", "quiet"), ("chat", "coordinator")
+        options,
+        ("raw", "json"),
+        ("raw", "show_reasoning"),
+        ("stats", "quiet"),
+        ("chat", "coordinator"),
+        ("chat", "profile"),
     )
     if options.chat:
         chat.run(options, arguments)

@@ -5,13 +5,15 @@ end changes what is drawn.
 """
 
 import zlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 
+from gptoss_jax.engine.held import HeldSlots
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN
 from gptoss_jax.engine.request import EngineConfig
-from gptoss_jax.engine.runner import ModelRunner, num_snapshots
+from gptoss_jax.engine.runner import NOTHING_PENDING, ModelRunner, num_snapshots
 from gptoss_jax.engine.sampling import Draw
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, num_pages
 
@@ -44,17 +46,25 @@ class FakeRunner(ModelRunner):
     """
 
     def __init__(
-        self, engine_config: EngineConfig, *, num_shards: int = 1, one_batch: bool = False, several_hosts: bool = False
+        self,
+        engine_config: EngineConfig,
+        *,
+        num_shards: int = 1,
+        one_batch: bool = False,
+        several_hosts: bool = False,
+        page_tokens: int = PAGE_TOKENS,
     ):
         slots, tokens = engine_config.slots, engine_config.pool_tokens
         self.deterministic, self._one_batch, self.num_shards = not one_batch, one_batch, num_shards
         self._several_hosts = several_hosts
-        pages = slots * num_pages(engine_config.max_context_tokens) if tokens is None else num_pages(tokens)
+        own = num_pages(engine_config.max_context_tokens, page_tokens)
+        pages = slots * own if tokens is None else num_pages(tokens, page_tokens)
+        self.page_tokens = page_tokens
         self.pages_per_shard = -(-pages // num_shards)
         self._slots_per_shard = slots // num_shards
         self.compiled = SimpleNamespace(prefill=dict.fromkeys(engine_config.prefill_widths))
-        self.snapshots_per_shard = -(-num_snapshots(engine_config) // num_shards)
-        self._memory = np.full((num_shards, self.pages_per_shard, PAGE_TOKENS), -1)
+        self.snapshots_per_shard = -(-num_snapshots(engine_config, page_tokens) // num_shards)
+        self._memory = np.full((num_shards, self.pages_per_shard, page_tokens), -1)
         self._rings = np.full((slots, WINDOW), -1)
         self._ring_copies = np.full((num_shards, self.snapshots_per_shard, WINDOW), -1)
         self._pages = [[] for _ in range(slots)]
@@ -74,9 +84,10 @@ class FakeRunner(ModelRunner):
     def decodes_in_one_batch(self) -> bool:
         return self._one_batch
 
-    def admit(self, slot, request, drawn, cached=0) -> None:
+    def admit(self, slot, request, drawn, cached=0, pending=NOTHING_PENDING) -> None:
         assert self._remaining[slot] == 0, "the slot still draws"
         self._lengths[slot], self._stop_ids[slot], self._pages[slot] = cached, request.stop_ids, []
+        self._token[slot], self._remaining[slot] = pending
 
     def save_rings(self, slot, snapshot) -> None:
         self._ring_copies[self.shard_of(slot), snapshot] = self._rings[slot]
@@ -111,22 +122,42 @@ class FakeRunner(ModelRunner):
                 token[slot, step] = self._draw(slot, self._remaining[slot])
         return _draws(token)
 
+    def unheld(self) -> HeldSlots:
+        return HeldSlots(len(self._pages), VOCAB, MAX_STEPS_PER_DISPATCH)
+
+    def decode_held(self, steps, held) -> Draw:
+        self.steps.append(steps)
+        self.dispatches.append(("decode held", np.flatnonzero(self._remaining * held.takes_part).tolist()))
+        token = np.full((len(self._pages), MAX_STEPS_PER_DISPATCH), NO_TOKEN)
+        going = held.takes_part.copy()
+        for step in range(steps):
+            for slot in np.flatnonzero(self._remaining * going).tolist():
+                forced = held.forced[slot, step]
+                allowed = np.unpackbits(held.mask[slot].view(np.uint8), bitorder="little")[:VOCAB]
+                self._write(slot, [self._token[slot]])
+                ids = [forced] if forced >= 0 else np.flatnonzero(allowed).tolist()
+                token[slot, step] = drawn = self._draw(slot, self._remaining[slot], ids)
+                goes_on = held.forced[slot, step + 1] >= 0 if forced >= 0 else drawn < held.stands_below[slot]
+                going[slot] = goes_on
+        return _draws(token)
+
     def _as_read(self, tokens, start, width) -> list[int]:
         """What the cache holds of a chunk's tokens."""
         return list(tokens)
 
     def _write(self, slot, tokens) -> None:
         for token in tokens:
-            page, place = divmod(self._lengths[slot], PAGE_TOKENS)
+            page, place = divmod(self._lengths[slot], self.page_tokens)
             self._memory[self.shard_of(slot), self._pages[slot][page], place] = token
             self._rings[slot, self._lengths[slot] % WINDOW] = token
             self._lengths[slot] += 1
 
-    def _draw(self, slot, budget) -> int:
+    def _draw(self, slot, budget, ids: Sequence[int] = range(VOCAB)) -> int:
+        """The id among `ids` that the cache says."""
         length = int(self._lengths[slot])
         held = self._memory[self.shard_of(slot), self._pages[slot]].reshape(-1)[:length]
         window = self._rings[slot, np.arange(max(0, length - WINDOW), length) % WINDOW]
-        self._token[slot] = token = _draw_from(held, window)
+        self._token[slot] = token = ids[_draw_from(held, window) % len(ids)]
         self._remaining[slot] = 0 if token in self._stop_ids[slot] else budget - 1
         return token
 

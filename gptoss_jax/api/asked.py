@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from gptoss_jax.engine.request import Request
 from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class Asked:
         remarks: what of the request has no place in a prompt, a line each.
         echo: other fields that a response of this form repeats as the client wrote them, `model` among them.
         vocab_path: as for `harmony.tokenizer.load_tokenizer`; responses spell tokens.
+        form: what the answer is held to; None: nothing.
     """
 
     token_ids: tuple[int, ...]
@@ -62,16 +64,22 @@ class Asked:
     remarks: tuple[str, ...] = ()
     echo: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vocab_path: str | None = None
+    form: CompiledForm | None = None
+
+    def request(self, model_stop_ids: Sequence[int]) -> Request:
+        """What an engine is asked for the first of the answers, but for its text: an engine can check it."""
+        options = self.options
+        stop_ids = options.all_stop_ids(model_stop_ids)
+        return Request(self.token_ids, stop_ids, options.max_new_tokens, options.sampling, constraint=self.form)
 
     def requests(self, tokenizer: Tokenizer, model_stop_ids: Sequence[int]) -> tuple[list[Request], list[AnswerStream]]:
         """For each of the n answers what an engine is asked, and what reads it."""
         options, requests, streams = self.options, [], []
-        stop_ids = options.all_stop_ids(model_stop_ids)
+        first = self.request(model_stop_ids)
         for i in range(options.n):
             streams.append(AnswerStream(tokenizer, stop_strings=options.stop, raw=self.raw))
             sampling = dataclasses.replace(options.sampling, seed=(options.sampling.seed + i) % 2**32)
-            request = Request(self.token_ids, stop_ids, options.max_new_tokens, sampling, streams[-1].ends_at)
-            requests.append(request)
+            requests.append(dataclasses.replace(first, sampling=sampling, ends_at=streams[-1].ends_at))
         return requests, streams
 
 

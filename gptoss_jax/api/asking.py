@@ -7,6 +7,7 @@ from typing import Any
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import naming
+from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony import render
 from gptoss_jax.harmony.conversation import Conversation
 
@@ -38,6 +39,8 @@ def conversation(
         given = overrides.settings(fields, remarks)
         settings = render.resolve(dataclasses.replace(defaults.settings, **given), given, spoken)
         acting = overrides.options(fields, dataclasses.replace(defaults, settings=settings))
+        choice = overrides.tool_choice(fields)
+        form = held_form(settings, choice, vocab_path=vocab_path)
     whole = render.with_opening(spoken.messages, settings)
     effort = render.effort_remark(whole)
     return Asked(
@@ -46,9 +49,11 @@ def conversation(
         acting={
             **overrides.settings_document(render.acting(settings, spoken.messages)),
             **overrides.options_document(acting),
+            **overrides.choice_document(choice),
         },
         remarks=(*remarks, *([effort] if effort else [])),
         vocab_path=vocab_path,
+        form=form,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.fields import whole
 from gptoss_jax.api.tokens import all_log_probabilities
-from gptoss_jax.errors import GptossError, short
+from gptoss_jax.grammar.verdict import verdict
 from gptoss_jax.harmony.answer import Answer, call_document
 from gptoss_jax.harmony.json_values import string
 
@@ -42,15 +42,8 @@ def sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tools(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The tools by our own name, none where `tool_choice` says so.
-
-    Raises:
-        GptossError: a choice that would have to be enforced.
-    """
-    choice = fields.get("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise GptossError(f"tool_choice is {short(choice)}, which nothing enforces yet: expected 'auto' or 'none'")
-    return {"tools": []} if choice == "none" else {name: fields[name] for name in ("tools",) if name in fields}
+    """The tools, and which of them may or have to be called, by our own names."""
+    return {name: fields[name] for name in ("tools", "tool_choice") if name in fields}
 
 
 def model_echo(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -72,9 +65,18 @@ def additions(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
     """The object `gptoss` of a response: what acted, and what OpenAI's form has no place for."""
     document: dict[str, Any] = {
         "settings": asked.acting,
-        "answers": [{**_kept(answer, raw=asked.raw), **all_log_probabilities(asked, answer)} for answer in answers],
+        "answers": [_addition(asked, answer) for answer in answers],
     }
     return document | ({"remarks": list(asked.remarks)} if asked.remarks else {})
+
+
+def _addition(asked: Asked, answer: Answer) -> dict[str, Any]:
+    return {**_kept(answer, raw=asked.raw), **structured(asked, answer), **all_log_probabilities(asked, answer)}
+
+
+def structured(asked: Asked, answer: Answer) -> dict[str, Any]:
+    """Whether the answer has the form that it was held to; nothing where it was held to none."""
+    return {} if asked.form is None else {"structured": verdict(asked.form, answer)}
 
 
 def _kept(answer: Answer, *, raw: bool) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from gptoss_jax.api.asked import Options
 from gptoss_jax.api.fields import an_object, boolean, number, texts, token_ids, whole
 from gptoss_jax.engine.sampling_params import OPTIONS, SamplingParams
 from gptoss_jax.errors import GptossError, short
+from gptoss_jax.grammar import forms
+from gptoss_jax.grammar.forms import AUTO, ToolChoice
 from gptoss_jax.harmony import tool_schemas
 from gptoss_jax.harmony.client_keys import without_harmless
 from gptoss_jax.harmony.json_values import string
-from gptoss_jax.harmony.settings import ResponseFormat
 
 MAX_ANSWERS = 1024
 _BANNED = "-inf"  # JSON has no infinity
@@ -92,6 +93,8 @@ def settings(fields: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
             string(given[name], name)
     if given.get("current_date") == "none":
         given["current_date"] = None
+    if fields.get("tool_choice") == "none":
+        given["tools"] = []
     if "tools" in given:
         given["tools"] = _tools(given["tools"], remarks)
     if "builtin_tools" in given:
@@ -99,6 +102,21 @@ def settings(fields: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
     if "response_format" in given:
         given["response_format"] = tool_schemas.response_format(given["response_format"])
     return given
+
+
+def tool_choice(fields: Mapping[str, Any]) -> ToolChoice:
+    """The choice of tools in a request's field of this name; "none" takes the tools away, and is none.
+
+    Raises:
+        GptossError: no choice that there is.
+    """
+    choice = fields.get("tool_choice", "auto")
+    return AUTO if choice == "none" else forms.tool_choice(choice)
+
+
+def choice_document(choice: ToolChoice) -> dict[str, Any]:
+    """The field `tool_choice` for JSON, as `tool_choice` takes it back; none where nothing was chosen."""
+    return {} if choice == AUTO else {"tool_choice": forms.choice_document(choice)}
 
 
 def settings_document(acting: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,12 +127,8 @@ def settings_document(acting: Mapping[str, Any]) -> dict[str, Any]:
     if "builtin_tools" in acting:
         document["builtin_tools"] = list(acting["builtin_tools"])
     if document["response_format"]:
-        document["response_format"] = _format_document(document["response_format"])
+        document["response_format"] = tool_schemas.format_document(document["response_format"])
     return document
-
-
-def _format_document(response_format: ResponseFormat) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": dataclasses.asdict(response_format)}
 
 
 def _tools(value: object, remarks: list[str]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from gptoss_jax.api import asking, overrides
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import known, token_ids
+from gptoss_jax.api.openai_fields import structured
 from gptoss_jax.api.tokens import all_log_probabilities, usage
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
@@ -15,7 +16,7 @@ from gptoss_jax.harmony.conversation import Conversation
 from gptoss_jax.harmony.json_values import string
 
 SOURCES = ("prompt", "messages", "token_ids")
-FIELDS = frozenset((*SOURCES, *overrides.SETTING_OF, *overrides.OPTION_FIELDS, "metadata"))
+FIELDS = frozenset((*SOURCES, *overrides.SETTING_OF, *overrides.OPTION_FIELDS, "tool_choice", "metadata"))
 _LEFT_OUT = ("messages", "text", "logprobs", "top_logprobs")  # the ids say the first two; the others if asked for
 
 
@@ -40,7 +41,7 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
 
 
 def _of_ids(fields: Mapping[str, Any], defaults: Options, vocab_path: str | None) -> Asked:
-    for name in overrides.SETTING_OF:
+    for name in (*overrides.SETTING_OF, "tool_choice"):
         if name in fields:
             raise GptossError(f"token_ids is the whole prompt, so {name} has no place in it")
     ids = token_ids(fields["token_ids"], "token_ids")
@@ -65,7 +66,7 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
 
 def _document(asked: Asked, answer: Answer) -> dict[str, Any]:
     kept = {name: value for name, value in answer.document().items() if name not in _LEFT_OUT}
-    return {**kept, **all_log_probabilities(asked, answer)}
+    return {**kept, **structured(asked, answer), **all_log_probabilities(asked, answer)}
 
 
 def _usage(asked: Asked, answers: Sequence[Answer]) -> dict[str, int]:

@@ -14,11 +14,12 @@ from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import an_object, boolean, known, only, texts
 from gptoss_jax.api.response_items import chat_of, output
 from gptoss_jax.api.tokens import Shown, log_probabilities, usage
-from gptoss_jax.engine.request import NOT_FINITE
+from gptoss_jax.engine.request import NOT_FINITE, NOT_HELD
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.json_values import known_fields, needed, string
+from gptoss_jax.harmony.settings import GRAMMAR_TYPES
 
 _STORED = "nothing is stored here, so the whole conversation goes into input"
 _ONLY = {
@@ -41,7 +42,13 @@ _FIELD_OF = {
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
-_STATUS = {"stop": "completed", "length": "incomplete", "error": "failed", "cancelled": "cancelled"}
+_STATUS = {
+    "stop": "completed",
+    "length": "incomplete",
+    "error": "failed",
+    "constraint": "failed",
+    "cancelled": "cancelled",
+}
 FIELDS = frozenset(
     (
         *("input", "instructions", "model", "metadata", "tools", "tool_choice", "parallel_tool_calls"),
@@ -92,6 +99,8 @@ def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "format" not in text:
         return {}
     schema = dict(an_object(text["format"], "text.format"))
+    if schema.get("type") in GRAMMAR_TYPES:
+        return {"response_format": schema}
     kind = schema.pop("type", None)
     return {"response_format": {"type": kind, **({"json_schema": schema} if schema else {})}}
 
@@ -119,11 +128,11 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     """An object `response`; see `asked.Form`. It holds no clock: `created_at` is 0."""
     (answer,) = answers
     cut = answer.finish_reason == "length"
-    failed = answer.finish_reason == "error"
+    failed = {"error": NOT_FINITE, "constraint": NOT_HELD}.get(answer.finish_reason)
     return {
         **under_way(asked, response_id, model),
         "status": _STATUS[answer.finish_reason],
-        "error": {"code": "server_error", "message": NOT_FINITE} if failed else None,
+        "error": {"code": "server_error", "message": failed} if failed else None,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
         "output": output(answer, response_id, lambda shown: _message_logprobs(asked, answer, shown)),
         "usage": _usage(asked, answers),
@@ -147,9 +156,9 @@ def under_way(asked: Asked, response_id: str, model: str) -> dict[str, Any]:
 def _acted(asked: Asked) -> dict[str, Any]:
     """What acted, where OpenAI's responses repeat it."""
     acting = asked.acting
-    tools = [{"type": "function", **tool, "strict": False} for tool in acting["tools"] or ()]
+    tools = [{"type": "function", "strict": False, **tool} for tool in acting["tools"] or ()]
     form = acting["response_format"]
-    text = {"type": form["type"], **form["json_schema"], "strict": False} if form else {"type": "text"}
+    text = {"type": form["type"], **form.get("json_schema", form)} if form else {"type": "text"}
     return {
         "instructions": None,
         "max_output_tokens": acting["max_new_tokens"],

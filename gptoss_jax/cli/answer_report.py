@@ -8,6 +8,7 @@ from absl import flags
 from gptoss_jax.cli.prompts import Prompt
 from gptoss_jax.cli.sampling_flags import SAMPLING_FLAGS
 from gptoss_jax.engine.request import Request
+from gptoss_jax.grammar.verdict import verdict
 from gptoss_jax.harmony import messages
 from gptoss_jax.runtime.answers import Sample
 
@@ -77,10 +78,15 @@ def document(
     return {
         "settings": settings,
         "prompt_token_ids": prompt.token_ids,
-        "answers": [sample.answer.document() for sample in samples],
+        "answers": [_answer(prompt, sample) for sample in samples],
         "conversation": messages.to_json(prompt.conversation_with(samples[0].answer)),
         "statistics": statistics,
     }
+
+
+def _answer(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    held = {"structured": verdict(prompt.form, sample.answer)} if prompt.form else {}
+    return {**sample.answer.document(), **held}
 
 
 def settings_document(

@@ -3,7 +3,9 @@
 import json
 
 from gptoss_jax.cli.terminal import Screen
-from gptoss_jax.engine.request import NOT_FINITE
+from gptoss_jax.engine.request import NOT_FINITE, NOT_HELD
+from gptoss_jax.grammar.compiled import CompiledForm
+from gptoss_jax.grammar.verdict import verdict
 from gptoss_jax.harmony.answer import RAW, Answer, call_document
 from gptoss_jax.harmony.parsed import Delta
 
@@ -67,6 +69,12 @@ class AnswerView:
             self._aside_text(f"cut call to {call.recipient}", call.content)
 
 
+def form_remarks(form: CompiledForm | None, answer: Answer) -> list[str]:
+    """What a reader should know of an answer that was held to a form: why it does not have it."""
+    found = verdict(form, answer) if form else {"fault": None}
+    return [f"the answer does not have the form that was asked for: {found['fault']}"] if found["fault"] else []
+
+
 def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
     """What a reader of the answer should know: that it was cut, that there is none, that it was not well-formed.
 
@@ -77,6 +85,8 @@ def remarks(answer: Answer, to_see_reasoning: str = "") -> list[str]:
     lines: list[str] = []
     if answer.finish_reason == "error":
         lines.append(f"the answer ended at step {len(parsed.token_ids)}: {NOT_FINITE}")
+    if answer.finish_reason == "constraint":
+        lines.append(f"the answer ended at step {len(parsed.token_ids)}: {NOT_HELD}")
     if answer.finish_reason == "length":
         lines.append(f"the answer was cut at {len(parsed.token_ids)} tokens (--max-new-tokens, --max-context-tokens)")
     if answer.finish_reason == "cancelled":

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from absl import flags
 
 from gptoss_jax import whole_files
-from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, prompts, sampling_flags
-from gptoss_jax.cli.answer_view import AnswerView, remarks
+from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, profiling, prompts, sampling_flags
+from gptoss_jax.cli.answer_view import AnswerView, form_remarks, remarks
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
+from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream
 from gptoss_jax.harmony.parsed import Delta
@@ -39,13 +40,14 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
     sampling = sampling_flags.sampling(options)
     if not 1 <= options.n <= MAX_ANSWERS:
         raise GptossError(f"--n is {options.n}, expected 1 to {MAX_ANSWERS}")
+    profiling.check(options)
     if options.save:
         whole_files.check_can_write(options.save)
     screen = Screen(quiet=options.quiet)
     model_flags.default_to_demo_model(options, screen)
     config = model_flags.config(options)
     prompt = prompts.read(options, arguments)
-    request = sampling_flags.request(options, config, prompt.token_ids, sampling)
+    request = sampling_flags.request(options, config, prompt.token_ids, sampling, prompt.form)
     tokenizer, requests = load_tokenizer(options.vocab), []
     streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in range(options.n)]
     for i, stream in enumerate(streams):
@@ -69,17 +71,18 @@ def _run(
     compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
     acting = prompts.settings_line(prompt.settings, requests[0].sampling.seed)
     screen.note(f"compiled in {compile_seconds:.1f} s; prompt of {prompt_tokens} tokens; {acting}")
-    for remark in prompt.remarks:
+    for remark in (*prompt.remarks, *(prompt.form.remarks if prompt.form else ())):
         screen.say(remark)
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
-    shown = _Answers(screen, options, [request.sampling.seed for request in requests])
+    shown = _Answers(screen, options, [request.sampling.seed for request in requests], prompt.form)
     samples: list[Sample] = []
     with interrupts.noted() as pressed:  # until what had come is printed and saved
         stopped = hosts.agreed(lambda: pressed() or screen.reader_left)
-        for sample in collect(engine, requests, streams, shown.show, stopped):
-            shown.finish(sample)
-            samples.append(sample)
+        with profiling.traced(options, screen):
+            for sample in collect(engine, requests, streams, shown.show, stopped):
+                shown.finish(sample)
+                samples.append(sample)
         was_stopped = stopped()  # in any process; from here on each is on its own
         at_length = options.json or options.stats
         statistics = answer_report.measure(
@@ -99,7 +102,7 @@ def _run(
         if options.save and hosts.is_first():
             messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
     screen.check_reader()
-    if any(sample.answer.finish_reason == "error" for sample in samples):
+    if any(sample.answer.finish_reason in ("error", "constraint") for sample in samples):
         return command.EXIT_CODE
     return interrupts.EXIT_CODE if pressed() or was_stopped else 0
 
@@ -107,8 +110,8 @@ def _run(
 class _Answers:
     """What people see of `--n` answers: a single one as it comes, several each when it and those before have ended."""
 
-    def __init__(self, screen: Screen, options: flags.FlagValues, seeds: Sequence[int]):
-        self._screen, self._options, self._seeds = screen, options, seeds
+    def __init__(self, screen: Screen, options: flags.FlagValues, seeds: Sequence[int], form: CompiledForm | None):
+        self._screen, self._options, self._seeds, self._form = screen, options, seeds, form
         self._finished = 0
         self._view = self._new_view()
 
@@ -131,6 +134,10 @@ class _Answers:
         if not self._options.json:
             self._view.finish(sample.answer)
         hidden = not (self._options.show_reasoning or self._options.json or self._options.raw)
-        for remark in remarks(sample.answer, "--show-reasoning" if hidden else ""):
+        found = [
+            *remarks(sample.answer, "--show-reasoning" if hidden else ""),
+            *form_remarks(self._form, sample.answer),
+        ]
+        for remark in found:
             self._screen.say(f"{label}: {remark}" if several and self._options.json else remark)
         self._finished += 1

@@ -9,7 +9,7 @@ from absl import flags
 
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
-from gptoss_jax.cli import command, hosts, model_flags, prompts, ray_job, sampling_flags
+from gptoss_jax.cli import command, hosts, model_flags, profiling, prompts, ray_job, sampling_flags
 from gptoss_jax.cli.batch_merge import merge
 from gptoss_jax.cli.batch_run import JobRun, Shard
 from gptoss_jax.cli.flag_values import naming_flags, token_ids
@@ -41,6 +41,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
         OSError: what is on a disk is there, and no more fits.
     """
     screen = Screen(quiet=options.quiet)
+    profiling.check(options)
     if options.ray:
         ray_job.check(options)  # here, so that what is missing is said before all rows are read
     names, out = _names(options, arguments)

@@ -12,7 +12,7 @@ from absl import flags
 
 from gptoss_jax.api import overrides
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, hosts, interrupts, model_flags, ray_job, sampling_flags
+from gptoss_jax.cli import command, hosts, interrupts, model_flags, profiling, ray_job, sampling_flags
 from gptoss_jax.cli.batch_merge import check_finished, input_document, merge
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -188,7 +188,8 @@ class JobRun:
 
             worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
             stopped = hosts.agreed(lambda: bool(signalled() or failed))
-            is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
+            with profiling.traced(options, screen):
+                is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)
             number = 0 if is_done else signalled() or signal.SIGINT  # another host's
             pace.end()
         if failed:

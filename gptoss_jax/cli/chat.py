@@ -15,6 +15,7 @@ from gptoss_jax.cli.chat_session import ChatSession
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import RequestError
 from gptoss_jax.errors import GptossError, check_text
+from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream, call_document
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
@@ -22,6 +23,7 @@ from gptoss_jax.harmony.tokenizer import START, load_tokenizer
 
 _NOT_IN_CHAT = (
     "prompt",
+    "tool_choice",
     "prompt_file",
     "tool_results",
     "token_ids",
@@ -53,13 +55,14 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     model_flags.default_to_demo_model(options, screen)
     config = model_flags.config(options)
     opening = prompts.opening(options)
-    request = sampling_flags.request(options, config, [START], sampling)
+    form = held_form(opening.settings, vocab_path=options.vocab)  # refused now rather than at the first answer
+    request = sampling_flags.request(options, config, [START], sampling, form)
     tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)
     AnswerStream(tokenizer, stop_strings=stop_strings)  # refuses what it cannot look for
     _, engine = model_flags.load_for_answers(options, screen, sampling_flags.engine_config(options))
     messages, settings = list(opening.conversation.messages), opening.settings
     screen.note(prompts.settings_line(render.acting(settings, messages), sampling.seed))
-    for remark in opening.all_remarks():
+    for remark in (*opening.all_remarks(), *(form.remarks if form else ())):
         screen.say(remark)
     return ChatSession(engine, tokenizer, request, stop_strings, settings, messages, options.vocab)
 

@@ -8,6 +8,7 @@ from openai_harmony import Message
 
 from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
+from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import AnswerStream
 from gptoss_jax.harmony.messages import Conversation
@@ -81,7 +82,8 @@ class ChatSession:
         stream = AnswerStream(self.tokenizer, stop_strings=self.stop_strings)
         sampling = replace(self.request.sampling, seed=(self.request.sampling.seed + retries) % 2**32)
         token_ids = tuple(self.render(conversation))
-        request = replace(self.request, token_ids=token_ids, ends_at=stream.ends_at, sampling=sampling)
+        form = held_form(self.settings, vocab_path=self.vocab_path)
+        request = replace(self.request, token_ids=token_ids, ends_at=stream.ends_at, sampling=sampling, constraint=form)
         (sample,) = collect(self.engine, [request], [stream], show, interrupted)
         self.messages = [*conversation, *messages.from_parsed(sample.answer.history())]
         self.last_turn = before, new, retries

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from gptoss_jax import whole_files
-from gptoss_jax.cli import command
+from gptoss_jax.cli import command, plan_asked
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import of_configs
@@ -29,9 +29,14 @@ def plan(options: flags.FlagValues, arguments: Sequence[str]) -> None:
     """
     if not arguments:
         raise GptossError(f"no model, expected one of {', '.join(_MODELS)}, a config.json or a folder that holds one")
+    plan_asked.check(options)
     meshes = _meshes(options, arguments[1:])
     batches, contexts = (_numbers(options, name) for name in ("batch", "context"))
     request = _request(options, arguments[0], meshes[0], batches[0], contexts[0])
+    if plan_asked.is_asked(options):
+        from gptoss_jax.cli import plan_compiled  # here: the closed form needs neither JAX nor a compiler
+
+        return _print(options, plan_compiled.run(options, request))
     if options.sweep:
         return _sweep(options, request, batches, contexts)
     if len(meshes) == 1:

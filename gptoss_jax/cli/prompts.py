@@ -13,6 +13,9 @@ from gptoss_jax.cli import command
 from gptoss_jax.cli.flag_values import naming_flags, only_source, read_text, token_ids
 from gptoss_jax.cli.prompt_flags import FLAG_OF, PROMPT_FLAGS
 from gptoss_jax.errors import GptossError, check_text
+from gptoss_jax.grammar import forms
+from gptoss_jax.grammar.compiled import CompiledForm, held_form
+from gptoss_jax.grammar.forms import AUTO, ToolChoice
 from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.messages import Conversation
@@ -30,6 +33,7 @@ class Prompt(NamedTuple):
         conversation: the messages that were rendered, with those that the settings put in front; None: plain ids.
         settings: those fields of `Settings` that acted.
         remarks: what people should know of it, a line each.
+        form: what the answer is held to; None: nothing.
     """
 
     token_ids: list[int]
@@ -37,6 +41,7 @@ class Prompt(NamedTuple):
     conversation: list[Message] | None = None
     settings: Mapping[str, Any] = {}
     remarks: Sequence[str] = ()
+    form: CompiledForm | None = None
 
     def conversation_with(self, answer: Answer) -> list[Message]:
         """The prompt's messages and the answer's; none where the prompt is plain ids."""
@@ -153,7 +158,7 @@ def read(options: flags.FlagValues, arguments: Sequence[str]) -> Prompt:
 
 
 def _plain_ids(options: flags.FlagValues) -> list[int]:
-    for flag in (*PROMPT_FLAGS, "messages", "tool_results", "save"):
+    for flag in (*PROMPT_FLAGS, "tool_choice", "messages", "tool_results", "save"):
         if options[flag].present:
             raise GptossError(f"--token-ids is the whole prompt, so {command.spelled(flag)} has no place in it")
     return list(token_ids("token_ids", options.token_ids.split(",")))
@@ -162,6 +167,8 @@ def _plain_ids(options: flags.FlagValues) -> list[int]:
 def _render(options: flags.FlagValues, text: str | None) -> Prompt:
     """The conversation in --messages, the results of its calls, and the user's `text`."""
     before = opening(options)
+    if options.tool_choice == "none":
+        before = before._replace(settings=dataclasses.replace(before.settings, tools=()))
     conversation = list(before.conversation.messages)
     if options.tool_results:
         conversation += messages.read_tool_results(options.tool_results, before.conversation, before.remarks)
@@ -171,4 +178,12 @@ def _render(options: flags.FlagValues, text: str | None) -> Prompt:
         raise GptossError("no prompt: give one in quotes, or --prompt-file, --messages, --token-ids, --chat, or stdin")
     ids = render.render(conversation, before.settings, vocab_path=options.vocab)
     whole, acting = render.with_opening(conversation, before.settings), render.acting(before.settings, conversation)
-    return Prompt(ids, text, whole, acting, before.all_remarks())
+    form = held_form(Settings(**acting), _tool_choice(options.tool_choice), vocab_path=options.vocab)
+    return Prompt(ids, text, whole, acting, before.all_remarks(), form)
+
+
+def _tool_choice(name: str) -> ToolChoice:
+    """That of --tool-choice."""
+    if name == "none":
+        return AUTO
+    return forms.tool_choice(name if name in ("auto", "required") else {"type": "function", "name": name})

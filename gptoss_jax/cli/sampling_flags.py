@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from gptoss_jax.cli.flag_values import naming_flags, token_ids
+from gptoss_jax.engine.constraint import Constraint
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling_params import OPTIONS, SamplingParams
 from gptoss_jax.errors import GptossError
@@ -76,7 +77,11 @@ def sampling(options: flags.FlagValues) -> SamplingParams:
 
 
 def request(
-    options: flags.FlagValues, config: ModelConfig, prompt_ids: Sequence[int], sampling: SamplingParams
+    options: flags.FlagValues,
+    config: ModelConfig,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    constraint: Constraint | None = None,
 ) -> Request:
     """The request of one prompt, checked against the model before its weights are read.
 
@@ -84,7 +89,7 @@ def request(
         GptossError: the model cannot serve it.
     """
     stop_ids = tuple(dict.fromkeys((*config.stop_ids, *token_ids("stop_ids", options.stop_ids))))
-    made = Request(tuple(prompt_ids), stop_ids, options.max_new_tokens, sampling)
+    made = Request(tuple(prompt_ids), stop_ids, options.max_new_tokens, sampling, constraint=constraint)
     with naming_flags():
         made.check(config, engine_config(options))
     return made

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.engine import sampling
+from gptoss_jax.engine.pace import Holding, Pace
 from gptoss_jax.engine.placement import Placement
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN
 from gptoss_jax.engine.request import NOT_FINITE, EngineConfig, Event, NumericsError, Request, RequestError
@@ -24,7 +25,6 @@ from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.statistics import Statistics
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.kv_cache import PAGE_TOKENS
 
 SECONDS_PER_DISPATCH = 0.1  # decoding steps are grouped up to about this long, so that text still flows
 STEPS_PER_DISPATCH_ON_SEVERAL_HOSTS = 8
@@ -53,11 +53,11 @@ class Engine:
         """`engine_config` is what the runner was made for; `scheduler`: another policy than `Scheduler`'s."""
         self.runner, self.config, self.engine_config = runner, config, engine_config
         self._scheduler, self.statistics = scheduler or Scheduler(), Statistics()
-        self._placement = Placement(
-            runner, self._scheduler, engine_config.slots, block_tokens(engine_config), self.statistics
-        )
+        block = block_tokens(engine_config, runner.page_tokens)
+        self._placement = Placement(runner, self._scheduler, engine_config.slots, block, self.statistics)
         self._ids = itertools.count()
         self._seconds_per_forward = SECONDS_PER_DISPATCH
+        self._pace = Pace(waits=runner.on_several_hosts)
 
     # ---- requests ----
 
@@ -77,7 +77,7 @@ class Engine:
         if not isinstance(request, Request):
             raise RequestError(f"the request is {short(request)}, expected Request")
         limit, prompt = request.check(self.config, self.engine_config), len(request.token_ids)
-        pool_tokens = self.runner.pages_per_shard * PAGE_TOKENS
+        pool_tokens = self.runner.pages_per_shard * self.runner.page_tokens
         if request.max_new_tokens is None:
             limit = max(1, min(limit, pool_tokens - prompt))
         if prompt + limit > pool_tokens:
@@ -154,11 +154,13 @@ class Engine:
         width, slots = self.runner.choose_chunk({slot_of[s.request_id]: s.num_unread for s in sequences})
         chunks = {slot: _chunk(running[slot], width) for slot in slots}
         draw = self.runner.prefill(width, chunks)
+        self._pace.ended(None)
         self.statistics.prefill_dispatches += 1
         for slot, chunk in chunks.items():
             running[slot].prefilled += len(chunk.tokens)
             self._placement.keep_block(slot)
-        places = {slot: self.runner.place_of(slot) for slot in slots if not running[slot].num_unread}
+        drew = [slot for slot, chunk in chunks.items() if chunk.budget]
+        places = {slot: self.runner.place_of(slot) for slot in drew}
         return self._events(draw, {slot: np.s_[place : place + 1] for slot, place in places.items()})
 
     def _decode(self, most: int) -> list[Event]:
@@ -169,14 +171,33 @@ class Engine:
         else:
             wanted = int(SECONDS_PER_DISPATCH / (self._seconds_per_forward * forwards))
         steps = self._placement.make_room(max(1, min(wanted, most)))
+        holding = self._hold(self._seconds_per_forward * forwards) if self._placement.held else None
+        gave_up = [] if holding is None else self._give_up(holding.faulty)
         began = time.perf_counter()
-        draws = self.runner.decode(steps)
+        if holding is None:
+            draws = self.runner.decode(steps)
+        else:
+            self._pace.begins(began)
+            draws = self.runner.decode_held(min(steps, holding.steps), holding.slots)
         token = np.asarray(draws.token)
         taken = int((token != NO_TOKEN).any(axis=0).sum())
         self.statistics.decode_dispatches += 1
         self.statistics.decode_steps += taken
-        self._seconds_per_forward = (time.perf_counter() - began) / (max(taken, 1) * forwards)
-        return self._events(draws, {slot: np.s_[slot, token[slot] != NO_TOKEN] for slot in self._placement.decoding})
+        ended = time.perf_counter()
+        self._seconds_per_forward = (ended - began) / (max(taken, 1) * forwards)
+        self._pace.ended(ended)
+        where = {slot: np.s_[slot, token[slot] != NO_TOKEN] for slot in self._placement.decoding}
+        return gave_up + self._events(draws, where)
+
+    def _hold(self, step_seconds: float) -> Holding:
+        """What holds the slots of the next dispatch, and for how many steps."""
+        decoding = self._placement.decoding
+        return self._pace.hold(self.runner.unheld(), self._placement.held, decoding.keys(), step_seconds)
+
+    def _give_up(self, slots: list[int]) -> list[Event]:
+        """Ends the answers in these slots."""
+        self.runner.halt(slots)
+        return [self._placement.release(slot).give_up() for slot in slots]
 
     def _forwards_per_step(self) -> int:
         """How often a decoding step runs the model: for all slots at once, or for each slot of the busiest shard."""
@@ -202,10 +223,11 @@ class Engine:
 
 
 def _chunk(sequence: Sequence, width: int) -> Chunk:
-    """The next `width` tokens of a prompt; with the last of them the answer goes on."""
-    tokens = sequence.prompt[sequence.prefilled : sequence.prefilled + width]
-    is_last = len(tokens) == sequence.num_unread
-    return Chunk(tokens, sequence.limit - sequence.drawn if is_last else 0)
+    """The next `width` tokens of a prompt; with the last of them the answer goes on, unless it is held to a form."""
+    count = min(width, sequence.num_unread)
+    tokens = sequence.prompt[sequence.prefilled : sequence.prefilled + count]
+    draws = count == sequence.num_unread and sequence.held is None
+    return Chunk(tokens, sequence.limit - sequence.drawn if draws else 0)
 
 
 def _event(sequence: Sequence, draw: Draw, at: Any) -> Event:
@@ -213,4 +235,8 @@ def _event(sequence: Sequence, draw: Draw, at: Any) -> Event:
     tokens = draw.token[at].tolist()
     faulty = sampling.FAULTY in tokens
     top = None if draw.top_ids is None else (draw.top_ids[at], draw.top_logprobs[at])
-    return sequence.take(tokens[: len(tokens) - faulty], draw.logprob[at], top, faulty=faulty)
+    drawn = tokens[: len(tokens) - faulty]
+    event = sequence.take(drawn, draw.logprob[at], top, faulty=faulty)
+    if sequence.held and not event.finish_reason:
+        sequence.held.advance(drawn)
+    return event

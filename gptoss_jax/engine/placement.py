@@ -3,13 +3,14 @@
 import bisect
 from typing import NamedTuple
 
+from gptoss_jax.engine.held import Held
 from gptoss_jax.engine.page_pool import PagePool
 from gptoss_jax.engine.prefix_cache import Key, Prefix, PrefixCache, block_keys
-from gptoss_jax.engine.runner import ModelRunner
+from gptoss_jax.engine.runner import ModelRunner, Pending
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.statistics import Statistics
-from gptoss_jax.model.kv_cache import PAGE_TOKENS, num_pages
+from gptoss_jax.model import kv_cache
 
 
 class _Vacancy(NamedTuple):
@@ -85,7 +86,7 @@ class Placement:
 
     def _vacancy(self, shard: int, slot: int) -> _Vacancy:
         sequences = self._of_shard(shard, self.running)
-        growing = sum(num_pages(s.most_cached) > len(s.pages) for s in sequences)
+        growing = sum(self._num_pages(s.most_cached) > len(s.pages) for s in sequences)
         unread = (self._keys(s)[s.prefilled // self._block_tokens :] for s in sequences if s.num_unread)
         return _Vacancy(slot, self._pools[shard].num_free - growing, set().union(*unread))
 
@@ -101,7 +102,7 @@ class Placement:
         prefix = self._prefixes[shard].find(keys)
         if not vacancy.being_read.isdisjoint(keys[len(prefix.keys) :][:1]):
             return None
-        wanted = num_pages(sequence.num_known) - self._pools[shard].num_held(prefix.pages)
+        wanted = self._num_pages(sequence.num_known) - self._pools[shard].num_held(prefix.pages)
         return prefix if wanted <= vacancy.spare_pages else None
 
     def _keys(self, sequence: Sequence) -> list[Key]:
@@ -115,17 +116,32 @@ class Placement:
         """Gives a sequence a slot, with the prefix that it shares and the other pages of what is known of it."""
         cached = len(prefix.keys) * self._block_tokens
         self.running[slot] = sequence
-        self._runner.admit(slot, sequence.request, sequence.tokens[: sequence.drawn], cached)
+        drawn = sequence.tokens[: sequence.drawn]
+        if constraint := sequence.request.constraint:
+            sequence.held = Held(constraint, drawn)
+            pending = Pending(sequence.prompt[-1], sequence.limit - sequence.drawn)
+            self._runner.admit(slot, sequence.request, drawn, cached, pending)
+        else:
+            self._runner.admit(slot, sequence.request, drawn, cached)
         self._prefixes[self._runner.shard_of(slot)].use(prefix)
         sequence.pages, sequence.prefilled = list(prefix.pages), cached
         sequence.cached = cached if sequence.cached is None else sequence.cached
         if prefix.snapshot is not None:
             self._runner.restore_rings(slot, prefix.snapshot)
-        self._take_pages(slot, num_pages(sequence.num_known))
+        self._take_pages(slot, self._num_pages(sequence.num_known))
         self._statistics.prompt_tokens += len(sequence.prompt)
         self._statistics.cached_prompt_tokens += cached
 
+    @property
+    def held(self) -> dict[int, Held]:
+        """What holds sequences to a form, by slot, whether their prompt is read or not."""
+        return {slot: sequence.held for slot, sequence in self.running.items() if sequence.held}
+
     # ---- what it holds ----
+
+    def _num_pages(self, tokens: int) -> int:
+        """Pages that hold so many of a sequence's tokens."""
+        return kv_cache.num_pages(tokens, self._runner.page_tokens)
 
     def _take_pages(self, slot: int, wanted: int) -> None:
         """Has the sequence in a slot hold `wanted` pages at least."""
@@ -142,7 +158,8 @@ class Placement:
         block, rest = divmod(sequence.prefilled, self._block_tokens)
         if rest or not self._keys(sequence):
             return
-        pages = sequence.pages[: num_pages(sequence.prefilled)][-(self._block_tokens // PAGE_TOKENS) :]
+        pages_of_block = self._block_tokens // self._runner.page_tokens
+        pages = sequence.pages[: self._num_pages(sequence.prefilled)][-pages_of_block:]
         prefixes = self._prefixes[self._runner.shard_of(slot)]
         snapshot = prefixes.add(self._keys(sequence)[block - 1], pages)
         if snapshot is not None:
@@ -175,13 +192,13 @@ class Placement:
             else:
                 self._preempt(short[0])
         for slot, sequence in self.decoding.items():
-            self._take_pages(slot, num_pages(sequence.cached_after(steps)))
+            self._take_pages(slot, self._num_pages(sequence.cached_after(steps)))
         return steps
 
     def _lacks_pages(self, shard: int, steps: int) -> bool:
         """Whether the answers of a shard cannot all grow by so many steps."""
         growing = self._of_shard(shard, self.decoding)
-        wanted = sum(max(0, num_pages(s.cached_after(steps)) - len(s.pages)) for s in growing)
+        wanted = sum(max(0, self._num_pages(s.cached_after(steps)) - len(s.pages)) for s in growing)
         return wanted > self._pools[shard].num_free
 
     def _preempt(self, shard: int) -> None:

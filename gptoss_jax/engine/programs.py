@@ -285,24 +285,27 @@ def decode(
     def one_step(carry):
         i, draws, cache, state = carry
         draw, cache, state = programs.decode_step(params, cache, options, state)
-        return i + 1, jax.lax.dynamic_update_slice_in_dim(draws, _packed(draw)[:, None], i, 1), cache, state
+        return i + 1, jax.lax.dynamic_update_slice_in_dim(draws, packed(draw)[:, None], i, 1), cache, state
 
-    programs = programs.of_dispatch(options)
-    empty = _packed(_no_draw(state.token.shape[0]))
-    draws = jnp.repeat(empty[:, None], MAX_STEPS_PER_DISPATCH, axis=1)
+    programs, draws = programs.of_dispatch(options), no_draws(state.token.shape[0])
     _, draws, cache, state = jax.lax.while_loop(goes_on, one_step, (jnp.int32(0), draws, cache, state))
-    return _unpacked(draws), cache, state
+    return unpacked(draws), cache, state
 
 
-def _packed(draw: Draw) -> Int32[Array, "B Z"]:
+def no_draws(slots: int) -> Int32[Array, "B steps Z"]:
+    """Of a dispatch in which nobody has taken a step yet, packed."""
+    return jnp.repeat(packed(_no_draw(slots))[:, None], MAX_STEPS_PER_DISPATCH, axis=1)
+
+
+def packed(draw: Draw) -> Int32[Array, "B Z"]:
     """A draw as one array, so that a step writes down one."""
     numbers = [draw.token[:, None], draw.logprob[:, None], draw.top_ids, draw.top_logprobs]
     return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.int32) for x in numbers], axis=1)
 
 
-def _unpacked(packed: Int32[Array, "*steps Z"]) -> Draw:
-    """The inverse of `_packed`, of many steps."""
-    token, logprob, top_ids, top_logprobs = jnp.split(packed, (1, 2, 2 + MAX_TOP_LOGPROBS), axis=-1)
+def unpacked(numbers: Int32[Array, "*steps Z"]) -> Draw:
+    """The inverse of `packed`, of many steps."""
+    token, logprob, top_ids, top_logprobs = jnp.split(numbers, (1, 2, 2 + MAX_TOP_LOGPROBS), axis=-1)
     logprob, top_logprobs = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (logprob, top_logprobs))
     return Draw(token[..., 0], logprob[..., 0], top_ids, top_logprobs)
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from gptoss_jax.engine.constraint import Constraint
 from gptoss_jax.engine.sampling_params import SamplingParams, check_whole, whole_numbers
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.model.config import ModelConfig
@@ -16,7 +17,9 @@ T = TypeVar("T")
 
 NOT_FINITE = "logits are not finite; check the checkpoint (convert --verify) and the kernels"
 
-FinishReason = Literal["stop", "length", "error"]
+NOT_HELD = "the form that the answer is held to could not be followed any further: its grammar met a limit"
+
+FinishReason = Literal["stop", "length", "error", "constraint"]
 
 
 class RequestError(GptossError):
@@ -104,6 +107,7 @@ class Request:
         sampling: how tokens are drawn.
         ends_at: called with each token of the answer in order; true if the answer ends with it (a stop string, which
             only the caller's text can show). One request, one such function: it may keep state, and must not raise.
+        constraint: the form that the answer is held to; its `end_ids` become stop ids. None: none.
 
     Raises:
         RequestError: a field of another type. Ids may be of any whole type, and in any sequence, NumPy's too.
@@ -114,6 +118,7 @@ class Request:
     max_new_tokens: int | None = None
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends_at: Callable[[int], bool] | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self):
         for name in ("token_ids", "stop_ids"):
@@ -124,6 +129,11 @@ class Request:
             raise RequestError(f"sampling is {short(self.sampling)}, expected SamplingParams")
         if self.ends_at is not None and not callable(self.ends_at):
             raise RequestError(f"ends_at is {short(self.ends_at)}, expected a function of a token id, or None")
+        if not isinstance(self.constraint, Constraint | None):
+            raise RequestError(f"constraint is {short(self.constraint)}, expected a Constraint, or None")
+        if self.constraint:
+            stop_ids = dict.fromkeys((*self.constraint.end_ids, *self.stop_ids))
+            object.__setattr__(self, "stop_ids", tuple(stop_ids))
 
     def check(self, config: ModelConfig, engine_config: EngineConfig) -> int:
         """How many tokens the answer may have at most.
@@ -149,6 +159,8 @@ class Request:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
         _refused(self.sampling.check, config.num_token_ids)
+        if self.constraint:
+            self._check_constraint(self.constraint, config)
         limit = self.max_new_tokens or context - len(self.token_ids)
         if limit < 1 or len(self.token_ids) + limit > context:
             raise RequestError(
@@ -156,6 +168,17 @@ class Request:
                 f"of {context} tokens: shorten them, or raise max_context_tokens"
             )
         return limit
+
+    def _check_constraint(self, constraint: Constraint, config: ModelConfig) -> None:
+        if constraint.num_ids > config.vocab_size:
+            raise RequestError(
+                f"the form of the answer speaks of {constraint.num_ids} ids, but the model has {config.vocab_size}"
+            )
+        if self.sampling.never_drawn:
+            raise RequestError(
+                "ids are banned (banned_ids, or logit_bias of -inf) where the answer is held to a form: leave one of "
+                "both out, since nothing might be left to draw"
+            )
 
 
 class Event(NamedTuple):

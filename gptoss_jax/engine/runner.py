@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.engine import programs, sampling
+from gptoss_jax.engine.held import HeldSlots
+from gptoss_jax.engine.held_decode import Holds, decode_held
 from gptoss_jax.engine.programs import NO_TOKEN, Chunks, RingCopy, SlotOptions, SlotState
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling import Draw
@@ -38,6 +40,20 @@ class Chunk(NamedTuple):
     budget: int
 
 
+class Pending(NamedTuple):
+    """A token that goes into the cache with the next step of decoding, where no chunk of the prompt draws it.
+
+    Attributes:
+        token: its id.
+        budget: tokens that may be drawn after it.
+    """
+
+    token: int
+    budget: int
+
+
+NOTHING_PENDING = Pending(0, 0)
+
 CompileProgram = Callable[[str, Any, tuple[Any, ...]], Any]
 """Compiles the program of this name, a jitted function, for these arguments."""
 
@@ -55,6 +71,7 @@ class Compiled(NamedTuple):
     halt: Any
     prefill: dict[int, Any]  # by width
     decode: Any
+    later: dict[str, Any]  # programs that are compiled when they are first asked for
     save_rings: Any = None  # without a prefix cache, neither
     restore_rings: Any = None
 
@@ -67,6 +84,7 @@ class ModelRunner:
         forms: how slots share the arithmetic.
         num_shards: data shards, each with its own slots and pages.
         pages_per_shard: pages of the pool of each.
+        page_tokens: of a page, over all the devices that hold parts of it.
         snapshots_per_shard: rings that each can keep for prefixes; 0: there is no prefix cache.
         compiled: the programs, for another runner just like this one.
         compile_seconds: what compiling them took.
@@ -92,9 +110,11 @@ class ModelRunner:
         self.deterministic = on_cpu if engine_config.deterministic is None else engine_config.deterministic
         self.forms = programs.choose(model, config, sharding, deterministic=self.deterministic)
         self.num_shards = sharding.size("batch")
-        self.pages_per_shard = -(-_pool_pages(engine_config) // self.num_shards)
+        self.page_tokens = kv_cache.page_tokens(sharding)
+        self.pages_per_shard = -(-_pool_pages(engine_config, self.page_tokens) // self.num_shards)
         self._slots_per_shard = engine_config.slots // self.num_shards
-        self._table = np.zeros((engine_config.slots, kv_cache.num_pages(engine_config.max_context_tokens)), np.int32)
+        width = kv_cache.num_pages(engine_config.max_context_tokens, self.page_tokens)
+        self._table = np.zeros((engine_config.slots, width), np.int32)
         self._table_changed = False
         self._cache = kv_cache.allocator(
             config,
@@ -105,8 +125,9 @@ class ModelRunner:
             dtype=cache_dtype,
         )()
         self._options, self._state = self._empty_slots()
-        self.snapshots_per_shard = -(-num_snapshots(engine_config) // self.num_shards)
+        self.snapshots_per_shard = -(-num_snapshots(engine_config, self.page_tokens) // self.num_shards)
         self._snapshots = self._empty_snapshots(cache_dtype) if self.snapshots_per_shard else None
+        self._compile_program = compile_program
         began = time.perf_counter()
         self.compiled = compiled or self._compile(compile_program, report)
         self.compile_seconds = time.perf_counter() - began
@@ -128,13 +149,13 @@ class ModelRunner:
             dtype=dtype,
         )()
 
-    def _slot(self, request: Request, drawn: Sequence[int]) -> tuple[Any, Any]:
-        """Options and state of a slot that is not active yet, on the host, without the leading axis."""
+    def _slot(self, request: Request, drawn: Sequence[int], pending: Pending = NOTHING_PENDING) -> tuple[Any, Any]:
+        """Options and state of a slot, on the host, without the leading axis; it is active if something is pending."""
         config = self._config
         stop_ids = np.full(MAX_STOP_IDS, NO_TOKEN, np.int32)
         stop_ids[: len(request.stop_ids)] = request.stop_ids
         constants = sampling.constants(request.sampling, request.token_ids, config.vocab_size, config.num_token_ids)
-        state = [np.int32(0), np.int32(0), sampling.count_ids(drawn, config.vocab_size)]
+        state = [*map(np.int32, pending), sampling.count_ids(drawn, config.vocab_size)]
         return SlotOptions._make([stop_ids, constants]), SlotState._make(state)
 
     def _to_slots(self, array: np.ndarray) -> jax.Array:
@@ -167,6 +188,7 @@ class ModelRunner:
                 for width in widths
             },
             decode=build("decode", decode, self._params, self._cache, *slots, np.int32(1)),
+            later={},
             **({} if self._snapshots is None else self._compile_ring_copies(build, self._snapshots)),
         )
 
@@ -203,14 +225,22 @@ class ModelRunner:
         """The data shard that a slot and its pages lie in."""
         return slot // self._slots_per_shard
 
-    def admit(self, slot: int, request: Request, drawn: Sequence[int], cached: int = 0) -> None:
+    def admit(
+        self,
+        slot: int,
+        request: Request,
+        drawn: Sequence[int],
+        cached: int = 0,
+        pending: Pending = NOTHING_PENDING,
+    ) -> None:
         """Makes a slot ready for a request, of whose answer `drawn` is known; its pages come with `set_pages`.
 
-        `cached` tokens of its prompt are in these pages already, and in the rings that `restore_rings` gives it.
+        `cached` tokens of its prompt are in these pages already, and in the rings that `restore_rings` gives it. Where
+        something is `pending`, the slot would decode at once: until its prompt is read, it has to sit out.
         """
         numbers = np.int32(slot), np.int32(cached)
         lengths, self._options, self._state = self.compiled.admit(
-            self._cache.lengths, self._options, self._state, *numbers, self._slot(request, drawn)
+            self._cache.lengths, self._options, self._state, *numbers, self._slot(request, drawn, pending)
         )
         self._cache = self._cache._replace(lengths=lengths)
 
@@ -303,24 +333,45 @@ class ModelRunner:
         )
         return draws
 
+    def decode_held(self, steps: int, held: HeldSlots) -> Draw:
+        """As `decode`, with slots held to masks; the first call compiles the program."""
+        self._send_table()
+        arguments = (self._params, self._cache, self._options, self._state, np.int32(steps), self._holds(held))
+        if "decode-held" not in self.compiled.later:
+            cache, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
+            shardings = (self._sharding.readable, cache, state)
+            program = functools.partial(decode_held, self.forms.decode)
+            program = jax.jit(program, donate_argnums=(1, 3), out_shardings=shardings)
+            self.compiled.later["decode-held"] = self._compile_program("decode-held", program, arguments)
+        draws, self._cache, self._state = self.compiled.later["decode-held"](*arguments)
+        return draws
 
-def block_tokens(engine_config: EngineConfig) -> int:
+    def _holds(self, held: HeldSlots) -> Holds:
+        arrays = (held.mask, held.stands_below, held.forced, held.takes_part)
+        return Holds._make(map(self._to_slots, arrays))
+
+    def unheld(self) -> HeldSlots:
+        """What `decode_held` takes, for slots of which none is held yet."""
+        return HeldSlots(self._engine_config.slots, self._config.vocab_size, programs.MAX_STEPS_PER_DISPATCH)
+
+
+def block_tokens(engine_config: EngineConfig, page_tokens: int = kv_cache.PAGE_TOKENS) -> int:
     """Tokens of a block of the prefix cache: whole pages, and whole chunks of a long prompt."""
-    return math.lcm(max(engine_config.prefill_widths), kv_cache.PAGE_TOKENS)
+    return math.lcm(max(engine_config.prefill_widths), page_tokens)
 
 
-def num_snapshots(engine_config: EngineConfig) -> int:
+def num_snapshots(engine_config: EngineConfig, page_tokens: int = kv_cache.PAGE_TOKENS) -> int:
     """Snapshots of all shards together: no more than blocks fit the pool, and none if no prompt goes on after one."""
-    block = block_tokens(engine_config)
+    block = block_tokens(engine_config, page_tokens)
     if block >= engine_config.max_context_tokens:
         return 0
     wanted = engine_config.prefix_snapshots
-    most = max(1, _pool_pages(engine_config) * kv_cache.PAGE_TOKENS // block)
+    most = max(1, _pool_pages(engine_config, page_tokens) * page_tokens // block)
     return min(max(16, engine_config.slots), most) if wanted is None else wanted
 
 
-def _pool_pages(engine_config: EngineConfig) -> int:
+def _pool_pages(engine_config: EngineConfig, page_tokens: int) -> int:
     """Pages of all shards together."""
     if engine_config.pool_tokens is not None:
-        return kv_cache.num_pages(engine_config.pool_tokens)
-    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens)
+        return kv_cache.num_pages(engine_config.pool_tokens, page_tokens)
+    return engine_config.slots * kv_cache.num_pages(engine_config.max_context_tokens, page_tokens)

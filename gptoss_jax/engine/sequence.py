@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from gptoss_jax.engine.held import Held
 from gptoss_jax.engine.request import Event, FinishReason, Request
 
 
@@ -24,6 +25,7 @@ class Sequence:
         block_keys: of the blocks of `prompt`, by which the prefix cache finds them; None: not asked for yet.
         passed: younger sequences that got a slot while it waited.
         cached: tokens of the prompt that the prefix cache held when it first got a slot; None: it has had none.
+        held: what may follow its tokens, where it is held to a form and runs.
     """
 
     request_id: int
@@ -37,6 +39,7 @@ class Sequence:
     block_keys: list[bytes] | None = None
     passed: int = 0
     cached: int | None = None
+    held: Held | None = None
 
     def __post_init__(self):
         self.prompt = self.request.token_ids
@@ -45,8 +48,12 @@ class Sequence:
 
     @property
     def num_unread(self) -> int:
-        """Tokens of the prompt that are not yet in the cache."""
-        return len(self.prompt) - self.prefilled
+        """Tokens of the prompt that are still to be read before decoding begins.
+
+        The last one of a prompt whose answer is held to a form is not among them: it goes in with the first step of
+        decoding, so that the answer's first token is drawn as the others are.
+        """
+        return len(self.prompt) - self.prefilled - bool(self.request.constraint)
 
     @property
     def num_known(self) -> int:
@@ -70,7 +77,7 @@ class Sequence:
         Args:
             draw_again: whether the engine is deterministic: reading the answer in chunks may round otherwise.
         """
-        self.pages, self.prefilled, self.block_keys = [], 0, None
+        self.pages, self.prefilled, self.block_keys, self.held = [], 0, None, None
         self.prompt = self.request.token_ids if draw_again else (*self.request.token_ids, *self.tokens)
         self.drawn = 0 if draw_again else len(self.tokens)
 
@@ -92,6 +99,10 @@ class Sequence:
         reason = reason or ("error" if faulty else None)
         news = tuple(new), tuple(logprobs[here].tolist()), reason, step, self._top(top, here)
         return Event(self.request_id, *news, cached_tokens=self.cached or 0)
+
+    def give_up(self) -> Event:
+        """The end of an answer of which nobody can say how it may go on."""
+        return Event(self.request_id, (), (), "constraint", len(self.tokens))
 
     def _top(self, top: Any, here: slice) -> tuple[tuple[tuple[int, float], ...], ...]:
         """The likeliest ids of each new token, with their log probabilities, as many as were asked for."""

@@ -42,7 +42,7 @@ class Answer:
         logprobs: of each id: natural logarithm, by the model's own distribution.
         top_logprobs: of each id, if asked for: the likeliest ids with their log probabilities.
         finish_reason: "stop" at a stop id or stop string, "length" at the limit, "cancelled" by the user, "error" where
-            the model's logits were not finite.
+            the model's logits were not finite, "constraint" where the form that it was held to could not be followed.
         stop_string: the one that was found.
         messages: as parsed, the last one cut before the stop string.
     """

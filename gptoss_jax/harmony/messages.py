@@ -26,7 +26,7 @@ from gptoss_jax.harmony.json_values import (
     nonempty_list,
     string,
 )
-from gptoss_jax.harmony.settings import ResponseFormat, Settings
+from gptoss_jax.harmony.settings import GrammarFormat, ResponseFormat, Settings
 from gptoss_jax.harmony.tool_results import ToolResult, answer_calls
 
 _DOCUMENT_KEYS = ("messages", "tools", "response_format", "reasoning_effort")
@@ -66,7 +66,7 @@ def read_tools(path: str | Path, remarks: list[str] | None = None) -> tuple[Tool
     return json_values.read_file(path, parse)
 
 
-def read_response_format(path: str | Path) -> ResponseFormat | None:
+def read_response_format(path: str | Path) -> ResponseFormat | GrammarFormat | None:
     """The response format in a JSON file, in the form that OpenAI's `response_format` has; None if it asks for text.
 
     Raises:

@@ -24,7 +24,7 @@ from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import message_text, tokenizer
 from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation, CutMessage
 from gptoss_jax.harmony.parsed import NO_TOOLS, kind_of
-from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.harmony.settings import ResponseFormat, Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 
 Encode = Callable[[str], list[int]]
@@ -281,7 +281,7 @@ def _developer_messages(settings: Settings) -> list[Message]:
     if settings.instructions or settings.tools:
         content = DeveloperContent(instructions=settings.instructions or None)
         parts.append(content.with_function_tools(settings.tools) if settings.tools else content)
-    if settings.response_format:
+    if isinstance(settings.response_format, ResponseFormat):
         gap = "\n\n" if parts else ""
         parts.append(TextContent(text=gap + settings.response_format.section))
     return [Message.from_role_and_contents(Role.DEVELOPER, parts)] if parts else []

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptoss_jax.errors import GptossError, check_list
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import openai_harmony
 
 REASONING_EFFORTS = ("low", "medium", "high")
+GRAMMAR_TYPES = ("json_object", "regex", "lark")
 BUILTIN_TOOLS = ("browser", "python")
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
 
@@ -25,12 +26,13 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """A JSON schema that the answer is asked to follow. It stands in the prompt; nothing enforces it.
+    """A JSON schema that the answer follows. It stands in the prompt, and the answer is held to it.
 
     Attributes:
         name: letters, digits, and _ . - only.
         schema: the JSON schema.
         description: what it is for; stands as a comment above the schema.
+        strict: a keyword that cannot be enforced is refused; else it is passed over.
 
     Raises:
         GptossError: another name.
@@ -39,6 +41,7 @@ class ResponseFormat:
     name: str
     schema: dict[str, Any]
     description: str | None = None
+    strict: bool = True
 
     def __post_init__(self):
         _check_names("response_format", [self.name])
@@ -52,6 +55,32 @@ class ResponseFormat:
 
 
 @dataclass(frozen=True)
+class GrammarFormat:
+    """A form that the answer is held to, of which the prompt says nothing: the instructions should.
+
+    Attributes:
+        type: any JSON object, a regular expression of the whole answer, or a grammar in llguidance's Lark.
+        grammar: the expression or the grammar; of a JSON object "".
+
+    Raises:
+        GptossError: another type, or no grammar where there has to be one.
+    """
+
+    type: Literal["json_object", "regex", "lark"]
+    grammar: str = ""
+
+    def __post_init__(self):
+        if self.type not in GRAMMAR_TYPES:
+            raise _refused("type", self.type, f"one of {', '.join(GRAMMAR_TYPES)}")
+        if not isinstance(self.grammar, str) or bool(self.grammar) == (self.type == "json_object"):
+            raise _refused(self.type, self.grammar, "no text" if self.type == "json_object" else "text")
+
+    def document(self) -> dict[str, str]:
+        """As `response_format` is written in requests."""
+        return {"type": self.type, **({self.type: self.grammar} if self.grammar else {})}
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the system and developer messages say.
 
@@ -62,7 +91,7 @@ class Settings:
         instructions: what other formats call the system prompt; None or empty leaves the section out.
         tools: functions that the model may call.
         builtin_tools: of BUILTIN_TOOLS, those that the model may call.
-        response_format: the form that the answer is asked to have.
+        response_format: the form that the final answer is held to.
 
     Raises:
         GptossError: a value that a field cannot have.
@@ -74,7 +103,7 @@ class Settings:
     instructions: str | None = None
     tools: tuple["openai_harmony.ToolDescription", ...] = ()
     builtin_tools: tuple[str, ...] = ()
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | GrammarFormat | None = None
 
     def __post_init__(self):
         if self.reasoning_effort not in REASONING_EFFORTS:
@@ -96,7 +125,7 @@ class Settings:
         check_list("tools", self.tools, "openai_harmony.ToolDescription")
         if not all(hasattr(tool, "name") for tool in self.tools):
             raise _refused("tools", self.tools, "a list of openai_harmony.ToolDescription")
-        if not isinstance(self.response_format, ResponseFormat | None):
+        if not isinstance(self.response_format, ResponseFormat | GrammarFormat | None):
             raise _refused("response_format", self.response_format, "a ResponseFormat or None")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gptoss_jax.api import forms
 from gptoss_jax.api.asked import Asked, Form, Options
+from gptoss_jax.engine.request import NOT_HELD
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, parse_json
 from gptoss_jax.harmony.answer import Answer
@@ -24,6 +25,10 @@ ID_KEYS: Mapping[FormName, str] = {"openai": "custom_id", "plain": "id"}
 MAX_ID_CHARACTERS = 512
 
 _BAD_REQUEST, NOT_FINITE = "invalid_request", "numerics_error"
+_FAULTS = {
+    "error": (NOT_FINITE, "the model's logits were not finite"),
+    "constraint": ("structured_output_error", NOT_HELD),
+}
 
 
 class RowError(GptossError):
@@ -68,8 +73,8 @@ class Row:
 
     def answered(self, asked: Asked, answers: Sequence[Answer], model: str) -> bytes:
         """The line of output with its answers."""
-        faulty = any(answer.finish_reason == "error" for answer in answers)
-        error = self._error(NOT_FINITE, "the model's logits were not finite") if faulty else None
+        reasons = [_FAULTS[answer.finish_reason] for answer in answers if answer.finish_reason in _FAULTS]
+        faulty, error = bool(reasons), self._error(*reasons[0]) if reasons else None
         name = self._digest("response").hex()[:24]
         response = self.api.response(asked, answers, name, model)
         if self.form == "plain":

@@ -11,6 +11,7 @@ import numpy as np
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.errors import GptossError
+from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.jobs.inputs import Inputs, Line
@@ -51,8 +52,10 @@ class Reading:
     vocab_path: str | None = None
 
     def check_defaults(self) -> None:
-        """Raises RequestError for defaults under which no row can be answered, however short."""
-        self._check((0,), dataclasses.replace(self.defaults, max_new_tokens=1))
+        """Raises GptossError for defaults under which no row can be answered, however short."""
+        options = dataclasses.replace(self.defaults, max_new_tokens=1)
+        form = held_form(options.settings, vocab_path=self.vocab_path)
+        Asked((0,), options, {}, form=form).request(self.config.stop_ids).check(self.config, self.engine_config)
 
     def task(self, row: Row) -> Task:
         """What a row asks, checked against the model."""
@@ -60,14 +63,10 @@ class Reading:
             return Task(row, None)
         try:
             asked = row.ask(self.defaults, self.vocab_path)
-            self._check(asked.token_ids, asked.options)
+            asked.request(self.config.stop_ids).check(self.config, self.engine_config)
         except GptossError as error:
             return Task(row.refused(str(error)), None)
         return Task(row, asked)
-
-    def _check(self, token_ids: tuple[int, ...], options: Options) -> None:
-        stop_ids = options.all_stop_ids(self.config.stop_ids)
-        Request(token_ids, stop_ids, options.max_new_tokens, options.sampling).check(self.config, self.engine_config)
 
     def fault_of(self, row: Row) -> str:
         """Why a row cannot be answered; "" if it can."""
@@ -201,8 +200,7 @@ class Worker:
         if task.asked is None:
             return task
         try:
-            options = task.asked.options
-            self.engine.check(Request(task.asked.token_ids, (), options.max_new_tokens, options.sampling))
+            self.engine.check(task.asked.request(()))
         except RequestError as error:
             return Task(task.row.refused(str(error)), None)
         return task

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from gptoss_jax.model import adapters as names
+from gptoss_jax.model import padding
 from gptoss_jax.model.adapters import LowRank
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.layers import Adapted, Dropout
@@ -18,7 +19,7 @@ def put(config: ModelConfig, adapters: Mapping[str, LowRank], sharding: Sharding
     return {
         path: LowRank(
             *(
-                sharding.put(jnp.asarray(factor, jnp.bfloat16), axes)
+                padding.put(config, sharding, jnp.asarray(factor, jnp.bfloat16), axes)
                 for factor, axes in zip(factors, targets[path].axes, strict=True)
             )
         )

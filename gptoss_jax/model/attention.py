@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from gptoss_jax.model import kv_cache, layers, rope
+from gptoss_jax.model import kv_cache, layers, position_shards, rope
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.layers import Kernels
+from gptoss_jax.model.position_shards import PositionShard
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.taps import Tap
 from pallas_kernels.attention import PagedKV, Places, RingKV
@@ -92,11 +93,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
         """Attends on every device with its own sequences and heads, and gives the cache with k and v written."""
         sliding = self.config.has_sliding_window(self.layer)
-        tokens, stored = ("batch", None, "heads", None), ("batch" if sliding else "pages", None, "heads")
+        tokens, stored = ("batch", None, "heads", None), kv_cache.RING_AXES if sliding else kv_cache.POOL_AXES
         one_token = self.few_launches and q.shape[1] == 1 and self._may_be_page(cache)
         attend_window = self._attend_written_ring if one_token else self._attend_ring
+        attend_all = self._attend_page_shards if self.sharding.size("positions") > 1 else self._attend_pages
         attend = self.sharding.map(
-            attend_window if sliding else self._attend_pages,
+            attend_window if sliding else attend_all,
             in_axes=(tokens, tokens, tokens, stored, stored, ("batch", None), ("batch", None), ("batch",), ("heads",)),
             out_axes=(tokens, stored, stored),
         )
@@ -114,11 +116,24 @@ class Attention(nnx.Module):
         attended = self.kernel(q, PagedKV(keys, values, page_table), positions, sinks)
         return attended.out, k_pages, v_pages
 
+    def _attend_page_shards(self, q, k, v, k_pages, v_pages, positions, page_table, lengths, sinks):
+        """As `_attend_pages`, of the positions that this device holds; then all devices' parts are merged."""
+        del lengths
+        shard = PositionShard(self.sharding.index("positions"), self.sharding.size("positions"))
+        (k, v), written = shard.own((k, v), positions)
+        k_pages = kv_cache.write_pages(k_pages, k, page_table, written)
+        v_pages = kv_cache.write_pages(v_pages, v, page_table, written)
+        keys, values = (kv_cache.by_heads(pool, k.shape[2]) for pool in (k_pages, v_pages))
+        part = self.kernel(q, PagedKV(keys, values, page_table), shard.last_seen(positions), shard.sinks(sinks))
+        return position_shards.merged(part, self.sharding), k_pages, v_pages
+
     def _attend_ring(self, q, k, v, k_ring, v_ring, positions, page_table, lengths, sinks):
         del page_table
         keys, values = (kv_cache.by_heads(ring, k.shape[2]) for ring in (k_ring, v_ring))
         k, v = k.astype(k_ring.dtype), v.astype(v_ring.dtype)  # as the ring will hold them
-        if self.few_launches:  # or XLA keeps the joined product until the write at the end, and makes them anew of it
+        if (
+            self.few_launches
+        ):  # else XLA makes them anew for the write, at the end, until when it keeps what they are of
             k, v = jax.lax.optimization_barrier((k, v))
         attended = self.kernel(q, RingKV(keys, values, k, v, lengths), positions, sinks)
         return attended.out, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)
@@ -145,6 +160,8 @@ class Attention(nnx.Module):
         joined = self.q.weight.get_value()
         if self.place is None or x.shape[1] > 1 or not isinstance(joined, layers.Joined):
             return None
+        if self.sharding.size("positions") > 1 and not self.config.has_sliding_window(self.layer):
+            return None  # it would store the token on every shard
         return joined if self._may_be_page(cache) and cache.k[self.layer].dtype == self.dtype else None
 
     def _attend_placed(
@@ -152,7 +169,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
         """As `_attend`, from the normed residual stream."""
         sliding, by_sequence = self.config.has_sliding_window(self.layer), ("batch", None)
-        stored = ("batch" if sliding else "pages", None, "heads")
+        stored = kv_cache.RING_AXES if sliding else kv_cache.POOL_AXES
         projected, tokens = (*by_sequence, "heads", None, None), (*by_sequence, "heads", None)
         attend = self.sharding.map(
             functools.partial(self._attend_placed_locally, sliding=sliding),

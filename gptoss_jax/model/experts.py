@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from gptoss_jax.model import layers
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
+from gptoss_jax.model.exchange import LocalExperts
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
@@ -91,6 +92,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, config: ModelConfig, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
         self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.expert_mlp, dtype
+        self.exchange = kernels.exchange
         hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
         self.norm = layers.weight((hidden,), (None,))
         self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear, exact=True)
@@ -125,11 +127,15 @@ class MixtureOfExperts(nnx.Module):
         return weights, axes
 
     def _run_local(self, x, logits, is_token, packed):
-        """This device's experts, and its part of their width, summed over the devices that hold the rest."""
+        """This device's experts, and its part of their width, and what the devices that hold the rest add to it."""
         ids, weights = route(logits, self.config.experts_per_token, is_token)
-        ids = ids - self.sharding.index("experts") * packed.gate_up_blocks.shape[0]
+        count = packed.gate_up_blocks.shape[0]
+        first = self.sharding.index("experts") * count
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
         flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
-        y = self.kernel.run(flat_x, ids, weights, packed, limit=self.config.swiglu_limit)
-        return self.sharding.sum_over(y, "experts", "expert_hidden").reshape(x.shape)
+
+        def run(x, ids, weights):
+            return self.kernel.run(x, ids - first, weights, packed, limit=self.config.swiglu_limit)
+
+        return self.exchange(self.sharding, LocalExperts(run, count), flat_x, ids, weights).reshape(x.shape)

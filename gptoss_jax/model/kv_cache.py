@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.sharding import Sharding
-
-PAGE_TOKENS = 64
+from gptoss_jax.model.mesh import PAGE_TOKENS
+from gptoss_jax.model.sharding import Axes, Sharding
 
 
 class KVCache(NamedTuple):
@@ -29,6 +28,7 @@ class KVCache(NamedTuple):
 
     # By layer: pages [P, S, K H] where attention is full, else a ring [B, W, K H]. Heads and their size are one axis:
     # two of them a TPU would lay out with the pages innermost, and copy the pool for a kernel that wants it row-major.
+    # S is 64 on each device: where a mesh cuts positions, a page is as many times longer (`position_shards`).
     k: tuple[Float[Array, "_ _ KH"], ...]
     v: tuple[Float[Array, "_ _ KH"], ...]  # alike
     page_table: Int32[Array, "B M"]  # the page of each run of S tokens, counted within the slot's data shard
@@ -46,23 +46,36 @@ class Rings(NamedTuple):
     v: tuple[Float[Array, "B W KH"], ...]
 
 
-def num_pages(tokens: int) -> int:
+def page_tokens(sharding: Sharding) -> int:
+    """Tokens of a page: 64 for each of the shards that the mesh cuts positions into."""
+    return PAGE_TOKENS * sharding.size("positions")
+
+
+def num_pages(tokens: int, page_tokens: int = PAGE_TOKENS) -> int:
     """Pages that hold `tokens` tokens."""
-    return -(-tokens // PAGE_TOKENS)
+    return -(-tokens // page_tokens)
 
 
-def empty(config: ModelConfig, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype) -> KVCache:
+def empty(
+    config: ModelConfig,
+    *,
+    slots: int,
+    pages: int,
+    max_context_tokens: int,
+    dtype: jnp.dtype,
+    page_tokens: int = PAGE_TOKENS,
+) -> KVCache:
     """A cache of `slots` empty slots over a pool of `pages` pages, each sequence at most `max_context_tokens` long."""
 
     def layer(i: int) -> jax.Array:
         if config.has_sliding_window(i):
             return _empty_ring(config, slots, max_context_tokens, dtype)
-        return jnp.zeros((pages, PAGE_TOKENS, config.num_kv_heads * config.head_dim), dtype)
+        return jnp.zeros((pages, page_tokens, config.num_kv_heads * config.head_dim), dtype)
 
     return KVCache(
         k=tuple(layer(i) for i in range(config.num_layers)),
         v=tuple(layer(i) for i in range(config.num_layers)),
-        page_table=jnp.zeros((slots, num_pages(max_context_tokens)), jnp.int32),
+        page_table=jnp.zeros((slots, num_pages(max_context_tokens, page_tokens)), jnp.int32),
         lengths=jnp.zeros(slots, jnp.int32),
     )
 
@@ -72,11 +85,13 @@ def _empty_ring(config: ModelConfig, count: int, max_context_tokens: int, dtype:
     return jnp.zeros((count, window, config.num_kv_heads * config.head_dim), dtype)
 
 
+POOL_AXES: Axes = ("pages", "positions", "heads")
+RING_AXES: Axes = ("batch", None, "heads")  # whole on every shard of positions: see `position_shards`
+
+
 def axes(config: ModelConfig) -> KVCache:
     """The logical axes of each array of a cache, as a KVCache of them."""
-    layer = tuple(
-        ("batch" if config.has_sliding_window(i) else "pages", None, "heads") for i in range(config.num_layers)
-    )
+    layer = tuple(RING_AXES if config.has_sliding_window(i) else POOL_AXES for i in range(config.num_layers))
     return KVCache._make([layer, layer, ("batch", None), ("batch",)])
 
 
@@ -89,9 +104,8 @@ def allocator(
     config: ModelConfig, sharding: Sharding, *, slots: int, pages: int, max_context_tokens: int, dtype: jnp.dtype
 ) -> Callable[[], KVCache]:
     """Makes `empty` caches, each on the devices that hold its shards."""
-    make = functools.partial(
-        empty, config, slots=slots, pages=pages, max_context_tokens=max_context_tokens, dtype=dtype
-    )
+    sizes = {"slots": slots, "pages": pages, "max_context_tokens": max_context_tokens}
+    make = functools.partial(empty, config, **sizes, dtype=dtype, page_tokens=page_tokens(sharding))
     return jax.jit(make, out_shardings=layout(config, sharding))
 
 
@@ -113,7 +127,7 @@ def with_rings(config: ModelConfig, cache: KVCache, new: Rings) -> KVCache:
 
 def ring_axes(config: ModelConfig) -> Rings:
     """The logical axes of each ring, as Rings of them."""
-    layers = (("batch", None, "heads"),) * len(_sliding_layers(config))
+    layers = (RING_AXES,) * len(_sliding_layers(config))
     return Rings._make([layers, layers])
 
 
@@ -139,7 +153,10 @@ def write_pages(
     page_table: Int32[Array, "B M"],
     positions: Int32[Array, "B T"],
 ) -> Float[Array, "P S KH"]:
-    """The pool with `new` at its `positions`; position -1 (padding, after a sequence's tokens) is not written."""
+    """The pool with `new` at its `positions`; position -1 (padding, after a sequence's tokens) is not written.
+
+    Pool and positions are those of one device.
+    """
     page = jnp.take_along_axis(page_table, jnp.maximum(positions, 0) // PAGE_TOKENS, axis=1)
     end = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     return _write(pages, _flat(new), page, positions % PAGE_TOKENS, jnp.zeros_like(end), end)

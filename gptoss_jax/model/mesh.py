@@ -16,16 +16,18 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 
 MOST_DEVICES = 999_999_999  # of one axis: a typing error, not a machine, has more
-MESH_AXES = ("data", "expert", "tensor")
+PAGE_TOKENS = 64  # that a device holds of each page of keys and values
+MESH_AXES = ("data", "expert", "tensor", "sequence")
 
 # Logical axis -> the mesh axes that cut it, outermost first. To add a mesh axis, add it above and use it here.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data",),
     "pages": ("data",),
+    "positions": ("sequence",),
     "heads": ("tensor",),
     "experts": ("expert",),
     "expert_hidden": ("tensor",),
-    "vocab": ("expert", "tensor"),
+    "vocab": ("expert", "tensor", "sequence"),
 }
 
 
@@ -69,6 +71,11 @@ class MeshShape:
         """Shards into which the mesh axes that cut any of `logical` cut together: devices of a sum over them."""
         axes = {axis for name in logical for axis in self.mesh_axes(name)}
         return math.prod(self.axes.get(axis, 1) for axis in axes)
+
+    def expert_width(self, config: ModelConfig) -> int:
+        """Columns of an expert's width that each device holds, zeros included."""
+        shards = self.size("expert_hidden")
+        return expert_width(config, shards) // shards
 
     def check(self, config: ModelConfig, slots: int = 1) -> None:
         """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
@@ -134,13 +141,29 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], axis_names: Sequence[str])
                 raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {tuple(axis_names)}")
     if cut("pages") != cut("batch"):
         raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
-    for logical in ("heads", "experts", "expert_hidden", "vocab"):
+    for logical in ("heads", "experts", "expert_hidden", "vocab", "positions"):
         if shared := set(cut(logical)) & set(cut("batch")):
             raise MeshError(f"rules cut both batch and {logical} by {', '.join(shared)}: sums would mix sequences")
+    if shared := set(cut("heads")) & set(cut("positions")):
+        raise MeshError(
+            f"rules cut both heads and positions by {', '.join(sorted(shared))}: "
+            "a mesh axis can cut one axis of the keys only"
+        )
+
+
+def expert_width(config: ModelConfig, shards: int) -> int:
+    """Columns of an expert's width over all `shards`, which hold as many whole MXFP4 blocks each: some may be zeros."""
+    blocks = config.intermediate_size // MXFP4_BLOCK
+    return -(-blocks // shards) * shards * MXFP4_BLOCK
 
 
 def check_even(
-    config: ModelConfig, mesh_axes: Callable[[str], tuple[str, ...]], size: Callable[[str], int], slots: int
+    config: ModelConfig,
+    mesh_axes: Callable[[str], tuple[str, ...]],
+    size: Callable[[str], int],
+    slots: int,
+    *,
+    pads: bool = True,
 ) -> None:
     """Refuses a cut of this model and `slots` slots that does not come out even.
 
@@ -149,6 +172,8 @@ def check_even(
         mesh_axes: logical axis -> mesh axes that cut it.
         size: logical axis -> into how many shards.
         slots: of the batch.
+        pads: whether an expert's width may have blocks of zeros at its end, as `gptoss_jax.load` makes them; training
+            has none.
 
     Raises:
         MeshError: names each axis that does not come out even and the sizes that would.
@@ -160,13 +185,15 @@ def check_even(
         "expert_hidden": (blocks, f"MXFP4 blocks of {MXFP4_BLOCK} in an expert's width"),
         "vocab": (config.vocab_size, "vocabulary ids"),
         "batch": (slots, "slots of the batch"),
+        "positions": (-(-config.max_context_tokens // PAGE_TOKENS), f"pages of {PAGE_TOKENS} tokens in the context"),
     }
     faults = []
     for logical, (length, what) in lengths.items():
-        if length % size(logical):
-            legal = [str(n) for n in range(1, min(length, 1024) + 1) if length % n == 0]
+        shards, may_be_padded = size(logical), pads and logical == "expert_hidden"  # see `expert_width`
+        if length % shards and not (may_be_padded and shards <= length):
+            legal = [str(n) for n in range(1, min(length, 1024) + 1) if may_be_padded or length % n == 0]
             axes = " * ".join(mesh_axes(logical))
-            faults.append(f"{length} {what} over {axes} = {size(logical)} (even: {', '.join(legal)})")
+            faults.append(f"{length} {what} over {axes} = {shards} (even: {', '.join(legal)})")
     if faults:
         raise MeshError("the mesh does not divide the model: " + "; ".join(faults))
 

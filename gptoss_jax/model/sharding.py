@@ -18,7 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.mesh import MESH_AXES, RULES, MeshError, axes_and_rules, check_even, check_rules, unknown_axis
+from gptoss_jax.model.mesh import (
+    MESH_AXES,
+    RULES,
+    MeshError,
+    MeshShape,
+    axes_and_rules,
+    check_even,
+    check_rules,
+    unknown_axis,
+)
 
 Axes = tuple[str | None, ...]
 
@@ -102,10 +111,18 @@ class Sharding:
         in_specs, out_specs = (jax.tree.map(self.spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def sum_over(self, x: jax.Array, *logical: str) -> jax.Array:
+    def sum_over(self, x: Any, *logical: str) -> Any:
         """Inside `map`: the sum of every shard's x, over the mesh axes that cut any of `logical`, in one collective."""
-        cut = [axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1]
+        cut = self._cut(*logical)
         return jax.lax.psum(x, cut) if cut else x
+
+    def max_over(self, x: jax.Array, *logical: str) -> jax.Array:
+        """Inside `map`: as `sum_over`, the greatest of every shard's x. It has no gradient."""
+        cut = self._cut(*logical)
+        return jax.lax.pmax(x, cut) if cut else x
+
+    def _cut(self, *logical: str) -> tuple[str, ...]:
+        return tuple(axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1)
 
     def index(self, logical: str) -> jax.Array | int:
         """Inside `map`: which shard of `logical` this device holds."""
@@ -139,13 +156,15 @@ class Sharding:
 
         return self.map(put, in_axes=(axes, axes, ("batch",)), out_axes=axes)(tree, new, at)
 
-    def check(self, config: ModelConfig, slots: int = 1) -> None:
+    def check(self, config: ModelConfig, slots: int = 1, *, pads: bool = True) -> None:
         """Refuses a mesh that does not cut this model and `slots` slots into equal shards.
+
+        `pads`: whether experts may be padded, as where they are loaded to be run, not trained.
 
         Raises:
             MeshError: names each axis that does not come out even and the sizes that would.
         """
-        check_even(config, self.mesh_axes, self.size, slots)
+        check_even(config, self.mesh_axes, self.size, slots, pads=pads)
 
 
 def is_axes(x: Any) -> bool:
@@ -153,12 +172,14 @@ def is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and not hasattr(x, "_fields") and all(a is None or isinstance(a, str) for a in x)
 
 
-def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any] | None = None) -> Sharding:
+def make(
+    mesh: str | Path | Mesh | MeshShape | Sharding | None = None, devices: Sequence[Any] | None = None
+) -> Sharding:
     """A Sharding over the first of `devices`, as many as `mesh` asks for.
 
     Args:
         mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
-            with some of the axes of MESH_AXES; or None for a single device.
+            with some of the axes of MESH_AXES, or its shape; or None for a single device.
         devices: all that JAX has by default.
 
     Raises:
@@ -166,6 +187,8 @@ def make(mesh: str | Path | Mesh | Sharding | None = None, devices: Sequence[Any
     """
     if isinstance(mesh, Sharding):
         return mesh
+    if isinstance(mesh, MeshShape):
+        return _build(mesh.axes, mesh.rules, devices or jax.devices())
     if isinstance(mesh, Mesh):
         return Sharding(_with_all_axes(mesh))
     if mesh is None or mesh == "":

@@ -1,9 +1,9 @@
 """The collectives of a step, from the mesh alone: which, of how many bytes, over how many devices. Knows no JAX.
 
-Sums over heads and experts are written in the model (`Sharding.sum_over`); the others are what XLA's partitioner makes
-of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. Tests read the same
-from compiled programs: all of it for CPUs, what is not sampling for GPUs and TPUs, whose compilers treat the few bytes
-of sampling each in their way (XLA for GPUs gathers logits for top-p).
+Sums over heads, experts and positions are written in the model (`Sharding.sum_over`); the others are what XLA's
+partitioner makes of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. Tests
+read the same from compiled programs: all of it for CPUs, what is not sampling for GPUs and TPUs, whose compilers treat
+the few bytes of sampling each in their way (XLA for GPUs gathers logits for top-p).
 """
 
 from collections.abc import Iterator
@@ -71,11 +71,20 @@ def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, 
     found = [
         Collective("all-reduce", "embedding", ALWAYS, mesh.size("vocab"), embedded, 1),
         Collective("all-reduce", "attention", ALWAYS, mesh.size("heads"), stream, config.num_layers),
+        *_merges(config, mesh, slots * width),
         Collective("all-reduce", "experts", ALWAYS, mesh.size("experts", "expert_hidden"), stream, config.num_layers),
         *_sampling(config, mesh, workload.slots, decodes=width == 1),
         *_top_logprobs(config, mesh, chip, workload.slots),
     ]
     return [collective for collective in found if collective.devices > 1]
+
+
+def _merges(config: ModelConfig, mesh: MeshShape, tokens: int) -> Iterator[Collective]:
+    """Of attentions to parts of the positions: the largest of their sums, the sums, and the weighted values."""
+    heads, shards = config.num_heads // mesh.size("heads"), mesh.size("positions")
+    by_head, merges = _FLOAT32 * tokens * heads, sum(not config.has_sliding_window(i) for i in range(config.num_layers))
+    yield Collective("all-reduce", "attention", ALWAYS, shards, by_head, 2 * merges)
+    yield Collective("all-reduce", "attention", ALWAYS, shards, by_head * config.head_dim, merges)
 
 
 def _sampling(config: ModelConfig, mesh: MeshShape, slots: int, *, decodes: bool) -> Iterator[Collective]:

@@ -7,7 +7,7 @@ from gptoss_jax.planner import report
 from gptoss_jax.planner.plan import Plan, in_gib
 from gptoss_jax.planner.report import PARTS
 
-_EVERY = ("batch", "heads", "experts", "expert_hidden", "vocab")
+_EVERY = ("batch", "heads", "experts", "expert_hidden", "vocab", "positions")
 ALIKE = 0.005  # relative: smaller differences are not said
 
 

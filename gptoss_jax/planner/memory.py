@@ -10,11 +10,10 @@ from typing import NamedTuple
 from gptoss_jax.engine.sampling_params import OPTIONS
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MAX_STOP_IDS, MXFP4_BLOCK
-from gptoss_jax.model.mesh import MeshShape
+from gptoss_jax.model.mesh import PAGE_TOKENS, MeshShape
 from gptoss_jax.planner.chips import Chip
 
-PAGE_TOKENS = 64  # of gptoss_jax.model.kv_cache, which imports JAX
-LEAST_SNAPSHOTS = 16  # of gptoss_jax.engine.runner, which does too
+LEAST_SNAPSHOTS = 16  # of gptoss_jax.engine.runner, which imports JAX
 _BFLOAT16, _WORD = 2, 4
 _LANES, _ROWS = 128, {1: 32, 4: 8}  # a TPU's tile: columns, and rows by bytes of an element
 _TOP_ARRAYS = 4  # [B, V] float32 or int32: log probabilities of all slots on one device, sorted, where any asks for top
@@ -115,7 +114,7 @@ def _others(config: ModelConfig) -> int:
 def _expert_layer(config: ModelConfig, mesh: MeshShape, layout: str) -> int:
     """Blocks, scales and biases of a layer's experts on one device, in a weight layout (docs/kernels.md)."""
     experts = config.num_experts // mesh.size("experts")
-    inner, hidden = config.intermediate_size // mesh.size("expert_hidden"), config.hidden_size
+    inner, hidden = mesh.expert_width(config), config.hidden_size
     if layout == "published":
         weights = 3 * inner * hidden
         return experts * (weights // 2 + weights // MXFP4_BLOCK + _BFLOAT16 * (2 * inner + hidden))
@@ -141,14 +140,14 @@ def _padded(size: int, to: int) -> int:
 # ---- sequences ----
 
 
-def num_pages(tokens: int) -> int:
-    """Pages that hold `tokens` tokens of a sequence."""
-    return -(-tokens // PAGE_TOKENS)
+def num_pages(tokens: int, mesh: MeshShape) -> int:
+    """Pages that hold `tokens` tokens of a sequence: each is 64 tokens on every shard of the positions."""
+    return -(-tokens // (PAGE_TOKENS * mesh.size("positions")))
 
 
 def _kv_cache(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     full = config.num_layers - _sliding_layers(config)
-    page_tokens = full * num_pages(workload.context_tokens) * PAGE_TOKENS
+    page_tokens = full * num_pages(workload.context_tokens, mesh) * PAGE_TOKENS
     slots = workload.slots // mesh.size("batch")
     return slots * (page_tokens * _token_bytes(config, mesh) + _rings(config, mesh, workload))
 
@@ -170,17 +169,18 @@ def _sliding_layers(config: ModelConfig) -> int:
 
 def _slots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     """Page table and length; stop ids, options, a bit per id; and by id: bias, whether prompted, how often drawn."""
-    words = num_pages(workload.context_tokens) + 1 + MAX_STOP_IDS + len(OPTIONS) + -(-config.vocab_size // 32) + 2
+    words = num_pages(workload.context_tokens, mesh) + 1 + MAX_STOP_IDS + len(OPTIONS) + -(-config.vocab_size // 32) + 2
     by_id = (_WORD + 1 + _WORD) * config.vocab_size // mesh.size("vocab")
     return workload.slots // mesh.size("batch") * (_WORD * words + by_id)
 
 
 def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     """As `gptoss_jax.engine.runner.num_snapshots` says, where nobody says otherwise."""
-    block = math.lcm(workload.prefill_tokens, PAGE_TOKENS)
+    page_tokens = PAGE_TOKENS * mesh.size("positions")
+    block = math.lcm(workload.prefill_tokens, page_tokens)
     if block >= workload.context_tokens:
         return 0
-    most = max(1, workload.slots * num_pages(workload.context_tokens) * PAGE_TOKENS // block)
+    most = max(1, workload.slots * num_pages(workload.context_tokens, mesh) * page_tokens // block)
     count = min(max(LEAST_SNAPSHOTS, workload.slots), most)
     return -(-count // mesh.size("batch")) * _rings(config, mesh, workload)
 
@@ -190,7 +190,7 @@ def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
 
 def _activations(config: ModelConfig, mesh: MeshShape) -> int:
     """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out."""
-    hidden, inner = config.hidden_size, config.intermediate_size // mesh.size("expert_hidden")
+    hidden, inner = config.hidden_size, mesh.expert_width(config)
     stream = 3 * _WORD * hidden
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
     rows = config.experts_per_token * (_BFLOAT16 * (hidden + inner) + _WORD * hidden)

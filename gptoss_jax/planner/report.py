@@ -14,7 +14,7 @@ PARTS = {  # part of Memory -> its name, and the logical axes that cut it
     "attention": ("attention", ("heads",)),
     "embeddings": ("embeddings", ("vocab",)),
     "others": ("routers and norms", ()),
-    "kv_cache": ("keys and values", ("batch", "heads")),
+    "kv_cache": ("keys and values", ("batch", "heads", "positions")),
     "slots": ("slots", ("batch", "vocab")),
     "snapshots": ("prefix cache's rings", ("batch", "heads")),
     "activations": ("activations (estimate)", ("batch", "heads", "expert_hidden")),
@@ -43,6 +43,17 @@ def _head(plan: Plan) -> Iterator[str]:
         f"mesh {request.mesh}; batch {workload.slots}, context {workload.context_tokens:,}, prefill chunks of "
         f"{workload.prefill_tokens:,}"
     )
+    if padded(plan):
+        yield padded(plan)
+
+
+def padded(plan: Plan) -> str:
+    """What is said of experts that are padded; nothing where they are not."""
+    config, mesh = plan.request.config, plan.request.mesh
+    width = mesh.expert_width(config) * mesh.size("expert_hidden")
+    if width == config.intermediate_size:
+        return ""
+    return f"experts' width {config.intermediate_size:,} padded with zeros to {width:,}, to come out even"
 
 
 def cut(plan: Plan, logical: Sequence[str]) -> str:
@@ -163,6 +174,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "chip": chip._asdict(),
         "mesh": {"axes": dict(request.mesh.axes), "rules": {k: list(v) for k, v in request.mesh.rules.items()}},
         "workload": request.workload._asdict(),
+        "padded": padded(plan) or None,
         "memory": {**plan.memory._asdict(), "total": plan.memory.total, "capacity": plan.capacity},
         "fits": plan.fits,
         "decode": _step_json(plan.decode_work, plan.decode),

@@ -6,7 +6,7 @@ Knows no JAX.
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gptoss_jax.files import of_configs
 from gptoss_jax.model.mesh import RULES, MeshError, MeshShape, read
@@ -22,15 +22,22 @@ COLUMNS = (
 
 
 def meshes(devices: int) -> Iterator[MeshShape]:
-    """Every mesh of so many devices: all sizes of its axes, heads cut by tensor, or by expert and tensor."""
+    """Every mesh of so many devices: all sizes of its axes, each by every set of `_rules`."""
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
-    for data, expert in itertools.product(sizes, sizes):
-        if devices % (data * expert):
+    for data, expert, tensor in itertools.product(sizes, repeat=3):
+        if devices % (data * expert * tensor):
             continue
-        axes = {"data": data, "expert": expert, "tensor": devices // (data * expert)}
-        yield MeshShape(axes)
-        if expert > 1:
-            yield MeshShape(axes, {**RULES, "heads": ("expert", "tensor")})
+        axes = {"data": data, "expert": expert, "tensor": tensor, "sequence": devices // (data * expert * tensor)}
+        for rules in _rules(axes):
+            yield MeshShape(axes, {**RULES, **rules})
+
+
+def _rules(axes: Mapping[str, int]) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Heads over tensor, or over expert and tensor; experts over the devices of positions too, or whole on each."""
+    for heads in ({}, {"heads": ("expert", "tensor")})[: 1 + (axes["expert"] > 1)]:
+        yield heads
+        if axes["sequence"] > 1:
+            yield {**heads, "experts": ("expert", "sequence")}
 
 
 def sweep(requests: Sequence[Request]) -> list[Plan]:

@@ -4,8 +4,10 @@ A lower bound, as `ModelConfig.decode_bytes` is: weights are read once a step, o
 be hit when every token draws its experts evenly; activations stay where they are computed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from gptoss_jax.model import keys
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
 from gptoss_jax.model.mesh import MeshShape
@@ -70,11 +72,10 @@ def _work(
 ) -> Work:
     slots = workload.slots // mesh.size("batch")
     tokens = slots * width
-    keys = sum(_keys(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
-    read = sum(_keys_read(config, layer, workload.context_tokens, width) for layer in range(config.num_layers))
+    seen = _of_layers(keys.seen, config, mesh, workload.context_tokens, width)
+    read = _of_layers(keys.read, config, mesh, workload.context_tokens, width)
     heads, vocab = mesh.size("heads"), mesh.size("vocab")
-    of_experts = mesh.size("experts", "expert_hidden")
-    expert = 3 * config.intermediate_size * config.hidden_size
+    expert = 3 * mesh.expert_width(config) * config.hidden_size  # a device's part of one
     router = config.num_layers * config.num_experts * config.hidden_size
     flops = (
         2
@@ -82,10 +83,10 @@ def _work(
         * (
             config.attention_bytes / _BFLOAT16 / heads
             + router
-            + config.num_layers * config.experts_per_token * expert / of_experts
+            + config.num_layers * config.experts_per_token * expert / mesh.size("experts")
         )
     )
-    flops += 4 * slots * keys * config.num_heads * config.head_dim / heads
+    flops += 4 * slots * seen * config.num_heads * config.head_dim / heads
     flops += slots * config.unembedding_bytes / vocab
     launches = None
     if chip.launches is not None:
@@ -105,12 +106,12 @@ def _work(
 def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
     """Bytes of attention, routers, unembedding, the tokens' embeddings, and of the experts that they hit."""
     missed = (1 - config.experts_per_token / config.num_experts) ** tokens
-    weights = 3 * config.intermediate_size * config.hidden_size * config.num_experts
+    weights = 3 * mesh.expert_width(config) * config.hidden_size * config.num_experts
     experts = config.num_layers * (1 - missed) * (weights / 2 + weights / MXFP4_BLOCK)
     routers = _BFLOAT16 * config.num_layers * config.num_experts * config.hidden_size
     embedded = _BFLOAT16 * tokens * config.hidden_size / mesh.size("vocab")
     return (
-        experts / mesh.size("experts", "expert_hidden")
+        experts / mesh.size("experts")
         + config.attention_bytes / mesh.size("heads")
         + routers
         + config.unembedding_bytes / mesh.size("vocab")
@@ -118,18 +119,10 @@ def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
     )
 
 
-def _keys(config: ModelConfig, layer: int, context: int, width: int) -> int:
-    """Keys that the last `width` tokens of a context see, all together."""
-    first = context - width + 1  # tokens up to the chunk's first, itself included
-    if not config.has_sliding_window(layer):
-        return width * (first + context) // 2
-    window = config.sliding_window
-    growing = max(0, min(width, window - first + 1))  # tokens that see everything before them
-    return growing * (2 * first + growing - 1) // 2 + (width - growing) * min(window, context)
-
-
-def _keys_read(config: ModelConfig, layer: int, context: int, width: int) -> int:
-    """Keys that are read once for the last `width` tokens of a context."""
-    if not config.has_sliding_window(layer):
-        return context
-    return min(context, config.sliding_window + width - 1)
+def _of_layers(
+    count: Callable[[ModelConfig, int, int, int], int], config: ModelConfig, mesh: MeshShape, context: int, width: int
+) -> float:
+    """A device's part of the keys that `count` counts of a layer, over all layers: positions cut full attention."""
+    counts = ((layer, count(config, layer, context, width)) for layer in range(config.num_layers))
+    shards = mesh.size("positions")
+    return sum(n if config.has_sliding_window(layer) else n / shards for layer, n in counts)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import (
     NOT_FINITE,
+    NOT_HELD,
     EngineConfig,
     Event,
     NumericsError,
@@ -28,6 +29,8 @@ from gptoss_jax.engine.sampling import report_logprobs
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.errors import GptossError, check_list, check_type
+from gptoss_jax.grammar.compiled import held_form
+from gptoss_jax.grammar.forms import AUTO, ToolChoice
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -41,6 +44,9 @@ from gptoss_jax.runtime.answers import collect, run_one
 from gptoss_jax.runtime.kept_programs import KeptPrograms
 from gptoss_jax.runtime.number_formats import DENSE_ITEMSIZE
 from gptoss_jax.runtime.scoring import Scores, check_named
+
+if TYPE_CHECKING:
+    import gptoss_jax.runtime.lowered
 
 LOGITS_CHUNK_TOKENS = 256
 
@@ -140,6 +146,31 @@ class LanguageModel:
         )
         return Engine(runner, self.config, engine_config, scheduler=scheduler)
 
+    def lower(
+        self, batch: int, context_tokens: int, mesh: Any = None, *, prefill_tokens: int = 1
+    ) -> "gptoss_jax.runtime.lowered.LoweredStep":
+        """One program of an engine over this model, lowered and not run: what its compiler makes of it can be read.
+
+        Args:
+            batch: sequences at once, over all data shards.
+            context_tokens: that each can hold.
+            mesh: to lower for, as `load` takes one, over JAX's devices; None: the one that the model lies on. On
+                another mesh no weight is moved: shapes are enough.
+            prefill_tokens: of each sequence's prompt that are read at once; 1: a decoding step.
+
+        Returns:
+            An object with `.memory`, `.collectives`, `.flops` by named scope, `.operations`, `.shardings`, `.buffers`
+            and `.text`; it compiles when first asked.
+
+        Raises:
+            GptossError: sizes below 1, more context than the model has, an adapter on another mesh.
+            MeshError: the mesh does not cut the model and the batch evenly.
+        """
+        from gptoss_jax.runtime import lowered  # here: whoever generates needs none of it
+
+        sizes = {"batch": batch, "context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
+        return lowered.of_loaded(self, mesh, **{name: to_whole(name, size) for name, size in sizes.items()})
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -184,6 +215,7 @@ class LanguageModel:
         prompts: Iterable[str | Sequence[int]],
         *,
         settings: Settings | None = None,
+        tool_choice: ToolChoice = AUTO,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         max_context_tokens: int = 4096,
@@ -195,7 +227,9 @@ class LanguageModel:
 
         Args:
             prompts: what users say, each in a conversation of its own; or token ids, as they are.
-            settings: what the system and developer messages say; None: the defaults.
+            settings: what the system and developer messages say; None: the defaults. A response format, and functions
+                that are strict, hold the answers to texts; token ids are answered as they are.
+            tool_choice: which functions an answer may or has to call.
             sampling: how tokens are drawn, of each answer alike; None: the defaults.
             max_new_tokens: length of an answer at most, its reasoning included; None: as far as the context goes.
             max_context_tokens: prompt and answer at most; memory grows with it.
@@ -211,15 +245,19 @@ class LanguageModel:
         slots = self.sharding.even_slots(to_whole("slots", slots))
         engine_config = EngineConfig(slots=slots, max_context_tokens=max_context_tokens)
         tokenizer, requests, streams = load_tokenizer(), [], []
+        form = held_form(settings, tool_choice)
         for prompt in prompts:
             streams.append(AnswerStream(tokenizer))
             ids, ends_at = _ids(prompt, settings), streams[-1].ends_at
-            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling, ends_at)
+            constraint = form if isinstance(prompt, str) else None
+            request = Request(ids, self.config.stop_ids, max_new_tokens, sampling, ends_at, constraint)
             request.check(self.config, engine_config)
             requests.append(request)
         for sample in collect(self._idle_engine(engine_config), requests, streams):
             if sample.answer.finish_reason == "error":
                 raise NumericsError(NOT_FINITE)
+            if sample.answer.finish_reason == "constraint":
+                raise GptossError(NOT_HELD)
             yield sample.answer
 
     def _idle_engine(self, engine_config: EngineConfig) -> Engine:
@@ -351,7 +389,7 @@ class LanguageModel:
 
     def _cache(self, slots: int, tokens: int) -> kv_cache.KVCache:
         """A cache in which each slot owns its shard's pages, in order."""
-        pages = kv_cache.num_pages(tokens)
+        pages = kv_cache.num_pages(tokens, kv_cache.page_tokens(self.sharding))
         if tokens not in self._allocators:  # compiled once for each capacity
             self._allocators[tokens] = kv_cache.allocator(
                 self.config,

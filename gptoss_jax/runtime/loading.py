@@ -75,11 +75,12 @@ def load(
         chosen, reason = choose_kernels(expert_adapters=True)
     model = transformer.declare(weights.config, sharding, chosen, policy)
     transforms = [
-        weight_transforms.to_devices(model, sharding),
+        weight_transforms.to_devices(model, sharding, weights.config),
         weight_transforms.to_dense_format(model, dense),
         weight_transforms.to_weight_layout(model, chosen.expert_mlp.layout, sharding),
     ]
-    leaves = weight_transforms.apply(transforms, weights.read(model.leaves, sharding))
+    stored = weight_transforms.as_stored(model, sharding, weights.config)
+    leaves = weight_transforms.apply(transforms, weights.read(stored, sharding))
     leaves = _reported(leaves, model.leaves, report)
     placed = adapted.put(weights.config, factors, sharding)
     params = transformer.nest(dict(adapted.beside(weights.config, leaves, placed)))

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.model import layers
+from gptoss_jax.model import layers, padding
+from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.sharding import Axes, Sharding
-from gptoss_jax.model.transformer import Model, Params
+from gptoss_jax.model.transformer import Leaf, Model, Params
 from pallas_kernels import expert_mlp as expert_op
 
 Transform = Callable[[str, Any], Any]
@@ -29,13 +30,30 @@ def apply(transforms: Sequence[Transform], leaves: Iterable[tuple[str, Any]]) ->
         del array  # while the next one is read
 
 
-def to_devices(model: Model, sharding: Sharding) -> Transform:
-    """Puts each leaf where its axes belong on the mesh; a device on a CPU takes host memory as it is."""
+def to_devices(model: Model, sharding: Sharding, config: ModelConfig | None = None) -> Transform:
+    """Puts each leaf where its axes belong on the mesh; a device on a CPU takes host memory as it is.
+
+    With `config`, experts that the mesh does not cut into whole blocks are padded (`model/padding.py`).
+    """
+    compiled: dict[Axes, Callable[[jax.Array], jax.Array]] = {}  # once for all layers
 
     def place(path: str, array: Any) -> jax.Array:
-        return sharding.put(array, model.leaves[path].axes)
+        axes = model.leaves[path].axes
+        if config is None or not padding.is_padded(config, sharding, axes):
+            return sharding.put(array, axes)
+        if axes not in compiled:
+            compiled[axes] = padding.padder(config, sharding, axes)
+        return compiled[axes](sharding.put(array, padding.stored_axes(config, sharding, axes)))
 
     return place
+
+
+def as_stored(model: Model, sharding: Sharding, config: ModelConfig) -> dict[str, Leaf]:
+    """The leaves that are read, each laid over the mesh as it can be before it is padded."""
+    return {
+        path: leaf._replace(axes=padding.stored_axes(config, sharding, leaf.axes))
+        for path, leaf in model.leaves.items()
+    }
 
 
 def to_dense_format(model: Model, name: str) -> Transform:

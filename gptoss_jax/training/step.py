@@ -140,7 +140,7 @@ class Trainer:
             raise GptossError("a compact vocabulary is for method full: an adapter's softmax is over all rows")
         if rows is not None and sharding.size("vocab") > 1:
             sharding = Sharding(sharding.mesh, {**sharding.rules, "vocab": ()})
-        sharding.check(weights.config, slots=rows_at_once)
+        sharding.check(weights.config, slots=rows_at_once, pads=False)
         return cls(weights, sharding, options, total_steps, kernels, rows)
 
     # ---- state ----

@@ -33,6 +33,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, F
     "sampling": ("--config", "CONFIG", "--repeats", 1),
     "serve": ("--scale", 0.1, "--slots", 2, "--connections", 2, "--requests", 2, "--rounds", 1, "--minutes", 0.01),
     "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),
+    "structured": ("--answers", 2, "--rows", 2, "--tokens", 3, "--rounds", 1, "--config", "TINY"),
     "tpu_experts": ("--only", "v6e", "--tokens", 1, "--experts", 32),
     "unrolled_or_scanned": (*CUT, "--experts", 4, "--steps", 1),
     "write_gguf": (*CUT, "FILE"),
@@ -73,7 +74,7 @@ def test_help(name):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "compilers"])
 def test_toy_run(name, config_file, tmp_path):
     """Guards a benchmark that nobody runs for months: it ends with what it found, or says which wheel it lacks."""
-    files = {"CONFIG": config_file, "FILE": tmp_path / "model.gguf"}
+    files = {"CONFIG": config_file, "TINY": ROOT_CONFIG, "FILE": tmp_path / "model.gguf"}
     done = processes.run(f"benchmarks.{name}", *(files.get(argument, argument) for argument in TOYS[name]))
     if missing := WHEELS.get(name):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {missing}\n")

@@ -433,7 +433,8 @@ def test_settings_are_echoed_as_they_acted(folder, tmp_path):
     settings = document["settings"]
     assert (settings["reasoning_effort"], settings["system"]) == ("high", "Be kind.")
     assert settings["tools"] == [TOOLS[0]["function"]]
-    assert settings["response_format"] == {"name": "reply", "schema": {"type": "object"}, "description": None}
+    held = {"name": "reply", "schema": {"type": "object"}, "description": None, "strict": True}
+    assert settings["response_format"] == held
     assert tokenizer.RETURN in settings["stop_ids"]
     path.write_text(json.dumps(document))
     settings = _document(folder, "thinker", "More?", "--messages", path, "--max-new-tokens", "1")["settings"]
@@ -844,7 +845,7 @@ class _Device:
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_kernels_for_cpus_are_refused_for_other_devices(platform, tmp_path):
     """Guards against kernels that are found to have no such target only where XLA compiles, after all was loaded."""
-    mesh = Mesh(np.array([[[_Device(platform), _Device(platform, 1)]]], object), sharding.MESH_AXES)
+    mesh = Mesh(np.array([[[[_Device(platform)], [_Device(platform, 1)]]]], object), sharding.MESH_AXES)
     for kernels in ("cpu", "linear=reference,attention=cpu"):
         message = (
             f"attention kernel 'cpu' cannot run: it is C\\+\\+ for CPUs, and the devices are {platform}; auto takes"

@@ -88,7 +88,7 @@ MISTAKES = {
         "20b --on h200x8 --mesh expert=4",
         "the mesh is expert=4, of 4 devices, and h200x8 has 8; of this",
     ),
-    "uneven": ("20b --on h200x8 --mesh tensor=8", "the mesh does not divide the model: 90 MXFP4 blocks of 32"),
+    "uneven": ("20b --on h200x16 --mesh tensor=16", "the mesh does not divide the model: 8 key/value heads over"),
     "too large": ("120b --on v5e:1x1", "mesh one device does not fit v5e:1x1: "),
     "no number": ("20b --on h200x1 --batch many", "--batch is 'many', expected a whole number"),
     "several": ("20b --on h200x1 --batch 1,8", "--batch is 1,8: several have an effect with --sweep only"),

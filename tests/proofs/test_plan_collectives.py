@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compiled_collectives
 from benchmarks.program_memory import program_memory
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.engine.runner import ModelRunner
 from gptoss_jax.model import mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.transformer import declare, nest
-from gptoss_jax.planner import collectives, memory
+from gptoss_jax.planner import collectives, compiled_collectives, memory
 from gptoss_jax.planner.chips import CHIPS
 from gptoss_jax.planner.memory import Workload
 from tests.goldens.make import ROOT
@@ -30,6 +29,9 @@ MESHES = (
     ("small", "configs/meshes/data2-expert2-tensor2.json"),
     ("demo", "data=2,tensor=4"),
     ("demo", "expert=8"),
+    ("small", "sequence=8"),
+    ("demo", "data=2,sequence=4"),
+    ("small", "configs/meshes/expert2-tensor2-sequence2.json"),
 )
 
 
@@ -93,7 +95,8 @@ def test_a_collective_too_many_is_found():
     text = _programs("demo", "data=2,tensor=4")["decode"].as_text()
     whole = compiled_collectives.of_program(text)
     line = next(line for line in text.splitlines() if "layer_1/experts" in line and " all-reduce(" in line)
-    assert compiled_collectives.of_program(text.replace(line, f"{line}\n{line}")) != whole
+    again = line.replace(" = ", ".again = ", 1)
+    assert compiled_collectives.of_program(text.replace(line, f"{line}\n{again}")) != whole
     assert compiled_collectives.of_program(text.replace(line, "")) != whole
     moved = line.replace("layer_1/experts/", "layer_1/elsewhere/")
     with pytest.raises(ValueError, match="where the model has none"):

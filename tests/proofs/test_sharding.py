@@ -1,5 +1,6 @@
 """Meshes: the same numbers on eight devices as on one, and refusals that name the way out."""
 
+import dataclasses
 import json
 import re
 
@@ -50,6 +51,9 @@ MESHES = [
     "data=2,expert=2,tensor=2",
     "expert=4,tensor=2",
     "data=2,tensor=4",
+    "sequence=8",
+    "data=2,sequence=4",
+    "expert=2,tensor=2,sequence=2",
 ]
 
 
@@ -72,10 +76,12 @@ COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|coll
 def test_a_decoding_step_has_few_collectives(mesh, folder):
     """Guards the wires: one sum after attention and one after the experts, where they are cut, and no slices moved.
 
+    Where positions are cut, each layer of full attention has a maximum and one sum of two arrays before.
     Beside the layers: the embedding's rows, and the sampler's reductions over the vocabulary and over slots.
     """
     model = gptoss_jax.load(folder, mesh=mesh)
-    cut = {logical: model.sharding.size(logical) > 1 for logical in ("heads", "experts", "expert_hidden")}
+    logical = ("heads", "experts", "expert_hidden", "positions")
+    cut = {name: model.sharding.size(name) > 1 for name in logical}
     engine = model.engine(EngineConfig(slots=model.sharding.size("batch")))
     found = [
         (kind[1], "/layer_" in line)
@@ -83,8 +89,9 @@ def test_a_decoding_step_has_few_collectives(mesh, folder):
         if (kind := COLLECTIVE.search(line))
     ]
     in_layers = [kind for kind, is_in_layer in found if is_in_layer]
-    expected = cut["heads"] + (cut["experts"] or cut["expert_hidden"])
-    assert in_layers == ["all-reduce"] * expected * model.config.num_layers
+    expected = model.config.num_layers * (cut["heads"] + (cut["experts"] or cut["expert_hidden"]))
+    expected += 2 * cut["positions"] * model.config.layer_types.count("full_attention")
+    assert in_layers == ["all-reduce"] * expected
     assert {kind for kind, _ in found} <= {"all-reduce", "all-gather"}
     assert len(found) - len(in_layers) <= 20
 
@@ -135,11 +142,11 @@ def _joined(events) -> dict[int, list[int]]:
 
 def test_a_mesh_as_jax_makes_it(folder, expected):
     """Guards the public form: jax.make_mesh's axes are Explicit by default."""
-    for mesh in (jax.make_mesh((1, 4, 2), sharding.MESH_AXES), jax.make_mesh((2, 4), ("tensor", "expert"))):
+    for mesh in (jax.make_mesh((1, 4, 2, 1), sharding.MESH_AXES), jax.make_mesh((2, 4), ("tensor", "expert"))):
         model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
         assert model.mesh.size == 8
         assert np.abs(model.logits(TOKENS) - expected).max() <= 1e-5 * np.abs(expected).max()
-    with pytest.raises(MeshError, match="unknown mesh axis 'model', expected data, expert, tensor"):
+    with pytest.raises(MeshError, match="unknown mesh axis 'model', expected data, expert, tensor, seq"):
         gptoss_jax.load(folder, mesh=jax.make_mesh((8,), ("model",)))
 
 
@@ -148,6 +155,11 @@ def test_a_mesh_as_jax_makes_it(folder, expected):
     [
         ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both batch and experts by data: sums would mix"),
         ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and batch differently"),
+        ({"axes": {"data": 2}, "rules": {"positions": ["data"]}}, "cut both batch and positions by data: sums would"),
+        (
+            {"axes": {"tensor": 2}, "rules": {"positions": ["tensor"]}},
+            "cut both heads and positions by tensor: a mesh axis can cut one axis of the keys only",
+        ),
         ({"axes": [1]}, "expected"),
         ({"axes": {}, "rules": {"heads": "expert"}}, "expected"),
         ({"axes": {"expert": True}}, "mesh axis expert=True, expected a whole number"),
@@ -185,7 +197,7 @@ def test_rules_from_a_file(folder, expected, tmp_path):
     ("mesh", "message"),
     [
         ("tensor=16", "16 devices, but there are 8; .* CPU: XLA_FLAGS=--xla_force_host_platform_device_count=16"),
-        ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor"),
+        ("tensors=2", "unknown mesh axis 'tensors', expected data, expert, tensor, seq"),
         ("tensor=two", "mesh 'tensor=two', expected for example data=1,expert=4,tensor=2"),
         ("tensor=0", "mesh axis tensor=0, expected a whole number from 1 to 999999999"),
         ("no-such.json", "mesh file no-such.json"),
@@ -201,16 +213,20 @@ def test_uneven_cuts_name_the_legal_sizes():
     """Guards MXFP4 blocks: 90 blocks do not go into 4, and a cut scale block would be silently wrong."""
     config = parse_config(json.loads((golden.ROOT / "configs" / "gpt-oss-20b.json").read_text()))
     with pytest.raises(MeshError, match=r"90 MXFP4 blocks of 32 .* over tensor = 4 \(even: 1, 2, 3, 5, 6, 9, 10"):
-        sharding.make("tensor=4").check(config)
+        sharding.make("tensor=4").check(config, pads=False)
+    with pytest.raises(MeshError, match=r"3 MXFP4 blocks of 32 in an expert's width over tensor = 8 \(even: 1, 2, 3\)"):
+        sharding.make("tensor=8").check(dataclasses.replace(config, intermediate_size=96))
     with pytest.raises(MeshError, match=r"3 slots of the batch over data = 2"):
         sharding.make("data=2").check(config, slots=3)
+    with pytest.raises(MeshError, match=r"2048 pages of 64 tokens in the context over sequence = 3 \(even: 1, 2, 4, 8"):
+        sharding.make("sequence=3").check(config)
 
 
 def test_one_mesh_axis_cannot_cut_two_axes_of_an_array():
     """Guards rules from files: JAX's own message for this names neither the rule nor the array."""
     rules = {**sharding.RULES, "expert_hidden": ("expert",)}
     clash = sharding.Sharding(
-        jax.make_mesh((1, 8, 1), sharding.MESH_AXES, axis_types=(sharding.AxisType.Auto,) * 3), rules
+        jax.make_mesh((1, 8, 1, 1), sharding.MESH_AXES, axis_types=(sharding.AxisType.Auto,) * 4), rules
     )
     with pytest.raises(MeshError, match="a mesh axis can cut one of them only"):
         clash.spec(("experts", "expert_hidden"))

@@ -71,7 +71,7 @@ def test_the_three_sources_give_the_ids_that_generate_gives():
         ({"prompt": "Hi", "date": "instructions"}, "date is 'instructions', expected a date"),
         ({"prompt": "Hi", "tools": [{"name": "a b"}]}, "tools is 'a b', expected letters"),
         ({"prompt": "Hi", "builtin_tools": ["bash"]}, "builtin_tools is ['bash'], expected of browser, python"),
-        ({"prompt": "Hi", "response_format": {"type": "json_object"}}, "response_format has type 'json_object'"),
+        ({"prompt": "Hi", "response_format": {"type": "xml"}}, "response_format has type 'xml'"),
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": 3}, "prompt is 3, expected text"),
         ({"prompt": "half \ud800"}, "half a surrogate pair"),

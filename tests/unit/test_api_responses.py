@@ -58,10 +58,10 @@ def test_a_request_asks_what_the_chat_asks():
         ({"conversation": "c"}, "conversation is 'c', but nothing is stored here"),
         ({"background": True}, "background is True, but an answer is waited for: expected false"),
         ({"truncation": "auto"}, "truncation is 'auto', but nothing is left out of a conversation"),
-        ({"tool_choice": "required"}, "tool_choice is 'required', which nothing enforces yet"),
+        ({"tool_choice": "required"}, "tool_choice asks for a call, but there are no functions"),
         ({"reasoning": {"effort": "minimal"}}, "reasoning.effort is 'minimal', expected one of low, medium, high"),
         ({"reasoning": {"budget": 3}}, "reasoning has 'budget', expected only effort"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format has type 'json_object'"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format has type 'xml'"),
         ({"text": {"verbosity": "high"}}, "text.verbosity is 'high', but the model has no such setting"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0, expected at least 1"),
         ({"include": ["all"]}, "include names 'all', expected some of message.output_text.logprobs"),
@@ -183,7 +183,7 @@ def test_a_response_repeats_what_acted():
         **{"top_p": 0.5, "temperature": 1.0, "parallel_tool_calls": False, "tool_choice": "auto", "top_logprobs": 1},
         **{"previous_response_id": None, "truncation": "disabled", "error": None, "incomplete_details": None},
         "reasoning": {"effort": "low", "summary": None},
-        "text": {"format": {"type": "json_schema", **SCHEMA, "description": None, "strict": False}},
+        "text": {"format": {"type": "json_schema", **SCHEMA, "description": None, "strict": True}},
     }
     assert {name: response[name] for name in expected} == expected
     prompt, answered = len(asked.token_ids), len(given.parsed.token_ids)

@@ -27,9 +27,10 @@ CONFIG = dataclasses.replace(
 BOTH = pytest.mark.parametrize("one_batch", [False, True], ids=["slot by slot", "batched"])
 
 
-def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch=False) -> Engine:
+def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch=False, page_tokens=64) -> Engine:
     """An engine over a fake runner."""
-    return Engine(FakeRunner(config, num_shards=num_shards, one_batch=one_batch), CONFIG, config, scheduler=scheduler)
+    runner = FakeRunner(config, num_shards=num_shards, one_batch=one_batch, page_tokens=page_tokens)
+    return Engine(runner, CONFIG, config, scheduler=scheduler)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -198,13 +199,16 @@ JOBS = st.lists(
 )
 
 
-@given(JOBS, st.sampled_from([1, 2, 4]), st.sampled_from([384, 512, None]), st.booleans(), st.sampled_from([1, 2]))
+POOLS = st.sampled_from([384, 512, None])
+
+
+@given(JOBS, st.sampled_from([1, 2, 4]), POOLS, st.booleans(), st.sampled_from([1, 2]), st.sampled_from([64, 128]))
 @settings(max_examples=80)
-def test_any_jobs_with_any_cancels_come_out_right(jobs, slots, pool, one_batch, shards):
+def test_any_jobs_with_any_cancels_come_out_right(jobs, slots, pool, one_batch, shards, page_tokens):
     """Guards all of it together: whoever is cancelled, preempted or stopped, the others' answers are their own."""
     slots, pool = slots * shards, pool and pool * shards
     config = EngineConfig(slots=slots, max_context_tokens=360, prefill_widths=(16, 64), pool_tokens=pool)
-    engine = make_engine(config, num_shards=shards, one_batch=one_batch)
+    engine = make_engine(config, num_shards=shards, one_batch=one_batch, page_tokens=page_tokens)
     cancelled, expected = {}, {}
     for i, (length, count, stops, after) in enumerate(jobs):
         whole = answer(prompt(length, i), count)
@@ -271,6 +275,7 @@ def test_context_beyond_the_models_is_refused():
         ("Request((1,), 2)", "stop_ids is 2, expected a list of whole numbers"),
         ("Request((1,), (), sampling={'seed': 1})", "sampling is {'seed': 1}, expected SamplingParams"),
         ("Request((1,), (), ends_at=3)", "ends_at is 3, expected a function of a token id, or None"),
+        ("Request((1,), (), constraint='json')", "constraint is 'json', expected a Constraint, or None"),
         ("EngineConfig(slots=1.5)", "slots is 1.5, expected a whole number"),
         ("EngineConfig(slots=None)", "slots is None, expected a whole number"),
         ("EngineConfig(max_context_tokens='4096')", "max_context_tokens is '4096', expected a whole number"),

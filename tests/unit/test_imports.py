@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("cpu_kernels", "gptoss_jax.errors"),
     ("pallas_kernels", "gptoss_jax.files", "gptoss_jax.whole_files"),
-    ("gptoss_jax.model", "gptoss_jax.compression", "gptoss_jax.pictures"),
+    ("gptoss_jax.model", "gptoss_jax.hlo", "gptoss_jax.compression"),
     ("gptoss_jax.jsonl", "gptoss_jax.engine", "gptoss_jax.harmony", "gptoss_jax.checkpoints"),
+    ("gptoss_jax.grammar",),
     ("gptoss_jax.runtime", "gptoss_jax.api"),
     ("gptoss_jax.server", "gptoss_jax.jobs", "gptoss_jax.training", "gptoss_jax.planner"),
     ("gptoss_jax.cli",),
@@ -24,12 +25,13 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 KERNELS_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "ml_dtypes", "pallas_kernels", "cpu_kernels"}
 KNOW_NO_JAX = (
     "gptoss_jax.harmony",
+    "gptoss_jax.grammar",
     "gptoss_jax.api",
     "gptoss_jax.errors",
     "gptoss_jax.files",
     "gptoss_jax.whole_files",
     "gptoss_jax.compression",
-    "gptoss_jax.pictures",
+    "gptoss_jax.hlo",
     "gptoss_jax.jsonl",
 )
 

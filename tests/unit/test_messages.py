@@ -271,12 +271,15 @@ def test_response_format_from_json(write):
     document = {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "text"}}
     assert from_json(document).settings == {}
     document["response_format"] = {"type": "json_schema", "json_schema": inner}
-    assert from_json(document).settings == {"response_format": ResponseFormat("r", schema, "d")}
-    assert read_response_format(write(document["response_format"])) == ResponseFormat("r", schema, "d")
+    assert from_json(document).settings == {"response_format": ResponseFormat("r", schema, "d", strict=False)}
+    assert read_response_format(write(document["response_format"])) == ResponseFormat("r", schema, "d", strict=False)
     path = write([])
     with pytest.raises(ValueError) as error:
         read_response_format(path)
-    assert str(error.value) == f"{path}: response_format is [], expected an object with some of type, json_schema"
+    assert (
+        str(error.value)
+        == f"{path}: response_format is [], expected an object with some of type, json_schema, regex, lark"
+    )
 
 
 def test_instructions_in_front_are_joined():
@@ -460,8 +463,8 @@ REFUSED = [
     (tooled({"type": "function", "function": {}}), "tool 0 has no 'name', or an empty one"),
     (tooled({"type": "function", "function": None}), "tool 0 has no 'function', or an empty one"),
     (
-        tooled({"name": "f", "strict": True}),
-        "tool 0 asks for strict, but here a schema stands in the prompt only: leave",
+        tooled({"name": "f", "strict": "yes"}),
+        "tool 0, strict: got 'yes', expected true or false",
     ),
     (tooled({"name": "f", "parameters": "x"}), "tool 0, parameters: Input should be a valid dictionary"),
     (tooled({"name": 5}), "tool 0, name: Input should be a valid string"),
@@ -469,7 +472,12 @@ REFUSED = [
     ({"messages": [USER], "tools": [{"name": "f"}, {"name": "f"}]}, "tools holds 'f' 2 times, expected once"),
     ({"messages": [USER], "tools": {}}, "tools: got {}, expected a list that is not empty"),
     (formatted("json"), "response_format is 'json', expected an object with some of type, json_schema"),
-    (formatted({"type": "json_object"}), "response_format has type 'json_object', expected 'json_schema' or 'text'"),
+    (
+        formatted({"type": "xml"}),
+        "response_format has type 'xml', expected 'json_schema', 'json_object', 'text', 'regex' or 'lark'",
+    ),
+    (formatted({"type": "regex"}), "response_format has no 'regex', or an empty one"),
+    (formatted({"type": "json_object", "regex": "a"}), "response_format of type 'json_object' has 'regex', expected"),
     (formatted({"type": "json_schema"}), "response_format has no 'json_schema', or an empty one"),
     (formatted({"type": "json_schema", "json_schema": {"name": "r"}}), "response_format has no 'schema', or an empty"),
     (
@@ -477,8 +485,8 @@ REFUSED = [
         "response_format, schema: got 1, expected an object",
     ),
     (
-        formatted({"type": "json_schema", "json_schema": {"name": "r", "schema": {}, "strict": True}}),
-        "response_format asks for strict, but here a schema stands in the prompt only: leave strict out",
+        formatted({"type": "json_schema", "json_schema": {"name": "r", "schema": {}, "strict": 1}}),
+        "response_format, strict: got 1, expected true or false",
     ),
     (
         formatted({"type": "json_schema", "json_schema": {"name": "r s", "schema": {}}}),

@@ -18,12 +18,16 @@ def _swept(on: str, batches: list[int], contexts: list[int], model: str = "gpt-o
 
 
 def test_a_sweep_has_every_mesh_once():
-    """Guards against a mesh that is left out, or counted twice: three axes, and heads cut in two ways."""
-    found = [(tuple(each.axes.values()), each.mesh_axes("heads")) for each in sweep.meshes(8)]
+    """Guards against a mesh that is left out, or counted twice: four axes, heads cut in two ways, experts too."""
+    found = [
+        (tuple(each.axes.values()), each.mesh_axes("heads"), each.mesh_axes("experts")) for each in sweep.meshes(8)
+    ]
     assert len(set(found)) == len(found)
-    sizes = [axes for axes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(axes) == 8]
-    assert {axes for axes, _ in found} == set(sizes)
-    assert {axes for axes, heads in found if heads == ("expert", "tensor")} == {axes for axes in sizes if axes[1] > 1}
+    sizes = [axes for axes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(axes) == 8]
+    heads_ways = {axes: [("tensor",), ("expert", "tensor")][: 1 + (axes[1] > 1)] for axes in sizes}
+    expert_ways = {axes: [("expert",), ("expert", "sequence")][: 1 + (axes[3] > 1)] for axes in sizes}
+    expected = {(axes, *ways) for axes in sizes for ways in itertools.product(heads_ways[axes], expert_ways[axes])}
+    assert set(found) == expected
 
 
 def test_the_front_is_what_no_other_beats():

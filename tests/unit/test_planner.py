@@ -13,11 +13,11 @@ from benchmarks import presets, under_load
 from benchmarks.presets import PRESETS, Preset
 from gptoss_jax.engine import runner
 from gptoss_jax.engine.request import EngineConfig
-from gptoss_jax.model import kv_cache, mesh, sharding
+from gptoss_jax.model import keys, kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, memory, plan, report, work
+from gptoss_jax.planner import chips, memory, plan, report
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -42,7 +42,7 @@ def request(name: str, on: str, mesh_text: str = "", *sizes: int) -> Request:
 # ---- memory ----
 
 
-@pytest.mark.parametrize("mesh_text", ["", "data=2,expert=2,tensor=2", "expert=8", EIGHT])
+@pytest.mark.parametrize("mesh_text", ["", "data=2,expert=2,tensor=2", "expert=8", EIGHT, "data=2,tensor=2,sequence=2"])
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b", "small"])
 def test_weights_and_cache_are_those_that_are_declared(name, mesh_text):
     """Guards bytes of a device: a leaf forgotten, counted twice, or cut by another axis than its declaration's."""
@@ -53,11 +53,13 @@ def test_weights_and_cache_are_those_that_are_declared(name, mesh_text):
         shape = laid_out.named(leaf.axes).shard_shape(leaf.shape)
         found[_part(path)] += math.prod(shape) * leaf.dtype.itemsize
     assert found == {name: getattr(said, name) for name in found}
+    page_tokens = kv_cache.page_tokens(laid_out)
     sizes = {
         "slots": 8,
-        "pages": 8 * kv_cache.num_pages(300),
+        "pages": 8 * kv_cache.num_pages(300, page_tokens),
         "max_context_tokens": 300,
         "dtype": jnp.dtype("bfloat16"),
+        "page_tokens": page_tokens,
     }
     cache = jax.eval_shape(lambda: kv_cache.empty(model, **sizes))
     axes: Any = kv_cache.axes(model)
@@ -74,15 +76,15 @@ def _part(path: str) -> str:
 
 
 def test_numbers_that_jax_modules_hold_are_theirs():
-    """Guards copies of what lies in modules that import JAX: pages, and how many rings the prefix cache keeps."""
-    assert memory.PAGE_TOKENS == kv_cache.PAGE_TOKENS
-    model, whole = config("small"), mesh.read("")
-    for slots, context, width in itertools.product((1, 8, 40), (64, 256, 8192), (16, 128)):
+    """Guards copies of what lies in modules that import JAX: how many rings the prefix cache keeps."""
+    model = config("small")
+    for slots, context, width, shards in itertools.product((1, 8, 40), (64, 256, 8192), (16, 128), (1, 4)):
         width = min(width, context)
         sizes = EngineConfig(slots=slots, max_context_tokens=context, prefill_widths=(width,))
-        said = memory.memory(model, whole, H200, Workload(slots, context, width)).snapshots
+        cut = mesh.read(f"sequence={shards}")
+        said = memory.memory(model, cut, H200, Workload(slots, context, width)).snapshots
         ring = 2 * 2 * 2 * min(128, context) * model.num_kv_heads * model.head_dim
-        assert said == runner.num_snapshots(sizes) * ring
+        assert said == runner.num_snapshots(sizes, 64 * shards) * ring
 
 
 def test_experts_on_tpus_take_what_their_layout_takes():
@@ -94,6 +96,20 @@ def test_experts_on_tpus_take_what_their_layout_takes():
     assert sizes == pytest.approx([426.7, 414.7], rel=5e-4)
     published = memory.memory(one_layer, mesh.read(""), H200, Workload(1, 128, 128)).experts / MIB
     assert published == pytest.approx(403.9, abs=0.05)
+
+
+@pytest.mark.parametrize(("shards", "width"), [(1, 2880), (2, 2880), (4, 2944), (8, 3072)])
+@pytest.mark.parametrize("model", presets.MODELS)
+def test_padded_experts_are_counted(model, shards, width):
+    """Guards tensor=4 and 8, where each device holds and reads as many whole blocks: zeros too."""
+    found = plan.make(request(model, f"h200x{shards}", f"tensor={shards}", 8))
+    numbers, of_one = config(model), 3 * width * 2880 // shards
+    assert mesh.expert_width(numbers, shards) == width
+    each = of_one // 2 + of_one // 32 + 2 * (2 * width // shards + 2880)
+    assert found.memory.experts == numbers.num_layers * numbers.num_experts * each
+    said = f"experts' width 2,880 padded with zeros to {width:,}, to come out even"
+    assert (said in report.text(found).splitlines()) == (width > 2880)
+    assert report.to_json(found)["padded"] == (said if width > 2880 else None)
 
 
 # Arguments and temporaries in GiB as `python -m benchmarks.ahead_of_time models` printed them (docs/kernels.md).
@@ -130,7 +146,11 @@ def test_presets_fit(preset, model):
 def test_every_preset_of_a_slice_is_checked():
     """Guards the table of presets: a file that stands in no row of it is checked by nobody."""
     files = {path.stem for path in (ROOT / "configs" / "meshes").glob("*.json")}
-    assert files - {preset.name for preset in PRESETS} == {"expert4-tensor2", "data2-expert2-tensor2"}
+    assert files - {preset.name for preset in PRESETS} == {
+        "expert4-tensor2",
+        "data2-expert2-tensor2",
+        "expert2-tensor2-sequence2",
+    }
 
 
 def test_presets_are_said_beside_what_compilers_say(monkeypatch):
@@ -178,15 +198,15 @@ def test_keys_are_counted_one_by_one(layer, context, width):
     """Guards the sums over a chunk's keys, in windows and without, against a count token by token."""
     model = config("gpt-oss-20b")
     window = model.sliding_window if layer == 0 else context
-    assert work._keys(model, layer, context, width) == sum(min(window, i + 1) for i in range(context - width, context))
+    assert keys.seen(model, layer, context, width) == sum(min(window, i + 1) for i in range(context - width, context))
     seen = {key for i in range(context - width, context) for key in range(max(0, i + 1 - window), i + 1)}
-    assert work._keys_read(model, layer, context, width) == len(seen)
+    assert keys.read(model, layer, context, width) == len(seen)
 
 
 def test_devices_together_do_the_work_of_one():
     """Guards work per device: what eight do is what one does, but for routers, which each does for itself."""
     one = plan.make(request("gpt-oss-120b", "v5p:1x1x1", "", 8, 1024)).decode_work
-    for mesh_text in (EIGHT, "data=2,expert=4"):
+    for mesh_text in (EIGHT, "data=2,expert=4", "expert=2,sequence=4"):
         each = plan.make(request("gpt-oss-120b", "v5p:2x2x2", mesh_text, 8, 1024)).decode_work
         assert one.flops <= 8 * each.flops
     model = config("gpt-oss-120b")
@@ -299,10 +319,10 @@ def test_what_cannot_be_planned_is_refused(asked, message):
         plan.make(request(*asked))
 
 
-def test_a_mesh_that_cuts_blocks_is_refused():
-    """Guards MXFP4 blocks: the sizes that would come out even are named, as where the model is loaded."""
-    with pytest.raises(MeshError, match=r"90 MXFP4 blocks of 32 .* over tensor = 4 \(even: 1, 2, 3"):
-        plan.make(request("gpt-oss-120b", "h200x4", "tensor=4"))
+def test_a_mesh_that_does_not_come_out_even_is_refused():
+    """Guards heads and experts: the sizes that would come out even are named, as where the model is loaded."""
+    with pytest.raises(MeshError, match=r"8 key/value heads over tensor = 3 \(even: 1, 2, 4, 8\)"):
+        plan.make(request("gpt-oss-120b", "h200x3", "tensor=3"))
     both = {**mesh.RULES, "expert_hidden": ("expert",)}
     with pytest.raises(MeshError, match="rules cut both experts and expert_hidden by expert"):
         mesh.MeshShape({"expert": 2}, both)

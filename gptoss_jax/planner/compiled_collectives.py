@@ -1,18 +1,17 @@
 """The collectives that stand in a compiled program, as the planner counts them: what its closed form is held to."""
 
 import collections
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
+from gptoss_jax.hlo import module, sent
+from gptoss_jax.hlo.sent import Sent
 from gptoss_jax.planner.collectives import ALWAYS, DISPATCH, DRAWN, TOP_K, TOP_LOGPROBS, TOP_P, Collective
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
 SEARCH = "top-k or top-p"  # whose loops a program does not tell from one another
+ELSEWHERE = "elsewhere"  # where the model as it stands has none: a strategy of one's own, or a mistake
 PASSES = 31  # of such a loop, each bit of a float that is not positive but its sign
-_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({KINDS})(-start)?\(")
 
 
 def of_program(text: str) -> list[Collective]:
@@ -21,7 +20,25 @@ def of_program(text: str) -> list[Collective]:
     Raises:
         ValueError: one that stands where none is expected.
     """
-    return _together(_all(text))
+    read = module.parse(text)
+    found = sent.of_module(read)
+    for each in found:
+        if _place(each.op_name, in_entry=False)[0] == ELSEWHERE:
+            raise ValueError(f"a collective where the model has none: {each.op_name}")
+    return counted(found, read.entry)
+
+
+def counted(found: Iterable[Sent], entry: str) -> list[Collective]:
+    """As the planner counts them, alike ones together; `entry` is the name of the program's entry computation."""
+    return _together(as_planned(each, entry) for each in found)
+
+
+def as_planned(each: Sent, entry: str) -> Collective:
+    """One array that is sent, as the planner writes it."""
+    where, when, times = _place(each.op_name, each.computation == entry)
+    if not each.op_name and each.branches:  # the compiler has lost the name, but not the place
+        when = SEARCH if each.branches > 1 else DRAWN
+    return Collective(each.kind, where, when, each.devices, each.bytes, times)
 
 
 def planned(found: Iterable[Collective]) -> list[Collective]:
@@ -34,34 +51,6 @@ def _together(found: Iterable[Collective]) -> list[Collective]:
     for each in found:
         counts[each._replace(arrays=1)] += each.arrays
     return sorted(each._replace(arrays=count) for each, count in counts.items())
-
-
-def _all(text: str) -> Iterator[Collective]:
-    in_entry = False
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            in_entry = line.startswith("ENTRY")
-        if not (found := _COLLECTIVE.search(line)):
-            continue
-        arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", found[1])
-        arrays = arrays[len(arrays) // 2 :] if found[3] and found[2] != "all-reduce" else arrays  # -start: operands too
-        name = re.search(r'op_name="([^"]*)"', line)
-        where, when, times = _place(name[1] if name else "", in_entry)
-        for kind, shape in arrays:
-            size = _ITEMSIZE[kind] * math.prod(int(n) for n in shape.split(",") if n)
-            yield Collective(found[2], where, when, _devices(line), size, times)
-
-
-def _devices(line: str) -> int:
-    """How many devices take part in each group of a collective."""
-    if by_axes := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", by_axes[2]))
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(listed[1].split(","))
-    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(tiled[1])
-    raise ValueError(f"a collective whose devices are not understood: {line.strip()[:300]}")
 
 
 def _place(name: str, in_entry: bool) -> tuple[str, str, int]:
@@ -80,7 +69,7 @@ def _place(name: str, in_entry: bool) -> tuple[str, str, int]:
             return "sampling", SEARCH, PASSES if "while/body" in rest else 1
         return "sampling", DRAWN, 1
     if path.startswith("layer_") or "unembedding" in path:
-        raise ValueError(f"a collective where the model has none: {name}")
+        return ELSEWHERE, ALWAYS, 1
     return "sampling", DISPATCH if decodes and in_entry else ALWAYS, 1
 
 

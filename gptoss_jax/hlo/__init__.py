@@ -1,0 +1,1 @@
+"""Compiled programs as XLA writes them down, read without JAX: instructions, collectives, operations, live buffers."""
