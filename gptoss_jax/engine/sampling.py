@@ -8,7 +8,7 @@ flag and its checks, and its line to `adjust_logits` (and to `adjust_ids` of cpu
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,9 +146,20 @@ def _sample(
     raw, logits = logits, _named(logits, num_token_ids)
     scores = adjust_logits(logits, sampling, drawn)
     found = survey(raw, logits, scores, total)
-    draws = sampling.options["temperature"] > 0
-    random = jax.lax.cond(asked.draws, lambda: _draw(scores, sampling, positions, total), lambda: found.likeliest)
-    token = jnp.where(draws, random, found.likeliest)
+    return _drawn(logits, found, lambda: _draw(scores, sampling, positions, total), sampling, asked, num_token_ids)
+
+
+def _drawn(
+    logits: Float[Array, "B V"],
+    found: "Survey",
+    at_random: Callable[[], Int32[Array, "B"]],
+    sampling: Sampling,
+    asked: Asked,
+    num_token_ids: int,
+) -> Draw:
+    """What `sample` gives, by a survey and a way to draw at random, which is gone only where a slot asks for it."""
+    random = jax.lax.cond(asked.draws, at_random, lambda: found.likeliest)
+    token = jnp.where(sampling.options["temperature"] > 0, random, found.likeliest)
     reported = _report(logits, token, asked.top, found.top, found.log_total, num_token_ids)
     return Draw(jnp.where(found.finite, token, FAULTY), *reported)
 
@@ -234,11 +245,8 @@ def _sample_by_kernels(
     found = cpu_sampling.survey(
         logits, sampling.bias, sampling.allowed, sampling.prompted, drawn, penalties, num_token_ids
     )
-    draws = options["temperature"] > 0
-    random = jax.lax.cond(asked.draws, lambda: _draw_by_kernels(found, sampling, positions), lambda: found.likeliest)
-    token = jnp.where(draws, random, found.likeliest)
-    reported = _report(logits, token, asked.top, found.largest_logit, invariant_log(found.total), num_token_ids)
-    return Draw(jnp.where(found.finite, token, FAULTY), *reported)
+    known = Survey(found.finite, found.likeliest, found.largest_logit, invariant_log(found.total))
+    return _drawn(logits, known, lambda: _draw_by_kernels(found, sampling, positions), sampling, asked, num_token_ids)
 
 
 def _draw_by_kernels(found: cpu_sampling.Survey, sampling: Sampling, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:

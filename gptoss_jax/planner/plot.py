@@ -1,10 +1,9 @@
 """A sweep as a picture: throughput of each chip against the speed that each user sees, and the Pareto front."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptoss_jax import whole_files
+from gptoss_jax import pictures
 from gptoss_jax.planner.plan import Plan
 from gptoss_jax.planner.sweep import pareto
 
@@ -18,14 +17,9 @@ def write(path: Path, found: Sequence[Plan], title: str) -> bool:
     Raises:
         WriteError: it cannot be written.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it is optional
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = pictures.figure()
+    if figure is None:
         return False
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     front = sorted(pareto(found), key=lambda i: found[i].tokens_per_second_per_user)
     points = [(plan.tokens_per_second_per_user, plan.tokens_per_second_per_chip) for plan in found]
@@ -45,8 +39,5 @@ def write(path: Path, found: Sequence[Plan], title: str) -> bool:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    out, is_svg = io.BytesIO(), path.suffix == ".svg"
-    with rc_context({"svg.hashsalt": "gptoss_jax"}):  # the same bytes from the same sweep
-        figure.savefig(out, format=path.suffix[1:], metadata={"Date": None} if is_svg else {"Software": None})
-    whole_files.write_whole(path, out.getvalue())
+    pictures.write(path, figure)
     return True

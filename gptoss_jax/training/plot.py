@@ -1,13 +1,12 @@
 """The loss of a run as a picture: training and validation loss over steps, and the learning rate below them."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptoss_jax import whole_files
+from gptoss_jax import pictures
 from gptoss_jax.training.metrics import Row
 
 PLOT = "loss.png"
@@ -21,22 +20,16 @@ def write(path: Path, rows: Sequence[Row], title: str) -> bool:
     Raises:
         WriteError: it cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it is optional
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = pictures.figure()
+    if figure is None:
         return False
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(losses, rows)
     losses.set_title(title, fontsize=10)
     rates.plot([row.step for row in rows], [row.learning_rate for row in rows], color="tab:gray", linewidth=1)
     rates.set(xlabel="step", ylabel="learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    whole_files.write_whole(path, out.getvalue())
+    pictures.write(path, figure)
     return True
 
 

@@ -1,25 +1,17 @@
 """The training step on the demo's shapes beside this machine's float32 products: the share that the command prints."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+
+from tests import processes
 
 ENOUGH = 0.25  # quiet, a third and more; a machine that has other work loses some of it
 ATTEMPTS = 3
 TWO_DEVICES = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 
 
-def _run(*command: str | Path, xla_flags: str = "") -> str:
-    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def _run(module: str, *arguments: object, **environment: str) -> str:
+    """What the command prints."""
+    ran = processes.run(module, *arguments, environment=environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout + ran.stderr
 
@@ -35,7 +27,7 @@ def test_the_training_step_reaches_a_good_share_of_the_matrix_rate(tmp_path):
             *("gptoss_jax.finetune", "--checkpoint", fresh, "--data", data, "--output", tmp_path / f"run{attempt}"),
             *("--steps", "20", "--method", "full", "--compact-vocabulary", "--optimizer", "muon"),
             *("--row-tokens", "1024", "--batch-rows", "8", "--mesh", "data=2"),
-            xla_flags=TWO_DEVICES,
+            XLA_FLAGS=TWO_DEVICES,
         )
         found = re.search(r"GFLOP/s: ([\d.]+)% of this machine's float32 matrix rate", printed)
         assert found, printed

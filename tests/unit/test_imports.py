@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("cpu_kernels", "gptoss_jax.errors"),
     ("pallas_kernels", "gptoss_jax.files", "gptoss_jax.whole_files"),
-    ("gptoss_jax.model", "gptoss_jax.hlo", "gptoss_jax.compression"),
+    ("gptoss_jax.model", "gptoss_jax.hlo", "gptoss_jax.compression", "gptoss_jax.pictures"),
     ("gptoss_jax.jsonl", "gptoss_jax.engine", "gptoss_jax.harmony", "gptoss_jax.checkpoints"),
     ("gptoss_jax.grammar",),
     ("gptoss_jax.runtime", "gptoss_jax.api"),
@@ -32,6 +32,7 @@ KNOW_NO_JAX = (
     "gptoss_jax.whole_files",
     "gptoss_jax.compression",
     "gptoss_jax.hlo",
+    "gptoss_jax.pictures",
     "gptoss_jax.jsonl",
 )
 
