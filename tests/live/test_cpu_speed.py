@@ -50,7 +50,7 @@ def _seconds(run, x, *rest) -> float:
 
 @pytest.mark.parametrize("case", TOKENS)
 @pytest.mark.parametrize("isa", VECTORS)
-def test_int16_blocks_are_faster_than_float32(isa, case, weights):
+def test_int16_blocks_keep_their_speed_beside_float32(isa, case, weights):
     """Guards what whole numbers are for: both take turns and medians are compared, as machines do other things."""
     tokens = TOKENS[case]
     x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, HIDDEN)), jnp.float32)
