@@ -131,9 +131,7 @@ class Attention(nnx.Module):
         del page_table
         keys, values = (kv_cache.by_heads(ring, k.shape[2]) for ring in (k_ring, v_ring))
         k, v = k.astype(k_ring.dtype), v.astype(v_ring.dtype)  # as the ring will hold them
-        if (
-            self.few_launches
-        ):  # else XLA makes them anew for the write, at the end, until when it keeps what they are of
+        if self.few_launches:  # or XLA keeps the joined product until the write at the end, and makes them anew of it
             k, v = jax.lax.optimization_barrier((k, v))
         attended = self.kernel(q, RingKV(keys, values, k, v, lengths), positions, sinks)
         return attended.out, kv_cache.write_ring(k_ring, k, positions), kv_cache.write_ring(v_ring, v, positions)
