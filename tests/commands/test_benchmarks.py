@@ -12,6 +12,7 @@ from converters.random_checkpoint import with_vocab_size
 from tests import processes
 
 FOLDER = Path(true_width.__file__).parent
+TINY = FOLDER.parent / "configs" / "tiny.json"
 MODULES = {path.stem: path for path in FOLDER.glob("*.py")} | {
     path.parent.name: path for path in FOLDER.glob("*/__main__.py")
 }
@@ -19,7 +20,7 @@ COMMANDS = sorted(name for name, path in MODULES.items() if 'if __name__ == "__m
 CUT = ("--config", "CONFIG", "--layers", 2)
 GPU_SIZES = ("--only", "limits", "--limit-mib", 1, "--matrix-side", 32, "--loop-ms", 0.01, "--dispatches", 1)
 BATCH_SIZES = ("--scale", 0.02, "--slots", 2, "--rows", 3, "--alone-rows", 1, "--prefix-rows", 3, "--rounds", 1)
-TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG stands for a small config.json, FILE for one to write
+TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG: a small config.json; FILE: one to write
     "ahead_of_time": ("models", "--target", "v6e"),
     "batch": ("--config", "CONFIG", *BATCH_SIZES),
     "compilers": (),
@@ -74,7 +75,7 @@ def test_help(name):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "compilers"])
 def test_toy_run(name, config_file, tmp_path):
     """Guards a benchmark that nobody runs for months: it ends with what it found, or says which wheel it lacks."""
-    files = {"CONFIG": config_file, "TINY": ROOT_CONFIG, "FILE": tmp_path / "model.gguf"}
+    files = {"CONFIG": config_file, "TINY": TINY, "FILE": tmp_path / "model.gguf"}
     done = processes.run(f"benchmarks.{name}", *(files.get(argument, argument) for argument in TOYS[name]))
     if missing := WHEELS.get(name):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {missing}\n")

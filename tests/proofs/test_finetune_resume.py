@@ -1,6 +1,6 @@
 """Fine-tuning that is killed: at any moment, as often as it happens, it ends with the bits of a run that is not."""
 
-import os
+import math
 import random
 import shutil
 import signal
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 
 from gptoss_jax.training import metrics
@@ -26,12 +27,11 @@ VALIDATION = ("--validation", "0.2", "--evaluate-every", "8")
 
 
 class Whole(NamedTuple):
-    """A run that nothing has interrupted: its folder, what its result and metrics are, and how long it took."""
+    """A run that nothing has interrupted: its folder, and what its result and metrics are."""
 
     path: Path
     result: str
     rows: tuple[bytes, bytes]
-    seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,29 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=METHODS)
 def whole(request, folder) -> tuple[str, Whole]:
     """The method, and its uninterrupted run."""
-    method, began = request.param, time.monotonic()
-    done = _run(folder, folder / method, method)
+    method = request.param
+    done = _run(folder, folder / method, method, prepare=Compiled(str(folder / "compiled"), writes=True))
     assert done.returncode == 0, done.stderr
-    return method, Whole(folder / method, *_end(folder / method), time.monotonic() - began)
+    return method, Whole(folder / method, *_end(folder / method))
+
+
+class Compiled(NamedTuple):
+    """In a command's process: programs from JAX's cache, since each run would compile the same for most of its time.
+
+    Only what is not killed writes: an entry that breaks off is read with a warning.
+    """
+
+    folder: str
+    writes: bool = False
+
+    def __call__(self) -> None:
+        jax.config.update("jax_compilation_cache_dir", self.folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if self.writes else math.inf)
 
 
 def _run(folder: Path, out: Path, method: str, *others: str, **options: Any) -> processes.Done:
     arguments = ("--checkpoint", folder / "model", "--data", folder / "chats.jsonl", "--output", out)
+    options.setdefault("prepare", Compiled(str(folder / "compiled")))
     return finetunes.run(*arguments, *SHAPES, *VALIDATION, "--method", method, *METHODS[method], *others, **options)
 
 
@@ -65,10 +80,11 @@ def _end(path: Path) -> tuple[str, tuple[bytes, bytes]]:
 def test_a_run_that_is_killed_at_random_moments_ends_the_same(whole, folder, tmp_path):
     """Guards `kill -9`: weights by their hash, every row of metrics and of the router, by their bytes."""
     method, uninterrupted = whole
+    run = tmp_path / "run"
     moments, kills = random.Random(0), 0
-    for _ in range(5):
-        seconds = moments.uniform(0.2, 1.0) * uninterrupted.seconds
-        done = _run(folder, tmp_path / "run", method, meanwhile=lambda process, s=seconds: _kill_after(process, s))
+    for step in sorted(moments.sample(range(STEPS), 5)):
+        moment = step, moments.uniform(0, 0.3)
+        done = _run(folder, tmp_path / "run", method, meanwhile=lambda process, m=moment: _kill_at(process, run, *m))
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -78,11 +94,6 @@ def test_a_run_that_is_killed_at_random_moments_ends_the_same(whole, folder, tmp
     assert done.returncode == 0, done.stderr
     assert kills > 0
     assert _end(tmp_path / "run") == (uninterrupted.result, uninterrupted.rows)
-
-
-def _kill_after(process: Any, seconds: float) -> None:
-    process.join(seconds)
-    process.kill()
 
 
 def test_a_run_that_is_killed_after_a_step_ends_the_same(whole, folder, tmp_path):
@@ -98,11 +109,12 @@ def test_a_run_that_is_killed_after_a_step_ends_the_same(whole, folder, tmp_path
     assert _end(tmp_path / "run") == (uninterrupted.result, uninterrupted.rows)
 
 
-def _kill_at(process: Any, path: Path, step: int) -> None:
-    """Kills a run as soon as the row of a step stands in its metrics."""
+def _kill_at(process: Any, path: Path, step: int, later: float = 0) -> None:
+    """Kills a run some seconds after the row of a step stands in its metrics."""
     while process.is_alive():
         if (path / metrics.METRICS).exists() and any(row.step >= step for row in metrics.read(path / metrics.METRICS)):
-            os.kill(process.pid, signal.SIGKILL)
+            process.join(later)
+            process.kill()
             return
         time.sleep(0.002)
 
@@ -111,7 +123,9 @@ def test_on_a_mesh_a_killed_run_ends_the_same(folder, tmp_path):
     """Guards shardings of a state that is read again: weights and moments on their devices, the same bits."""
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     options = ("--mesh", "data=2,tensor=2", "--steps", "7")
-    assert _run(folder, tmp_path / "whole", "lora", *options, environment=four).returncode == 0
+    writes = Compiled(str(folder / "compiled"), writes=True)
+    whole = _run(folder, tmp_path / "whole", "lora", *options, environment=four, prepare=writes)
+    assert whole.returncode == 0, whole.stderr
     run = tmp_path / "run"
     done = _run(folder, run, "lora", *options, environment=four, meanwhile=lambda process: _kill_at(process, run, 6))
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -126,8 +140,10 @@ class Dying(NamedTuple):
     folder: str
     at: int
     half_way: bool
+    compiled: Compiled
 
     def __call__(self) -> None:
+        self.compiled()
         jobs.Dying(self.folder, self.at, self.half_way).install()
 
 
@@ -144,7 +160,7 @@ def test_a_run_that_dies_while_it_saves_or_writes_its_result_ends_the_same(whole
     for at in DEATHS[method]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(begun, tmp_path / "run")
-        dying = Dying(str(tmp_path / "run"), at, half_way=at % 2 == 0)
+        dying = Dying(str(tmp_path / "run"), at, half_way=at % 2 == 0, compiled=Compiled(str(folder / "compiled")))
         died = _run(folder, tmp_path / "run", method, prepare=dying)
         deaths += died.returncode == -signal.SIGKILL
         assert died.returncode in (0, -signal.SIGKILL), died.stderr

@@ -115,11 +115,11 @@ def test_where_no_mesh_fits_a_smaller_batch_is_named():
 
 
 def test_a_mesh_that_does_not_come_out_even_names_what_would():
-    """Guards the refusal of tensor=8, which splits an MXFP4 block: the sizes that do not, and whole meshes."""
+    """Guards the refusal of tensor=16, which splits a key/value head: the sizes that do not, and whole meshes."""
     with pytest.raises(
-        MeshError, match=r"over tensor = 8 \(even: 1, 2, .*; of this slice would do: configs/meshes/h200x8"
+        MeshError, match=r"over tensor = 16 \(even: 1, 2, 4, 8\); of this slice would do: expert=8,sequence=2"
     ):
-        sweep.make_fitting(request("gpt-oss-120b", "h200x8", "tensor=8"))
+        sweep.make_fitting(request("gpt-oss-120b", "v5e:4x4", "tensor=16"))
 
 
 # ---- two side by side ----

@@ -52,8 +52,8 @@ class ScriptedRunner(FakeRunner):
         self.gate.set()
         self._drawn = np.zeros(sizes.slots, int)
 
-    def admit(self, slot, request, drawn, cached=0) -> None:
-        super().admit(slot, request, drawn, cached)
+    def admit(self, slot, request, drawn, cached=0, pending=NOTHING_PENDING) -> None:
+        super().admit(slot, request, drawn, cached, pending)
         self._drawn[slot] = 0
 
     def decode(self, steps):
@@ -62,7 +62,7 @@ class ScriptedRunner(FakeRunner):
         time.sleep(0.002)
         return super().decode(0)
 
-    def _draw(self, slot, budget) -> int:
+    def _draw(self, slot, budget, ids=()) -> int:
         token = self.script[self._drawn[slot] % len(self.script)]
         self._drawn[slot] += 1
         self._token[slot] = token or 0
