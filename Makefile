@@ -4,6 +4,9 @@ VENV ?= .venv
 PYTEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 DEMO := build/demo
+# pip would compile what it installs file by file, for minutes; this does it on all cores. What cannot be compiled is left.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+COMPILE := @$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 BUILT := pyproject.toml setup.py $(wildcard cpu_kernels/native/*)  # what an installation is made of, beside Python
 
 .PHONY: demo demo-model test proofs test-all mutations gates lint types clean
@@ -65,20 +68,23 @@ $(VENV)/.created:
 
 $(VENV)/.runs: $(VENV)/.created $(BUILT)
 	@echo "Installing gptoss-jax and what it needs into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.develops: $(VENV)/.created $(BUILT)
 	@echo "Installing gptoss-jax and its development tools into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.gates: $(VENV)/.develops
 	@echo "Installing torch, transformers, PEFT, gguf, llama.cpp and ray into $(VENV); the first time this takes minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' 'xllamacpp>=2026.10,<2027' --editable '.[dev,ray]'
+	$(INSTALL) 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' 'xllamacpp>=2026.10,<2027' --editable '.[dev,ray]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.compilers: $(VENV)/.develops
 	@echo "Installing compilers for GPUs and TPUs into $(VENV)/compilers; the first time this takes minutes."
-	$(BIN)/python -m benchmarks.compilers | xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/compilers
+	$(BIN)/python -m benchmarks.compilers | xargs $(INSTALL) --no-deps --target $(VENV)/compilers
 	@touch $@

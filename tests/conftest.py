@@ -6,8 +6,10 @@ A test's folder is its mark (docs/testing.md says what each holds), and a case m
 """
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,14 @@ hypothesis.settings.load_profile("session")
 hypothesis.settings.register_profile("full", hypothesis.settings.get_profile("session"), max_examples=100_000)
 
 
-from gptoss_jax.checkpoints import host_memory  # noqa: E402  (jax reads the environment)
+import jax  # noqa: E402  (it reads the environment)
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+from gptoss_jax.checkpoints import host_memory  # noqa: E402
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
+PROGRAMS = "GPTOSS_JAX_TEST_PROGRAMS"  # the folder that this session's workers share compiled programs in
 UNIT_CPU_SECONDS = 6.0  # of one case, without its fixtures; half of it is left for slow machines
 
 
@@ -60,6 +66,34 @@ def pytest_configure():
     """Before anything is collected, so that code run by imports is held to it too."""
     socket.socket.connect = _local_only(socket.socket.connect)
     socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
+    if PROGRAMS not in os.environ:
+        os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="gptoss-jax-programs-")
+    _keep_programs(os.environ[PROGRAMS])
+
+
+def pytest_unconfigure(config: pytest.Config):
+    """The session's own process, which outlives its workers, removes their programs."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
+
+
+def _keep_programs(folder: str | None) -> None:
+    """Programs that take long to compile are compiled once a session; most of the time of tests is compiling.
+
+    Not in the environment: commands that tests start have a cache of their own, which this would turn off.
+    """
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_max_size", 16 << 30)  # a limit has entries written and read under a lock
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def compiles_anew() -> Generator[None, None, None]:
+    """For tests of the project's own cache, which is off where JAX's is on."""
+    _keep_programs(None)
+    yield
+    _keep_programs(os.environ[PROGRAMS])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,8 @@ import pytest
 from gptoss_jax.runtime import device, kept_programs
 from gptoss_jax.runtime.kept_programs import KeptPrograms
 
+pytestmark = pytest.mark.usefixtures("compiles_anew")
+
 CPUS = jax.devices()
 X = np.arange(8, dtype=np.float32)
 SHARDED = jax.device_put(X, jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data")))
