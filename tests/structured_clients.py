@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pydantic
 
-SUM = "What is 417 + 258?"
+SUM, WHERE = "What is 417 + 258?", "What time is it in Tokyo?"
 GREEDY: Any = {"model": "gptoss-demo", "temperature": 0}
 PARAMETERS = {
     "type": "object",
@@ -27,7 +27,7 @@ class Sum(pydantic.BaseModel):
     """What answers are parsed as."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
-    answer: int
+    answer: int = pydantic.Field(ge=0, le=9999)
     operation: Literal["sum", "difference"]
 
 
@@ -37,31 +37,35 @@ def held(client: openai.OpenAI, url: str) -> dict[str, Any]:
     chat, responses = client.chat.completions, client.responses
     regex: Any = {"type": "regex", "regex": "[0-9]{3}"}
     lark: Any = {"type": "lark", "lark": 'start: "it is " NUMBER\nNUMBER: /[0-9]{3}/'}
-    with chat.stream(messages=messages, response_format=Sum, **GREEDY) as stream:
-        streamed = stream.get_final_completion().choices[0].message.parsed
-    with responses.stream(input=SUM, text_format=Sum, **GREEDY) as stream:
-        response_streamed = stream.get_final_response().output_parsed
-    found = [
-        chat.parse(messages=messages, response_format=Sum, **GREEDY).choices[0].message.parsed,
-        streamed,
-        responses.parse(input=SUM, text_format=Sum, **GREEDY).output_parsed,
-        response_streamed,
-    ]
-    whole = chat.create(messages=messages, response_format={"type": "json_object"}, **GREEDY)
-    return {
-        "parsed": [each.model_dump() if each else None for each in found],
-        "json_object": [
-            type(json.loads(whole.choices[0].message.content or "")).__name__,
-            type(json.loads(responses.create(input=SUM, text={"format": {"type": "json_object"}}, **GREEDY).output_text))
-            .__name__,
-        ],
-        "verdict": whole.model_dump()["gptoss"]["answers"][0]["structured"]["status"],
-        "regex": [
-            chat.create(messages=messages, response_format=regex, **GREEDY).choices[0].message.content,
-            responses.create(input=SUM, text={"format": regex}, **GREEDY).output_text,
-        ],
-        "lark": chat.create(messages=messages, response_format=lark, **GREEDY).choices[0].message.content,
-    }
+    an_object: Any = {"type": "json_object"}
+
+    def in_chat(form: Any) -> str | None:
+        return chat.create(messages=messages, response_format=form, **GREEDY).choices[0].message.content
+
+    def in_responses(form: Any) -> str:
+        return responses.create(input=SUM, text={"format": form}, **GREEDY).output_text
+
+    def streamed_chat() -> Sum | None:
+        with chat.stream(messages=messages, response_format=Sum, **GREEDY) as stream:
+            return stream.get_final_completion().choices[0].message.parsed
+
+    def streamed_response() -> Sum | None:
+        with responses.stream(input=SUM, text_format=Sum, **GREEDY) as stream:
+            return stream.get_final_response().output_parsed
+
+    def parsed_chat() -> Sum | None:
+        return chat.parse(messages=messages, response_format=Sum, **GREEDY).choices[0].message.parsed
+
+    def parsed_response() -> Sum | None:
+        return responses.parse(input=SUM, text_format=Sum, **GREEDY).output_parsed
+
+    parsed = (parsed_chat, streamed_chat, parsed_response, streamed_response)
+    forms = {"json_object": an_object, "regex": regex, "lark": lark}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        sums = [pool.submit(each) for each in parsed]
+        texts = {name: [pool.submit(ask, form) for ask in (in_chat, in_responses)] for name, form in forms.items()}
+    found: dict[str, Any] = {name: [each.result() for each in some] for name, some in texts.items()}
+    return found | {"parsed": [each.model_dump() if (each := done.result()) else None for done in sums]}
 
 
 def calls(client: openai.OpenAI, url: str) -> dict[str, Any]:
@@ -70,29 +74,30 @@ def calls(client: openai.OpenAI, url: str) -> dict[str, Any]:
     named: Any = {"type": "function", "name": "get_forecast"}
     allowed: Any = {"type": "allowed_tools", "mode": "required", "tools": [named]}
     nested: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named_chat]}}
-    found = {}
-    for name, choice in (("required", "required"), ("named", named_chat), ("allowed", nested)):
-        for streams in (False, True):
-            found[f"chat {name} {streams}"] = _chat_calls(client, choice, streams=streams)
-    for name, choice in (("required", "required"), ("named", named), ("allowed", allowed)):
-        for streams in (False, True):
-            found[f"responses {name} {streams}"] = _response_calls(client, choice, streams=streams)
-    return {name: [[call, arguments] for call, arguments in each] for name, each in found.items()}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        started = {
+            f"{api.__name__[1:]}, {name}{', streamed' * streams}": pool.submit(api, client, choice, streams=streams)
+            for api, choices in (
+                (_chat, {"required": "required", "named": named_chat, "allowed": nested}),
+                (_responses, {"required": "required", "named": named, "allowed": allowed}),
+            )
+            for name, choice in choices.items()
+            for streams in (False, True)
+        }
+    return {name: call.result() for name, call in started.items()}
 
 
-def _chat_calls(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[str, str]]:
-    asked: Any = {"messages": [{"role": "user", "content": SUM}], "tools": CHAT_TOOLS, "tool_choice": choice}
+def _chat(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[str, str]]:
+    asked: Any = {"messages": [{"role": "user", "content": WHERE}], "tools": CHAT_TOOLS, "tool_choice": choice}
     if not streams:
         choices = client.chat.completions.create(**asked, **GREEDY).choices
         return [(call.function.name, call.function.arguments) for call in choices[0].message.tool_calls or ()]
-    deltas = [
-        chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked, **GREEDY)
-    ]
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked, **GREEDY)]
     return [(call.function.name, call.function.arguments) for delta in deltas for call in delta.tool_calls or ()]
 
 
-def _response_calls(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[str, str]]:
-    asked: Any = {"input": SUM, "tools": TOOLS, "tool_choice": choice}
+def _responses(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[str, str]]:
+    asked: Any = {"input": WHERE, "tools": TOOLS, "tool_choice": choice}
     if streams:
         with client.responses.stream(**asked, **GREEDY) as stream:
             response = stream.get_final_response()
@@ -106,7 +111,7 @@ SCHEMAS: list[Any] = [
     {"type": "array", "items": {"type": "integer", "minimum": -5, "maximum": 99}, "minItems": 1, "maxItems": 4},
     {"enum": ["red", "green", None, 3, {"a": [1]}]},
     {
-        "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "boolean"}}, "required": ["v"]}},
+        "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "boolean"}}, "additionalProperties": False}},
         "anyOf": [{"$ref": "#/$defs/leaf"}, {"type": "string", "pattern": "^[a-c]{2,6}$"}],
     },
     {
@@ -124,12 +129,11 @@ def many(client: openai.OpenAI, url: str) -> dict[str, Any]:
     def ask(number: int) -> str:
         schema = SCHEMAS[number % len(SCHEMAS)]
         form: Any = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
-        held = {} if number % 6 == 5 else {"response_format": form}
+        held = {} if number % 7 == 6 else {"response_format": form}
         options: Any = {"model": "gptoss-demo", "temperature": 1.0 + number % 3, "seed": number, **held}
-        # Little is thought: the first id after the header of the reasoning ends it.
-        options["logit_bias"] = {"200007": 100 if number % 2 else 8}
+        options["logit_bias"] = {"200007": 100}  # the end of a message, which reasoning comes to at once
         messages: Any = [{"role": "user", "content": f"{SUM} {number}"}]
-        chunks = list(client.chat.completions.create(messages=messages, stream=True, max_tokens=300, **options))
+        chunks = list(client.chat.completions.create(messages=messages, stream=True, max_tokens=150 if held else 20, **options))
         choices = [choice for chunk in chunks for choice in chunk.choices]
         text = "".join(choice.delta.content or "" for choice in choices)
         if not held:
@@ -140,8 +144,8 @@ def many(client: openai.OpenAI, url: str) -> dict[str, Any]:
         return "valid"
 
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        found = list(pool.map(ask, range(30)))
-    return {"found": {kind: found.count(kind) for kind in sorted(set(found))}}
+        found = list(pool.map(ask, range(15)))
+    return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
 def mistakes(client: openai.OpenAI, url: str) -> dict[str, Any]:
@@ -152,7 +156,9 @@ def mistakes(client: openai.OpenAI, url: str) -> dict[str, Any]:
     messages: Any = [{"role": "user", "content": "Hi"}]
     create: Any = client.chat.completions.create
     asked: dict[str, Callable[[], Any]] = {
-        "chat": lambda: create(messages=messages, response_format={"type": "json_schema", "json_schema": form}, **GREEDY),
+        "chat": lambda: create(
+            messages=messages, response_format={"type": "json_schema", "json_schema": form}, **GREEDY
+        ),
         "stream": lambda: create(
             messages=messages, response_format={"type": "json_schema", "json_schema": form}, stream=True, **GREEDY
         ),
