@@ -133,7 +133,9 @@ def many(client: openai.OpenAI, url: str) -> dict[str, Any]:
         options: Any = {"model": "gptoss-demo", "temperature": 1.0 + number % 3, "seed": number, **held}
         options["logit_bias"] = {"200007": 100}  # the end of a message, which reasoning comes to at once
         messages: Any = [{"role": "user", "content": f"{SUM} {number}"}]
-        chunks = list(client.chat.completions.create(messages=messages, stream=True, max_tokens=150 if held else 20, **options))
+        chunks = list(
+            client.chat.completions.create(messages=messages, stream=True, max_tokens=150 if held else 20, **options)
+        )
         choices = [choice for chunk in chunks for choice in chunk.choices]
         text = "".join(choice.delta.content or "" for choice in choices)
         if not held:
