@@ -44,7 +44,7 @@ mutations: $(VENV)/.develops
 
 # What needs other wheels: comparisons with transformers, PEFT and llama.cpp, run live (any CPU build of torch will do),
 # GGUF files, jobs on Ray, and the vendors' compilers for GPUs and TPUs, in a folder of their own: JAX would look for devices otherwise.
-gates: $(VENV)/.gates $(VENV)/.compilers
+gates: $(VENV)/.gates $(VENV)/.npm $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
 	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m compilers
 
@@ -83,6 +83,10 @@ $(VENV)/.gates: $(VENV)/.develops
 	$(INSTALL) 'torch==2.13.0' 'transformers>=5.23,<6' accelerate 'peft>=0.19,<0.22' 'gguf>=0.19,<0.20' 'xllamacpp>=2026.10,<2027' --editable '.[dev,ray]'
 	$(COMPILE)
 	@touch $@
+
+# Without npm, or its registry, the tests of clients for Node are skipped, and say so.
+$(VENV)/.npm: $(VENV)/.created
+	-@npm install --silent --no-audit --no-fund --prefix $(VENV)/npm openai@7 @openai/agents@0.20 zod@4 && touch $@
 
 $(VENV)/.compilers: $(VENV)/.develops
 	@echo "Installing compilers for GPUs and TPUs into $(VENV)/compilers; the first time this takes minutes."

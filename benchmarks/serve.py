@@ -265,12 +265,18 @@ def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
                 f"{name} {seconds[name][-1]:.2f} s (CPU {cpu_seconds[name][-1]:.2f} s)" for name in seconds
             )
             print(took, flush=True)
+        overhead, cpu_overhead = _overhead(seconds), _overhead(cpu_seconds)
+        print(
+            f"HTTP beside the engine alone, {options.slots} answers at a time: {100 * overhead:+.1f} % of the clock's "
+            f"time, {100 * cpu_overhead:+.1f} % of CPU time (medians of {options.rounds} rounds)",
+            flush=True,
+        )
         tokens = sum(body["max_tokens"] for body in asked)
         figures: dict[str, Any] = {
             "tokens": tokens,
             "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
-            "overhead": _overhead(seconds),
-            "cpu_overhead": _overhead(cpu_seconds),
+            "overhead": overhead,
+            "cpu_overhead": cpu_overhead,
         }
         return figures | _under_load(options, port, pid, asked, kept)
 
@@ -284,7 +290,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("slots", 16, "Answers that are drawn at once.", lower_bound=1)
     flags.DEFINE_integer("connections", 64, "Connections under load.", lower_bound=1)
     flags.DEFINE_integer("requests", 64, "Different requests.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "Measurements of the pace, of which the median counts.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Measurements of the pace, of which the median counts.", lower_bound=1)
     flags.DEFINE_float("minutes", 2.0, "X: Time under load.", lower_bound=0.0)
     flags.DEFINE_float("breaks", 5.0, "X: One request in so many is broken off.", lower_bound=1.0)
     flags.DEFINE_float("scale", 1.0, "X: Lengths are multiplied by it.", lower_bound=0.001)
@@ -292,7 +298,7 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a line for each round, then one JSON line."""
+    """Prints a line for each round, one for the overhead, then all figures as one line of JSON."""
     if arguments:
         raise GptossError(f"{arguments[0]}: expected flags only")
     options, load_average = flags.FLAGS, os.getloadavg()[0]

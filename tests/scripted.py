@@ -1,11 +1,13 @@
 """Models that say what a script holds: real checkpoints, run like any other, whose answers a test knows beforehand.
 
-    python -m tests.scripted FOLDER [thinker|caller|attacker|attacking_caller]
+    python -m tests.scripted FOLDER [thinker|caller|agent|attacker|attacking_caller]
 
 A token's successor follows from the token and from whether the answer has begun to think: the embedding gives each
 token of the script a dimension of its own, the unembedding maps it to the next token, and one attention head, looking
 at all tokens alike, notes whether the first thought is among them. All else adds nothing. So a script may hold a token
 once before its first thought and once after, and a prompt must not hold that thought.
+
+An agent has a second script, which it follows once it has read a certain token: the result of its call.
 """
 
 import json
@@ -40,16 +42,19 @@ _CALLING = (
 SCRIPTS = {
     "thinker": _THINKING.format(REASONING) + f"final<|message|>{ANSWER}<|return|>",
     "caller": _CALLING.format(CALL),
+    "agent": _CALLING.format(CALL),
     "attacker": _THINKING.format(CONTROL_REASONING) + f"final<|message|>{CONTROL_ANSWER}<|return|>",
     "attacking_caller": _CALLING.format(CONTROL_CALL),
 }
-SURE, LESS_SURE, SEEN, NOTE = 100.0, 90.0, 10.0, 40.0
+RESULT, CONCLUSION = "rain", "In Paris it rains."
+AFTERWARDS = {"agent": (RESULT, f"<|channel|>final<|message|>{CONCLUSION}<|return|>")}
+SURE, LESS_SURE, LEAST_SURE, SEEN, SEEN_RESULT, NOTE = 100.0, 90.0, 80.0, 10.0, 100.0, 40.0
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def script_ids(name: str) -> list[int]:
     """The token ids of an answer."""
-    return tokenizer.load_tokenizer().encoding.encode(SCRIPTS[name], allowed_special="all")
+    return _script(SCRIPTS[name])
 
 
 def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
@@ -59,10 +64,13 @@ def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
     """
     said = [_ids("assistant")[0], *script_ids(name)]
     thought = said[said.index(tokenizer.MESSAGE) + 1]
-    dimension = {token: i for i, token in enumerate(dict.fromkeys(said))}
+    result, afterwards = AFTERWARDS.get(name, ("", ""))
+    then = [said[0], *_script(afterwards)] if afterwards else []
+    dimension = {token: i for i, token in enumerate(dict.fromkeys((*said, *then, *_ids(result))))}
     width = CONFIG["hidden_size"]
-    other, seen = width - 1, width - 2  # of all tokens outside the script; of having seen the thought
-    assert len(dimension) <= seen
+    # Of all tokens outside the script; of having seen the thought, and the result.
+    other, seen, seen_result = width - 1, width - 2, width - 3
+    assert len(dimension) <= seen_result
 
     tensors = {
         k: np.zeros_like(v) if "norm" not in k else np.ones_like(v) for k, v in random_tensors(CONFIG, 0).items()
@@ -77,6 +85,9 @@ def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
         begun |= token == thought
         unembedding[following, dimension[token]] += LESS_SURE if begun else SURE
         unembedding[following, seen] = SEEN if begun else 0
+    for token, following in pairwise(then):
+        unembedding[following, dimension[token]] += LEAST_SURE
+        unembedding[following, seen_result] = SEEN_RESULT
     for token in _ids(spoilt) if spoilt else ():
         embedding[token] *= 1e3
         unembedding[tokenizer.RETURN, dimension[token]] = LARGEST
@@ -84,11 +95,18 @@ def write(folder: Path, name: str, spoilt: str | None = None) -> Path:
     tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = _half(embedding), _half(unembedding)
     tensors[head + "v_proj.weight"][0, dimension[thought]] = 1
     tensors[head + "o_proj.weight"][seen, 0] = NOTE
+    for token in _ids(result):
+        tensors[head + "v_proj.weight"][1, dimension[token]] = 1
+        tensors[head + "o_proj.weight"][seen_result, 1] = NOTE
     tensors[head + "sinks"][:] = -1e4
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
+
+
+def _script(text: str) -> list[int]:
+    return tokenizer.load_tokenizer().encoding.encode(text, allowed_special="all")
 
 
 def _ids(text: str) -> list[int]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import openai
 
+from tests import structured_clients
+
 SUM = "What is 417 + 258?"
 TIME = "What time is it in Tokyo?"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -255,6 +257,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 SCENARIOS = {each.__name__: each for each in (answers, agents, errors, faults, leaving, ending)}
+SCENARIOS |= structured_clients.SCENARIOS
 
 if __name__ == "__main__":
     scenario, address, *key = sys.argv[1:]

@@ -43,7 +43,8 @@ def naming(field_of: Mapping[str, str]) -> Iterator[None]:
         yield
     except GptossError as error:
         words = re.compile(rf"'[^']*'|\"[^\"]*\"|\b(?:{'|'.join(field_of)})\b")
-        raise GptossError(words.sub(lambda found: field_of.get(found[0], found[0]), str(error))) from None
+        error.args = (words.sub(lambda found: field_of.get(found[0], found[0]), str(error)),)
+        raise
 
 
 def only(fields: Mapping[str, Any], taken: Mapping[str, tuple[object, str]]) -> None:

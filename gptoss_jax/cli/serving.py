@@ -6,6 +6,7 @@ import importlib.util
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,8 @@ from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import decoded
-from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.grammar import vocabulary
+from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -155,7 +157,11 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, parts: _Parts) -> int:
     """Loads the model and serves it."""
+    vocabulary_made = _begin_vocabulary(load_tokenizer(options.vocab), screen)
     language_model, engine = model_flags.load_for_answers(options, screen, parts.engine_config)
+    if vocabulary_made is not None:
+        engine.runner.compile_held()
+        vocabulary_made.join()
     import uvicorn
 
     from gptoss_jax.server import app, engine_thread
@@ -199,6 +205,19 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
         raise thread.failure
     screen.note("ended")
     return interrupts.EXIT_CODE if number == signal.SIGINT else 0
+
+
+def _begin_vocabulary(tokenizer: Tokenizer, screen: Screen) -> threading.Thread | None:
+    """Makes what grammars need of the vocabulary while the model is loaded; None: answers cannot be held to any.
+
+    It takes seconds in which no other thread runs, so nobody may be served before.
+    """
+    if names := vocabulary.missing():
+        screen.note(f"answers cannot be held to schemas without {' and '.join(names)}: {vocabulary.INSTALL}")
+        return None
+    thread = threading.Thread(target=vocabulary.prepare, args=(tokenizer,), daemon=True)
+    thread.start()
+    return thread
 
 
 def _served(

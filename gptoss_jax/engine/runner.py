@@ -334,17 +334,24 @@ class ModelRunner:
         return draws
 
     def decode_held(self, steps: int, held: HeldSlots) -> Draw:
-        """As `decode`, with slots held to masks; the first call compiles the program."""
+        """As `decode`, with slots held to masks; the first call compiles the program, if nobody has before."""
         self._send_table()
-        arguments = (self._params, self._cache, self._options, self._state, np.int32(steps), self._holds(held))
+        self.compile_held()
+        draws, self._cache, self._state = self.compiled.later["decode-held"](*self._held_arguments(steps, held))
+        return draws
+
+    def compile_held(self) -> None:
+        """Compiles what `decode_held` runs, for who would rather not wait for it with the first held request."""
         if "decode-held" not in self.compiled.later:
             cache, state = jax.tree.map(lambda x: x.sharding, (self._cache, self._state))
             shardings = (self._sharding.readable, cache, state)
             program = functools.partial(decode_held, self.forms.decode)
             program = jax.jit(program, donate_argnums=(1, 3), out_shardings=shardings)
+            arguments = self._held_arguments(1, self.unheld())
             self.compiled.later["decode-held"] = self._compile_program("decode-held", program, arguments)
-        draws, self._cache, self._state = self.compiled.later["decode-held"](*arguments)
-        return draws
+
+    def _held_arguments(self, steps: int, held: HeldSlots) -> tuple[Any, ...]:
+        return self._params, self._cache, self._options, self._state, np.int32(steps), self._holds(held)
 
     def _holds(self, held: HeldSlots) -> Holds:
         arrays = (held.mask, held.stands_below, held.forced, held.takes_part)

@@ -5,9 +5,8 @@ import functools
 import re
 from typing import Any
 
-from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar import lark
-from gptoss_jax.grammar.forms import AUTO, AnswerForm, Body, ToolChoice, answer_form
+from gptoss_jax.grammar.forms import AUTO, AnswerForm, Body, FormError, ToolChoice, answer_form
 from gptoss_jax.grammar.matcher import MessageMatcher
 from gptoss_jax.grammar.vocabulary import ll_tokenizer, llguidance
 from gptoss_jax.harmony.settings import Settings
@@ -48,7 +47,8 @@ def compile_form(form: AnswerForm, tokenizer: Tokenizer) -> CompiledForm:
     """A form, compiled; some milliseconds for most, without Python's lock, and nothing when it comes again.
 
     Raises:
-        GptossError: what cannot be enforced, or no text fulfils; the error names the schema and the keyword.
+        FormError: what cannot be enforced, or no text fulfils; the error names the schema and the keyword.
+        NotInstalledError: as `vocabulary.llguidance`.
     """
     bodies = _bodies(form)
     whole, found = _matcher(lark.message_grammar(form), tokenizer), []
@@ -58,10 +58,10 @@ def compile_form(form: AnswerForm, tokenizer: Tokenizer) -> CompiledForm:
     if coerced:
         whole = _matcher(lark.message_grammar(form, coerced=coerced), tokenizer)
     if fault := whole.get_error():
-        raise GptossError(f"the form of the answer cannot be held: {_first_line(fault)}")
+        raise FormError(f"the form of the answer cannot be held: {_first_line(fault)}")
     first = whole.deep_copy()
     if not first.consume_tokens([START, *tokenizer.encode("assistant")]):
-        raise GptossError(f"the form of the answer cannot be held: {_first_line(first.get_error())}")
+        raise FormError(f"the form of the answer cannot be held: {_first_line(first.get_error())}")
     first.compute_bitmask()  # here rather than with the first answer: the lexer's tables are made
     remarks = tuple(f"{body.where}: {remark}" for body, _, remarks in found for remark in remarks)
     return CompiledForm(form, remarks, coerced, first, whole, tokenizer)
@@ -91,7 +91,7 @@ def _taken(body: Body, tokenizer: Tokenizer) -> tuple[bool, list[str]]:
         matcher = _matcher(lark.body_grammar(body, coerce=True), tokenizer)
         fault = matcher.get_error()
     if fault:
-        raise GptossError(_refusal(body, fault))
+        raise FormError(_refusal(body, fault))
     remarks = ["oneOf is held as anyOf, and the finished answer is checked"] if coerces else []
     warnings = [_warning(warning) for warning in matcher.get_grammar_warnings() if not warning.startswith("oneOf")]
     return coerces, [*remarks, *warnings]

@@ -16,6 +16,10 @@ _CONTROL_TOKEN = re.compile(r"<\[|<\|")
 Syntax = Literal["json", "regex", "lark"]
 
 
+class FormError(GptossError):
+    """A form that no answer can be held to: a keyword that no grammar has, or what nothing fulfils."""
+
+
 @dataclass(frozen=True)
 class Body:
     """What the text of one message has to be.
@@ -34,11 +38,11 @@ class Body:
 
     def __post_init__(self):
         if len(self.text) > MAX_CHARACTERS:
-            raise GptossError(
+            raise FormError(
                 f"{self.where} has {len(self.text)} characters, expected at most {MAX_CHARACTERS}: shorten it"
             )
         if self.syntax == "lark" and _CONTROL_TOKEN.search(self.text):
-            raise GptossError(f"{self.where} names a control token, expected text only: take it out")
+            raise FormError(f"{self.where} names a control token, expected text only: take it out")
 
 
 @dataclass(frozen=True)
@@ -156,4 +160,4 @@ def _schema(schema: Any, where: str, *, lenient: bool = False) -> Body:
     try:
         return Body("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")), where, lenient)
     except RecursionError:
-        raise GptossError(f"{where} is nested too deeply, expected less") from None
+        raise FormError(f"{where} is nested too deeply, expected less") from None

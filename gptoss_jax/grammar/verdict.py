@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.grammar.forms import Body
-from gptoss_jax.grammar.vocabulary import INSTALL
 from gptoss_jax.harmony.answer import Answer
 
 _MOST_DIGITS = 4000  # Python refuses to read longer whole numbers
@@ -68,7 +67,7 @@ def check_json(body: Body, text: str) -> Fault | None:
         value = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         return Fault("invalid", f"{body.where}: no JSON ({error})")
-    schema, jsonschema = json.loads(body.text), _jsonschema()
+    schema, jsonschema = json.loads(body.text), importlib.import_module("jsonschema")
     validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema)
     try:
         error = next(validator.iter_errors(value), None)
@@ -88,10 +87,3 @@ def _whole(text: str) -> int:
         some = digits[begin : begin + _MOST_DIGITS]
         value = value * 10 ** len(some) + int(some)
     return -value if text.startswith("-") else value
-
-
-def _jsonschema() -> Any:
-    try:
-        return importlib.import_module("jsonschema")
-    except ImportError:
-        raise ModuleNotFoundError(f"checking answers needs jsonschema, which is not installed: {INSTALL}") from None

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +31,7 @@ from gptoss_jax.server.responses import ResponsesExchange
 from gptoss_jax.server.stored import Stored
 
 MAX_BODY_BYTES = 8 << 20
+GRAMMAR_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class _Routes:
 
     def __init__(self, served: Served):
         self._served, self._model, self._began = served, served.model, now()
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
 
     def add_to(self, app: FastAPI) -> None:
         posts = {
@@ -138,10 +141,15 @@ class _Routes:
     async def _reply(
         self, request: Request, fields: frozenset[str], make: Callable[[Mapping[str, Any]], Exchange]
     ) -> Response:
-        """The reply to a request; long prompts are rendered in another thread, so that others' answers flow."""
+        """The reply to a request; it is read in another thread, so that others' answers flow: prompts may be long.
+
+        Grammars are compiled in threads of their own, so that nobody waits for one who asks for none.
+        """
         try:
             body = await bodies.read(request, self._served.max_body_bytes)
-            exchange, work = await asyncio.to_thread(self._read, body, make)
+            threads = self._grammar_threads if bodies.may_be_held(body) else None
+            read = asyncio.get_running_loop().run_in_executor(threads, self._read, body, make)
+            exchange, work = await read
         except (Problem, GptossError) as error:
             problem = error if isinstance(error, Problem) else problems.of_error(error, fields)
             self._served.metrics.ended(request.url.path, problem.status, problem.code)

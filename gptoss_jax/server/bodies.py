@@ -23,7 +23,9 @@ _REFUSED = (
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema"),
     *("use_beam_search", "prompt_logprobs", "continue_final_message", "ignore_eos", "min_tokens", "bad_words"),
     *("chat_template", "documents", "images", "prompt_embeds"),
+    *("response_format", "text", "tools"),  # where a form has no such field
 )
+_FORMS = ("response_format", "text", "tools")
 
 
 async def read(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -78,6 +80,11 @@ class Fields:
     stream: bool
     with_usage: bool
     headers: Mapping[str, str]
+
+
+def may_be_held(body: Mapping[str, Any]) -> bool:
+    """Whether a request may ask for a grammar, which can take seconds to compile."""
+    return any(body.get(name) for name in _FORMS)
 
 
 def sort(body: Mapping[str, Any], known: Collection[str], own: Collection[str] = ()) -> Fields:

@@ -5,8 +5,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from gptoss_jax.engine.request import NOT_FINITE, NumericsError
+from gptoss_jax.engine.request import NOT_FINITE, NOT_HELD, NumericsError
 from gptoss_jax.errors import GptossError
+from gptoss_jax.grammar.forms import FormError
+from gptoss_jax.grammar.vocabulary import NotInstalledError
 from gptoss_jax.server.engine_thread import ClosedError, QueueFullError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -54,12 +56,34 @@ def of_error(error: GptossError, fields: Collection[str] = ()) -> Problem:
         return Problem(503, message, code="unavailable", headers={"Connection": "close"})
     if isinstance(error, NumericsError):
         return numbers_failed()
-    first = message.partition(" ")[0].rstrip(",:")
-    param = first if first.partition(".")[0] in fields else None
-    code = "context_length_exceeded" if "exceed the context" in message else "invalid_request"
-    return Problem(400, message, param=param, code=code)
+    return Problem(400, message, param=_field(message, fields), code=_code(error))
+
+
+def of_ending(finish_reason: str) -> Problem | None:
+    """The problem that an answer with this ending is; None: it is an answer."""
+    if finish_reason == "constraint":
+        return Problem(500, NOT_HELD, code="constraint_error")
+    return numbers_failed() if finish_reason == "error" else None
 
 
 def numbers_failed() -> Problem:
     """The model's logits were not finite."""
     return Problem(500, NOT_FINITE, code="numerics_error")
+
+
+def _field(message: str, fields: Collection[str]) -> str | None:
+    """The field that a message begins with."""
+    first = message.partition(" ")[0].rstrip(",:")
+    if first == "tool":  # one of them, whose name follows
+        first = "tools"
+    return first if first.partition(".")[0] in fields else None
+
+
+def _code(error: GptossError) -> str:
+    match error:
+        case FormError():
+            return "invalid_form"
+        case NotInstalledError():
+            return "not_installed"
+        case _:
+            return "context_length_exceeded" if "exceed the context" in str(error) else "invalid_request"

@@ -93,7 +93,7 @@ class Reply(Response):
         coming = aiter(answering)
         while (found := await self._next(coming, send)) is not None:
             number, news = found
-            if news.answer is not None and news.answer.finish_reason == "error":  # what came before it is not lost
+            if _problem(news):  # what came before it is not lost
                 await _send(send, self._exchange.take(number, news.deltas))
             self._note(number, news)
             if news.answer is None:
@@ -134,13 +134,18 @@ class Reply(Response):
         """
         if news.error:
             raise news.error
-        if news.answer is not None and news.answer.finish_reason == "error":
-            raise problems.numbers_failed()
+        if problem := _problem(news):
+            raise problem
         if news.answer is not None:
             self._answers[number] = news.answer
 
     def _whole_answers(self) -> list[Answer]:
         return [answer for answer in self._answers if answer is not None]
+
+
+def _problem(news: News) -> Problem | None:
+    """Why an answer that has ended is none."""
+    return problems.of_ending(news.answer.finish_reason) if news.answer else None
 
 
 async def _send(send: Send, parts: Sequence[bytes]) -> None:

@@ -117,6 +117,42 @@ def test_what_is_refused_and_what_acts_in_its_place(demo):
     }
 
 
+def test_answers_are_held_to_what_the_client_asked_for(demo):
+    """Guards forms through the server as OpenAI's client sends and parses them: both APIs, whole and streamed."""
+    found = demo.ask("held")
+    assert found["parsed"] == [{"answer": 675, "operation": "difference"}] * 4
+    assert [json.loads(text) for text in found["json_object"]] == [{"answer": 675}] * 2
+    assert all(re.fullmatch("[0-9]{3}", text) for text in found["regex"])
+    assert all(re.fullmatch("it is [0-9]{3}", text) for text in found["lark"])
+
+
+def test_calls_are_forced_through_both_apis(demo):
+    """Guards `tool_choice`: any function, one, those allowed; strict arguments; streamed as whole."""
+    found = demo.ask("calls")
+    assert len(found) == 12
+    for name, calls in found.items():
+        [[function, arguments]] = calls
+        assert function == ("get_time" if ", required" in name else "get_forecast"), name
+        assert set(json.loads(arguments)) == ({"city"} if function == "get_time" else {"city", "days"}), name
+
+
+def test_every_streamed_answer_has_its_schema(demo):
+    """Guards the promise: of streams at temperatures up to 3, beside some that are free, none is invalid or cut."""
+    assert demo.ask("many") == {"free": 2, "valid": 13}
+
+
+def test_forms_that_cannot_be_held_name_the_keyword(demo):
+    """Guards people with a schema: OpenAI's error object, with the field and the keyword, before any answer."""
+    found = demo.ask("mistakes")
+    for name, field in {"chat": "response_format", "stream": "response_format", "responses": "text.format"}.items():
+        refusal = f'{field}, schema has "uniqueItems", which cannot be enforced: take it out, or set strict to false'
+        code, param, message = found[name]
+        assert (code, param) == ("invalid_form", field) and message.startswith(refusal)
+    assert found["function"][:2] == ["invalid_form", "tools"] and '"uniqueItems"' in found["function"][2]
+    assert found["nobody"][:2] == ["invalid_request", "tool_choice"]
+    assert found["regex"][:2] == ["invalid_form", "response_format"]
+
+
 def test_clients_that_leave_free_their_slots_within_a_second(demo):
     """Guards against leaks: streams, whole answers and those that wait, all of which go at once."""
     found = demo.ask("leaving")

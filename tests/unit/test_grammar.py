@@ -388,10 +388,6 @@ def test_forms_are_compiled_once():
 
 def test_what_is_missing_is_named(monkeypatch):
     """Guards installations without the extra: one line with the command, and only where a form is asked for."""
-
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(vocabulary.importlib, "import_module", missing)
-    with pytest.raises(GptossError, match=r"needs llguidance, which is not installed: pip install 'gptoss-jax\[struc"):
+    monkeypatch.setattr(vocabulary, "NEEDED", ("json", "no_such_package"))
+    with pytest.raises(GptossError, match=r"needs no_such_package, which is not installed: pip install 'gptoss-jax\["):
         compile_form(forms.AnswerForm(final=Body("regex", "never compiled before", "r")), WORDS)

@@ -17,6 +17,7 @@ from gptoss_jax.api.asked import Options
 from gptoss_jax.api.completions import Prompt
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig, NumericsError
+from gptoss_jax.engine.runner import NOTHING_PENDING
 from gptoss_jax.engine.sampling import FAULTY
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, load_tokenizer
 from gptoss_jax.model.config import read_config
