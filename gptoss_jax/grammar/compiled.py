@@ -23,14 +23,14 @@ class CompiledForm:
     Attributes:
         form: what is held.
         remarks: what of it is not enforced to the letter, a line each.
-        coerced: the bodies in which `oneOf` is held as `anyOf`: a finished answer has to be checked.
+        to_check: the bodies that these speak of: a finished answer has to be looked at.
         num_ids: of the vocabulary.
         end_ids: with these an answer ends.
     """
 
     form: AnswerForm
     remarks: tuple[str, ...]
-    coerced: frozenset[Body]
+    to_check: frozenset[Body]
     _first: Any = dataclasses.field(repr=False, compare=False)  # after `<|start|>assistant`
     _next: Any = dataclasses.field(repr=False, compare=False)  # before it
     _tokenizer: Tokenizer = dataclasses.field(repr=False, compare=False)
@@ -64,7 +64,8 @@ def compile_form(form: AnswerForm, tokenizer: Tokenizer) -> CompiledForm:
         raise FormError(f"the form of the answer cannot be held: {_first_line(first.get_error())}")
     first.compute_bitmask()  # here rather than with the first answer: the lexer's tables are made
     remarks = tuple(f"{body.where}: {remark}" for body, _, remarks in found for remark in remarks)
-    return CompiledForm(form, remarks, coerced, first, whole, tokenizer)
+    to_check = frozenset(body for body, _, some in found if some)
+    return CompiledForm(form, remarks, to_check, first, whole, tokenizer)
 
 
 def held_form(settings: Settings, choice: ToolChoice = AUTO, *, vocab_path: str | None = None) -> CompiledForm | None:

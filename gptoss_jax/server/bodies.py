@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 
 from gptoss_jax.api.fields import an_object, boolean
+from gptoss_jax.api.openai_fields import HARMLESS
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import parse_json
 from gptoss_jax.server.problems import Problem
@@ -25,6 +26,7 @@ _REFUSED = (
     *("chat_template", "documents", "images", "prompt_embeds"),
     *("response_format", "text", "tools"),  # where a form has no such field
 )
+_SAY_NOTHING = frozenset(HARMLESS) - {"store", "stream_options"}  # on which the server acts
 _FORMS = ("response_format", "text", "tools")
 
 
@@ -88,7 +90,7 @@ def may_be_held(body: Mapping[str, Any]) -> bool:
 
 
 def sort(body: Mapping[str, Any], known: Collection[str], own: Collection[str] = ()) -> Fields:
-    """Sorts a request's fields: null counts as absent, and what nobody knows is ignored and named.
+    """Sorts a request's fields: null counts as absent, and what says nothing here is ignored and named.
 
     Args:
         body: the request.
@@ -107,7 +109,8 @@ def sort(body: Mapping[str, Any], known: Collection[str], own: Collection[str] =
     if options and not stream:
         raise GptossError("stream_options has an effect with stream only: leave it out, or set stream to true")
     with_usage = boolean(options.get("include_usage") or False, "stream_options.include_usage")
-    ignored = [name for name in given if name not in known and name not in own]
+    acts = {*known, *own} - _SAY_NOTHING
+    ignored = [name for name in given if name not in acts]
     acting = {name: value for name, value in given.items() if name not in ignored}
     mapped = _map_efforts(acting)
     headers = {IGNORED_HEADER: _listed(ignored)} if ignored else {}

@@ -312,6 +312,12 @@ def test_lenient_formats_pass_keywords_over_and_are_checked():
     assert form.remarks == ('response_format, schema: "uniqueItems" is not enforced',)
     assert verdict(form, answer(f"{FINAL}[1,2]<|return|>"))["status"] == "valid"
     assert verdict(form, answer(f"{FINAL}[1,1]<|return|>"))["fault"].endswith("the answer breaks 'uniqueItems'")
+    patterned = {"type": "array", "items": {"type": "string", "pattern": "^(a+)+$"}}
+    enforced = held(settings_of(response_format=schema_format(patterned, strict=False)))
+    assert verdict(enforced, answer(f'{FINAL}["aa"]<|return|>'))["status"] == "valid"  # nothing is left to look at
+    partly = held(settings_of(response_format=schema_format(patterned | {"uniqueItems": True}, strict=False)))
+    slow = "a" * 60 + "b"  # for ever in Python's `re`
+    assert verdict(partly, answer(f'{FINAL}["{slow}"]<|return|>'))["status"] == "unchecked"
     digits = "1" * 5000  # more than Python reads as a whole number
     assert verdict(form, answer(f"{FINAL}[{digits},-{digits}]<|return|>"))["status"] == "valid"
     assert verdict(form, answer(f"{FINAL}[{digits},{digits}]<|return|>"))["status"] == "unchecked"

@@ -350,9 +350,9 @@ def test_any_field_is_answered_or_refused(requests):
 
 def test_unknown_fields_are_ignored_and_named():
     """Guards clients that send what other servers know; null says nothing."""
-    odd = {"my_field": 1, "nothing": None, "é\n": 2}
+    odd = {"my_field": 1, "nothing": None, "é\n": 2, "user": "me"}
     reply = House().post(CHAT, HI | odd | {"reasoning_effort": "minimal"})
-    assert reply.headers["x-gptoss-ignored"] == "my_field, ?\\n"
+    assert reply.headers["x-gptoss-ignored"] == "my_field, ?\\n, user"
     assert reply.headers["x-gptoss-mapped"] == "reasoning_effort: minimal -> low"
     assert reply.json()["gptoss"]["settings"]["reasoning_effort"] == "low"
     mapped = House().post(ITEMS, {"input": "Hi", "reasoning": {"effort": "xhigh"}})
