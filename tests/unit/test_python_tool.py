@@ -83,7 +83,7 @@ def _descendants() -> list[int]:
         ("x = (", '  File "script.py", line 1\n    x = (\n        ^\nSyntaxError: \'(\' was never closed\n'),
         ("x = '\0'", "SyntaxError: source code string cannot contain null bytes\n"),
         ("import sqlite3, ssl, hashlib, decimal, json\nprint(open('note', 'w').write('four'))", "4\n"),
-        ("import os\nprint({*os.environ} - {'LC_CTYPE'}, os.listdir('/mnt/data'), os.getcwd())", "set() [] /mnt/data\n"),
+        ("import os\nprint({*os.environ} - {'LC_CTYPE'}, os.listdir(), os.getcwd())", "set() [] /mnt/data\n"),
         ("class A: pass\nimport pickle\nprint(type(pickle.loads(pickle.dumps(A()))).__name__)", "A\n"),
         ("from multiprocessing import Pool\nwith Pool(2) as pool:\n    print(pool.map(abs, [-1, -2]))", "[1, 2]\n"),
         ("import asyncio, subprocess, sys\nprint(asyncio.run(asyncio.sleep(0, 7)))\n"
@@ -138,12 +138,12 @@ LIMIT_CASES = {
     ),
     "one process's memory": ("try:\n  x = bytearray(8 << 30)\nexcept MemoryError:\n  print('refused')", "refused\n"),
     "memory of many": (
-        "import os, time\nfor _ in range(8): os.fork()or exec('x = bytearray(60 << 20); time.sleep(9)')\ntime.sleep(9)",
+        "import os, time\nfor _ in range(8): os.fork()or exec('x = bytearray(60 << 20); time.sleep(60)')\ntime.sleep(60)",
         "[stopped: its processes held more than 256 MiB of memory]",
     ),
     "shared memory": (
         "import mmap, os, time\nfor _ in range(8):\n  if not os.fork():\n    m = mmap.mmap(-1, 100 << 20)\n"
-        "    for n in range(0, 100 << 20, 4096): m[n] = 1\n    time.sleep(9)\ntime.sleep(9)",
+        "    for n in range(0, 100 << 20, 4096): m[n] = 1\n    time.sleep(60)\ntime.sleep(60)",
         "[stopped: its processes held more than 256 MiB of memory]",
     ),
     "memory that no process maps": ("import os\ntry: os.memfd_create('x')\nexcept OSError as e: print(e.errno)", "1\n"),
@@ -166,7 +166,7 @@ def test_a_limit_holds(name):
     began = time.monotonic()
     output = tool.call("python", code)
     assert (output.text, output.failed) == (text, text.endswith("]"))
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 40
     assert _descendants() == []
 
 
@@ -178,7 +178,7 @@ def test_cpu_time_ends_a_process():
 
 def test_a_fork_bomb_ends_with_the_call():
     """Guards the machine's processes: sixteen at a time, and none afterwards."""
-    tool = _tool(limits=Limits(**{**vars(LIMITS), "seconds": 0.7}))
+    tool = _tool(limits=Limits(**{**vars(LIMITS), "seconds": 1}))
     most, ended = 0, threading.Event()
 
     def watch():
@@ -191,7 +191,7 @@ def test_a_fork_bomb_ends_with_the_call():
     output = tool.call("python", "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass")
     ended.set()
     watcher.join()
-    assert output.failed and output.text.endswith("[stopped after 0.7 seconds]")
+    assert output.failed and output.text.endswith("[stopped after 1 seconds]")
     assert 10 <= most <= 20  # with the launcher and the sandbox's first process
     assert _descendants() == []
 
@@ -227,19 +227,19 @@ def test_nothing_outlives_a_call_or_a_session(python, session):
     assert session.call("python", f"{daemon}print('left')").text == "left\n"
     assert len(_descendants()) >= 3
     session.close()
-    assert _descendants() == [] and time.monotonic() - began < 8
+    assert _descendants() == [] and time.monotonic() - began < 40
 
 
 def test_close_ends_a_call_that_runs():
     """Guards a server that closes: it does not wait for a script's two minutes."""
     tool = _tool(limits=LIMITS)
     began, outputs = time.monotonic(), []
-    caller = threading.Thread(target=lambda: outputs.append(tool.call("python", "import time\ntime.sleep(9)")))
+    caller = threading.Thread(target=lambda: outputs.append(tool.call("python", "import time\ntime.sleep(60)")))
     caller.start()
     time.sleep(0.3)
     tool.close()
     caller.join()
-    assert time.monotonic() - began < 5 and _descendants() == []
+    assert time.monotonic() - began < 40 and _descendants() == []
     refused = tool.call("python", "print(1)")
     assert (refused.text, refused.failed) == ("the sandbox did not start: the tool is closed", True)
 
@@ -315,7 +315,7 @@ def test_no_files_of_the_machine(python, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     of_the_machine = (
-        "/etc/passwd /etc/shadow /etc/hostname /proc/1/environ /proc/self/environ /proc/cpuinfo /proc/1/root/etc/passwd "
+        "/etc/passwd /etc/shadow /proc/1/environ /proc/self/environ /proc/cpuinfo /proc/1/root/etc/passwd "
         "/proc/sys/kernel/core_pattern /sys/kernel/uevent_helper /mnt/data/../../etc/passwd /dev/mem /dev/kmsg /dev/tty"
     )
     paths = (secret, ROOT / "README.md", Path.home() / ".bashrc", *of_the_machine.split())
@@ -407,7 +407,8 @@ def test_open_files_do_not_get_in(python, tmp_path):
     with open(tmp_path / "open", "w") as file, socket.socket() as connection:
         os.set_inheritable(file.fileno(), True)
         os.set_inheritable(connection.fileno(), True)
-        code = "import os\nfor n in range(4096):\n  try: print(n, os.fstat(n).st_mode >> 12, end=' ')\n  except OSError: pass"
+        look = "\n  try: print(n, os.fstat(n).st_mode >> 12, end=' ')\n  except OSError: pass"
+        code = f"import os\nfor n in range(4096):{look}"
         # /dev/null, two ends of a pipe, that of messages, that of sources
         assert python.call("python", code).text == "0 2 1 1 2 1 3 1 4 1 "
 
@@ -436,15 +437,15 @@ def test_a_package_folder_is_read_only(tmp_path):
 
 def test_scripts_run_side_by_side(python):
     """Guards a server's many conversations: one script's time is not another's wait."""
-    began, outputs = time.monotonic(), {}
-    code = "import time\ntime.sleep(1)\nprint({})"
+    outputs = {}
+    code = "import time\nprint(time.monotonic())\ntime.sleep(2)\nprint(time.monotonic())"
     callers = [
-        threading.Thread(target=lambda n=n: outputs.update({n: python.call("python", code.format(n)).text}))
-        for n in range(4)
+        threading.Thread(target=lambda n=n: outputs.update({n: python.call("python", code).text})) for n in range(3)
     ]
     for step, caller in itertools.product((threading.Thread.start, threading.Thread.join), callers):
         step(caller)
-    assert outputs == {n: f"{n}\n" for n in range(4)} and time.monotonic() - began < 3.5
+    begins, ends = zip(*(map(float, text.split()) for text in outputs.values()), strict=True)
+    assert len(begins) == 3 and max(begins) < min(ends)
 
 
 def test_what_is_no_code_is_refused(python):

@@ -1,8 +1,8 @@
 """Python in the sandbox: reads source code from stdin and runs it, as a script or cell by cell.
 
 Started as `python -c SOURCE script` or `... session`. Each source is 8 bytes of length and UTF-8. A script's end is the
-process's; in a session "done" on file descriptor 3 follows each cell, and variables stay. A mistake in the code is a
-traceback, in which this file does not stand.
+process's; in a session variables stay. File descriptor 3 says "begun" before each, and "done" after each of a session.
+A mistake in the code is a traceback, in which this file does not stand.
 """
 
 import ast
@@ -49,7 +49,9 @@ def _session(sources: BinaryIO, variables: dict[str, Any]) -> None:
 
 
 def _next_source(sources: BinaryIO) -> bytes:
-    return sources.read(int.from_bytes(sources.read(8), "big"))
+    source = sources.read(int.from_bytes(sources.read(8), "big"))
+    os.write(_SPOKEN_ON, b"begun\n")
+    return source
 
 
 def _ran_whole(source: bytes, name: str, variables: dict[str, Any], *, shows_last: bool) -> bool:

@@ -24,6 +24,7 @@ from gptoss_jax.tools.python import seccomp
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 _OPEN_FILES = 64
+_START_SECONDS = 60  # of a sandbox, on a machine that is busy with other things
 _LOOK_SECONDS = 0.05
 _READ_BYTES, _LAST_READS = 1 << 16, 32  # a pipe holds a MiB at most
 _MESSAGE_BYTES = 4096
@@ -39,7 +40,7 @@ class Limits:
     """What code may use, at most. Above a limit it is stopped, or the system refuses it more.
 
     Attributes:
-        seconds: of a call, on the clock.
+        seconds: of a call's code, on the clock.
         cpu_seconds: of each process, over its life.
         memory_bytes: address space of a process, and what all of them hold together (looked at 20 times a second).
         disk_bytes: its folder, which lies in memory too, and any file in it.
@@ -141,7 +142,7 @@ class _Call:
     def __init__(self, process: int, pipes: list[IO[bytes]], request: bytes, limits: Limits):
         self._process, self._limits, self._request = process, limits, memoryview(request)
         self._requests, self._printed, self._messages = pipes
-        self._ends_at = time.monotonic() + limits.seconds
+        self._ends_at, self._has_begun = time.monotonic() + _START_SECONDS, False
         self._looks_at = 0.0
         self._output, self._said = _CutOutput(limits.output_bytes), b""
         self.is_ended = False
@@ -163,7 +164,8 @@ class _Call:
     def _limit_met(self) -> str | None:
         now = time.monotonic()
         if now >= self._ends_at:
-            return f"stopped after {self._limits.seconds:g} seconds"
+            seconds = self._limits.seconds if self._has_begun else _START_SECONDS
+            return f"stopped after {seconds:g} seconds"
         if now >= self._looks_at:
             self._looks_at = now + _LOOK_SECONDS
             if held_bytes(self._process) > self._limits.memory_bytes:
@@ -200,6 +202,8 @@ class _Call:
         data = self._messages.read(_MESSAGE_BYTES)
         self.is_ended = self.is_ended or data == b""
         self._said = (self._said + (data or b""))[-_MESSAGE_BYTES:]
+        if not self._has_begun and b"begun\n" in self._said:
+            self._ends_at, self._has_begun = time.monotonic() + self._limits.seconds, True
         return bool(data)
 
 
