@@ -30,12 +30,12 @@ def main() -> None:
     if is_session:
         _session(sources, vars(module))
     else:
-        sys.exit(not _ran_whole(_next_source(sources), "script.py", vars(module), shows_last=False))
+        sys.exit(not _ran_whole(_next_source(sources) or b"", "script.py", vars(module), shows_last=False))
 
 
 def _session(sources: BinaryIO, variables: dict[str, Any]) -> None:
     process, cell = os.getpid(), 0
-    while source := _next_source(sources):
+    while (source := _next_source(sources)) is not None:
         cell += 1
         try:
             _ran_whole(source, f"cell {cell}", variables, shows_last=True)
@@ -48,8 +48,11 @@ def _session(sources: BinaryIO, variables: dict[str, Any]) -> None:
         os.write(_SPOKEN_ON, b"done\n")
 
 
-def _next_source(sources: BinaryIO) -> bytes:
-    source = sources.read(int.from_bytes(sources.read(8), "big"))
+def _next_source(sources: BinaryIO) -> bytes | None:
+    header = sources.read(8)
+    if not header:
+        return None
+    source = sources.read(int.from_bytes(header, "big"))
     os.write(_SPOKEN_ON, b"begun\n")
     return source
 
