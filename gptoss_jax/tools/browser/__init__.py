@@ -1,0 +1,1 @@
+"""The browser tool: pages that models search, open and cite, from a folder or from named hosts."""
