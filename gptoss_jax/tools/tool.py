@@ -1,7 +1,7 @@
 """What a model may call while it answers: one interface for the python tool, the browser and MCP servers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from openai_harmony import ToolDescription
@@ -20,6 +20,7 @@ class ToolOutput:
     failed: bool = False
 
 
+@runtime_checkable
 class Tool(Protocol):
     """Something a model calls. A call's mistakes are outputs (`failed`), so that the model can mend them.
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("pallas_kernels", "gptoss_jax.files", "gptoss_jax.whole_files"),
     ("gptoss_jax.model", "gptoss_jax.hlo", "gptoss_jax.compression", "gptoss_jax.pictures"),
     ("gptoss_jax.jsonl", "gptoss_jax.engine", "gptoss_jax.harmony", "gptoss_jax.checkpoints"),
-    ("gptoss_jax.grammar",),
+    ("gptoss_jax.grammar", "gptoss_jax.tools"),
     ("gptoss_jax.runtime", "gptoss_jax.api"),
     ("gptoss_jax.server", "gptoss_jax.jobs", "gptoss_jax.training", "gptoss_jax.planner"),
     ("gptoss_jax.cli",),
@@ -26,6 +26,7 @@ KERNELS_IMPORT = {"jax", "jaxtyping", "einops", "numpy", "ml_dtypes", "pallas_ke
 KNOW_NO_JAX = (
     "gptoss_jax.harmony",
     "gptoss_jax.grammar",
+    "gptoss_jax.tools",
     "gptoss_jax.api",
     "gptoss_jax.errors",
     "gptoss_jax.files",
