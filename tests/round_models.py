@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig
+from gptoss_jax.engine.runner import NOTHING_PENDING
 from gptoss_jax.harmony import tool_schemas
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
 from gptoss_jax.model.config import read_config
@@ -40,12 +41,12 @@ class AnswersInTurn(FakeRunner):
         self._texts = list(texts)
         self._scripts: dict[int, list[int]] = {}
 
-    def admit(self, slot, request, drawn, cached=0) -> None:
-        super().admit(slot, request, drawn, cached)
+    def admit(self, slot, request, drawn, cached=0, pending=NOTHING_PENDING) -> None:
+        super().admit(slot, request, drawn, cached, pending)
         self.prompts.append(tuple(request.token_ids))
         self._scripts[slot] = list(ids_of(self._texts.pop(0)))
 
-    def _draw(self, slot, budget) -> int:
+    def _draw(self, slot, budget, ids=()) -> int:
         token = self._scripts[slot].pop(0)
         self._token[slot] = token
         self._remaining[slot] = 0 if token in self._stop_ids[slot] else budget - 1

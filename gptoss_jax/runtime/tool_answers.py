@@ -19,7 +19,7 @@ from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.runtime.answers import Sample, collect
 from gptoss_jax.tools import rounds
 from gptoss_jax.tools.rounds import Call, Called, Rounds
-from gptoss_jax.tools.tool import Tool
+from gptoss_jax.tools.tool import MOST_ROUNDS, Tool
 from gptoss_jax.tools.toolbox import MAX_OUTPUT_CHARACTERS, Toolbox, declared
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class ToolRun:
         later_constraint: what answers after the first are held to: a call may be asked for once, not for ever.
         watcher: sees what comes.
         interrupted: asked while answers are drawn and while tools work.
+        samples: the answers so far.
     """
 
     engine: "gptoss_jax.engine.engine.Engine"
@@ -94,6 +95,7 @@ class ToolRun:
     later_constraint: Constraint | None = None
     watcher: Watcher = dataclasses.field(default_factory=_Unseen)
     interrupted: Callable[[], bool] = rounds.never
+    samples: list[Sample] = dataclasses.field(default_factory=list)
 
     def run(self, turn: Rounds) -> None:
         """Runs the rounds to their end.
@@ -123,6 +125,7 @@ class ToolRun:
                 raise
             return None
         [sample] = collect(self.engine, [request], [stream], self.watcher.show, self.interrupted)
+        self.samples.append(sample)
         self.watcher.answered(sample)
         return sample.answer
 
@@ -142,7 +145,7 @@ def answer_with_tools(
     sampling: SamplingParams | None = None,
     max_new_tokens: int | None = None,
     max_context_tokens: int = 4096,
-    tool_rounds: int = rounds.MOST_ROUNDS,
+    tool_rounds: int = MOST_ROUNDS,
     watcher: Watcher | None = None,
 ) -> Rounds:
     """The answer to a prompt, its calls of `tools` carried out and the model asked again, until it calls none.

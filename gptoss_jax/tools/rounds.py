@@ -1,7 +1,7 @@
 """The loop that answers a model's calls: rounds of an answer, its calls, their outputs, until an answer calls nothing.
 
-It asks no model and starts no thread: a driver asks, gives each answer to `Rounds.take`, carries out the calls that this
-returns, gives their outputs to `Rounds.put`, and asks again. `run` is the driver for who may wait.
+`Rounds` asks no model and starts no thread: a driver asks, gives each answer to `take`, carries out the calls that this
+returns, gives their outputs to `put`, and asks again. `run` is the driver for who may wait.
 """
 
 import threading
@@ -17,10 +17,9 @@ from gptoss_jax.harmony import render
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.messages import from_parsed
 from gptoss_jax.harmony.tool_results import result_message
-from gptoss_jax.tools.tool import ToolOutput
+from gptoss_jax.tools.tool import MOST_ROUNDS, ToolOutput
 from gptoss_jax.tools.toolbox import Toolbox
 
-MOST_ROUNDS = 20
 INTERRUPTED = ToolOutput("the user interrupted this call", failed=True)
 
 _HEARS_SECONDS = 0.05  # how soon an interruption ends the wait for a tool
@@ -39,6 +38,10 @@ class Call(NamedTuple):
     recipient: str
     arguments: str
 
+    def document(self) -> dict[str, Any]:
+        """For JSON, as `harmony.answer.call_document` writes calls."""
+        return {"name": self.recipient.removeprefix("functions."), "arguments": self.arguments}
+
 
 class Called(NamedTuple):
     """A call and what it gave, after so many seconds."""
@@ -50,7 +53,7 @@ class Called(NamedTuple):
     def document(self) -> dict[str, Any]:
         """For JSON."""
         output = {"output": self.output.text, "failed": self.output.failed, "seconds": round(self.seconds, 3)}
-        return {**self.call._asdict(), **output}
+        return {**self.call.document(), **output}
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Rounds:
 
         Args:
             messages: the conversation, with or without the messages in front.
-            toolbox: answers calls.
+            toolbox: answers calls; without tools it answers none.
             declared: recipients that the prompt declares; calls to those that no tool takes are the caller's.
             most_rounds: how often calls are carried out.
             most_tokens: of all answers together; None: as far as the context goes.
@@ -139,7 +142,7 @@ class Rounds:
         ]
         self.rounds[-1].called += called
         self._calls = []
-        if any(each.output is INTERRUPTED for each in called):
+        if self.was_interrupted_in_a_call:
             self.ended = "interrupted"
 
     def does_not_fit(self) -> None:
@@ -155,13 +158,18 @@ class Rounds:
     def remark(self) -> str | None:
         """What a reader should know of why there are no more rounds; None: there is nothing to say."""
         carried = sum(bool(round.called) for round in self.rounds)
+        wait = "the calls of the last answer wait"
         return {
-            "rounds": f"tool_rounds is {self._most_rounds}, and so often calls were carried out: those of the last "
-            "answer wait",
-            "tokens": f"max_new_tokens is {self._most_tokens}, and so many were drawn: the calls of the last answer wait",
-            "context": f"after {carried} rounds of tools the conversation no longer fits the context: "
-            "max_context_tokens makes it longer",
+            "rounds": f"calls were carried out {carried} times, and tool_rounds allows no more: {wait}",
+            "tokens": f"{self._most_tokens} tokens were drawn, and max_new_tokens allows no more: {wait}",
+            "context": f"after {carried} rounds of tools the conversation no longer fits max_context_tokens",
+            "interrupted": "the call was interrupted" if self.was_interrupted_in_a_call else None,
         }.get(str(self.ended))
+
+    @property
+    def was_interrupted_in_a_call(self) -> bool:
+        """Whether a tool may still be at work, until it is closed."""
+        return bool(self.rounds) and any(each.output is INTERRUPTED for each in self.rounds[-1].called)
 
     def document(self) -> dict[str, Any]:
         """Why they ended and what was called, for JSON."""
@@ -173,7 +181,7 @@ class Rounds:
 
     def _is_answered(self, recipient: str) -> bool:
         """Whether its output comes from here: of a tool's call, or of one to what nobody declared."""
-        return self._toolbox.takes(recipient) or recipient not in self._declared
+        return self._toolbox.takes(recipient) or (bool(self._toolbox.tools) and recipient not in self._declared)
 
 
 def arguments_of(call: Message) -> str:
@@ -210,16 +218,23 @@ def run(
         rounds.put(called)
 
 
+def called_now(toolbox: Toolbox, call: Call) -> Called:
+    """One call, which this waits for."""
+    began = time.monotonic()
+    output = toolbox.call(*call)
+    return Called(call, output, time.monotonic() - began)
+
+
 def carry_out(toolbox: Toolbox, call: Call, interrupted: Callable[[], bool] = never) -> Called:
     """One call, in a thread of its own, so that an interruption is heard: the output is INTERRUPTED then.
 
     The tool's own time limit ends what is left in the thread, or the toolbox's `close` before that.
     """
-    outputs: list[ToolOutput] = []
+    done: list[Called] = []
     began = time.monotonic()
     # A daemon: a tool that hangs must not keep the process from ending.
-    thread = threading.Thread(target=lambda: outputs.append(toolbox.call(*call)), name="tool", daemon=True)
+    thread = threading.Thread(target=lambda: done.append(called_now(toolbox, call)), name="tool", daemon=True)
     thread.start()
     while thread.is_alive() and not interrupted():
         thread.join(_HEARS_SECONDS)
-    return Called(call, outputs[0] if outputs else INTERRUPTED, time.monotonic() - began)
+    return done[0] if done else Called(call, INTERRUPTED, time.monotonic() - began)

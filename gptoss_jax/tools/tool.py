@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from openai_harmony import ToolDescription
 
+MOST_ROUNDS = 20  # how often a model's calls are carried out for one prompt, unless somebody says otherwise
+
 
 @dataclass(frozen=True)
 class ToolOutput:
@@ -22,15 +24,17 @@ class ToolOutput:
 
 @runtime_checkable
 class Tool(Protocol):
-    """Something a model calls. A call's mistakes are outputs (`failed`), so that the model can mend them.
+    """Something a model calls. A call's mistakes are outputs (`failed`), so that the model can mend them."""
 
-    Attributes:
-        builtin: the name under `harmony.settings.BUILTIN_TOOLS` that the system message declares; None for functions.
-        functions: what the developer message declares; () for a built-in tool.
-    """
+    @property
+    def builtin(self) -> str | None:
+        """The name under `harmony.settings.BUILTIN_TOOLS` that the system message declares; None for functions."""
+        ...
 
-    builtin: str | None
-    functions: "tuple[ToolDescription, ...]"
+    @property
+    def functions(self) -> "tuple[ToolDescription, ...]":
+        """What the developer message declares; () for a built-in tool."""
+        ...
 
     def takes(self, recipient: str) -> bool:
         """Whether a call to `recipient` ("python", "browser.open", "functions.NAME") is this tool's."""

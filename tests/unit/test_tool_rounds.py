@@ -142,7 +142,8 @@ def test_rounds_tokens_and_context_run_out():
     call = calling("get_weather", PARIS)
     turn, prompts = _asked([call] * 3, [Weather()], tool_rounds=2)
     assert (turn.ended, len(prompts), len(turn.waiting())) == ("rounds", 3, 1)
-    assert "tool_rounds is 2" in str(turn.remark())
+    wait = "the calls of the last answer wait"
+    assert turn.remark() == f"calls were carried out 2 times, and tool_rounds allows no more: {wait}"
     length = len(answer(call).parsed.token_ids)
     turn, prompts = _asked([call] * 2, [Weather()], max_new_tokens=2 * length)
     assert (turn.ended, len(prompts)) == ("tokens", 2)
