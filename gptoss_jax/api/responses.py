@@ -33,7 +33,7 @@ _ONLY = {
 }
 _ONLY_TEXT = {"text.verbosity": ("medium", "the model has no such setting")}
 _LOGPROBS = "message.output_text.logprobs"
-_INCLUDES = (  # of the others nothing is here: reasoning is given in clear, and no built-in tool runs
+_INCLUDES = (  # the others change nothing: reasoning and what tools gave are given in clear
     *(_LOGPROBS, "reasoning.encrypted_content", "web_search_call.action.sources", "code_interpreter_call.outputs"),
     *("computer_call_output.output.image_url", "file_search_call.results", "message.input_image.image_url"),
 )

@@ -3,15 +3,21 @@
 Quick to import: what a tool needs is imported when it is made.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_jax.errors import GptossError
 
 if TYPE_CHECKING:
+    from gptoss_jax.tools.browser.backend import Backend
+    from gptoss_jax.tools.browser.page import Page
+    from gptoss_jax.tools.mcp import McpServer
     from gptoss_jax.tools.tool import Tool
     from gptoss_jax.tools.toolbox import Toolbox
+
+TOOLS = ("python", "python:stateful", "browser")
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Chosen:
 
     Attributes:
         names: of TOOLS.
-        browser_folder: pages for the browser to search; or else
+        browser_folder: documents for the browser; or else
         browser_hosts: hosts that it may read.
         mcp: servers, each a command line or a URL.
     """
@@ -40,38 +46,13 @@ class Chosen:
             raise GptossError(f"browser_folder and browser_hosts: got {got}, expected one of them beside tool browser")
 
 
-def _python(chosen: Chosen) -> "Tool":
-    from gptoss_jax.tools.python import PythonTool
-
-    return PythonTool(stateful=False)
-
-
-def _stateful_python(chosen: Chosen) -> "Tool":
-    from gptoss_jax.tools.python import PythonTool
-
-    return PythonTool(stateful=True)
-
-
-def _browser(chosen: Chosen) -> "Tool":
-    from gptoss_jax.tools.browser import BrowserTool, HttpBackend, LocalFolder
-
-    folder = chosen.browser_folder
-    return BrowserTool(LocalFolder(folder) if folder else HttpBackend(chosen.browser_hosts))
-
-
-TOOLS: Mapping[str, Callable[[Chosen], "Tool"]] = {
-    "python": _python,
-    "python:stateful": _stateful_python,
-    "browser": _browser,
-}
-
-
 class Offer:
-    """Tools for any number of conversations: MCP servers are shared, all else each conversation has of its own.
+    """Tools for any number of conversations: python's state and the browser's pages are each conversation's own.
+
+    MCP servers are shared, and so is the index of the browser's folder.
 
     Attributes:
         names: what can be opened, of TOOLS.
-        servers: names of MCP servers.
     """
 
     def __init__(self, chosen: Chosen, *, max_output_characters: int):
@@ -80,14 +61,16 @@ class Offer:
         Raises:
             GptossError: a tool that cannot be had, or two of one name.
         """
-        self._chosen, self._max_output_characters = chosen, max_output_characters
+        self._max_output_characters = max_output_characters
         self.names = chosen.names
-        self._shared: list[Tool] = []
+        self._servers: list[McpServer] = []
+        self._pages: Backend | None = None
         try:
+            self._pages = _pages(chosen) if "browser" in chosen.names else None
             if chosen.mcp:
                 from gptoss_jax.tools import mcp
 
-                self._shared += mcp.connect_all(chosen.mcp)
+                self._servers = mcp.connect_all(chosen.mcp)
             self.open().close()
         except BaseException:
             self.close()
@@ -99,23 +82,62 @@ class Offer:
 
         own: list[Tool] = []
         try:
-            for name in self.names:
-                if names is None or name in names:
-                    own.append(TOOLS[name](self._chosen))
-            shared = [tool for tool in self._shared if servers is None or getattr(tool, "name", "") in servers]
+            own += [self._made(name) for name in self.names if names is None or name in names]
+            shared = [server for server in self._servers if servers is None or server.name in servers]
             return Toolbox(own, shared=shared, max_output_characters=self._max_output_characters)
         except BaseException:
             for tool in own:
                 tool.close()
             raise
 
+    def _made(self, name: str) -> "Tool":
+        if name == "browser":
+            from gptoss_jax.tools.browser.browser_tool import BrowserTool
+
+            assert self._pages is not None
+            return BrowserTool(_SharedPages(self._pages))
+        from gptoss_jax.tools.python.python_tool import PythonTool
+
+        return PythonTool(stateful=name == "python:stateful")
+
     @property
     def servers(self) -> tuple[str, ...]:
         """Names of the MCP servers."""
-        return tuple(getattr(tool, "name", "") for tool in self._shared)
+        return tuple(server.name for server in self._servers)
 
     def close(self) -> None:
-        """Ends the MCP servers."""
-        for tool in self._shared:
-            tool.close()
-        self._shared = []
+        """Ends the MCP servers, and lets go of the browser's pages."""
+        for server in self._servers:
+            server.close()
+        self._servers = []
+        if self._pages is not None:
+            self._pages.close()
+            self._pages = None
+
+
+def _pages(chosen: Chosen) -> "Backend":
+    if chosen.browser_folder:
+        from gptoss_jax.tools.browser.local_folder import LocalFolder
+
+        return LocalFolder(Path(chosen.browser_folder))
+    from gptoss_jax.tools.browser.http_backend import HttpBackend
+
+    return HttpBackend(chosen.browser_hosts)
+
+
+class _SharedPages:
+    """A backend that stays open when one conversation's browser is closed."""
+
+    def __init__(self, pages: "Backend"):
+        self._pages = pages
+
+    def search(self, query: str, limit: int) -> "Page":
+        """As the backend."""
+        return self._pages.search(query, limit)
+
+    def fetch(self, url: str, *, as_source: bool) -> "Page":
+        """As the backend."""
+        return self._pages.fetch(url, as_source=as_source)
+
+    def close(self) -> None:
+        """Others use it still."""
