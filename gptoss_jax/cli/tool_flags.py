@@ -21,7 +21,9 @@ _ONE_ANSWER = ("raw", "token_ids", "coordinator", "builtin_tools")  # flags that
 
 def define_flags() -> None:
     """The flags named in TOOL_FLAGS; `chosen` reads all but the last."""
-    flags.DEFINE_multi_enum("tool", [], list(TOOLS), "A tool that it may call, run here; repeat it for several.")
+    flags.DEFINE_multi_string(
+        "tool", [], f"NAME: A tool that it may call, run here: {', '.join(TOOLS)}; repeat it for several."
+    )
     flags.DEFINE_string("browser_folder", None, "DIR: Pages that --tool browser searches: text, Markdown, HTML.")
     flags.DEFINE_list("browser_hosts", [], "HOSTS: Hosts that --tool browser may read over the network: a.org,b.org.")
     flags.DEFINE_multi_string(

@@ -54,8 +54,6 @@ class ToolView:
         if self._shows_calls:
             label = "failed" if called.output.failed else "output"
             self._view.aside_text(f"{label} after {called.seconds:.1f} s", _cut(called.output.text), _STYLE)
-            self._screen.finish_line()
-            self._view = self._new_view()
 
     def ended(self, turn: Rounds) -> None:
         """Says why there are no more rounds, where somebody may ask."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from gptoss_jax.engine.request import Request
+from gptoss_jax.engine.request import Request, RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.server import events, problems
@@ -32,6 +32,10 @@ class Turn(Protocol):
 
     async def more(self, answer: Answer, send: ToolSend) -> tuple[Request, AnswerStream] | None:
         """What the engine is asked after an answer, once its calls are carried out; None: it was the last."""
+        ...
+
+    def does_not_fit(self) -> None:
+        """The engine's memory can never hold what `more` gave: the answer was the last."""
         ...
 
     def close(self) -> None:
@@ -138,9 +142,15 @@ class Reply(Response):
         try:
             while not (await asyncio.wait([coming], timeout=KEEP_ALIVE_SECONDS))[0]:
                 await send_events([events.KEEP_ALIVE])
-            return coming.result()
+            more = coming.result()
         finally:
             coming.cancel()
+        try:
+            self._thread.check([more[0]] if more else [])
+        except RequestError:
+            self._work.turn.does_not_fit()
+            return None
+        return more
 
     async def _read(self, answering: Answering) -> None:
         async for number, news in answering:

@@ -87,6 +87,11 @@ class ResponsesExchange:
         request = await asyncio.to_thread(turn.next_request, *sizes)
         return None if request is None else (request, stream)
 
+    def does_not_fit(self) -> None:
+        """The answer was the last."""
+        if self.turn is not None:
+            self.turn.rounds.does_not_fit()
+
     def close(self) -> None:
         """Ends the tools."""
         if self.turn is not None:

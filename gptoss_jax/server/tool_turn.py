@@ -41,7 +41,8 @@ class ServerTools:
         else that the API does not know.
         """
         kept, names, servers = [], list[str](), list[str]()
-        for tool in fields.get("tools") or ():
+        tools = fields.get("tools")
+        for tool in tools if isinstance(tools, list) else ():
             kind = tool.get("type") if isinstance(tool, dict) else None
             if name := self._offered(_TOOL_OF.get(str(kind))):
                 names.append(name)
@@ -108,7 +109,8 @@ class ToolTurn:
         )
         self.prompt_tokens = len(self.asked.token_ids)
         # A call may be asked for once, not for ever.
-        self._later_form = None if self.asked.form is None else held_form(options.settings)
+        vocab = self.asked.vocab_path
+        self._later_form = None if self.asked.form is None else held_form(options.settings, vocab_path=vocab)
 
     @property
     def answer_id(self) -> str:
