@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from gptoss_jax.harmony.settings import Settings
     from gptoss_jax.runtime.language_model import LanguageModel
     from gptoss_jax.runtime.loading import load
+    from gptoss_jax.runtime.tool_answers import answer_with_tools
 
-__all__ = ["EngineConfig", "GptossError", "LanguageModel", "Request", "SamplingParams", "Settings", "load"]
+__all__ = [
+    "EngineConfig",
+    "GptossError",
+    "LanguageModel",
+    "Request",
+    "SamplingParams",
+    "Settings",
+    "answer_with_tools",
+    "load",
+]
 
 _HOMES = {
     "EngineConfig": "gptoss_jax.engine.request",
@@ -28,6 +38,7 @@ _HOMES = {
     "Request": "gptoss_jax.engine.request",
     "SamplingParams": "gptoss_jax.engine.sampling_params",
     "Settings": "gptoss_jax.harmony.settings",
+    "answer_with_tools": "gptoss_jax.runtime.tool_answers",
     "load": "gptoss_jax.runtime.loading",
 }
 

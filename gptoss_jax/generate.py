@@ -12,6 +12,12 @@ A model that may call tools, and what it says to their results:
     python -m gptoss_jax.generate --checkpoint DIR --messages chat.json \
         --tool-results results.json
 
+A model whose calls are carried out here, until it answers:
+
+    python -m gptoss_jax.generate --checkpoint DIR --tool python "What is 2**89?"
+    python -m gptoss_jax.generate --checkpoint DIR --mcp 'my-server --flag' \
+        "What is on my calendar?"
+
 The answer goes to stdout as it comes: the final answer alone, or the calls of
 a model that stopped to call tools, one JSON object a line. Reasoning
 (--show-reasoning), statistics and progress go to stderr. --json prints one
@@ -39,7 +45,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags, tool_flags
 
 SECTIONS = {
     "What is asked (text on stdin where none of these is given)": (
@@ -51,6 +57,7 @@ SECTIONS = {
         "chat",
     ),
     "What the system and developer messages say": (*prompt_flags.PROMPT_FLAGS, "tool_choice"),
+    "What it may call that is run here": tool_flags.TOOL_FLAGS,
     "How tokens are drawn": sampling_flags.SAMPLING_FLAGS,
     "What is shown and kept": ("show_reasoning", "json", "raw", "stats", "quiet", "save", "n"),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
@@ -80,6 +87,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("n", 1, "N: Answers to the prompt; the second is drawn with seed + 1, and so on.")
     prompt_flags.define_flags()
+    tool_flags.define_flags()
     sampling_flags.define_flags()
     model_flags.define_flags()
     profiling.define_flags()

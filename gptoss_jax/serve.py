@@ -31,7 +31,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, model_flags, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, model_flags, prompt_flags, sampling_flags, tool_flags
 from gptoss_jax.errors import GptossError
 
 SECTIONS = {
@@ -46,6 +46,7 @@ SECTIONS = {
         "quiet",
     ),
     "What the system and developer messages say, where a request does not": prompt_flags.PROMPT_FLAGS,
+    "What is run here for requests to /v1/responses that ask for it": tool_flags.TOOL_FLAGS,
     "How tokens are drawn, where a request does not say": sampling_flags.SAMPLING_FLAGS,
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS),
 }
@@ -66,6 +67,7 @@ def define_flags() -> None:
     flags.DEFINE_float("finish_seconds", 30.0, "X: Time that answers under way have after SIGTERM.")
     flags.DEFINE_bool("quiet", False, "Print no notes and no progress on stderr: only what is wrong.")
     prompt_flags.define_flags()
+    tool_flags.define_flags()
     sampling_flags.define_flags()
     model_flags.define_flags()
 

@@ -1,6 +1,6 @@
 """Models that say what a script holds: real checkpoints, run like any other, whose answers a test knows beforehand.
 
-    python -m tests.scripted FOLDER [thinker|caller|agent|attacker|attacking_caller]
+    python -m tests.scripted FOLDER [thinker|caller|agent|adder|attacker|attacking_caller]
 
 A token's successor follows from the token and from whether the answer has begun to think: the embedding gives each
 token of the script a dimension of its own, the unembedding maps it to the next token, and one attention head, looking
@@ -31,6 +31,7 @@ CONFIG = two_layers_config() | {
 REASONING = "Hmm, why does sky look blue? Recall Rayleigh."
 ANSWER = "Because air scatters short waves most: **blue** ✨"
 CALL = '{"city": "Paris"}'
+SUM, TOTAL = '{"a": 2, "b": 3}', "That makes five."
 # Sequences that terminals obey: a title and a clipboard set, the screen cleared, the cursor moved.
 CONTROL_REASONING = "Hmm, back\x08space"
 CONTROL_ANSWER = "Title\x1b]0;owned\x07then\x9b2Jall\rgone."
@@ -43,6 +44,9 @@ SCRIPTS = {
     "thinker": _THINKING.format(REASONING) + f"final<|message|>{ANSWER}<|return|>",
     "caller": _CALLING.format(CALL),
     "agent": _CALLING.format(CALL),
+    # Two answers: a call, whose first token is the first thought here, and what it says once it has made it.
+    "adder": f"<|channel|>commentary to=functions.add <|constrain|>json<|message|>{SUM}<|call|>"
+    f"<|start|>assistant<|channel|>final<|message|>{TOTAL}<|return|>",
     "attacker": _THINKING.format(CONTROL_REASONING) + f"final<|message|>{CONTROL_ANSWER}<|return|>",
     "attacking_caller": _CALLING.format(CONTROL_CALL),
 }

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from openai_harmony import Message
+
 from gptoss_jax.engine.request import Request
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.grammar.compiled import CompiledForm
@@ -54,6 +56,7 @@ class Asked:
         echo: other fields that a response of this form repeats as the client wrote them, `model` among them.
         vocab_path: as for `harmony.tokenizer.load_tokenizer`; responses spell tokens.
         form: what the answer is held to; None: nothing.
+        conversation: the messages that the prompt is made of, those in front too; () for plain ids.
     """
 
     token_ids: tuple[int, ...]
@@ -65,6 +68,7 @@ class Asked:
     echo: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vocab_path: str | None = None
     form: CompiledForm | None = None
+    conversation: Sequence[Message] = ()
 
     def request(self, model_stop_ids: Sequence[int]) -> Request:
         """What an engine is asked for the first of the answers, but for its text: an engine can check it."""

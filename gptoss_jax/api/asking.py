@@ -54,6 +54,7 @@ def conversation(
         remarks=(*remarks, *([effort] if effort else [])),
         vocab_path=vocab_path,
         form=form,
+        conversation=whole,
     )
 
 

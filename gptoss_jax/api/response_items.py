@@ -28,11 +28,14 @@ def chat_of(value: object) -> list[dict[str, Any]]:
 
     Raises:
         GptossError: something else than text or items of messages, reasoning, calls and their results.
+
+    Calls of built-in tools that were carried out here are left out: they are part of a chain of thought, and are
+    dropped with it once an answer has followed.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     items = nonempty_list(value, "input")
-    chat = [_chat_message(item, f"input, item {index}") for index, item in enumerate(items)]
+    chat = [message for index, item in enumerate(items) for message in _chat_messages(item, f"input, item {index}")]
     following: Mapping[str, Any] = {}
     for message in reversed(chat):
         if "reasoning" in message:
@@ -43,11 +46,15 @@ def chat_of(value: object) -> list[dict[str, Any]]:
     return chat
 
 
-def _chat_message(item: object, where: str) -> dict[str, Any]:
+def _chat_messages(item: object, where: str) -> list[dict[str, Any]]:
     kind = item.get("type", "message") if isinstance(item, dict) else None
+    if kind in _CARRIED_OUT:
+        return []
+    if kind == "mcp_call":
+        return _mcp_call(item, where)
     if not isinstance(kind, str) or kind not in _READERS:
         raise GptossError(f"{where} has type {short(kind)}, expected one of {', '.join(_READERS)}")
-    return _READERS[kind](item, where)
+    return [_READERS[kind](item, where)]
 
 
 def _message(item: object, where: str) -> dict[str, Any]:
@@ -86,6 +93,16 @@ def _result(item: object, where: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "content": fields.get("output", "")}
 
 
+def _mcp_call(item: object, where: str) -> list[dict[str, Any]]:
+    """A function that was called here, and what it gave: to the model functions all the same."""
+    names = ("type", "id", "name", "arguments", "output", "error", "server_label", "status", "approval_request_id")
+    fields = known_fields(item, names, where)
+    call_id, gave = needed(fields, "id", where), fields.get("output") or fields.get("error") or ""
+    call = {"call_id": call_id, "name": needed(fields, "name", where), "arguments": fields.get("arguments", "")}
+    return [_call(call, where), _result({"call_id": call_id, "output": gave}, where)]
+
+
+_CARRIED_OUT = ("code_interpreter_call", "web_search_call")
 _READERS: Mapping[str, Callable[[object, str], dict[str, Any]]] = {
     "message": _message,
     "reasoning": _reasoning,
@@ -95,6 +112,18 @@ _READERS: Mapping[str, Callable[[object, str], dict[str, Any]]] = {
 
 
 # ---- output ----
+
+
+def without_calls(
+    items: list[dict[str, Any]], answer: Answer, response_id: str, recipients: Callable[[str], bool]
+) -> list[dict[str, Any]]:
+    """The items of `output`, but for calls to these recipients, which are no client's to answer."""
+    own = {
+        made_id("fc", response_id, index)
+        for index, message in enumerate(answer.messages)
+        if message.kind == "call" and recipients(str(message.recipient))
+    }
+    return [item for item in items if item["id"] not in own]
 
 
 def output(answer: Answer, response_id: str, logprobs: Logprobs) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ whatever the defaults say of several. Log probabilities stand with the text of m
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import an_object, boolean, known, only, texts
-from gptoss_jax.api.response_items import chat_of, output
+from gptoss_jax.api.response_items import chat_of, output, without_calls
 from gptoss_jax.api.tokens import Shown, log_probabilities, usage
 from gptoss_jax.engine.request import NOT_FINITE, NOT_HELD
 from gptoss_jax.errors import GptossError, short
@@ -20,6 +20,7 @@ from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.json_values import known_fields, needed, string
 from gptoss_jax.harmony.settings import GRAMMAR_TYPES
+from gptoss_jax.tools.rounds import Rounds
 
 _STORED = "nothing is stored here, so the whole conversation goes into input"
 _ONLY = {
@@ -32,7 +33,7 @@ _ONLY = {
 }
 _ONLY_TEXT = {"text.verbosity": ("medium", "the model has no such setting")}
 _LOGPROBS = "message.output_text.logprobs"
-_INCLUDES = (  # of the others nothing is here: reasoning is given in clear, and no built-in tool runs
+_INCLUDES = (  # the others change nothing: reasoning and what tools gave are given in clear
     *(_LOGPROBS, "reasoning.encrypted_content", "web_search_call.action.sources", "code_interpreter_call.outputs"),
     *("computer_call_output.output.image_url", "file_search_call.results", "message.input_image.image_url"),
 )
@@ -138,6 +139,43 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
         "usage": _usage(asked, answers),
         "gptoss": openai_fields.additions(asked, answers),
     }
+
+
+def items_of_round(
+    asked: Asked, answer: Answer, answer_id: str, recipients: Callable[[str], bool]
+) -> list[dict[str, Any]]:
+    """The output of one answer of several, without its calls to recipients that are answered here."""
+    items = output(answer, answer_id, lambda shown: _message_logprobs(asked, answer, shown))
+    return without_calls(items, answer, answer_id, recipients)
+
+
+_CUT_SHORT = {"rounds": "max_tool_calls", "tokens": "max_output_tokens", "context": "max_output_tokens"}
+
+
+def response_of_rounds(
+    asked: Asked, turn: Rounds, items: Sequence[dict[str, Any]], prompt_tokens: int, response_id: str, model: str
+) -> dict[str, Any]:
+    """As `response`, of several answers and the calls between them, which were carried out.
+
+    Args:
+        asked: the request.
+        turn: the rounds, which have ended.
+        items: the output.
+        prompt_tokens: of all rounds' prompts.
+        response_id: see `asked.Form`, and `model` too.
+        model: what the model is called.
+    """
+    answers = [round.answer for round in turn.rounds]
+    whole = response(asked, [turn.answer], response_id, model)
+    if reason := _CUT_SHORT.get(str(turn.ended)):
+        whole |= {"status": "incomplete", "incomplete_details": {"reason": reason}}
+    used = _usage(asked, answers)
+    used |= {"input_tokens": prompt_tokens, "total_tokens": prompt_tokens + used["output_tokens"]}
+    additions = openai_fields.additions(asked, answers)
+    additions["calls"] = [called.document() for round in turn.rounds for called in round.called]
+    if remark := turn.remark():
+        additions["remarks"] = [*additions.get("remarks", []), remark]
+    return {**whole, "output": list(items), "usage": used, "gptoss": additions}
 
 
 def under_way(asked: Asked, response_id: str, model: str) -> dict[str, Any]:

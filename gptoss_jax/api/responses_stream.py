@@ -11,8 +11,10 @@ from typing import Any
 from gptoss_jax.api import responses
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.openai_fields import made_id
+from gptoss_jax.api.tool_items import CallItem
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.parsed import Delta
+from gptoss_jax.tools.tool import ToolOutput
 
 _PREFIXES = {"reasoning": "rs", "preamble": "msg", "final": "msg"}
 _PHASES = {"preamble": "commentary", "final": "final_answer"}
@@ -28,6 +30,7 @@ class ResponsesStream:
         self._asked, self._response_id, self._model, self._added = asked, response_id, model, added
         self._numbers = itertools.count()
         self._items: list[dict[str, Any]] = []  # sent whole, in order
+        self._answer_id = response_id  # that of the answer under way, from which its items have theirs
         self._open: _OpenItem | None = None
 
     def begin(self) -> list[dict[str, Any]]:
@@ -48,14 +51,43 @@ class ResponsesStream:
     def finish(self, answer: Answer) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """What is left of an answer that has ended, but the last event; and the whole response."""
         whole = {**responses.response(self._asked, [answer], self._response_id, self._model), **self._added}
-        items = {item["id"]: item for item in whole["output"]}
+        events = self._finish_items(whole["output"])
+        whole["output"] = self._items
+        return events, whole
+
+    def _finish_items(self, output: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is left to send of an answer with this output."""
+        items = {item["id"]: item for item in output}
         events = self._close(items)
         sent = {item["id"] for item in self._items}
-        for item in whole["output"]:
+        for item in output:
             if item["id"] not in sent:
                 events += self._whole_item(item)
-        whole["output"] = [items.get(item["id"], item) for item in self._items]
-        return events, whole
+        self._items = [items.get(item["id"], item) for item in self._items]
+        return events
+
+    # ---- rounds of calls that are carried out here ----
+
+    def finish_round(self, output: Sequence[dict[str, Any]], next_id: str) -> list[dict[str, Any]]:
+        """What is left of an answer with this output, after which the response goes on; `next_id`: the next one's."""
+        events = self._finish_items(output)
+        self._answer_id = next_id
+        return events
+
+    def begin_call(self, item: CallItem) -> list[dict[str, Any]]:
+        """A call, before its tool works."""
+        place = {"item_id": item.id, "output_index": len(self._items)}
+        added = self._event("response.output_item.added", output_index=len(self._items), item=item.document(None))
+        return [added, *(self._event(kind, **place, **fields) for kind, fields in item.begun())]
+
+    def end_call(self, item: CallItem, output: ToolOutput) -> list[dict[str, Any]]:
+        """The same call, with what it gave."""
+        place = {"item_id": item.id, "output_index": len(self._items)}
+        events = [self._event(kind, **place, **fields) for kind, fields in item.ended(output)]
+        document = item.document(output)
+        events.append(self._event("response.output_item.done", output_index=len(self._items), item=document))
+        self._items.append(document)
+        return events
 
     def last(self, whole: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The last event, with the whole response; one whose numbers were not finite has failed."""
@@ -79,7 +111,7 @@ class ResponsesStream:
     # ---- items ----
 
     def _begin(self, message: int, kind: str) -> list[dict[str, Any]]:
-        item = _OpenItem(message, kind, made_id(_PREFIXES[kind], self._response_id, message))
+        item = _OpenItem(message, kind, made_id(_PREFIXES[kind], self._answer_id, message))
         self._open = item
         return [
             self._event("response.output_item.added", output_index=len(self._items), item=item.document("", [])),

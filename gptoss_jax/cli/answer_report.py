@@ -11,6 +11,7 @@ from gptoss_jax.engine.request import Request
 from gptoss_jax.grammar.verdict import verdict
 from gptoss_jax.harmony import messages
 from gptoss_jax.runtime.answers import Sample
+from gptoss_jax.tools.rounds import Rounds
 
 if TYPE_CHECKING:
     import gptoss_jax.runtime.language_model
@@ -52,6 +53,18 @@ def measure(
     return statistics
 
 
+def one_after_another(samples: Sequence[Sample]) -> list[Sample]:
+    """Answers of rounds with their times in a row, as if each one's first token came with the last of the one before.
+
+    So what tools took, and the reading of what they gave, is in no rate.
+    """
+    moved, last = list(samples[:1]), samples[0].last_token_seconds
+    for sample in samples[1:]:
+        began, last = last, last + sample.last_token_seconds - sample.first_token_seconds
+        moved.append(sample._replace(first_token_seconds=began, last_token_seconds=last))
+    return moved
+
+
 def statistics_line(statistics: dict[str, Any], *, at_length: bool) -> str:
     """Times and rates for people."""
     tokens, rate = statistics["answer_tokens"], statistics["decode_tokens_per_second"]
@@ -72,14 +85,23 @@ def statistics_line(statistics: dict[str, Any], *, at_length: bool) -> str:
 
 
 def document(
-    settings: Mapping[str, Any], prompt: Prompt, samples: Sequence[Sample], statistics: Statistics
+    settings: Mapping[str, Any],
+    prompt: Prompt,
+    samples: Sequence[Sample],
+    statistics: Statistics,
+    turn: Rounds | None = None,
 ) -> dict[str, Any]:
-    """What --json prints. `conversation` goes on from the first answer, and is what --messages takes back."""
+    """What --json prints. `conversation` goes on from the first answer, and is what --messages takes back.
+
+    Of answers in rounds the last is the answer, and `turn` has all of them with the calls between.
+    """
+    conversation = prompt.conversation_with(samples[0].answer) if turn is None else turn.messages
     return {
         "settings": settings,
         "prompt_token_ids": prompt.token_ids,
-        "answers": [_answer(prompt, sample) for sample in samples],
-        "conversation": messages.to_json(prompt.conversation_with(samples[0].answer)),
+        "answers": [_answer(prompt, sample) for sample in (samples if turn is None else samples[-1:])],
+        **({} if turn is None else turn.document()),
+        "conversation": messages.to_json(conversation),
         "statistics": statistics,
     }
 

@@ -34,11 +34,12 @@ class AnswerView:
             elif delta.kind in ("call", "cut_call"):
                 continue
             elif delta.channel != REASONING:  # a preamble, or text of another role
-                self._aside_text(delta.channel or delta.role, delta.text)
+                self.aside_text(delta.channel or delta.role, delta.text)
             elif self._show_reasoning:
-                self._aside_text("reasoning", delta.text, REASONING_STYLE)
+                self.aside_text("reasoning", delta.text, REASONING_STYLE)
 
-    def _aside_text(self, label: str, text: str, style: str = "") -> None:
+    def aside_text(self, label: str, text: str, style: str = "") -> None:
+        """Text on stderr below its label, which stands once above what comes of it."""
         self._begin(label)
         self._screen.aside(text, style)
 
@@ -49,24 +50,25 @@ class AnswerView:
             self._screen.aside(f"[{aside}]\n" if aside else "\n", REASONING_STYLE)
             self._aside = aside
 
-    def finish(self, answer: Answer) -> None:
+    def finish(self, answer: Answer, *, goes_on: bool = False) -> None:
         """Ends the line; if the model came to no answer, shows what it wrote outside of any message in its place.
 
         Beside an answer such text stands on stderr, and so does what came of a call that was cut: no program reads it.
+        So it does where the conversation `goes_on` with what tools give.
         """
-        if not self._answered:
+        if not self._answered and not goes_on:
             self._screen.answer(answer.stray_text if answer.final is None else answer.final)
         if not self._raw:
-            self._finish_asides(answer)
+            self._finish_asides(answer, is_answered=goes_on or answer.final is not None)
         self._screen.finish_line()
         for call in answer.parsed.calls if self._print_calls else ():
             self._screen.answer(json.dumps(call_document(call), ensure_ascii=False) + "\n")
 
-    def _finish_asides(self, answer: Answer) -> None:
-        if answer.stray_text and answer.final is not None:
-            self._aside_text("outside of any message", answer.stray_text)
+    def _finish_asides(self, answer: Answer, *, is_answered: bool) -> None:
+        if answer.stray_text and is_answered:
+            self.aside_text("outside of any message", answer.stray_text)
         for call in answer.parsed.cut_calls:
-            self._aside_text(f"cut call to {call.recipient}", call.content)
+            self.aside_text(f"cut call to {call.recipient}", call.content)
 
 
 def form_remarks(form: CompiledForm | None, answer: Answer) -> list[str]:

@@ -1,15 +1,28 @@
 """Answers one prompt, `--n` times: from the flags to what is printed, and the exit code."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gptoss_jax import whole_files
-from gptoss_jax.cli import answer_report, command, hosts, interrupts, model_flags, profiling, prompts, sampling_flags
+from gptoss_jax.cli import (
+    answer_report,
+    command,
+    hosts,
+    interrupts,
+    model_flags,
+    profiling,
+    prompts,
+    sampling_flags,
+    tool_answering,
+    tool_flags,
+)
 from gptoss_jax.cli.answer_view import AnswerView, form_remarks, remarks
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.engine.request import Request
+from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.harmony import messages, render
@@ -17,6 +30,11 @@ from gptoss_jax.harmony.answer import AnswerStream
 from gptoss_jax.harmony.parsed import Delta
 from gptoss_jax.harmony.tokenizer import load_tokenizer
 from gptoss_jax.runtime.answers import Sample, collect
+from gptoss_jax.tools.rounds import Rounds
+from gptoss_jax.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    import gptoss_jax.engine.engine
 
 MAX_SLOTS = 16  # answers to one prompt that run at once
 MAX_ANSWERS = 1024
@@ -45,15 +63,28 @@ def answer(options: flags.FlagValues, arguments: Sequence[str], echoed: Sequence
         whole_files.check_can_write(options.save)
     screen = Screen(quiet=options.quiet)
     model_flags.default_to_demo_model(options, screen)
+    with tool_flags.opened(options) as toolbox:
+        return _answer(options, screen, arguments, sampling, echoed, toolbox)
+
+
+def _answer(
+    options: flags.FlagValues,
+    screen: Screen,
+    arguments: Sequence[str],
+    sampling: SamplingParams,
+    echoed: Sequence[str],
+    toolbox: Toolbox | None,
+) -> int:
+    """The prompt and its requests, checked before the model is loaded; gives the exit code."""
     config = model_flags.config(options)
-    prompt = prompts.read(options, arguments)
+    prompt = prompts.read(options, arguments, toolbox)
     request = sampling_flags.request(options, config, prompt.token_ids, sampling, prompt.form)
     tokenizer, requests = load_tokenizer(options.vocab), []
     streams = [AnswerStream(tokenizer, stop_strings=options.stop, raw=options.raw) for _ in range(options.n)]
     for i, stream in enumerate(streams):
         seeded = dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32)
         requests.append(dataclasses.replace(request, sampling=seeded, ends_at=stream.ends_at))
-    return _run(options, screen, prompt, requests, streams, echoed)
+    return _run(options, screen, prompt, requests, streams, echoed, toolbox)
 
 
 def _run(
@@ -63,9 +94,11 @@ def _run(
     requests: Sequence[Request],
     streams: Sequence[AnswerStream],
     echoed: Sequence[str],
+    toolbox: Toolbox | None,
 ) -> int:
     """Loads the model, and shows and keeps the answers to `requests`; gives the exit code."""
-    engine_config = sampling_flags.engine_config(options, min(options.n, MAX_SLOTS), prefix_cache=options.n > 1)
+    returns = options.n > 1 or toolbox is not None  # to the same prompt
+    engine_config = sampling_flags.engine_config(options, min(options.n, MAX_SLOTS), prefix_cache=returns)
     language_model, engine = model_flags.load_for_answers(options, screen, engine_config)
     hosts.check_same("the prompt", [(request.token_ids, request.stop_ids, request.sampling) for request in requests])
     compile_seconds, prompt_tokens = engine.runner.compile_seconds, len(prompt.token_ids)
@@ -75,21 +108,21 @@ def _run(
         screen.say(remark)
     for call in render.calls_without_result(prompt.conversation or []):
         screen.say(f"the conversation holds a call to {call} and no result of it (--tool-results gives one)")
-    shown = _Answers(screen, options, [request.sampling.seed for request in requests], prompt.form)
-    samples: list[Sample] = []
+    turn: Rounds | None = None
     with interrupts.noted() as pressed:  # until what had come is printed and saved
         stopped = hosts.agreed(lambda: pressed() or screen.reader_left)
         with profiling.traced(options, screen):
-            for sample in collect(engine, requests, streams, shown.show, stopped):
-                shown.finish(sample)
-                samples.append(sample)
+            if toolbox is None:
+                samples = _collected(options, screen, prompt, requests, streams, engine, stopped)
+            else:
+                samples, turn = tool_answering.collected(options, screen, prompt, requests[0], engine, toolbox, stopped)
         was_stopped = stopped()  # in any process; from here on each is on its own
         at_length = options.json or options.stats
         statistics = answer_report.measure(
             language_model,
             compile_seconds,
             prompt_tokens,
-            samples,
+            samples if turn is None else answer_report.one_after_another(samples),
             cached_prompt_tokens=engine.statistics.cached_prompt_tokens,
             with_bandwidth=at_length,
         )
@@ -97,14 +130,33 @@ def _run(
             settings = answer_report.settings_document(
                 options, echoed, prompt, requests[0], deterministic=engine.runner.deterministic
             )
-            screen.document(answer_report.document(settings, prompt, samples, statistics))
+            screen.document(answer_report.document(settings, prompt, samples, statistics, turn))
         screen.note(answer_report.statistics_line(statistics, at_length=at_length))
         if options.save and hosts.is_first():
-            messages.write_messages(options.save, prompt.conversation_with(samples[0].answer))
+            spoken = prompt.conversation_with(samples[0].answer) if turn is None else turn.messages
+            messages.write_messages(options.save, spoken)
     screen.check_reader()
     if any(sample.answer.finish_reason in ("error", "constraint") for sample in samples):
         return command.EXIT_CODE
     return interrupts.EXIT_CODE if pressed() or was_stopped else 0
+
+
+def _collected(
+    options: flags.FlagValues,
+    screen: Screen,
+    prompt: prompts.Prompt,
+    requests: Sequence[Request],
+    streams: Sequence[AnswerStream],
+    engine: "gptoss_jax.engine.engine.Engine",
+    stopped: Callable[[], bool],
+) -> list[Sample]:
+    """The answers, each shown as soon as it can be."""
+    shown = _Answers(screen, options, [request.sampling.seed for request in requests], prompt.form)
+    samples: list[Sample] = []
+    for sample in collect(engine, requests, streams, shown.show, stopped):
+        shown.finish(sample)
+        samples.append(sample)
+    return samples
 
 
 class _Answers:

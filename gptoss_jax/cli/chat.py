@@ -9,17 +9,19 @@ from typing import NamedTuple
 from absl import flags
 from openai_harmony import Message
 
-from gptoss_jax.cli import chat_input, interrupts, mistakes, model_flags, prompts, sampling_flags
-from gptoss_jax.cli.answer_view import AnswerView, remarks
-from gptoss_jax.cli.chat_session import ChatSession
+from gptoss_jax.cli import chat_input, interrupts, mistakes, model_flags, prompts, sampling_flags, tool_flags
+from gptoss_jax.cli.answer_view import AnswerView
+from gptoss_jax.cli.chat_session import ChatSession, no_tools
 from gptoss_jax.cli.terminal import Screen
+from gptoss_jax.cli.tool_view import ToolView
 from gptoss_jax.engine.request import RequestError
 from gptoss_jax.errors import GptossError, check_text
 from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony import messages, render
-from gptoss_jax.harmony.answer import AnswerStream, call_document
+from gptoss_jax.harmony.answer import AnswerStream
 from gptoss_jax.harmony.settings import REASONING_EFFORTS
 from gptoss_jax.harmony.tokenizer import START, load_tokenizer
+from gptoss_jax.tools.toolbox import Toolbox
 
 _NOT_IN_CHAT = (
     "prompt",
@@ -44,17 +46,23 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> None:
         BrokenPipeError: nobody reads stdout any more.
     """
     screen = Screen(quiet=options.quiet)
-    session = _session(options, arguments, screen)
-    converse(session, screen, show_reasoning=options.show_reasoning)
-
-
-def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen) -> ChatSession:
-    """The conversation that --messages holds, and the model that goes on with it."""
     _refuse_what_chat_asks_for(options, arguments)
+    with tool_flags.offered(options) as offer:
+        new_tools = no_tools if offer is None else offer.open
+        session = _session(options, screen, new_tools)
+        try:
+            converse(session, screen, show_reasoning=options.show_reasoning)
+        finally:
+            session.tools.close()
+
+
+def _session(options: flags.FlagValues, screen: Screen, new_tools: Callable[[], Toolbox]) -> ChatSession:
+    """The conversation that --messages holds, and the model that goes on with it."""
     sampling = sampling_flags.sampling(options)
     model_flags.default_to_demo_model(options, screen)
     config = model_flags.config(options)
-    opening = prompts.opening(options)
+    tools = new_tools()
+    opening = prompts.opening(options, tools)
     form = held_form(opening.settings, vocab_path=options.vocab)  # refused now rather than at the first answer
     request = sampling_flags.request(options, config, [START], sampling, form)
     tokenizer, stop_strings = load_tokenizer(options.vocab), tuple(options.stop)
@@ -64,7 +72,18 @@ def _session(options: flags.FlagValues, arguments: Sequence[str], screen: Screen
     screen.note(prompts.settings_line(render.acting(settings, messages), sampling.seed))
     for remark in (*opening.all_remarks(), *(form.remarks if form else ())):
         screen.say(remark)
-    return ChatSession(engine, tokenizer, request, stop_strings, settings, messages, options.vocab)
+    return ChatSession(
+        engine,
+        tokenizer,
+        request,
+        stop_strings,
+        settings,
+        messages,
+        options.vocab,
+        new_tools=new_tools,
+        tool_rounds=options.tool_rounds,
+        tools=tools,
+    )
 
 
 def _refuse_what_chat_asks_for(options: flags.FlagValues, arguments: Sequence[str]) -> None:
@@ -160,18 +179,22 @@ class _Console:
 
     def _answer(self, new: Sequence[Message] | None) -> None:
         """An answer to `new` messages; None: another to those of the last."""
-        view = AnswerView(self._screen, show_reasoning=self._show_reasoning)
+        view = ToolView(
+            self._screen,
+            lambda: AnswerView(self._screen, show_reasoning=self._show_reasoning),
+            to_see_reasoning="" if self._show_reasoning else "/reasoning",
+        )
         try:
             with interrupts.noted() as pressed:
-                asked = view.show, lambda: pressed() or self._screen.reader_left
-                sample = self._session.retry(*asked) if new is None else self._session.answer(new, *asked)
+                asked = view, lambda: pressed() or self._screen.reader_left
+                turn = self._session.retry(*asked) if new is None else self._session.answer(new, *asked)
         except RequestError as error:
             raise GptossError(f"{mistakes.spell_flags(str(error))} (/reset forgets the conversation)") from None
-        view.finish(sample.answer)
-        for call in map(call_document, sample.answer.parsed.calls):
-            self._screen.say(f"call {call['name']}({call['arguments']}): /result answers it")
-        for remark in remarks(sample.answer, "" if self._show_reasoning else "/reasoning"):
-            self._screen.say(remark)
+        for call in turn.waiting():
+            self._screen.say(f"call {call.document()['name']}({call.arguments}): /result answers it")
+        view.ended(turn)
+        if turn.was_interrupted_in_a_call:
+            self._session.renew_tools()
 
     def _quit(self, text: str) -> None:
         self.ended = True

@@ -10,15 +10,22 @@ from gptoss_jax.engine.request import Request
 from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony import messages, render
-from gptoss_jax.harmony.answer import AnswerStream
 from gptoss_jax.harmony.messages import Conversation
-from gptoss_jax.harmony.parsed import Delta
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import Tokenizer
-from gptoss_jax.runtime.answers import Sample, collect
+from gptoss_jax.runtime.answers import Sample
+from gptoss_jax.runtime.tool_answers import ToolRun, Watcher
+from gptoss_jax.tools.rounds import Rounds
+from gptoss_jax.tools.tool import MOST_ROUNDS
+from gptoss_jax.tools.toolbox import Toolbox, declared
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
+
+
+def no_tools() -> Toolbox:
+    """A chat in which calls are for the user."""
+    return Toolbox([])
 
 
 @dataclass
@@ -36,6 +43,9 @@ class ChatSession:
         samples: the answers of this session.
         results: of the calls that wait, in order, those that are there.
         last_turn: the conversation before the last answer, what that answered, and how often it was drawn anew.
+        new_tools: makes the tools that the model may call, which the settings declare.
+        tool_rounds: how often calls are carried out for one turn at most.
+        tools: those that are open.
     """
 
     engine: "gptoss_jax.engine.engine.Engine"
@@ -48,18 +58,19 @@ class ChatSession:
     samples: list[Sample] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
     last_turn: tuple[list[Message], list[Message], int] | None = None
+    new_tools: Callable[[], Toolbox] = no_tools
+    tool_rounds: int = MOST_ROUNDS
+    tools: Toolbox = field(default_factory=no_tools)
 
-    def answer(
-        self, new: Sequence[Message], show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]
-    ) -> Sample:
-        """The answer to `new` messages, both of which the conversation then holds.
+    def answer(self, new: Sequence[Message], watcher: Watcher, interrupted: Callable[[], bool]) -> Rounds:
+        """The answer to `new` messages, in rounds if it calls tools; the conversation then holds all of them.
 
         Raises:
             GptossError: the conversation no longer fits the context; it stays as it was.
         """
-        return self._answer(self.messages, list(new), 0, show, interrupted)
+        return self._answer(self.messages, list(new), 0, watcher, interrupted)
 
-    def retry(self, show: Callable[[list[Delta]], None], interrupted: Callable[[], bool]) -> Sample:
+    def retry(self, watcher: Watcher, interrupted: Callable[[], bool]) -> Rounds:
         """Another answer in place of the last, drawn with the next seed.
 
         Raises:
@@ -68,28 +79,49 @@ class ChatSession:
         if not self.last_turn:
             raise GptossError("there is no answer to draw anew")
         before, new, retries = self.last_turn
-        return self._answer(before, new, retries + 1, show, interrupted)
+        return self._answer(before, new, retries + 1, watcher, interrupted)
 
     def _answer(
         self,
         before: list[Message],
         new: list[Message],
         retries: int,
-        show: Callable[[list[Delta]], None],
+        watcher: Watcher,
         interrupted: Callable[[], bool],
-    ) -> Sample:
+    ) -> Rounds:
         conversation = [*before, *new]
-        stream = AnswerStream(self.tokenizer, stop_strings=self.stop_strings)
+        turn = Rounds(
+            conversation,
+            self.tools,
+            declared(self.with_opening(conversation)),
+            most_rounds=self.tool_rounds,
+            most_tokens=self.request.max_new_tokens,
+        )
         sampling = replace(self.request.sampling, seed=(self.request.sampling.seed + retries) % 2**32)
-        token_ids = tuple(self.render(conversation))
         form = held_form(self.settings, vocab_path=self.vocab_path)
-        request = replace(self.request, token_ids=token_ids, ends_at=stream.ends_at, sampling=sampling, constraint=form)
-        (sample,) = collect(self.engine, [request], [stream], show, interrupted)
-        self.messages = [*conversation, *messages.from_parsed(sample.answer.history())]
+        request = replace(self.request, sampling=sampling, constraint=form)
+        run = ToolRun(
+            self.engine,
+            self.tokenizer,
+            request,
+            self.render,
+            self.tools,
+            self.stop_strings,
+            form,
+            watcher,
+            interrupted,
+            self.samples,
+        )
+        run.run(turn)
+        self.messages = turn.messages
         self.last_turn = before, new, retries
-        self.samples.append(sample)
         self.results = []
-        return sample
+        return turn
+
+    def renew_tools(self) -> None:
+        """Ends the tools, whatever they are doing, and begins with new ones."""
+        self.tools.close()
+        self.tools = self.new_tools()
 
     def waiting(self) -> list[str]:
         """The names of the calls that wait for a result, in order."""
@@ -116,6 +148,7 @@ class ChatSession:
     def forget(self) -> None:
         """Empties the conversation."""
         self.messages, self.results, self.last_turn = [], [], None
+        self.renew_tools()
 
     def render(self, conversation: Sequence[Message]) -> list[int]:
         """The ids after which the assistant speaks."""
@@ -133,4 +166,8 @@ class ChatSession:
 
     def conversation(self) -> list[Message]:
         """All messages, with what the settings put in front."""
-        return render.with_opening(self.messages, self.settings)
+        return self.with_opening(self.messages)
+
+    def with_opening(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with what the settings put in front."""
+        return render.with_opening(messages, self.settings)

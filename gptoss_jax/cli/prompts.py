@@ -20,6 +20,7 @@ from gptoss_jax.harmony import messages, render
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.messages import Conversation
 from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.tools.toolbox import Toolbox
 
 SOURCES = ("prompt", "prompt_file", "token_ids")
 
@@ -76,8 +77,12 @@ class Opening(NamedTuple):
         return [*self.remarks, *([effort] if effort else [])]
 
 
-def opening(options: flags.FlagValues) -> Opening:
+def opening(options: flags.FlagValues, toolbox: Toolbox | None = None) -> Opening:
     """The settings of the flags, and what the conversation's file sets beside its messages.
+
+    Args:
+        options: the flags.
+        toolbox: tools that are run here, which the settings then declare.
 
     Raises:
         GptossError: a value that cannot be, a file that is not what it should be, or a flag that was given and says
@@ -89,7 +94,10 @@ def opening(options: flags.FlagValues) -> Opening:
     flag_of = {field: FLAG_OF.get(field, field) for field in vars(of_flags)}
     with naming_flags(FLAG_OF):
         given = [field for field, flag in flag_of.items() if options[flag].present]
-        return Opening(render.resolve(of_flags, given, conversation), conversation, remarks)
+        acting = render.resolve(of_flags, given, conversation)
+        if toolbox is not None:
+            acting = toolbox.settings(acting, conversation.messages)
+        return Opening(acting, conversation, remarks)
 
 
 def settings_line(acting: Mapping[str, Any], seed: int) -> str:
@@ -137,8 +145,8 @@ def _date(options: flags.FlagValues, conversation: Conversation) -> str | None:
     return known.get(given.lower(), given)
 
 
-def read(options: flags.FlagValues, arguments: Sequence[str]) -> Prompt:
-    """What the flags, the positional argument, or stdin ask.
+def read(options: flags.FlagValues, arguments: Sequence[str], toolbox: Toolbox | None = None) -> Prompt:
+    """What the flags, the positional argument, or stdin ask; `toolbox` as for `opening`.
 
     Raises:
         GptossError: no prompt, more than one, or one that the format does not allow.
@@ -150,11 +158,11 @@ def read(options: flags.FlagValues, arguments: Sequence[str]) -> Prompt:
         case ("token_ids", _):
             return Prompt(_plain_ids(options))
         case ("prompt_file", path):
-            return _render(options, read_text(path))
+            return _render(options, read_text(path), toolbox)
         case ("prompt", text):
-            return _render(options, text)
+            return _render(options, text, toolbox)
         case _:
-            return _render(options, None)
+            return _render(options, None, toolbox)
 
 
 def _plain_ids(options: flags.FlagValues) -> list[int]:
@@ -164,9 +172,9 @@ def _plain_ids(options: flags.FlagValues) -> list[int]:
     return list(token_ids("token_ids", options.token_ids.split(",")))
 
 
-def _render(options: flags.FlagValues, text: str | None) -> Prompt:
+def _render(options: flags.FlagValues, text: str | None, toolbox: Toolbox | None) -> Prompt:
     """The conversation in --messages, the results of its calls, and the user's `text`."""
-    before = opening(options)
+    before = opening(options, toolbox)
     if options.tool_choice == "none":
         before = before._replace(settings=dataclasses.replace(before.settings, tools=()))
     conversation = list(before.conversation.messages)

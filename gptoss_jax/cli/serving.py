@@ -16,7 +16,7 @@ from absl import flags
 
 from gptoss_jax.api.asked import Options
 from gptoss_jax.api.completions import Prompt
-from gptoss_jax.cli import interrupts, model_flags, prompts, sampling_flags
+from gptoss_jax.cli import interrupts, model_flags, prompts, sampling_flags, tool_flags
 from gptoss_jax.cli.flag_values import naming_flags, token_ids
 from gptoss_jax.cli.mistakes import of_file, spelled
 from gptoss_jax.cli.terminal import Screen
@@ -26,6 +26,7 @@ from gptoss_jax.files import decoded
 from gptoss_jax.grammar import vocabulary
 from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.tools.choice import Offer
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
@@ -64,8 +65,8 @@ def run(options: flags.FlagValues) -> int:
     names = tuple(options.model_names) or (_name(config, is_demo),)
     for remark in remarks:
         screen.say(remark)
-    with _listening(options.host, options.port) as listener:
-        return _serve(options, screen, listener, _Parts(names, keys, defaults, engine_config))
+    with tool_flags.offered(options) as offer, _listening(options.host, options.port) as listener:
+        return _serve(options, screen, listener, _Parts(names, keys, defaults, engine_config, offer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class _Parts:
     keys: Sequence[str]
     defaults: Callable[[], Options]
     engine_config: EngineConfig
+    offer: Offer | None = None
 
 
 # ---- what the flags say ----
@@ -228,7 +230,7 @@ def _served(
     parts: _Parts,
     on_end: Callable[[], None],
 ) -> "gptoss_jax.server.app.Served":
-    from gptoss_jax.server import access, app, exchange, metrics, stored
+    from gptoss_jax.server import access, app, exchange, metrics, stored, tool_turn
 
     def score(ids: Sequence[int], top_logprobs: int) -> Prompt:
         scores = language_model.score(ids, top_logprobs=top_logprobs)
@@ -236,7 +238,16 @@ def _served(
         return Prompt(ids, scores.logprobs.tolist(), [list(zip(*pair, strict=True)) for pair in tops])
 
     tokenizer = load_tokenizer(options.vocab)
-    model = exchange.Model(parts.names, tokenizer, engine.config.stop_ids, parts.defaults, options.vocab, score)
+    model = exchange.Model(
+        parts.names,
+        tokenizer,
+        engine.config.stop_ids,
+        parts.defaults,
+        options.vocab,
+        score,
+        None if parts.offer is None else tool_turn.ServerTools(parts.offer, options.tool_rounds),
+        parts.engine_config.max_context_tokens,
+    )
     return app.Served(
         model,
         thread,

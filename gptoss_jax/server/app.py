@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +26,7 @@ from gptoss_jax.server.completions import CompletionsExchange
 from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.exchange import Exchange, Model, now
 from gptoss_jax.server.problems import Problem
-from gptoss_jax.server.replies import Reply, Work
+from gptoss_jax.server.replies import Reply, Turn, Work
 from gptoss_jax.server.responses import ResponsesExchange
 from gptoss_jax.server.stored import Stored
 
@@ -164,8 +164,10 @@ class _Routes:
         """
         exchange, thread = make(body), self._served.thread
         if not isinstance(exchange, CompletionsExchange):
-            work = Work(*self._requests(exchange.asked))
-            thread.check(work.requests)
+            turn = exchange if isinstance(exchange, ResponsesExchange) and exchange.turn is not None else None
+            work = Work(*self._requests(exchange.asked), turn=turn)
+            with closing_at_a_fault(turn):
+                thread.check(work.requests)
             return exchange, work
         thread.check(self._requests(exchange.to_check)[0])
         scored = exchange
@@ -226,6 +228,17 @@ class _Routes:
     async def metrics(self) -> Response:
         """GET /metrics."""
         return Response(self._served.metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+
+@contextlib.contextmanager
+def closing_at_a_fault(turn: Turn | None) -> Iterator[None]:
+    """Ends the tools of a request that cannot be answered."""
+    try:
+        yield
+    except BaseException:
+        if turn is not None:
+            turn.close()
+        raise
 
 
 def _owner(request: Request) -> str:

@@ -12,6 +12,7 @@ from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.parsed import Delta
 from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.server.problems import Problem
+from gptoss_jax.server.tool_turn import ServerTools
 
 Scorer = Callable[[Sequence[int], int], Prompt]
 """Log probabilities of a prompt's tokens, with so many of the likeliest beside each; on the engine's devices."""
@@ -28,6 +29,8 @@ class Model:
         defaults: gives what acts where a request says nothing: a seed, and perhaps today's date, of its own.
         vocab_path: as for `harmony.render`.
         score: gives log probabilities of prompts.
+        tools: those that are run here for requests that ask for them; None: none.
+        max_context_tokens: of the engine.
     """
 
     names: tuple[str, ...]
@@ -36,6 +39,8 @@ class Model:
     defaults: Callable[[], Options]
     vocab_path: str | None
     score: Scorer
+    tools: ServerTools | None = None
+    max_context_tokens: int = 0
 
     def check_name(self, body: Mapping[str, Any]) -> None:
         """Raises Problem for a request that asks for another model."""

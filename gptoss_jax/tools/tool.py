@@ -1,10 +1,12 @@
 """What a model may call while it answers: one interface for the python tool, the browser and MCP servers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from openai_harmony import ToolDescription
+
+MOST_ROUNDS = 20  # how often a model's calls are carried out for one prompt, unless somebody says otherwise
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,19 @@ class ToolOutput:
     failed: bool = False
 
 
+@runtime_checkable
 class Tool(Protocol):
-    """Something a model calls. A call's mistakes are outputs (`failed`), so that the model can mend them.
+    """Something a model calls. A call's mistakes are outputs (`failed`), so that the model can mend them."""
 
-    Attributes:
-        builtin: the name under `harmony.settings.BUILTIN_TOOLS` that the system message declares; None for functions.
-        functions: what the developer message declares; () for a built-in tool.
-    """
+    @property
+    def builtin(self) -> str | None:
+        """The name under `harmony.settings.BUILTIN_TOOLS` that the system message declares; None for functions."""
+        ...
 
-    builtin: str | None
-    functions: "tuple[ToolDescription, ...]"
+    @property
+    def functions(self) -> "tuple[ToolDescription, ...]":
+        """What the developer message declares; () for a built-in tool."""
+        ...
 
     def takes(self, recipient: str) -> bool:
         """Whether a call to `recipient` ("python", "browser.open", "functions.NAME") is this tool's."""

@@ -1,0 +1,95 @@
+"""Tools as people switch them on: calls that are carried out, shown and saved, by commands of their own."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests import processes, scripted, terminals
+from tests.goldens.make import ROOT
+
+SERVER = str(ROOT / "tests" / "mcp_server.py")
+STDIO = shlex.join([sys.executable, SERVER])
+OUTPUT = "2 + 3 = 5\x1b]0;owned\x07"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that calls `add` and then answers, and a home for caches."""
+    folder = tmp_path_factory.mktemp("tools")
+    scripted.write(folder / "adder", "adder")
+    return folder
+
+
+def _generate(folder, *arguments) -> processes.Done:
+    environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None}
+    return processes.run("gptoss_jax.generate", "--checkpoint", folder / "adder", *arguments, environment=environment)
+
+
+def test_calls_are_carried_out_until_the_model_answers(folder):
+    """Guards the whole way: the answer alone on stdout, each call and its output on stderr, all of it in the file."""
+    done = _generate(folder, "--mcp", STDIO, "--save", folder / "chat.json", "2 and 3?")
+    assert (done.returncode, done.stdout) == (0, scripted.TOTAL + "\n"), done.stderr
+    assert f"[call to functions.add]\n{scripted.SUM}\n[output after " in done.stderr
+    assert OUTPUT in done.stderr  # through a pipe text stays exact
+    said = [(m["role"], m["recipient"]) for m in json.loads((folder / "chat.json").read_text())]
+    asked = [("system", None), ("developer", None), ("user", None)]
+    assert said == [*asked, ("assistant", "functions.add"), ("tool", "assistant"), ("assistant", None)]
+
+
+def test_json_has_the_rounds_and_http_servers_are_reached(folder):
+    """Guards --json, for who studies what a model does with tools; and the other way to reach a server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, SERVER, str(port)])
+    try:
+        for _ in range(60):  # until it is heard
+            done = _generate(folder, "--mcp", f"http://127.0.0.1:{port}/mcp", "--json", "2 and 3?")
+            if "attempts failed" not in done.stderr:
+                break
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["ended"], document["answers"][0]["final"]) == ("answered", scripted.TOTAL)
+    [[call], []] = [each["calls"] for each in document["rounds"]]
+    assert (call["name"], call["arguments"], call["output"], call["failed"]) == ("add", scripted.SUM, OUTPUT, False)
+    assert document["settings"]["mcp"] == [f"http://127.0.0.1:{port}/mcp"]
+    assert document["conversation"][-2]["content"][0]["text"] == OUTPUT
+
+
+def test_a_chat_carries_out_calls_and_shows_no_escape_sequence(folder):
+    """Guards the terminal against what a tool gives, and the chat's own rounds."""
+    arguments = ("--checkpoint", folder / "adder", "--chat", "--mcp", STDIO)
+    with terminals.run(folder, "gptoss_jax.generate", *arguments) as terminal:
+        terminal.wait_for("\n>")
+        terminal.say("2 and 3?\r", f"{scripted.TOTAL}\n>")
+        os.write(terminal.descriptor, b"\x04")
+        assert terminal.ended() == 0
+        assert "2 + 3 = 5\\u001b]0;owned\\u0007" in terminal.text
+        assert b"\x1b]0;owned" not in terminal.bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tool", "browser"], "--browser-folder and --browser-hosts: got none, expected one of them"),
+        (["--browser-folder", "x"], "got one without --tool browser, expected one of them beside --tool browser"),
+        (["--tool", "shell"], "--tool is 'shell', expected one of python, python:stateful, browser"),
+        (["--mcp", "/no/such server"], "MCP server /no/such server: "),
+        (["--mcp", STDIO, "--n", "2"], "--n is 2, expected 1 beside --tool and --mcp"),
+        (["--mcp", STDIO, "--raw"], "--tool, --mcp and --raw: leave one of them out"),
+        (["--mcp", STDIO, "--tool-rounds", "0"], "--tool-rounds is 0, expected at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(folder, flags, said):
+    """Guards people who try it: which flag, and what to do."""
+    done = _generate(folder, *flags, "Hi")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr

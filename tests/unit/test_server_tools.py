@@ -1,0 +1,179 @@
+"""Tools that a server runs itself, through /v1/responses: whole, streamed, gone on from, refused, left."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from gptoss_jax.api.asked import Options
+from gptoss_jax.api.completions import Prompt
+from gptoss_jax.server.app import Served, create
+from gptoss_jax.server.engine_thread import EngineThread
+from gptoss_jax.server.exchange import Model
+from gptoss_jax.server.metrics import Metrics
+from gptoss_jax.server.stored import Stored
+from gptoss_jax.server.tool_turn import ServerTools
+from gptoss_jax.tools.choice import Offer
+from gptoss_jax.tools.tool import ToolOutput
+from gptoss_jax.tools.toolbox import Toolbox
+from tests.asgi import Connection, Reply, post, until
+from tests.made_answers import WEATHER, WORDS
+from tests.round_models import FINAL, Interpreter, Weather, calling, engine, running
+
+ITEMS = "/v1/responses"
+PYTHON, MCP = {"type": "code_interpreter", "container": {"type": "auto"}}, {"type": "mcp", "server_label": "sky"}
+PARIS = '{"city": "Paris"}'
+
+
+class _Sky(Weather):
+    """An MCP server."""
+
+    name = "sky"
+
+
+class _Offer(Offer):
+    """Python, and a server with one function."""
+
+    names = ("python",)
+    servers = ("sky",)
+
+    def __init__(self, python: Any = None):
+        self.python = python or Interpreter()
+
+    def open(self, names=None, servers=None) -> Toolbox:
+        return Toolbox([self.python] if names else [], shared=[_Sky()] if servers else [])
+
+
+class House:
+    """An app whose model answers with these texts."""
+
+    def __init__(self, *texts: str, offer: Offer | None = None, most_rounds: int = 20):
+        self.engine = engine(texts, max_context_tokens=1024)
+        self.thread = EngineThread(self.engine, most_waiting=4)
+        tools = ServerTools(offer or _Offer(), most_rounds)
+        score = lambda ids, top: Prompt(ids)  # noqa: E731
+        model = Model(("m",), WORDS, (200002, 200012), Options, None, score, tools, 1024)
+        self.app = create(Served(model, self.thread, Metrics(self.thread, self.engine), Stored(4)))
+
+    def run(self, work: Any) -> Any:
+        async def main() -> Any:
+            async with self.app.router.lifespan_context(self.app):
+                return await asyncio.wait_for(work(self.app), 100)
+
+        return asyncio.run(main())
+
+    def post(self, body: dict[str, Any]) -> Reply:
+        return self.run(lambda app: post(app, ITEMS, {"input": "Hi"} | body))
+
+
+def test_a_whole_response_has_the_calls_between_its_answers():
+    """Guards /v1/responses with code_interpreter: items in their order, ids that differ, tokens of all rounds."""
+    house = House(running("1 + 1"), FINAL)
+    response = house.post({"tools": [PYTHON]}).json()
+    kinds = [item["type"] for item in response["output"]]
+    assert kinds == ["reasoning", "code_interpreter_call", "reasoning", "message"]
+    assert len({item["id"] for item in response["output"]}) == 4
+    call = response["output"][1]
+    assert (call["code"], call["status"]) == ("1 + 1", "completed")
+    assert call["outputs"] == [{"type": "logs", "logs": "ran 1 + 1"}]
+    assert (response["status"], response["tools"]) == ("completed", [PYTHON])
+    prompts: Any = house.engine.runner
+    assert response["usage"]["input_tokens"] == sum(map(len, prompts.prompts))
+    assert response["usage"]["output_tokens"] == sum(len(a["token_ids"]) for a in response["gptoss"]["answers"])
+    assert response["gptoss"]["calls"][0]["output"] == "ran 1 + 1"
+
+
+def test_a_stream_ends_with_the_whole_response():
+    """Guards events: the call's own kinds in OpenAI's order, one numbering, and items as in the last event."""
+    house = House(running("1 + 1"), calling("get_weather", PARIS), FINAL)
+    found = house.post({"tools": [PYTHON, MCP], "stream": True}).events()
+    kinds = [event["type"] for event in found]
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    begins = kinds.index("response.code_interpreter_call.in_progress")
+    assert kinds[begins - 1 : begins + 6] == [
+        "response.output_item.added",
+        "response.code_interpreter_call.in_progress",
+        "response.code_interpreter_call_code.delta",
+        "response.code_interpreter_call_code.done",
+        "response.code_interpreter_call.interpreting",
+        "response.code_interpreter_call.completed",
+        "response.output_item.done",
+    ]
+    assert kinds.count("response.created") == kinds.count("response.completed") == 1
+    output = found[-1]["response"]["output"]
+    assert [item["type"] for item in output] == [
+        *("reasoning", "code_interpreter_call", "reasoning", "mcp_call", "reasoning", "message")
+    ]
+    assert [event["item"] for event in found if event["type"] == "response.output_item.done"] == output
+    assert output[3] | {"id": ""} == {
+        **{"type": "mcp_call", "id": "", "status": "completed", "name": "get_weather", "arguments": PARIS},
+        **{"server_label": "sky", "output": '{"rain": true}', "error": None},
+    }
+
+
+def test_the_next_response_goes_on_from_what_functions_gave():
+    """Guards conversations: results of functions are remembered, those of a chain of thought are gone with it."""
+    house = House(running("1 + 1"), calling("get_weather", PARIS), FINAL, FINAL)
+
+    async def both(app: Any) -> None:
+        first = (await post(app, ITEMS, {"input": "Hi", "tools": [PYTHON, MCP]})).json()
+        again = {"input": "And?", "tools": [PYTHON, MCP], "previous_response_id": first["id"]}
+        assert (await post(app, ITEMS, again)).status == 200
+
+    house.run(both)
+    runner: Any = house.engine.runner
+    last = WORDS.decode(runner.prompts[-1])
+    assert 'functions.get_weather to=assistant<|channel|>commentary<|message|>{"rain": true}' in last
+    assert "ran 1 + 1" not in last
+
+
+def test_functions_of_the_client_stay_its_own():
+    """Guards agents: a call of theirs ends the response, after tools of the server's have worked."""
+    tools = [PYTHON, {"type": "function", **WEATHER}]
+    response = House(running("2"), calling("get_weather", PARIS)).post({"tools": tools}).json()
+    assert [item["type"] for item in response["output"]][-1] == "function_call"
+    assert response["status"] == "completed"
+
+
+def test_rounds_that_run_out_leave_the_response_incomplete():
+    """Guards a server against a model that calls for ever; a call that nobody can answer is no client's."""
+    response = House(running("1"), running("2"), most_rounds=1).post({"tools": [PYTHON]}).json()
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_tool_calls"})
+    assert [item["type"] for item in response["output"]] == ["reasoning", "code_interpreter_call", "reasoning"]
+    assert "tool_rounds allows no more" in response["gptoss"]["remarks"][0]
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [{"type": "web_search"}, MCP | {"server_label": "other"}, MCP | {"server_url": "http://a"}, {"type": "shell"}],
+)
+def test_what_nobody_switched_on_is_refused(tool):
+    """Guards the operator: a client chooses among what is offered, and names no address."""
+    reply = House(FINAL).post({"tools": [tool]})
+    assert (reply.status, reply.json()["error"]["code"]) == (400, "invalid_request")
+
+
+def test_who_leaves_ends_the_tool():
+    """Guards the machine: a tool that works for a client who has gone is stopped."""
+    working, closed = threading.Event(), threading.Event()
+
+    class Slow(Interpreter):
+        def call(self, recipient: str, arguments: str) -> ToolOutput:
+            working.set()
+            closed.wait(30)
+            return ToolOutput("late")
+
+        def close(self) -> None:
+            closed.set()
+
+    async def leaves(app: Any) -> None:
+        body = b'{"input": "Hi", "tools": [{"type": "code_interpreter"}], "stream": true}'
+        connection = Connection(app, "POST", ITEMS, body)
+        asked = asyncio.create_task(connection.run())
+        await until(working.is_set)
+        connection.leave()
+        await asked
+        assert closed.is_set()
+
+    House(running("1"), offer=_Offer(Slow())).run(leaves)
