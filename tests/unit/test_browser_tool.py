@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax.errors import GptossError
+from gptoss_jax.tools.browser import html_text
 from gptoss_jax.tools.browser.browser_tool import BrowserTool
 from gptoss_jax.tools.browser.citations import citations
 from gptoss_jax.tools.browser.html_text import html_page
@@ -38,6 +39,7 @@ lbB+eflle/PXNwBUYtHywQPuukEtpTt70w==
 -----END CERTIFICATE-----
 """
 PUBLIC = "93.184.216.34"
+NO_AUTHORITY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's takes longer than most cases
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_html_is_text_with_links():
     )
     assert page.title == "T t"
     assert page.text.splitlines() == [
-        "ab <c>", "d", "", "  if x:", "    y", "", "1 2",
+        "ab <c>", "d", "", "  if x:", "    y", "", "1 2", "",
         "[Image 0: A cat][Image 1]【0†one】 【1†two 2†other.example】three four 【0†five】sixseven",
     ]  # fmt: skip
     assert [link.url for link in page.links.values()] == ["https://docs.example.org/p?q=1", "http://other.example/x"]
@@ -305,12 +307,16 @@ def test_html_is_text_with_links():
 )
 def test_hostile_html_takes_bounded_time(part):
     """Guards the tool's time: Python's parser has had inputs on which its time grows with their square."""
-    began = time.monotonic()
-    try:
-        html_page(part * (2_000_000 // len(part)), "u")
-    except BrowserError as error:
-        assert "takes more than 5 seconds to read" in str(error)
-    assert time.monotonic() - began < 30
+    began = time.process_time()
+    html_page(part * (400_000 // len(part)), "u")
+    assert time.process_time() - began < 4
+
+
+def test_html_that_takes_long_is_refused(monkeypatch):
+    """Guards against input that nobody has thought of."""
+    monkeypatch.setattr(html_text, "_MAX_SECONDS", 0.0)
+    with pytest.raises(BrowserError, match="the HTML of u takes more than 0 seconds of CPU time"):
+        html_page("<p>" * 100_000, "u")
 
 
 class Web:
@@ -351,7 +357,8 @@ class Web:
                 pass  # the client has had enough
 
     def backend(self, *hosts: str, **options) -> HttpBackend:
-        return HttpBackend(hosts or ("docs.example.org",), resolve=self.resolve, connect=self.connect, **options)
+        hosts, options = hosts or ("docs.example.org",), {"tls": NO_AUTHORITY, **options}
+        return HttpBackend(hosts, resolve=self.resolve, connect=self.connect, **options)
 
 
 def _page(body: bytes, kind: str = "text/html; charset=utf-8", more: str = "") -> bytes:
@@ -422,7 +429,8 @@ def test_other_urls_are_refused_before_a_name_is_resolved(url, fault):
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
      "255.255.255.255", "240.0.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
-     "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1", "localhost", ""],
+     "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1",
+     "localhost", ""],
 )  # fmt: skip
 def test_addresses_of_this_machine_and_its_network_are_refused(address):
     """Guards services that trust the machine, such as a cloud's metadata, when a named host's name leads there."""
