@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mcp import Client
     from openai_harmony import ToolDescription
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 CALL_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
 _LISTED_TOOLS = 1000  # of one server, more than any prompt holds
