@@ -86,7 +86,7 @@ def reason(a: Plan, b: Plan, row: Row) -> str:
     sizes = {name: (a.request.mesh.size(name), b.request.mesh.size(name)) for name in row.logical}
     changed = [f"{name} / {one} -> / {other}" for name, (one, other) in sizes.items() if one != other]
     exchanges = a.request.mesh.exchange_name, b.request.mesh.exchange_name
-    if "experts" in row.logical and exchanges[0] != exchanges[1]:
+    if "expert_hidden" in row.logical and exchanges[0] != exchanges[1]:
         changed.append("exchange {} -> {}".format(*exchanges))
     return ", ".join(changed) or "the same axes over other devices"
 
