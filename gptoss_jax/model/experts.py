@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from gptoss_jax.model import layers
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
-from gptoss_jax.model.exchange import LocalExperts
+from gptoss_jax.model.exchange import IMPLEMENTATIONS, LocalExperts
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
@@ -92,7 +92,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, config: ModelConfig, sharding: Sharding, kernels: Kernels, dtype: jnp.dtype):
         self.config, self.sharding, self.kernel, self.dtype = config, sharding, kernels.expert_mlp, dtype
-        self.exchange = kernels.exchange
+        self.exchange = kernels.exchange or IMPLEMENTATIONS[sharding.exchange_name]
         hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
         self.norm = layers.weight((hidden,), (None,))
         self.router = layers.Linear((experts,), (None,), (hidden,), (None,), sharding, kernels.linear, exact=True)

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, Real
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.model.exchange import Exchange, sum_outputs
+from gptoss_jax.model.exchange import Exchange
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.sharding import Axes, Sharding
 from pallas_kernels import attention as attention_op
@@ -34,7 +34,7 @@ class Kernels(NamedTuple):
     packed_attention: attention_op.AttendPacked = attention_op.PACKED["reference"]  # of rows of training
     few_launches: bool = False  # whether a token's launches cost as much as its bytes: on GPUs, not on CPUs
     place: placement_op.Place | None = None  # what rotates and stores a decoded token; None: step by step
-    exchange: Exchange = sum_outputs  # how tokens meet the experts of other devices
+    exchange: Exchange | None = None  # how tokens meet the experts of other devices; None: as the mesh says
 
     @property
     def batch_invariant(self) -> bool:

@@ -1,4 +1,4 @@
-"""A mesh without its devices: its axes, the rules that say which axis cuts what, and what of a model it cuts evenly.
+"""A mesh without its devices: its axes, rules that say which axis cuts what, its exchange, what it cuts evenly.
 
 Knows no JAX, so that a mesh can be planned where there is none of its devices. `sharding.py` puts devices in.
 """
@@ -30,6 +30,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("expert", "tensor", "sequence"),
 }
 
+AUTO = "auto"
+EXCHANGES = ("sum", "gather", "all_to_all")  # how tokens meet experts of other devices; `exchange.py` has them
+RAGGED_PLATFORMS = ("gpu", "tpu")  # whose compilers know an all-to-all of as many rows as there are
+
 
 class MeshError(GptossError):
     """A mesh or a rule that this model or these devices cannot follow."""
@@ -42,6 +46,7 @@ class MeshShape:
     Attributes:
         axes: size of each mesh axis; one that is left out is 1.
         rules: logical axis -> mesh axes.
+        exchange: of EXCHANGES, or AUTO: see `choose_exchange`.
 
     Raises:
         MeshError: rules that name what is not there, or that no model could follow.
@@ -49,9 +54,11 @@ class MeshShape:
 
     axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
+    exchange: str = AUTO
 
     def __post_init__(self):
         check_rules(self.rules, MESH_AXES)
+        choose_exchange(self.exchange, self.mesh_axes)
         if shared := set(self.mesh_axes("experts")) & set(self.mesh_axes("expert_hidden")):
             raise MeshError(
                 f"rules cut both experts and expert_hidden by {', '.join(sorted(shared))}: "
@@ -72,6 +79,16 @@ class MeshShape:
         axes = {axis for name in logical for axis in self.mesh_axes(name)}
         return math.prod(self.axes.get(axis, 1) for axis in axes)
 
+    @property
+    def exchange_name(self) -> str:
+        """Of EXCHANGES, the one that is asked for or follows from the rules."""
+        return choose_exchange(self.exchange, self.mesh_axes)
+
+    @property
+    def pooled_batches(self) -> int:
+        """Batch shards that share a set of experts: shards of the mesh axes that cut both."""
+        return math.prod(self.axes.get(axis, 1) for axis in _cuts_both(self.mesh_axes))
+
     def expert_width(self, config: ModelConfig) -> int:
         """Columns of an expert's width that each device holds, zeros included."""
         shards = self.size("expert_hidden")
@@ -91,6 +108,8 @@ class MeshShape:
         changed = [
             f"{name} over {' and '.join(cut) or 'none'}" for name, cut in self.rules.items() if cut != RULES[name]
         ]
+        if self.exchange_name != choose_exchange(AUTO, self.mesh_axes):
+            changed.append(f"exchange {self.exchange_name}")
         return ", ".join([",".join(sizes) or "one device", *changed])
 
 
@@ -100,8 +119,14 @@ def read(mesh: str | Path) -> MeshShape:
     Raises:
         MeshError: unknown axis, malformed text.
     """
-    axes, rules = axes_and_rules(mesh) if mesh else ({}, {})
-    return MeshShape(axes, {**RULES, **rules})
+    raw = _read_file(Path(mesh)) if str(mesh).endswith(".json") else {"axes": _parse(str(mesh)) if mesh else {}}
+    for name, size in raw["axes"].items():
+        if name not in MESH_AXES:
+            raise unknown_axis(name)
+        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
+            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
+    rules = {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
+    return MeshShape(raw["axes"], {**RULES, **rules}, raw.get("exchange", AUTO))
 
 
 def num_devices(mesh: str | Path) -> int:
@@ -141,7 +166,7 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], axis_names: Sequence[str])
                 raise MeshError(f"rule {logical}: unknown mesh axis {short(axis)}, expected {tuple(axis_names)}")
     if cut("pages") != cut("batch"):
         raise MeshError("rules cut pages and batch differently, but a slot's pages lie on its own devices")
-    for logical in ("heads", "experts", "expert_hidden", "vocab", "positions"):
+    for logical in ("heads", "expert_hidden", "vocab", "positions"):
         if shared := set(cut(logical)) & set(cut("batch")):
             raise MeshError(f"rules cut both batch and {logical} by {', '.join(shared)}: sums would mix sequences")
     if shared := set(cut("heads")) & set(cut("positions")):
@@ -149,6 +174,33 @@ def check_rules(rules: Mapping[str, tuple[str, ...]], axis_names: Sequence[str])
             f"rules cut both heads and positions by {', '.join(sorted(shared))}: "
             "a mesh axis can cut one axis of the keys only"
         )
+
+
+def _cuts_both(mesh_axes: Callable[[str], tuple[str, ...]]) -> list[str]:
+    """Mesh axes that cut experts and the batch: each of their devices has experts, and slots, of its own."""
+    return [axis for axis in mesh_axes("experts") if axis in mesh_axes("batch")]
+
+
+def choose_exchange(asked: str, mesh_axes: Callable[[str], tuple[str, ...]]) -> str:
+    """Which of EXCHANGES `asked` is under these rules: where it is AUTO, sum if the devices have the same tokens.
+
+    Raises:
+        MeshError: there is none of that name, or not under these rules.
+    """
+    if asked not in (AUTO, *EXCHANGES):
+        raise MeshError(f"unknown exchange {short(asked)}, expected one of {', '.join((AUTO, *EXCHANGES))}")
+    both = _cuts_both(mesh_axes)
+    if asked == "sum" and both:
+        raise MeshError(
+            f"exchange sum adds what devices make of the same tokens, but rules cut experts and batch by "
+            f"{', '.join(both)}: expected gather or all_to_all"
+        )
+    if asked == "gather" and not both:
+        raise MeshError(
+            'exchange gather is for experts cut by what cuts the batch, as rules {"experts": ["data"]} do: '
+            "expected sum or all_to_all"
+        )
+    return asked if asked != AUTO else "gather" if both else "sum"
 
 
 def expert_width(config: ModelConfig, shards: int) -> int:
@@ -198,21 +250,6 @@ def check_even(
         raise MeshError("the mesh does not divide the model: " + "; ".join(faults))
 
 
-def axes_and_rules(mesh: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
-    """The axes of a text or a file, and the rules in it, by name.
-
-    Raises:
-        MeshError: unknown axis, malformed text.
-    """
-    axes, rules = _read_file(Path(mesh)) if str(mesh).endswith(".json") else (_parse(str(mesh)), {})
-    for name, size in axes.items():
-        if name not in MESH_AXES:
-            raise unknown_axis(name)
-        if type(size) is not int or not 1 <= size <= MOST_DEVICES:
-            raise MeshError(f"mesh axis {name}={short(size)}, expected a whole number from 1 to {MOST_DEVICES}")
-    return axes, rules
-
-
 def unknown_axis(name: Any) -> MeshError:
     """What is said of an axis that is none of MESH_AXES."""
     return MeshError(f"unknown mesh axis {short(name)}, expected {', '.join(MESH_AXES)}")
@@ -228,14 +265,18 @@ def _parse(text: str) -> dict[str, Any]:
     return axes
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         raw = read_json(of_configs(path))
     except FileError as error:
         raise MeshError(f"mesh file {error}") from None
-    right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - {"axes", "rules"}
-    right = right and all(isinstance(part, dict) for part in raw.values())
+    types = {"axes": dict, "rules": dict, "exchange": str}
+    right = isinstance(raw, dict) and "axes" in raw and not raw.keys() - types.keys()
+    right = right and all(isinstance(part, types[name]) for name, part in raw.items())
     rules = raw.get("rules", {}).values() if right else ()
     if not right or not all(isinstance(axes, list) and all(isinstance(a, str) for a in axes) for axes in rules):
-        raise MeshError(f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}}}')
-    return raw["axes"], {name: tuple(axes) for name, axes in raw.get("rules", {}).items()}
+        raise MeshError(
+            f'mesh file {path}: expected {{"axes": {{"expert": 4}}, "rules": {{"heads": ["expert"]}}, '
+            '"exchange": "all_to_all"}, the last two if they are needed'
+        )
+    return raw

@@ -19,13 +19,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gptoss_jax.errors import short
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.mesh import (
+    AUTO,
     MESH_AXES,
     RULES,
     MeshError,
     MeshShape,
-    axes_and_rules,
     check_even,
     check_rules,
+    choose_exchange,
+    read,
     unknown_axis,
 )
 
@@ -39,13 +41,21 @@ class Sharding:
     Attributes:
         mesh: devices, with axes named as in MESH_AXES.
         rules: logical axis -> mesh axes.
+        exchange: how tokens meet experts of other devices, as `mesh.choose_exchange` takes it.
     """
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
+    exchange: str = AUTO
 
     def __post_init__(self):
         check_rules(self.rules, self.mesh.axis_names)
+        choose_exchange(self.exchange, self.mesh_axes)
+
+    @property
+    def exchange_name(self) -> str:
+        """Which exchange that is."""
+        return choose_exchange(self.exchange, self.mesh_axes)
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
         """Mesh axes that cut `logical`."""
@@ -113,15 +123,16 @@ class Sharding:
 
     def sum_over(self, x: Any, *logical: str) -> Any:
         """Inside `map`: the sum of every shard's x, over the mesh axes that cut any of `logical`, in one collective."""
-        cut = self._cut(*logical)
+        cut = self.cut(*logical)
         return jax.lax.psum(x, cut) if cut else x
 
     def max_over(self, x: jax.Array, *logical: str) -> jax.Array:
         """Inside `map`: as `sum_over`, the greatest of every shard's x. It has no gradient."""
-        cut = self._cut(*logical)
+        cut = self.cut(*logical)
         return jax.lax.pmax(x, cut) if cut else x
 
-    def _cut(self, *logical: str) -> tuple[str, ...]:
+    def cut(self, *logical: str) -> tuple[str, ...]:
+        """Mesh axes of more than one device that cut any of `logical`."""
         return tuple(axis for name in logical for axis in self.mesh_axes(name) if self.mesh.shape[axis] > 1)
 
     def index(self, logical: str) -> jax.Array | int:
@@ -178,8 +189,8 @@ def make(
     """A Sharding over the first of `devices`, as many as `mesh` asks for.
 
     Args:
-        mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...}}; a mesh
-            with some of the axes of MESH_AXES, or its shape; or None for a single device.
+        mesh: "data=2,expert=4,tensor=1" (axes left out are 1); a JSON file {"axes": {...}, "rules": {...},
+            "exchange": "..."}; a mesh with some of the axes of MESH_AXES, or its shape; or None for a single device.
         devices: all that JAX has by default.
 
     Raises:
@@ -187,13 +198,9 @@ def make(
     """
     if isinstance(mesh, Sharding):
         return mesh
-    if isinstance(mesh, MeshShape):
-        return _build(mesh.axes, mesh.rules, devices or jax.devices())
     if isinstance(mesh, Mesh):
         return Sharding(_with_all_axes(mesh))
-    if mesh is None or mesh == "":
-        return _build({}, {}, devices or jax.devices())
-    return _build(*axes_and_rules(mesh), devices or jax.devices())
+    return _build(mesh if isinstance(mesh, MeshShape) else read(mesh or ""), devices or jax.devices())
 
 
 def _with_all_axes(mesh: Mesh) -> Mesh:
@@ -215,8 +222,8 @@ def _too_few(wanted: int, devices: Sequence[Any]) -> str:
     return f"{message}; to simulate them on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={of_each}"
 
 
-def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], devices: Sequence[Any]) -> Sharding:
-    shape = [axes.get(name, 1) for name in MESH_AXES]
+def _build(wanted: MeshShape, devices: Sequence[Any]) -> Sharding:
+    shape = [wanted.axes.get(name, 1) for name in MESH_AXES]
     if math.prod(shape) > len(devices):
         raise MeshError(_too_few(math.prod(shape), devices))
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
@@ -225,4 +232,5 @@ def _build(axes: Mapping[str, Any], rules: Mapping[str, tuple[str, ...]], device
             f"a mesh of {grid.size} of the {len(devices)} devices leaves processes {short(sorted(idle))} "
             "without one: expected some of each"
         )
-    return Sharding(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape)), {**RULES, **rules})
+    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return Sharding(mesh, {**RULES, **wanted.rules}, wanted.exchange)

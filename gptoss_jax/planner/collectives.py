@@ -1,17 +1,19 @@
 """The collectives of a step, from the mesh alone: which, of how many bytes, over how many devices. Knows no JAX.
 
-Sums over heads, experts and positions are written in the model (`Sharding.sum_over`); the others are what XLA's
-partitioner makes of an embedding and logits that are cut by vocabulary, and of slots that are cut by data shards. Tests
-read the same from compiled programs: all of it for CPUs, what is not sampling for GPUs and TPUs, whose compilers treat
-the few bytes of sampling each in their way (XLA for GPUs gathers logits for top-p).
+Sums over heads and positions and the exchange of the experts are written in the model (`Sharding.sum_over`,
+`model/exchange.py`); the others are what XLA's partitioner makes of an embedding and logits that are cut by vocabulary,
+and of slots that are cut by data shards. Tests read the same from compiled programs: all of it for CPUs, what is not
+sampling for GPUs and TPUs, whose compilers treat the few bytes of sampling each in their way (XLA for GPUs gathers
+logits for top-p).
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from gptoss_jax.engine.sampling_params import MAX_TOP_LOGPROBS
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.mesh import MeshShape
+from gptoss_jax.model.mesh import RAGGED_PLATFORMS, MeshShape
 from gptoss_jax.planner.chips import Chip
 from gptoss_jax.planner.memory import Workload
 
@@ -26,12 +28,13 @@ class Collective(NamedTuple):
     """Arrays that devices send one another at one place of a step.
 
     Attributes:
-        kind: all-reduce or all-gather.
+        kind: of `gptoss_jax.hlo.sent.KINDS`.
         where: what needs it: embedding, attention, experts or sampling.
         when: ALWAYS, DISPATCH, or what some slot has to ask for.
         devices: that take part in each.
         bytes: of one array on a device, after it.
         arrays: of a step; a compiler may send several at once.
+        filled: which part of the bytes is sent, where tokens draw experts evenly: of a ragged all-to-all not all.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class Collective(NamedTuple):
     devices: int
     bytes: int
     arrays: int
+    filled: float = 1.0
 
     @property
     def total_bytes(self) -> int:
@@ -48,9 +52,9 @@ class Collective(NamedTuple):
 
     @property
     def sent_bytes(self) -> float:
-        """That each device sends to others, in a ring: twice around for a sum, once for a gathered array."""
-        rounds = 2 if self.kind == "all-reduce" else 1
-        return rounds * (self.devices - 1) / self.devices * self.total_bytes
+        """That each device sends to others: twice around a ring for a sum, once for a gathered or scattered array."""
+        rounds = {"all-reduce": 2, "reduce-scatter": self.devices}.get(self.kind, 1)  # bytes are those after it
+        return rounds * (self.devices - 1) / self.devices * self.total_bytes * self.filled
 
 
 def decode_step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> list[Collective]:
@@ -72,7 +76,7 @@ def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, 
         Collective("all-reduce", "embedding", ALWAYS, mesh.size("vocab"), embedded, 1),
         Collective("all-reduce", "attention", ALWAYS, mesh.size("heads"), stream, config.num_layers),
         *_merges(config, mesh, slots * width),
-        Collective("all-reduce", "experts", ALWAYS, mesh.size("experts", "expert_hidden"), stream, config.num_layers),
+        *_EXCHANGES[mesh.exchange_name](config, mesh, chip, slots * width),
         *_sampling(config, mesh, workload.slots, decodes=width == 1),
         *_top_logprobs(config, mesh, chip, workload.slots),
     ]
@@ -85,6 +89,56 @@ def _merges(config: ModelConfig, mesh: MeshShape, tokens: int) -> Iterator[Colle
     by_head, merges = _FLOAT32 * tokens * heads, sum(not config.has_sliding_window(i) for i in range(config.num_layers))
     yield Collective("all-reduce", "attention", ALWAYS, shards, by_head, 2 * merges)
     yield Collective("all-reduce", "attention", ALWAYS, shards, by_head * config.head_dim, merges)
+
+
+def _experts(
+    config: ModelConfig, kind: str, devices: int, itemsize: int, numbers: int, filled: float = 1
+) -> Collective:
+    """One array of every layer's exchange."""
+    return Collective(kind, "experts", ALWAYS, devices, itemsize * numbers, config.num_layers, filled)
+
+
+def _summed(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iterator[Collective]:
+    del chip
+    yield _experts(config, "all-reduce", mesh.size("experts", "expert_hidden"), _FLOAT32, tokens * config.hidden_size)
+
+
+def _gathered(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iterator[Collective]:
+    """Activations, ids and weights of all batch shards' tokens; outputs are scattered, and summed over other axes."""
+    del chip
+    apart, hidden, per_token = mesh.pooled_batches, config.hidden_size, config.experts_per_token
+    yield _experts(config, "all-gather", apart, _BFLOAT16, apart * tokens * hidden)
+    yield _experts(config, "all-gather", apart, _INT32, apart * tokens * per_token)
+    yield _experts(config, "all-gather", apart, _FLOAT32, apart * tokens * per_token)
+    yield _experts(config, "reduce-scatter", apart, _FLOAT32, tokens * hidden)
+    others = mesh.size("experts", "expert_hidden") // apart
+    yield _experts(config, "all-reduce", others, _FLOAT32, tokens * hidden)
+
+
+def _sent(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iterator[Collective]:
+    """How many rows; activations, ids and weights there, outputs back; then what the tokens' other devices need."""
+    hidden, per_token, shards = config.hidden_size, config.experts_per_token, mesh.size("experts")
+    alike = shards // mesh.pooled_batches
+    own = -(-tokens // alike)
+    is_ragged = chip.platform in RAGGED_PLATFORMS
+    of_rows = ("ragged-all-to-all", shards) if is_ragged else ("all-to-all", shards)
+    filled = hit(config, shards) if is_ragged else 1.0
+    yield _experts(config, "all-to-all", shards, _INT32, shards)
+    yield _experts(config, *of_rows, _BFLOAT16, shards * own * hidden, filled)
+    yield _experts(config, *of_rows, _INT32, shards * own * per_token, filled)
+    yield _experts(config, *of_rows, _FLOAT32, shards * own * per_token, filled)
+    yield _experts(config, *of_rows, _FLOAT32, shards * own * hidden, filled)
+    yield _experts(config, "all-reduce", mesh.size("expert_hidden"), _FLOAT32, own * hidden)
+    yield _experts(config, "all-gather", alike, _FLOAT32, alike * own * hidden)
+
+
+_EXCHANGES = {"sum": _summed, "gather": _gathered, "all_to_all": _sent}
+
+
+def hit(config: ModelConfig, shards: int) -> float:
+    """How likely a token has an expert on a device, where it draws them evenly and each has 1 / shards of them."""
+    elsewhere = config.num_experts - config.num_experts // shards
+    return 1 - math.comb(elsewhere, config.experts_per_token) / math.comb(config.num_experts, config.experts_per_token)
 
 
 def _sampling(config: ModelConfig, mesh: MeshShape, slots: int, *, decodes: bool) -> Iterator[Collective]:

@@ -85,6 +85,9 @@ def reason(a: Plan, b: Plan, row: Row) -> str:
     """Which of the axes that a figure follows from are cut into other numbers of shards; or what else differs."""
     sizes = {name: (a.request.mesh.size(name), b.request.mesh.size(name)) for name in row.logical}
     changed = [f"{name} / {one} -> / {other}" for name, (one, other) in sizes.items() if one != other]
+    exchanges = a.request.mesh.exchange_name, b.request.mesh.exchange_name
+    if "expert_hidden" in row.logical and exchanges[0] != exchanges[1]:
+        changed.append("exchange {} -> {}".format(*exchanges))
     return ", ".join(changed) or "the same axes over other devices"
 
 

@@ -43,7 +43,8 @@ def as_planned(each: Sent, entry: str) -> Collective:
 
 def planned(found: Iterable[Collective]) -> list[Collective]:
     """Those of the planner, with the searches of top-k and top-p together."""
-    return _together(each._replace(when=SEARCH) if each.when in (TOP_K, TOP_P) else each for each in found)
+    by_place = (each._replace(filled=1.0) for each in found)  # a program says what has room, not what is sent
+    return _together(each._replace(when=SEARCH) if each.when in (TOP_K, TOP_P) else each for each in by_place)
 
 
 def _together(found: Iterable[Collective]) -> list[Collective]:

@@ -189,12 +189,17 @@ def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
 
 
 def _activations(config: ModelConfig, mesh: MeshShape) -> int:
-    """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out."""
-    hidden, inner = config.hidden_size, mesh.expert_width(config)
+    """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out.
+
+    Experts that batch shards share have room for the rows of all of their tokens, and so have the arrays that bring
+    these: activations, and outputs; of an all-to-all both as they are sent and as they arrive.
+    """
+    hidden, inner, pooled = config.hidden_size, mesh.expert_width(config), mesh.pooled_batches
     stream = 3 * _WORD * hidden
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
     rows = config.experts_per_token * (_BFLOAT16 * (hidden + inner) + _WORD * hidden)
-    return stream + _WORD * attention + rows
+    copies = {"sum": 0, "gather": 1, "all_to_all": 2}[mesh.exchange_name] if mesh.size("experts") > 1 else 0
+    return stream + _WORD * attention + pooled * (rows + copies * (_BFLOAT16 + _WORD) * hidden)
 
 
 def _temporaries(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:

@@ -1,5 +1,6 @@
 """A plan as people read it, and as scripts do."""
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -112,11 +113,13 @@ def _collectives(plan: Plan) -> Iterator[str]:
         yield "no collectives: each device works by itself"
         return
     yield f"{'collectives of a step':30}{'decoding step':>16}{'prefill chunk':>16}"
-    sizes = {_place(each): each for each in prefill}
+    others: dict[Any, list[Collective]] = {}
+    for each in prefill:
+        others.setdefault(_place(each), []).append(each)
     for each in decode:
-        other = sizes.pop(_place(each), None)
-        yield _collective(each, _size(each), _size(other) if other else "")
-    for each in sizes.values():
+        other = others.get(_place(each))
+        yield _collective(each, _size(each), _size(other.pop(0)) if other else "")
+    for each in itertools.chain(*others.values()):
         yield _collective(each, "", _size(each))
 
 
@@ -127,7 +130,8 @@ def _place(each: Collective) -> tuple[object, ...]:
 
 
 def _collective(each: Collective, decode: str, prefill: str) -> str:
-    return f"  {each.kind} {each.where:17}{decode:>16}{prefill:>16}  over {each.devices}, {each.when}"
+    name = f"{each.kind} {each.where}"
+    return f"  {name:28}{decode:>16}{prefill:>16}  over {each.devices}, {each.when}"
 
 
 def _size(each: Collective) -> str:
@@ -172,7 +176,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": request.model,
         "slice": {"name": request.slice.name, "chips": request.slice.chips, "devices": request.slice.devices},
         "chip": chip._asdict(),
-        "mesh": {"axes": dict(request.mesh.axes), "rules": {k: list(v) for k, v in request.mesh.rules.items()}},
+        "mesh": {
+            "axes": dict(request.mesh.axes),
+            "rules": {k: list(v) for k, v in request.mesh.rules.items()},
+            "exchange": request.mesh.exchange_name,
+        },
         "workload": request.workload._asdict(),
         "padded": padded(plan) or None,
         "memory": {**plan.memory._asdict(), "total": plan.memory.total, "capacity": plan.capacity},

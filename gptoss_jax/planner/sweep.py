@@ -22,7 +22,10 @@ COLUMNS = (
 
 
 def meshes(devices: int) -> Iterator[MeshShape]:
-    """Every mesh of so many devices: all sizes of its axes, each by every set of `_rules`."""
+    """Every mesh of so many devices: all sizes of its axes, each by every set of `_rules`.
+
+    Where each device has slots and they share experts (attention data-parallel), both exchanges that this allows.
+    """
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     for data, expert, tensor in itertools.product(sizes, repeat=3):
         if devices % (data * expert * tensor):
@@ -30,6 +33,9 @@ def meshes(devices: int) -> Iterator[MeshShape]:
         axes = {"data": data, "expert": expert, "tensor": tensor, "sequence": devices // (data * expert * tensor)}
         for rules in _rules(axes):
             yield MeshShape(axes, {**RULES, **rules})
+        if data > 1 and expert == 1:
+            for exchange in ("gather", "all_to_all"):
+                yield MeshShape(axes, {**RULES, "experts": ("data",)}, exchange)
 
 
 def _rules(axes: Mapping[str, int]) -> Iterator[dict[str, tuple[str, ...]]]:

@@ -72,20 +72,14 @@ def _work(
 ) -> Work:
     slots = workload.slots // mesh.size("batch")
     tokens = slots * width
+    routed = tokens * mesh.pooled_batches  # that the experts of this device and its like are for
     seen = _of_layers(keys.seen, config, mesh, workload.context_tokens, width)
     read = _of_layers(keys.read, config, mesh, workload.context_tokens, width)
     heads, vocab = mesh.size("heads"), mesh.size("vocab")
     expert = 3 * mesh.expert_width(config) * config.hidden_size  # a device's part of one
     router = config.num_layers * config.num_experts * config.hidden_size
-    flops = (
-        2
-        * tokens
-        * (
-            config.attention_bytes / _BFLOAT16 / heads
-            + router
-            + config.num_layers * config.experts_per_token * expert / mesh.size("experts")
-        )
-    )
+    flops = 2 * tokens * (config.attention_bytes / _BFLOAT16 / heads + router)
+    flops += 2 * routed * config.num_layers * config.experts_per_token * expert / mesh.size("experts")
     flops += 4 * slots * seen * config.num_heads * config.head_dim / heads
     flops += slots * config.unembedding_bytes / vocab
     launches = None
@@ -105,7 +99,7 @@ def _work(
 
 def _weights_read(config: ModelConfig, mesh: MeshShape, tokens: int) -> float:
     """Bytes of attention, routers, unembedding, the tokens' embeddings, and of the experts that they hit."""
-    missed = (1 - config.experts_per_token / config.num_experts) ** tokens
+    missed = (1 - config.experts_per_token / config.num_experts) ** (tokens * mesh.pooled_batches)
     weights = 3 * mesh.expert_width(config) * config.hidden_size * config.num_experts
     experts = config.num_layers * (1 - missed) * (weights / 2 + weights / MXFP4_BLOCK)
     routers = _BFLOAT16 * config.num_layers * config.num_experts * config.hidden_size

@@ -344,7 +344,8 @@ class LanguageModel:
         of_jax = jax.config.values["jax_compilation_cache_dir"]
         if self.programs_folder is None or of_jax or jax.process_count() > 1:
             return compile_anew
-        of_model = (self.config, self.sharding.rules, self.mesh.shape, self.policy, self.dense, self.kernels)
+        of_mesh = self.sharding.rules, self.sharding.exchange_name, self.mesh.shape
+        of_model = (self.config, *of_mesh, self.policy, self.dense, self.kernels)
         return KeptPrograms(self.programs_folder, self.mesh.devices.flat, f"{of_model} {described}").compile
 
     def _checked(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -74,9 +74,11 @@ def spread(options: OptimizerOptions, path: str, shape: tuple[int, ...], axes: A
     """The logical axes by which a weight's moments, and the work on them, lie on the mesh.
 
     They are the weight's own `axes`, and the data shards cut the first that nothing else cuts: of what all of them
-    would do alike each does its share (ZeRO, Rajbhandari et al. 2020, its first stage). Muon's matrices stay whole.
+    would do alike each does its share (ZeRO, Rajbhandari et al. 2020, its first stage). Muon's matrices stay whole,
+    and so does a weight of which data shards have parts of their own.
     """
-    shards = sharding.size("batch")
+    cut_already = set(sharding.cut("batch")) & set(sharding.cut(*filter(None, axes)))
+    shards = 1 if cut_already else sharding.size("batch")
     matrix = _matrix(path) if options.matrix_learning_rate is not None else None
     whole = jax.tree.leaves(matrix)  # the axes of one of Muon's matrices
     for place, (length, logical) in enumerate(zip(shape, axes, strict=True)):

@@ -1,5 +1,6 @@
 """The training step: weights, an optimiser's state and a batch in; those after one update, and what it showed, out."""
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -139,7 +140,7 @@ class Trainer:
         if rows is not None and options.method != "full":
             raise GptossError("a compact vocabulary is for method full: an adapter's softmax is over all rows")
         if rows is not None and sharding.size("vocab") > 1:
-            sharding = Sharding(sharding.mesh, {**sharding.rules, "vocab": ()})
+            sharding = dataclasses.replace(sharding, rules={**sharding.rules, "vocab": ()})
         sharding.check(weights.config, slots=rows_at_once, pads=False)
         return cls(weights, sharding, options, total_steps, kernels, rows)
 

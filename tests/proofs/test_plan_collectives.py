@@ -13,6 +13,7 @@ from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.engine.runner import ModelRunner
 from gptoss_jax.model import mesh, sharding
 from gptoss_jax.model.config import read_config
+from gptoss_jax.model.mesh import RULES, MeshShape
 from gptoss_jax.model.transformer import declare, nest
 from gptoss_jax.planner import collectives, compiled_collectives, memory
 from gptoss_jax.planner.chips import CHIPS
@@ -22,6 +23,15 @@ from tests.goldens.make import ROOT
 CPU = CHIPS["cpu"]
 WORKLOAD = Workload(slots=8, context_tokens=256, prefill_tokens=16)
 QUICKLY: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # code is not looked at
+EXCHANGES = {
+    str(shape): shape
+    for shape in (
+        MeshShape({"data": 8}, {**RULES, "experts": ("data",)}, "gather"),
+        MeshShape({"data": 4, "tensor": 2}, {**RULES, "experts": ("tensor", "data"), "expert_hidden": ()}, "gather"),
+        MeshShape({"data": 4, "tensor": 2}, {**RULES, "experts": ("data",)}, "all_to_all"),
+        MeshShape({"data": 2, "expert": 4}, RULES, "all_to_all"),
+    )
+}
 MESHES = (
     ("small", "data=8"),
     ("small", "configs/meshes/expert4-tensor2.json"),
@@ -32,13 +42,14 @@ MESHES = (
     ("small", "sequence=8"),
     ("demo", "data=2,sequence=4"),
     ("small", "configs/meshes/expert2-tensor2-sequence2.json"),
+    *(("demo", name) for name in EXCHANGES),
 )
 
 
 @functools.cache
 def _programs(name: str, mesh_text: str) -> dict[str, Any]:
     """An engine's programs, by name, for two layers of a model: one with a sliding window and one without."""
-    config, laid_out = _config(name), sharding.make(mesh_text)
+    config, laid_out = _config(name), sharding.make(_shape(mesh_text))
     declared = declare(config, laid_out)
     params = nest({p: laid_out.put(jnp.zeros(*leaf[:2]), leaf.axes) for p, leaf in declared.leaves.items()})
     found = {}
@@ -58,6 +69,10 @@ def _programs(name: str, mesh_text: str) -> dict[str, Any]:
     return found
 
 
+def _shape(mesh_text: str) -> MeshShape:
+    return EXCHANGES.get(mesh_text) or mesh.read(mesh_text)
+
+
 def _config(name: str):
     return dataclasses.replace(read_config(ROOT / "configs" / f"{name}.json"), num_layers=2)
 
@@ -68,7 +83,7 @@ def test_collectives_are_those_of_the_compiled_programs(name, mesh_text):
 
     Kind, bytes, devices, count and when it runs, of every array: nothing is left over on either side.
     """
-    config, shape = _config(name), mesh.read(mesh_text)
+    config, shape = _config(name), _shape(mesh_text)
     programs = _programs(name, mesh_text)
     closed = {
         "decode": collectives.decode_step(config, shape, CPU, WORKLOAD),
@@ -84,7 +99,7 @@ def test_collectives_are_those_of_the_compiled_programs(name, mesh_text):
 @pytest.mark.parametrize(("name", "mesh_text"), MESHES)
 def test_arguments_are_counted_to_the_byte(name, mesh_text):
     """Guards weights, keys and values, and slots of each device: a leaf that is cut otherwise than the planner says."""
-    config, shape = _config(name), mesh.read(mesh_text)
+    config, shape = _config(name), _shape(mesh_text)
     said = memory.memory(config, shape, CPU, WORKLOAD).arguments
     steps = jax.dtypes.canonicalize_dtype(jnp.int32).itemsize  # how many a dispatch takes
     assert program_memory(_programs(name, mesh_text)["decode"]).argument_bytes == said + steps

@@ -153,7 +153,7 @@ def test_a_mesh_as_jax_makes_it(folder, expected):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"axes": {"data": 2}, "rules": {"experts": ["data"]}}, "cut both batch and experts by data: sums would mix"),
+        ({"axes": {"data": 2}, "rules": {"vocab": ["data"]}}, "cut both batch and vocab by data: sums would mix"),
         ({"axes": {"data": 2}, "rules": {"pages": []}}, "cut pages and batch differently"),
         ({"axes": {"data": 2}, "rules": {"positions": ["data"]}}, "cut both batch and positions by data: sums would"),
         (

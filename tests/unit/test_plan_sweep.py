@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from gptoss_jax.model.mesh import MeshError
+from gptoss_jax.model.mesh import RULES, MeshError, MeshShape
 from gptoss_jax.planner import compare, plan, plot, report, sweep
 from gptoss_jax.planner.plan import PlanError
 from tests.unit.test_planner import EIGHT, request
@@ -18,16 +18,23 @@ def _swept(on: str, batches: list[int], contexts: list[int], model: str = "gpt-o
 
 
 def test_a_sweep_has_every_mesh_once():
-    """Guards against a mesh that is left out, or counted twice: four axes, heads cut in two ways, experts too."""
+    """Guards against a mesh that is left out, or counted twice: four axes, heads cut in two ways, experts too.
+
+    Where data shards can share experts, they do so with both exchanges.
+    """
     found = [
-        (tuple(each.axes.values()), each.mesh_axes("heads"), each.mesh_axes("experts")) for each in sweep.meshes(8)
+        (tuple(each.axes.values()), each.mesh_axes("heads"), each.mesh_axes("experts"), each.exchange_name)
+        for each in sweep.meshes(8)
     ]
     assert len(set(found)) == len(found)
     sizes = [axes for axes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(axes) == 8]
     heads_ways = {axes: [("tensor",), ("expert", "tensor")][: 1 + (axes[1] > 1)] for axes in sizes}
     expert_ways = {axes: [("expert",), ("expert", "sequence")][: 1 + (axes[3] > 1)] for axes in sizes}
-    expected = {(axes, *ways) for axes in sizes for ways in itertools.product(heads_ways[axes], expert_ways[axes])}
-    assert set(found) == expected
+    expected = {
+        (axes, *ways, "sum") for axes in sizes for ways in itertools.product(heads_ways[axes], expert_ways[axes])
+    }
+    shared = {(axes, ("tensor",), ("data",)) for axes in sizes if axes[0] > 1 and axes[1] == 1}
+    assert set(found) == expected | {(*each, exchange) for each in shared for exchange in ("gather", "all_to_all")}
 
 
 def test_the_front_is_what_no_other_beats():
@@ -134,6 +141,16 @@ def test_a_comparison_says_what_differs_and_why():
     assert "heads / 1 -> / 8" in lines["attention"]
     assert "experts" not in lines and "experts" in compare.text(a, b).splitlines()[-1]
     assert compare.text(a, a).count("\n") == 5
+
+
+def test_an_exchange_is_named_where_figures_follow_from_it():
+    """Guards --compare of two exchanges on the same axes: what is sent and held differs by them alone."""
+    shapes = [MeshShape({"data": 8}, {**RULES, "experts": ("data",)}, name) for name in ("gather", "all_to_all")]
+    a, b = (plan.make(request("gpt-oss-20b", "h200x8", "", 64)._replace(mesh=shape)) for shape in shapes)
+    lines = {line[:26].strip(): line for line in compare.text(a, b).splitlines()}
+    for name in ("activations (estimate)", "decoding: sent to others", "decoding: interconnect"):
+        assert lines[name].endswith("exchange gather -> all_to_all")
+    assert "experts" not in lines and "keys and values" not in lines
 
 
 def test_a_plan_as_json_has_what_the_text_has():

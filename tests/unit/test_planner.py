@@ -17,7 +17,7 @@ from gptoss_jax.model import keys, kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, memory, plan, report
+from gptoss_jax.planner import chips, collectives, memory, plan, report
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -214,6 +214,30 @@ def test_devices_together_do_the_work_of_one():
     assert 8 * plan.make(request("gpt-oss-120b", "v5p:2x2x2", EIGHT, 8, 1024)).decode_work.flops == pytest.approx(
         one.flops + 7 * routers
     )
+
+
+def test_data_shards_that_share_experts_read_them_once():
+    """Guards attention data-parallel beside experts expert-parallel: operations of one device, experts of an eighth."""
+    alone = plan.make(request("gpt-oss-120b", "v5p:1x1x1", "", 64, 1024))
+    shape = mesh.MeshShape({"data": 8}, {**mesh.RULES, "experts": ("data",)})
+    shared = plan.make(request("gpt-oss-120b", "v5p:2x2x2", "", 64, 1024)._replace(mesh=shape))
+    assert 8 * shared.decode_work.flops == pytest.approx(alone.decode_work.flops)
+    assert 8 * shared.memory.experts == alone.memory.experts and shared.memory.attention == alone.memory.attention
+    assert 8 * shared.memory.kv_cache == alone.memory.kv_cache
+    assert alone.decode_work.weight_bytes / 8 < shared.decode_work.weight_bytes < alone.decode_work.weight_bytes / 3
+
+
+def test_a_ragged_exchange_sends_what_tokens_fill():
+    """Guards what a chip sends: four of 128 experts are on 3.34 of 8 devices, on average."""
+    model = config("gpt-oss-120b")
+    assert 8 * collectives.hit(model, 8) == pytest.approx(3.3425, abs=1e-3)
+    assert collectives.hit(model, 1) == 1 and collectives.hit(model, 128) == pytest.approx(4 / 128)
+    shape = mesh.MeshShape({"data": 8}, {**mesh.RULES, "experts": ("data",)}, "all_to_all")
+    sent = {
+        chip: sum(e.sent_bytes for e in collectives.decode_step(model, shape, CHIPS[chip], Workload(64, 1024, 128)))
+        for chip in ("cpu", "h200")
+    }
+    assert sent["h200"] < 0.45 * sent["cpu"]
 
 
 # ---- rooflines ----
