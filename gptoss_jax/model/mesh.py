@@ -119,7 +119,9 @@ def read(mesh: str | Path) -> MeshShape:
     Raises:
         MeshError: unknown axis, malformed text.
     """
-    raw = _read_file(Path(mesh)) if str(mesh).endswith(".json") else {"axes": _parse(str(mesh)) if mesh else {}}
+    raw: dict[str, Any] = (
+        _read_file(Path(mesh)) if str(mesh).endswith(".json") else {"axes": _parse(str(mesh)) if mesh else {}}
+    )
     for name, size in raw["axes"].items():
         if name not in MESH_AXES:
             raise unknown_axis(name)

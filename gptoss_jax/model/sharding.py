@@ -58,8 +58,9 @@ class Sharding:
         return choose_exchange(self.exchange, self.mesh_axes)
 
     def mesh_axes(self, logical: str) -> tuple[str, ...]:
-        """Mesh axes that cut `logical`."""
-        return self.rules.get(logical, RULES[logical])
+        """Mesh axes that cut `logical`; where the rules do not say, those of RULES that the mesh has."""
+        usual = tuple(axis for axis in RULES[logical] if axis in self.mesh.shape)
+        return self.rules.get(logical, usual)
 
     def size(self, logical: str) -> int:
         """Shards into which `logical` is cut."""

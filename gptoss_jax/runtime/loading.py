@@ -14,6 +14,7 @@ from gptoss_jax.checkpoints.leaf import Leaf, leaf_bytes
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.model import adapted, adapters, layers, transformer
 from gptoss_jax.model import sharding as sharding_module
+from gptoss_jax.model.mesh import MeshShape
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.runtime import kept_programs, weight_transforms
 from gptoss_jax.runtime.language_model import LanguageModel
@@ -27,7 +28,7 @@ Report = Callable[[int, int], object]
 def load(
     path: str | os.PathLike[str],
     *,
-    mesh: str | Path | Mesh | Sharding | None = None,
+    mesh: str | Path | Mesh | MeshShape | Sharding | None = None,
     dtype: str = "bfloat16",
     dense: str = "bfloat16",
     adapter: str | os.PathLike[str] | None = None,
@@ -39,7 +40,7 @@ def load(
 
     Args:
         path: a converted (Orbax) checkpoint, or a folder of safetensors in any published format, read as it is.
-        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; or a mesh with some of these axes.
+        mesh: None for one device; "data=2,expert=4,tensor=1"; a .json file; a mesh of some of these axes or its shape.
         dtype: "bfloat16", or "float32" to compute in float32 throughout.
         dense: weights of attention and unembedding: "bfloat16" as stored, or "int8", which halves their bytes and is no
             longer exact (docs/numerics.md has its cost); experts stay as they are.

@@ -48,10 +48,9 @@ def test_json_has_the_rounds_and_http_servers_are_reached(folder):
         port = free.getsockname()[1]
     server = subprocess.Popen([sys.executable, SERVER, str(port)])
     try:
-        for _ in range(60):  # until it is heard
-            done = _generate(folder, "--mcp", f"http://127.0.0.1:{port}/mcp", "--json", "2 and 3?")
-            if "attempts failed" not in done.stderr:
-                break
+        asked = ("--mcp", f"http://127.0.0.1:{port}/mcp", "--json", "2 and 3?")
+        while "attempts failed" in (done := _generate(folder, *asked)).stderr:
+            assert server.poll() is None  # it does not listen yet
     finally:
         server.kill()
         server.wait()

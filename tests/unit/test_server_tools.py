@@ -36,13 +36,13 @@ class _Offer(Offer):
     """Python, and a server with one function."""
 
     names = ("python",)
-    servers = ("sky",)
 
     def __init__(self, python: Any = None):
+        self._servers: Any = [_Sky()]
         self.python = python or Interpreter()
 
     def open(self, names=None, servers=None) -> Toolbox:
-        return Toolbox([self.python] if names else [], shared=[_Sky()] if servers else [])
+        return Toolbox([self.python] if names else [], shared=self._servers if servers else [])
 
 
 class House:
