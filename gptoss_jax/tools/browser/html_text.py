@@ -54,7 +54,7 @@ class _Reader(HTMLParser):
         self._link: tuple[str, int] | None = None  # where it leads, and the first of its parts
 
     def drop_unfinished(self) -> None:
-        """Forget the beginning of what does not end; the end of scripts and comments, which may be long, counts."""
+        """Forget the beginning of what does not end; scripts and comments may be long, and their end still counts."""
         if len(self.rawdata) > _MAX_UNFINISHED:
             begins = "" if self.cdata_elem else "<!--" if self.rawdata.startswith("<!--") else None
             self.rawdata = "" if begins is None else begins + self.rawdata[-16:]

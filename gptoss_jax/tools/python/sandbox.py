@@ -67,7 +67,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a piece of code.
+    """What came of a script or a cell.
 
     Attributes:
         text: what it printed, both streams as they came, the middle left out where that is too much.
@@ -137,7 +137,7 @@ class Sandbox:
 
 
 class _Call:
-    """One piece of code on its way: what is left to write, what has come, and since when."""
+    """A script or a cell on its way: what is left to write, what has come, and since when."""
 
     def __init__(self, process: int, pipes: list[IO[bytes]], request: bytes, limits: Limits):
         self._process, self._limits, self._request = process, limits, memoryview(request)
@@ -244,7 +244,8 @@ def check(limits: Limits, packages: Path | None = None) -> None:
         raise GptossError(
             "the python tool limits memory by /proc/PID/task/TID/children, which this kernel does not have"
         )
-    sandbox = Sandbox(limits, is_session=False, packages=packages)
+    patient = dataclasses.replace(limits, seconds=max(limits.seconds, _START_SECONDS))
+    sandbox = Sandbox(patient, is_session=False, packages=packages)
     outcome = sandbox.run("import os\nos.path.exists('/packages') and os.listdir('/packages')\nprint('ready')")
     if outcome == Outcome("ready\n"):
         return
