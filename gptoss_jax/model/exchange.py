@@ -60,12 +60,12 @@ def gather_tokens(
     routing_weights: Float[Array, "M X"],
 ) -> Float[Array, "M D"]:
     """Every device runs its own experts on the tokens of all batch shards, and each shard gets the sum for its own."""
-    apart = tuple(axis for axis in sharding.cut("experts") if axis in sharding.cut("batch"))
-    if not apart:
+    shared = tuple(axis for axis in sharding.cut("experts") if axis in sharding.cut("batch"))
+    if not shared:
         return sum_outputs(sharding, experts, x, expert_ids, routing_weights)
-    gathered = (jax.lax.all_gather(array, apart, tiled=True) for array in (x, expert_ids, routing_weights))
-    y = jax.lax.psum_scatter(experts.run(*gathered), apart, scatter_dimension=0, tiled=True)
-    others = tuple(axis for axis in sharding.cut("experts", "expert_hidden") if axis not in apart)
+    gathered = (jax.lax.all_gather(array, shared, tiled=True) for array in (x, expert_ids, routing_weights))
+    y = jax.lax.psum_scatter(experts.run(*gathered), shared, scatter_dimension=0, tiled=True)
+    others = tuple(axis for axis in sharding.cut("experts", "expert_hidden") if axis not in shared)
     return jax.lax.psum(y, others) if others else y
 
 

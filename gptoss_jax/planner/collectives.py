@@ -106,12 +106,12 @@ def _summed(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> It
 def _gathered(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iterator[Collective]:
     """Activations, ids and weights of all batch shards' tokens; outputs are scattered, and summed over other axes."""
     del chip
-    apart, hidden, per_token = mesh.pooled_batches, config.hidden_size, config.experts_per_token
-    yield _experts(config, "all-gather", apart, _BFLOAT16, apart * tokens * hidden)
-    yield _experts(config, "all-gather", apart, _INT32, apart * tokens * per_token)
-    yield _experts(config, "all-gather", apart, _FLOAT32, apart * tokens * per_token)
-    yield _experts(config, "reduce-scatter", apart, _FLOAT32, tokens * hidden)
-    others = mesh.size("experts", "expert_hidden") // apart
+    pooled, hidden, per_token = mesh.pooled_batches, config.hidden_size, config.experts_per_token
+    yield _experts(config, "all-gather", pooled, _BFLOAT16, pooled * tokens * hidden)
+    yield _experts(config, "all-gather", pooled, _INT32, pooled * tokens * per_token)
+    yield _experts(config, "all-gather", pooled, _FLOAT32, pooled * tokens * per_token)
+    yield _experts(config, "reduce-scatter", pooled, _FLOAT32, tokens * hidden)
+    others = mesh.size("experts", "expert_hidden") // pooled
     yield _experts(config, "all-reduce", others, _FLOAT32, tokens * hidden)
 
 
