@@ -110,8 +110,11 @@ def of_instruction(module: Module, computation: str, instruction: Instruction) -
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # operands stand before results
         arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
     of_all = scope(instruction.op_name), instruction.op_name, tuple(module.stack(instruction)), computation
-    for array in arrays:
-        yield Sent(kind, array.num_bytes, _devices(instruction.rest), *of_all)
+    sizes, devices = [array.num_bytes for array in arrays], _devices(instruction.rest)
+    if kind == "all-to-all" and len(sizes) == devices > 1:  # a part from each device, as XLA for CPUs writes one array
+        sizes = [sum(sizes)]
+    for size in sizes:
+        yield Sent(kind, size, devices, *of_all)
 
 
 def _devices(rest: str) -> int:

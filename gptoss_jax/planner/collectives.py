@@ -71,9 +71,8 @@ def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, 
     slots = workload.slots // mesh.size("batch")
     numbers = slots * width * config.hidden_size
     stream = _FLOAT32 * numbers
-    embedded = numbers * (_FLOAT32 if chip.platform == "cpu" else _BFLOAT16)  # XLA:CPU sums no bfloat16 across devices
     found = [
-        Collective("all-reduce", "embedding", ALWAYS, mesh.size("vocab"), embedded, 1),
+        Collective("all-reduce", "embedding", ALWAYS, mesh.size("vocab"), _activation_bytes(chip) * numbers, 1),
         Collective("all-reduce", "attention", ALWAYS, mesh.size("heads"), stream, config.num_layers),
         *_merges(config, mesh, slots * width),
         *_EXCHANGES[mesh.exchange_name](config, mesh, chip, slots * width),
@@ -81,6 +80,11 @@ def _step(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload, 
         *_top_logprobs(config, mesh, chip, workload.slots),
     ]
     return [collective for collective in found if collective.devices > 1]
+
+
+def _activation_bytes(chip: Chip) -> int:
+    """Of one number: XLA for CPUs sends no bfloat16."""
+    return _FLOAT32 if chip.platform == "cpu" else _BFLOAT16
 
 
 def _merges(config: ModelConfig, mesh: MeshShape, tokens: int) -> Iterator[Collective]:
@@ -105,9 +109,8 @@ def _summed(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> It
 
 def _gathered(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iterator[Collective]:
     """Activations, ids and weights of all batch shards' tokens; outputs are scattered, and summed over other axes."""
-    del chip
     pooled, hidden, per_token = mesh.pooled_batches, config.hidden_size, config.experts_per_token
-    yield _experts(config, "all-gather", pooled, _BFLOAT16, pooled * tokens * hidden)
+    yield _experts(config, "all-gather", pooled, _activation_bytes(chip), pooled * tokens * hidden)
     yield _experts(config, "all-gather", pooled, _INT32, pooled * tokens * per_token)
     yield _experts(config, "all-gather", pooled, _FLOAT32, pooled * tokens * per_token)
     yield _experts(config, "reduce-scatter", pooled, _FLOAT32, tokens * hidden)
@@ -124,7 +127,7 @@ def _sent(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iter
     of_rows = ("ragged-all-to-all", shards) if is_ragged else ("all-to-all", shards)
     filled = hit(config, shards) if is_ragged else 1.0
     yield _experts(config, "all-to-all", shards, _INT32, shards)
-    yield _experts(config, *of_rows, _BFLOAT16, shards * own * hidden, filled)
+    yield _experts(config, *of_rows, _activation_bytes(chip), shards * own * hidden, filled)
     yield _experts(config, *of_rows, _INT32, shards * own * per_token, filled)
     yield _experts(config, *of_rows, _FLOAT32, shards * own * per_token, filled)
     yield _experts(config, *of_rows, _FLOAT32, shards * own * hidden, filled)
