@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
-from gptoss_jax.cli import interrupts, mistakes
+from gptoss_jax.cli import interrupts, mistakes, watch
 from gptoss_jax.cli.escapes import guard_terminals
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.errors import GptossError
@@ -56,6 +56,7 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
 
 def refuse(message: str, name: str) -> NoReturn:
     """Says what is wrong, line by line, and exits with 2."""
+    watch.fail(EXIT_CODE)
     try:
         for line in message.split("\n"):
             print(f"{name}: {line}", file=sys.stderr, flush=True)
@@ -177,6 +178,8 @@ def _guard(work: Callable[[], None], name: str) -> None:
         refuse(mistakes.of_file(error), name)
     except RuntimeError as error:
         if not (message := mistakes.of_memory(error)):
+            watch.wait_for_verdict()
+            watch.fail(1)
             raise
         refuse(message, name)
     except KeyboardInterrupt:
