@@ -11,12 +11,14 @@ import socket
 import threading
 
 HERE = "127.0.0.1"
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # as gRPC looks for them
 
 
 def start(host: str, port: int) -> str:
     """The address at which JAX's client of this process finds what listens at `host`:`port`."""
-    around_proxies = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy", "")
-    os.environ["no_grpc_proxy"] = f"{around_proxies},{HERE}".lstrip(",")  # gRPC would ask a proxy even for this host
+    if any(map(os.environ.get, PROXIES)):  # gRPC would ask a proxy even for this host
+        around_proxies = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy", "")
+        os.environ["no_grpc_proxy"] = f"{around_proxies},{HERE}".lstrip(",")
     server = socket.create_server((HERE, 0))
     threading.Thread(target=_serve, args=[server, (host, port)], daemon=True, name="relay").start()
     return f"{HERE}:{server.getsockname()[1]}"
