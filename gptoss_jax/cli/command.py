@@ -171,18 +171,20 @@ def _guard(work: Callable[[], None], name: str) -> None:
             _flush()
     except BrokenPipeError:  # `| head` has seen enough
         write_nowhere(sys.stdout)
+        watch.fail(128 + signal.SIGPIPE)
         sys.exit(128 + signal.SIGPIPE)
     except GptossError as error:
         refuse(str(error), name)
     except OSError as error:
         refuse(mistakes.of_file(error), name)
-    except RuntimeError as error:
+    except Exception as error:
         if not (message := mistakes.of_memory(error)):
-            watch.wait_for_verdict()
+            watch.wait_for_verdict()  # a library's error may come of another process's end
             watch.fail(1)
             raise
         refuse(message, name)
     except KeyboardInterrupt:
+        watch.fail(interrupts.EXIT_CODE)
         print(file=sys.stderr)
         sys.exit(interrupts.EXIT_CODE)
 

@@ -22,7 +22,7 @@ from gptoss_jax.errors import one_line
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may well succeed
 BEAT, GOODBYE, FAILED = b"", b"goodbye", b"failed"  # lines; any other says why all have to end
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # in which all end that meet the same mistake
+GRACE_SECONDS = 30.0  # in which all end that meet the same mistake
 MAX_LINE_BYTES = 1000
 
 _own: "Watch | None" = None
