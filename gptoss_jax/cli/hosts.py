@@ -94,7 +94,7 @@ def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") ->
 
 
 def _meet(options: flags.FlagValues) -> dict[str, Any]:
-    """Waits for all processes, watches them from then on, and gives what JAX is to be told of them."""
+    """Waits for all processes, watches them from then on, and gives the arguments of `jax.distributed.initialize`."""
     (host, port), count, process_id = _address(options.coordinator), options.num_processes, options.process_id
     connections = roll_call.wait(host, port, count, process_id, options.coordinator_timeout)
     watch.start(connections, count, options.host_timeout)

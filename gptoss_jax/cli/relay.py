@@ -1,7 +1,7 @@
 """Stands between JAX's client and process 0's coordinator, so that the client does not see how process 0 dies.
 
 JAX's client ends its process with a stack trace that names nobody in the moment in which the coordinator's connection
-ends, and nothing turns that off. Behind a relay it sees no more than silence, and `watch` says what happened. Little
+ends, and nothing turns that off. Through a relay it sees no more than silence, and `watch` says what happened. Little
 goes this way (addresses, barriers, a sign of life now and then), none of it devices' data. Knows no JAX.
 """
 
