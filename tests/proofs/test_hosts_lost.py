@@ -42,7 +42,7 @@ def wait_for(path: Path, processes: list[subprocess.Popen[bytes]], folder: Path)
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_process_0_names_a_process_that_is_lost_while_they_answer(sent, folders, tmp_path):
     """Guards the wait in a collective: JAX's watch ends with a stack trace, after minutes, and names nobody."""
-    asked = ["--checkpoint", folders / "converted", "--mesh", MESHES[0], *LONG, "--quiet", "--host-timeout", 10]
+    asked = ["--checkpoint", folders / "converted", "--mesh", MESHES[0], *LONG, "--quiet", "--host-timeout", 20]
     processes = start_both(tmp_path, "generate", *asked, "Hello")
     try:
         wait_for(tmp_path / "0" / "stdout", processes, tmp_path)
@@ -53,9 +53,11 @@ def test_process_0_names_a_process_that_is_lost_while_they_answer(sent, folders,
         processes[1].kill()
     took = time.monotonic() - began
     assert first.returncode == watch.EXIT_CODE, first.stderr
-    hangs = "hangs, or its host is gone: nothing came from it for 10 s (--host-timeout): start all of them again\n"
-    assert first.stderr == f"generate: process 1 of 2 {HAS_DIED if sent == signal.SIGKILL else hangs}"
-    assert took < 30
+    hangs = "hangs, or its host is gone: nothing came from it for 20 s (--host-timeout): start all of them again\n"
+    random, line = first.stderr.splitlines(keepends=True)
+    assert random.startswith("these weights are RANDOM")
+    assert line == f"generate: process 1 of 2 {HAS_DIED if sent == signal.SIGKILL else hangs}"
+    assert took < 50
     assert first.stdout
 
 
