@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,7 +63,7 @@ def test_process_0_names_a_process_that_is_lost_while_they_answer(sent, folders,
 def test_process_0_is_named_by_the_others_and_its_finished_lines_are_there(folders, tmp_path):
     """Guards the coordinator's own death, whose clients end themselves in that moment, and a batch job's record."""
     given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [{"id": str(i), "prompt": f"Question {i}?", "max_new_tokens": 8 if i < 4 else 500} for i in range(200)]
+    rows = [{"id": str(i), "prompt": f"Question {i}?", "max_new_tokens": 8 if i < 4 else 500} for i in range(12)]
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = ["--checkpoint", folders / "converted", "--mesh", MESHES[0], "--slots", 4]
     processes = start_both(tmp_path, "batch", given, out, *asked)
@@ -99,11 +98,19 @@ def own_bytes(laid: Sharding) -> int:
     return count
 
 
-def print_bytes_read(path: str, port: str, process_id: str) -> None:
+JOINED = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), cluster_detection_method="deactivate")
+from tests.proofs.test_hosts_lost import print_bytes_read  # after it, since tests ask JAX for devices
+print_bytes_read(sys.argv[1])
+"""
+
+
+def print_bytes_read(path: str) -> None:
     """In one of two processes: bytes that restoring took from files, and bytes that its devices hold of the weights."""
     import tensorstore
 
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process_id), cluster_detection_method="deactivate")
     laid = sharding.make(MESH)
     restored = restore(path, LEAVES, laid)
     for name, array in restored.items():
@@ -124,8 +131,7 @@ def test_each_process_reads_its_shards_of_a_checkpoint_and_no_more(tmp_path):
     total = sum(array.nbytes for array in arrays.values())
     environment = {name: value for name, value in os.environ.items() if name not in PROXIES}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    code = "import sys; from tests.proofs.test_hosts_lost import print_bytes_read as p; p(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(tmp_path / "large"), str(free_port())]
+    command = [sys.executable, "-c", JOINED, str(tmp_path / "large"), f"127.0.0.1:{free_port()}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, **pipes) for i in range(2)]
     for process in processes:
