@@ -32,7 +32,8 @@ machines share the folders of OUT, IN and the checkpoint:
     python -m gptoss_jax.batch IN OUT --checkpoint DIR --ray --ray-address HOST:6379
 
 Exit codes: 0 every row has its line, an answer or an error; 2 bad input; 130
-and 143 interrupted with Ctrl-C or SIGTERM: the same command goes on.
+and 143 interrupted with Ctrl-C or SIGTERM, 75 another process of several hosts
+is lost: the same command goes on.
 """
 
 if __name__ == "__main__":  # before what takes long to import

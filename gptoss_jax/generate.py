@@ -26,7 +26,8 @@ document instead, with all that was asked, drawn and parsed.
 Exit codes: 0 the answer ended, or was cut at a limit (stderr says so, and so
 does finish_reason in --json); 2 bad input, or a model whose numbers are not
 finite; 130 interrupted with Ctrl-C; 141 the reader of stdout went away. What
-had come is printed, and written by --save, in each case.
+had come is printed, and written by --save, in each case. Over several hosts 75:
+another process is lost, which a line names; what was printed is there.
 
 Deterministic runs (the default on CPUs) give a request the same tokens and log
 probabilities, bit by bit, alone and in any batch. With --nodeterministic (the

@@ -13,7 +13,8 @@ has at least --max-context-tokens minus --stride tokens before it.
 Prints one line a text: tokens scored, total and mean log probability (natural
 logarithm), perplexity; after several texts a line for all of them. --tokens
 prints a line a token, --json one document with ids, logprobs and settings.
-Exit codes: 0 scored, 2 bad input, 130 interrupted, 141 stdout's reader left.
+Exit codes: 0 scored, 2 bad input, 75 another process of several hosts is lost,
+130 interrupted, 141 stdout's reader left.
 """
 
 if __name__ == "__main__":  # before what takes long to import

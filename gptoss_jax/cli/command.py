@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
-from gptoss_jax.cli import interrupts, mistakes
+from gptoss_jax.cli import interrupts, mistakes, watch
 from gptoss_jax.cli.escapes import guard_terminals
 from gptoss_jax.cli.mistakes import spelled
 from gptoss_jax.errors import GptossError
@@ -56,6 +56,7 @@ def run(main: Callable[[list[str]], None], name: str, sections: Sections | None 
 
 def refuse(message: str, name: str) -> NoReturn:
     """Says what is wrong, line by line, and exits with 2."""
+    watch.fail(EXIT_CODE)
     try:
         for line in message.split("\n"):
             print(f"{name}: {line}", file=sys.stderr, flush=True)
@@ -170,16 +171,20 @@ def _guard(work: Callable[[], None], name: str) -> None:
             _flush()
     except BrokenPipeError:  # `| head` has seen enough
         write_nowhere(sys.stdout)
+        watch.fail(128 + signal.SIGPIPE)
         sys.exit(128 + signal.SIGPIPE)
     except GptossError as error:
         refuse(str(error), name)
     except OSError as error:
         refuse(mistakes.of_file(error), name)
-    except RuntimeError as error:
+    except Exception as error:
         if not (message := mistakes.of_memory(error)):
+            watch.wait_for_verdict()  # a library's error may come of another process's end
+            watch.fail(1)
             raise
         refuse(message, name)
     except KeyboardInterrupt:
+        watch.fail(interrupts.EXIT_CODE)
         print(file=sys.stderr)
         sys.exit(interrupts.EXIT_CODE)
 

@@ -8,11 +8,11 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from gptoss_jax.cli import interrupts, roll_call
+from gptoss_jax.cli import interrupts, relay, roll_call, watch
 from gptoss_jax.errors import GptossError, short
 
 if TYPE_CHECKING:
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     import gptoss_jax.cli.terminal
 
-HOST_FLAGS = ("coordinator", "num_processes", "process_id", "coordinator_timeout")
+HOST_FLAGS = ("coordinator", "num_processes", "process_id", "coordinator_timeout", "host_timeout")
 AUTO = "auto"
 SHUTDOWN_SECONDS = 3600  # that a process which ends waits for the others, one of which may have much to write
+MIN_HOST_TIMEOUT = 2
+JAX_LATER_SECONDS = 3600  # that JAX's own watch waits longer than ours, which says whom it lost
 _OF_ONE_HOST = {"process_id", "checkpoint", "compilation_cache", "vocab", "save"}  # flags that name places of a host
 
 
@@ -34,12 +36,17 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "N: Processes in all, one a host; each runs this command.")
     flags.DEFINE_integer("process_id", None, "I: Which of them this one is, from 0; 0 alone prints and writes files.")
     flags.DEFINE_integer("coordinator_timeout", 300, "SECONDS: How long to wait until all processes are there.")
+    flags.DEFINE_integer(
+        "host_timeout", 60, "SECONDS: After how much silence of a process in the run the others end, with exit code 75."
+    )
 
 
 def check(options: flags.FlagValues) -> None:
     """Raises GptossError for flags of HOST_FLAGS that do not fit together."""
     if options.coordinator_timeout < 1:
         raise GptossError(f"--coordinator-timeout is {options.coordinator_timeout}, expected at least 1 second")
+    if options.host_timeout < MIN_HOST_TIMEOUT:
+        raise GptossError(f"--host-timeout is {options.host_timeout}, expected at least {MIN_HOST_TIMEOUT} seconds")
     coordinator, count, process_id = options.coordinator, options.num_processes, options.process_id
     if coordinator is None or coordinator == AUTO:
         if count is not None or process_id is not None:
@@ -69,17 +76,7 @@ def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") ->
     """
     if options.coordinator is None or _is_joined():
         return
-    where = {}
-    if options.coordinator != AUTO:
-        where = {
-            "coordinator_address": options.coordinator,
-            "num_processes": options.num_processes,
-            "process_id": options.process_id,
-            "cluster_detection_method": "deactivate",
-        }
-        roll_call.wait(
-            *_address(options.coordinator), options.num_processes, options.process_id, options.coordinator_timeout
-        )
+    where = {} if options.coordinator == AUTO else _meet(options)
     screen.leave_stdout_to_answers()  # gloo prints there
     with interrupts.ended_by_ctrl_c():
         import jax
@@ -94,6 +91,20 @@ def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") ->
         screen.hush()
     alike = {name: value for name, value in options.flag_values_dict().items() if name not in _OF_ONE_HOST}
     check_same("the command line", alike)
+
+
+def _meet(options: flags.FlagValues) -> dict[str, Any]:
+    """Waits for all processes, watches them from then on, and gives the arguments of `jax.distributed.initialize`."""
+    (host, port), count, process_id = _address(options.coordinator), options.num_processes, options.process_id
+    connections = roll_call.wait(host, port, count, process_id, options.coordinator_timeout)
+    watch.start(connections, count, options.host_timeout)
+    return {
+        "coordinator_address": relay.start(host, port) if process_id else options.coordinator,
+        "num_processes": count,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+        "heartbeat_timeout_seconds": options.host_timeout + JAX_LATER_SECONDS,
+    }
 
 
 def _is_joined() -> bool:

@@ -2,7 +2,7 @@
 
 `jax.distributed` waits too, but ends a process with a stack trace when it has waited in vain, and names nobody. So the
 processes meet first, at the address where its coordinator will listen: each of the others sends process 0 one line,
-who it is, and gets one line back, "go" or why not. Knows no JAX.
+who it is, and gets one line back, "go" or why not. Their connections stay open, for `watch`. Knows no JAX.
 """
 
 import contextlib
@@ -18,26 +18,28 @@ MAX_STRANGER_SECONDS = 2.0  # for whoever connects and does not say who it is
 RETRY_SECONDS = 0.2
 
 
-def wait(host: str, port: int, num_processes: int, process_id: int, timeout_seconds: float) -> None:
+def wait(host: str, port: int, num_processes: int, process_id: int, timeout_seconds: float) -> dict[int, socket.socket]:
     """Returns once processes 0 to `num_processes` - 1 are all there, each of which has to call this.
+
+    Gives the open connections, by the process at the other end: in process 0 to all others, in these to process 0.
 
     Raises:
         GptossError: some are missing after `timeout_seconds`, or were started for another run.
     """
     deadline = time.monotonic() + timeout_seconds
     if process_id == 0:
-        _gather(port, num_processes, deadline)
-    else:
-        _report(host, port, num_processes, process_id, deadline)
+        return _gather(port, num_processes, deadline)
+    return {0: _report(host, port, num_processes, process_id, deadline)}
 
 
 # ---- process 0 ----
 
 
-def _gather(port: int, num_processes: int, deadline: float) -> None:
+def _gather(port: int, num_processes: int, deadline: float) -> dict[int, socket.socket]:
     """Accepts the other processes, and has them go when all are there, or end when some are not."""
     present: dict[int, socket.socket] = {}
-    try:
+    with contextlib.ExitStack() as if_in_vain:
+        if_in_vain.callback(lambda: [connection.close() for connection in present.values()])
         with _listen(port) as server:
             while len(present) < num_processes - 1 and (left := deadline - time.monotonic()) > 0:
                 server.settimeout(left)
@@ -47,11 +49,10 @@ def _gather(port: int, num_processes: int, deadline: float) -> None:
         verdict = _missing(missing, num_processes) if missing else GO
         for connection in present.values():  # where the coordinator will listen, nobody listens any more
             _answer(connection, verdict)
-    finally:
-        for connection in present.values():
-            connection.close()
-    if missing:
-        raise GptossError(verdict)
+        if missing:
+            raise GptossError(verdict)
+        if_in_vain.pop_all()
+    return present
 
 
 def _listen(port: int) -> socket.socket:
@@ -91,19 +92,23 @@ def _missing(process_ids: list[int], num_processes: int) -> str:
 # ---- the others ----
 
 
-def _report(host: str, port: int, num_processes: int, process_id: int, deadline: float) -> None:
+def _report(host: str, port: int, num_processes: int, process_id: int, deadline: float) -> socket.socket:
     """Tells process 0 that this one is there, and waits until all are."""
     while (left := deadline - time.monotonic()) > 0:
+        verdict = ""
         try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                _answer(connection, f"process {process_id} of {num_processes}")
-                verdict = _read_line(connection)
+            connection = socket.create_connection((host, port), timeout=left)
         except socket.gaierror as error:
             raise GptossError(f"--coordinator: no host is called {host} ({error.strerror})") from None
         except OSError:  # process 0 does not listen yet
-            verdict = ""
-        if verdict == GO:
-            return
+            connection = None
+        if connection:
+            with contextlib.suppress(OSError):  # it left
+                _answer(connection, f"process {process_id} of {num_processes}")
+                verdict = _read_line(connection)
+            if verdict == GO:
+                return connection
+            connection.close()
         if verdict:
             raise GptossError(verdict)
         time.sleep(RETRY_SECONDS)
@@ -122,7 +127,7 @@ def _answer(connection: socket.socket, line: str) -> None:
 
 
 def _read_line(connection: socket.socket) -> str:
-    """The line that the other side sends; "" if it leaves before."""
-    with connection.makefile("rb") as file:
+    """The line that the other side sends, and no byte that follows it; "" if it leaves before."""
+    with connection.makefile("rb", buffering=0) as file:
         line = file.readline(MAX_LINE_BYTES)
     return one_line(line[:-1].decode(errors="replace")) if line.endswith(b"\n") else ""
