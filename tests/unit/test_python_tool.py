@@ -1,5 +1,6 @@
 """The python tool: what scripts and sessions give, every limit, and attempts to get out of the sandbox."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -59,9 +60,10 @@ def _descendants() -> list[int]:
     found, waiting = [], [os.getpid()]
     while waiting:
         process = waiting.pop()
-        for task in Path(f"/proc/{process}/task").iterdir():
-            started = [int(word) for word in (task / "children").read_text().split()]
-            found, waiting = found + started, waiting + started
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for task in Path(f"/proc/{process}/task").iterdir():
+                started = [int(word) for word in (task / "children").read_text().split()]
+                found, waiting = found + started, waiting + started
     return found
 
 

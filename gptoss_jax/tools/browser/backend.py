@@ -1,10 +1,11 @@
 """Where pages come from: what the browser asks of a folder of documents, or of hosts."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gptoss_jax.tools.browser.page import Page
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A source of pages. Both methods raise `page.BrowserError` for what cannot be shown, and end by themselves."""
 
