@@ -10,7 +10,7 @@ from gptoss_jax.api import asking
 from gptoss_jax.engine.held import HeldSlots
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH
 from gptoss_jax.grammar import vocabulary
-from gptoss_jax.harmony.tokenizer import VOCAB_SIZE
+from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, load_tokenizer
 from gptoss_jax.server import app
 from tests.asgi import Reply, get, post, until
 from tests.made_answers import THOUGHT
@@ -19,6 +19,12 @@ from tests.unit.test_server import ASKING, CHAT, HI, ITEMS, SIZES, TEXT, House, 
 AN_OBJECT = {"type": "json_object"}
 HELD = {CHAT: HI | {"response_format": AN_OBJECT}, ITEMS: {"input": "Hi", "text": {"format": AN_OBJECT}}}
 SAID = '{"a": [1, true], "b": null}'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """What takes seconds once, as a server does it before it serves."""
+    vocabulary.prepare(load_tokenizer())
 
 
 class ScriptedHeldRunner(ScriptedRunner):
