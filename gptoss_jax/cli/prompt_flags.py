@@ -28,7 +28,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("knowledge_cutoff", DEFAULT_KNOWLEDGE_CUTOFF, "MONTH: The end of its knowledge: YYYY-MM.")
     flags.DEFINE_string("tools", None, "FILE: Functions that it may call: a JSON list in OpenAI's form.")
-    flags.DEFINE_list("builtin_tools", [], "NAMES: Tools that it was trained with: browser, python.")
+    flags.DEFINE_list("builtin_tools", [], "NAMES: Tools that it knows: browser, and python or stateless_python.")
     flags.DEFINE_string(
         "response_format", None, "FILE: The form that answers are held to: OpenAI's response_format, JSON."
     )

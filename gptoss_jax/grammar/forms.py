@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptoss_jax.errors import GptossError, short
-from gptoss_jax.harmony.settings import GrammarFormat, ResponseFormat, Settings
+from gptoss_jax.harmony.settings import GrammarFormat, ResponseFormat, Settings, namespace
 from gptoss_jax.harmony.tool_schemas import is_strict
 
 MAX_CHARACTERS = 2**19  # of one schema or grammar, more than the longest context holds of it
@@ -52,7 +52,7 @@ class AnswerForm:
     Attributes:
         final: of the final message; "free": any text; None: there has to be a call.
         calls: functions that may be called, with their arguments.
-        builtin_tools: of `settings.BUILTIN_TOOLS`, those that may be called.
+        builtin_tools: those that may be called, as calls name them.
     """
 
     final: Body | Literal["free"] | None = "free"
@@ -139,7 +139,7 @@ def answer_form(settings: Settings, choice: ToolChoice = AUTO) -> AnswerForm | N
     return AnswerForm(
         final=None if choice.required else free_to_answer,
         calls=tuple((tool.name, _arguments(tool)) for tool in chosen),
-        builtin_tools=() if choice != AUTO else settings.builtin_tools,
+        builtin_tools=() if choice != AUTO else tuple(map(namespace, settings.builtin_tools)),
     )
 
 

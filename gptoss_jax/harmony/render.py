@@ -29,7 +29,28 @@ from gptoss_jax.harmony.tokenizer import load_tokenizer
 
 Encode = Callable[[str], list[int]]
 
-_BUILTIN_TOOLS = {"browser": ToolNamespaceConfig.browser, "python": ToolNamespaceConfig.python}
+
+def _stateless_python() -> ToolNamespaceConfig:
+    """As OpenAI's own Python tool of the gpt-oss repository, which keeps nothing from call to call, says it."""
+    description = ToolNamespaceConfig.python().description
+    assert description is not None
+    purpose, _, _ = description.partition("\n\n")
+    purpose = purpose.replace("execute Python code", "execute STATELESS Python code")
+    return ToolNamespaceConfig(
+        name="python",
+        description=f"{purpose}\n\nWhen you send a message containing Python code to python, it will be executed by "
+        "itself, and what it prints will be returned to you: use print statements to see values.\n\n"
+        "IMPORTANT: Your python environment is not shared between calls. You will have to pass your entire code each "
+        "time.",
+        tools=[],
+    )
+
+
+_BUILTIN_TOOLS = {
+    "browser": ToolNamespaceConfig.browser,
+    "python": ToolNamespaceConfig.python,
+    "stateless_python": _stateless_python,
+}
 
 # The settings that speak through each of the two messages in front.
 _SETTINGS_OF = {

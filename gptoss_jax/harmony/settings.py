@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 REASONING_EFFORTS = ("low", "medium", "high")
 GRAMMAR_TYPES = ("json_object", "regex", "lark")
-BUILTIN_TOOLS = ("browser", "python")
+BUILTIN_TOOLS = ("browser", "python", "stateless_python")  # the last: python, whose calls share nothing
 DEFAULT_KNOWLEDGE_CUTOFF = "2024-06"
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -115,7 +115,7 @@ class Settings:
         self._check_types()
         if not set(self.builtin_tools) <= set(BUILTIN_TOOLS):
             raise _refused("builtin_tools", list(self.builtin_tools), f"of {', '.join(BUILTIN_TOOLS)}")
-        _check_names("builtin_tools", self.builtin_tools)
+        _check_names("builtin_tools", [namespace(name) for name in self.builtin_tools])
         _check_names("tools", [tool.name for tool in self.tools])
 
     def _check_types(self) -> None:
@@ -127,6 +127,11 @@ class Settings:
             raise _refused("tools", self.tools, "a list of openai_harmony.ToolDescription")
         if not isinstance(self.response_format, ResponseFormat | GrammarFormat | None):
             raise _refused("response_format", self.response_format, "a ResponseFormat or None")
+
+
+def namespace(builtin_tool: str) -> str:
+    """What calls to one of BUILTIN_TOOLS are addressed to: "python" or "browser"."""
+    return builtin_tool.removeprefix("stateless_")
 
 
 def _is_date(text: object) -> bool:

@@ -9,7 +9,7 @@ from openai_harmony import DeveloperContent, Message, SystemContent
 
 from gptoss_jax.errors import GptossError, check_list, one_line
 from gptoss_jax.harmony import render
-from gptoss_jax.harmony.settings import Settings
+from gptoss_jax.harmony.settings import Settings, namespace
 from gptoss_jax.tools.tool import Tool, ToolOutput
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Toolbox:
         known = declared(messages)
         own = {message.author.role.value for message in messages}
         functions = [tool for tool in self.functions if f"functions.{tool.name}" not in known]
-        builtin = [name for name in self.builtin_tools if not any(each.partition(".")[0] == name for each in known)]
+        namespaces = {each.partition(".")[0] for each in known}
+        builtin = [name for name in self.builtin_tools if namespace(name) not in namespaces]
         for role, missing in (("system", builtin), ("developer", [tool.name for tool in functions])):
             if missing and role in own:
                 raise GptossError(
@@ -87,7 +88,7 @@ class Toolbox:
             tool.close()
 
     def _names(self) -> str:
-        names = [*self.builtin_tools, *(f"functions.{tool.name}" for tool in self.functions)]
+        names = [*map(namespace, self.builtin_tools), *(f"functions.{tool.name}" for tool in self.functions)]
         return f"expected {' or '.join(names)}" if names else "no tools are there"
 
 

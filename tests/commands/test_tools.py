@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.goldens.make import ROOT
 
 SERVER = str(ROOT / "tests" / "mcp_server.py")
 STDIO = shlex.join([sys.executable, SERVER])
+PROXIES = {name for name in os.environ if name.lower().endswith("_proxy")}  # which would be asked for 127.0.0.1
 OUTPUT = "2 + 3 = 5\x1b]0;owned\x07"
 
 
@@ -26,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def _generate(folder, *arguments) -> processes.Done:
-    environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None}
+    environment = {"XDG_CACHE_HOME": str(folder / "home"), "NO_COLOR": None, **dict.fromkeys(PROXIES)}
     return processes.run("gptoss_jax.generate", "--checkpoint", folder / "adder", *arguments, environment=environment)
 
 
@@ -49,8 +51,9 @@ def test_json_has_the_rounds_and_http_servers_are_reached(folder):
     server = subprocess.Popen([sys.executable, SERVER, str(port)])
     try:
         asked = ("--mcp", f"http://127.0.0.1:{port}/mcp", "--json", "2 and 3?")
-        while "attempts failed" in (done := _generate(folder, *asked)).stderr:
-            assert server.poll() is None  # it does not listen yet
+        deadline = time.monotonic() + 60  # until it listens
+        while "attempts failed" in (done := _generate(folder, *asked)).stderr and time.monotonic() < deadline:
+            assert server.poll() is None
     finally:
         server.kill()
         server.wait()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +93,7 @@ def own_bytes(laid: Sharding) -> int:
     """Bytes of all parts of LEAVES that this process's devices hold, each once."""
     count = 0
     for leaf in LEAVES.values():
-        indices = laid.named(leaf.axes).addressable_devices_indices_map(leaf.shape).values()
+        indices: Any = laid.named(leaf.axes).addressable_devices_indices_map(leaf.shape).values()
         boxes = {tuple(piece.indices(size)[:2] for piece, size in zip(i, leaf.shape, strict=True)) for i in indices}
         count += sum(math.prod(stop - start for start, stop in box) * leaf.dtype.itemsize for box in boxes)
     return count

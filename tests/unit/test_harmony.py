@@ -28,6 +28,7 @@ from openai_harmony import (
     ToolNamespaceConfig,
 )
 
+from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import parsed, render, tokenizer
 from gptoss_jax.harmony.conversation import CutMessage
 from gptoss_jax.harmony.render import apply_history_rules
@@ -514,6 +515,22 @@ def test_a_message_to_no_tool_calls_nobody(recipient):
     to_nobody = spoken.model_copy().with_recipient(recipient)
     assert render.render([to_nobody], None) == render.render([spoken], None)
     assert render.waiting_calls([to_nobody]) == []
+
+
+def test_stateless_python_is_python_and_says_that_calls_share_nothing():
+    """Guards against a model that is promised a notebook, and whose variables are gone with the call."""
+    decode = tokenizer.load_tokenizer().encoding.decode
+    said = {
+        name: decode(render.render([user("Hi")], Settings(builtin_tools=(name,)))).partition("# Tools\n\n")
+        for name in ("python", "stateless_python")
+    }
+    (before, _, notebook), (also_before, _, stateless) = said.values()
+    assert before == also_before
+    assert stateless.startswith("## python\n\nUse this tool to execute STATELESS Python code in your chain of thought.")
+    assert "not shared between calls" in stateless and "notebook" not in stateless
+    assert stateless.partition("# Valid channels")[2] == notebook.partition("# Valid channels")[2]
+    with pytest.raises(GptossError, match="builtin_tools holds 'python' 2 times"):
+        Settings(builtin_tools=("python", "stateless_python"))
 
 
 WRONG_SETTINGS = {

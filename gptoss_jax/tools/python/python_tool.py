@@ -32,11 +32,11 @@ class PythonTool:
         GptossError: this machine gives no sandbox, or `packages` is no folder.
     """
 
-    builtin: str | None = "python"
     functions: "tuple[ToolDescription, ...]" = ()
 
     def __init__(self, *, stateful: bool = False, limits: Limits | None = None, packages: Path | None = None):
         self._stateful, self._limits, self._packages = stateful, limits or Limits(), packages
+        self.builtin: str | None = "python" if stateful else "stateless_python"  # what the system message says of it
         sandbox.check(self._limits, packages)
         self._one_cell, self._changes = threading.Lock(), threading.Lock()
         self._sandboxes: set[Sandbox] = set()
