@@ -14,7 +14,7 @@ A model that may call tools, and what it says to their results:
 
 A model whose calls are carried out here, until it answers:
 
-    python -m gptoss_jax.generate --checkpoint DIR --tool python "What is 2**89?"
+    python -m gptoss_jax.generate --checkpoint DIR --tool python "What is 2^89?"
     python -m gptoss_jax.generate --checkpoint DIR --mcp 'my-server --flag' \
         "What is on my calendar?"
 

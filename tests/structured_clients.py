@@ -92,8 +92,9 @@ def _chat(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[st
     if not streams:
         choices = client.chat.completions.create(**asked, **GREEDY).choices
         return [(call.function.name, call.function.arguments) for call in choices[0].message.tool_calls or ()]
-    deltas: Any = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked, **GREEDY)]
-    return [(call.function.name, call.function.arguments) for delta in deltas for call in delta.tool_calls or ()]
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **asked, **GREEDY)]
+    functions = [call.function for delta in deltas for call in delta.tool_calls or ()]
+    return [(each.name or "", each.arguments or "") for each in functions if each]
 
 
 def _responses(client: openai.OpenAI, choice: Any, *, streams: bool) -> list[tuple[str, str]]:
@@ -156,8 +157,8 @@ def mistakes(client: openai.OpenAI, url: str) -> dict[str, Any]:
     form: Any = {"name": "it", "schema": schema, "strict": True}
     strict: Any = {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}}, "strict": True}
     messages: Any = [{"role": "user", "content": "Hi"}]
-    text: Any = {"format": {"type": "json_schema", **form}}
     create: Any = client.chat.completions.create
+    respond: Any = client.responses.create
     asked: dict[str, Callable[[], Any]] = {
         "chat": lambda: create(
             messages=messages, response_format={"type": "json_schema", "json_schema": form}, **GREEDY
@@ -165,7 +166,7 @@ def mistakes(client: openai.OpenAI, url: str) -> dict[str, Any]:
         "stream": lambda: create(
             messages=messages, response_format={"type": "json_schema", "json_schema": form}, stream=True, **GREEDY
         ),
-        "responses": lambda: client.responses.create(input="Hi", text=text, **GREEDY),
+        "responses": lambda: respond(input="Hi", text={"format": {"type": "json_schema", **form}}, **GREEDY),
         "function": lambda: create(messages=messages, tools=[{"type": "function", "function": strict}], **GREEDY),
         "nobody": lambda: create(messages=messages, tool_choice="required", **GREEDY),
         "regex": lambda: create(messages=messages, response_format={"type": "regex", "regex": "("}, **GREEDY),

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony.settings import GrammarFormat, ResponseFormat, Settings, namespace
-from gptoss_jax.harmony.tool_schemas import is_strict
 
 MAX_CHARACTERS = 2**19  # of one schema or grammar, more than the longest context holds of it
 
@@ -132,7 +131,7 @@ def answer_form(settings: Settings, choice: ToolChoice = AUTO) -> AnswerForm | N
             raise GptossError(f"tool_choice names {short(name)}, expected {expected}")
     if choice.required and not names:
         raise GptossError("tool_choice asks for a call, but there are no functions: give some, or leave it out")
-    if settings.response_format is None and choice == AUTO and not any(map(is_strict, settings.tools)):
+    if settings.response_format is None and choice == AUTO and not any(map(_is_strict, settings.tools)):
         return None
     chosen = [tool for tool in settings.tools if choice.names is None or tool.name in choice.names]
     free_to_answer = "free" if settings.response_format is None else _final(settings.response_format)
@@ -153,7 +152,7 @@ def _final(response_format: ResponseFormat | GrammarFormat) -> Body:
 
 def _arguments(tool: Any) -> Body:
     schema = tool.parameters or {"type": "object", "additionalProperties": False}
-    return _schema(schema, f"tool {tool.name!r}, parameters", lenient=not is_strict(tool))
+    return _schema(schema, f"tool {tool.name!r}, parameters", lenient=not _is_strict(tool))
 
 
 def _schema(schema: Any, where: str, *, lenient: bool = False) -> Body:
@@ -161,3 +160,9 @@ def _schema(schema: Any, where: str, *, lenient: bool = False) -> Body:
         return Body("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")), where, lenient)
     except RecursionError:
         raise FormError(f"{where} is nested too deeply, expected less") from None
+
+
+def _is_strict(tool: Any) -> bool:
+    from gptoss_jax.harmony.tool_schemas import is_strict  # where there are tools only: it needs openai-harmony
+
+    return is_strict(tool)

@@ -31,7 +31,7 @@ class Server:
 
     def __init__(self, process: Any, folder: Path):
         self.process, self._stderr = process, folder / "stderr"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (found := re.search(r"serving .* at (\S+)/v1", self.stderr)):
             assert process.is_alive() and time.monotonic() < deadline, self.stderr
             time.sleep(0.05)
