@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from gptoss_jax.errors import GptossError
-from gptoss_jax.tools.python import sandbox
 from gptoss_jax.tools.python.python_tool import PythonTool
 from gptoss_jax.tools.python.sandbox import Limits
 
