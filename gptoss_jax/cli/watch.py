@@ -85,6 +85,7 @@ class Watch:
         """`end`: ends this process with a line, "" for none, and an exit code. For the rest see `start`."""
         self.timeout_seconds = timeout_seconds
         self.failed_with: int | None = None  # the exit code of a process that has said itself why it ends
+        self._is_leaving = False
         self._connections, self._end = dict(connections), end
         self._num_processes = num_processes
         self._heard = dict.fromkeys(connections, time.monotonic())
@@ -107,7 +108,8 @@ class Watch:
             self._check()  # after all that has come is heard: it may be this process that was stopped
 
     def say(self, line: bytes) -> None:
-        """Sends a line to all that are left."""
+        """Sends a line to all that are left; after a goodbye it is no matter any more how they end."""
+        self._is_leaving |= line == GOODBYE
         for connection in list(self._connections.values()):
             with contextlib.suppress(OSError):  # reading finds out; one that hangs takes no more
                 connection.send(line + b"\n")
@@ -119,6 +121,9 @@ class Watch:
             return
         except OSError:  # reset: it died with something unread
             received = b""
+        if not received and self._is_leaving:
+            self._forget(other)
+            return
         if not received:
             self._lose(f"{self._named(other)} has died: its connection ended")
             return
@@ -130,14 +135,16 @@ class Watch:
 
     def _obey(self, other: int, line: bytes) -> None:
         if line == GOODBYE:
-            connection = self._connections.pop(other, None)
-            if connection:
-                self._selector.unregister(connection)
-                connection.close()
+            self._forget(other)
         elif line == FAILED:
             self._failed[other] = time.monotonic()
         elif line != BEAT:
             self._lose(one_line(line.decode(errors="replace")))
+
+    def _forget(self, other: int) -> None:
+        if connection := self._connections.pop(other, None):
+            self._selector.unregister(connection)
+            connection.close()
 
     def _check(self) -> None:
         now = time.monotonic()
@@ -150,6 +157,8 @@ class Watch:
 
     def _lose(self, line: str) -> None:
         """The run is over: says so to those that only process 0 knows, and ends."""
+        if self._is_leaving:
+            return
         self.say(line.encode())
         if self.failed_with is not None:
             self._end("", self.failed_with)

@@ -70,6 +70,15 @@ def test_a_connection_that_ends_is_a_process_that_died_and_the_others_hear_who(s
     assert lines_of(run.others[2]) == [line.encode()]
 
 
+def test_who_has_said_goodbye_loses_nobody(started):
+    """Guards a process that still ends when the other, which heard its goodbye, is gone without one of its own."""
+    run = started()
+    run.watch.say(watch.GOODBYE)
+    for other in run.others.values():
+        other.close()
+    assert run.until_it_ends() is None
+
+
 def test_who_says_goodbye_has_not_died(started):
     """Guards ordinary ends, which come one after the other."""
     run = started()
