@@ -121,11 +121,9 @@ class Watch:
             return
         except OSError:  # reset: it died with something unread
             received = b""
-        if not received and self._is_leaving:
-            self._forget(other)
-            return
         if not received:
             self._lose(f"{self._named(other)} has died: its connection ended")
+            self._forget(other)
             return
         self._heard[other] = time.monotonic()
         *lines, rest = (self._begun[other] + received).split(b"\n")

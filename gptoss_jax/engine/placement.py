@@ -6,7 +6,7 @@ from typing import NamedTuple
 from gptoss_jax.engine.held import Held
 from gptoss_jax.engine.page_pool import PagePool
 from gptoss_jax.engine.prefix_cache import Key, Prefix, PrefixCache, block_keys
-from gptoss_jax.engine.runner import ModelRunner, Pending
+from gptoss_jax.engine.runner import NOTHING_PENDING, ModelRunner, Pending
 from gptoss_jax.engine.scheduler import Scheduler
 from gptoss_jax.engine.sequence import Sequence
 from gptoss_jax.engine.statistics import Statistics
@@ -116,13 +116,11 @@ class Placement:
         """Gives a sequence a slot, with the prefix that it shares and the other pages of what is known of it."""
         cached = len(prefix.keys) * self._block_tokens
         self.running[slot] = sequence
-        drawn = sequence.tokens[: sequence.drawn]
+        drawn, pending = sequence.tokens[: sequence.drawn], NOTHING_PENDING
         if constraint := sequence.request.constraint:
             sequence.held = Held(constraint, drawn)
             pending = Pending(sequence.prompt[-1], sequence.limit - sequence.drawn)
-            self._runner.admit(slot, sequence.request, drawn, cached, pending)
-        else:
-            self._runner.admit(slot, sequence.request, drawn, cached)
+        self._runner.admit(slot, sequence.request, drawn, cached, pending)
         self._prefixes[self._runner.shard_of(slot)].use(prefix)
         sequence.pages, sequence.prefilled = list(prefix.pages), cached
         sequence.cached = cached if sequence.cached is None else sequence.cached
