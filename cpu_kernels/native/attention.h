@@ -7,6 +7,7 @@
 #define CPU_KERNELS_ATTENTION_H_
 
 #include "attention_call.h"
+#include "attention_keys.h"
 #include "attention_tiles.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -18,159 +19,10 @@ namespace attending {
 // Keys of one sequence that are summed before they meet the others'. Fixed, whatever the number of threads.
 constexpr int64_t kSpanKeys = 1024;
 
-// Tasks for each thread that make it matter little which thread ends last.
-constexpr int64_t kItemsPerThread = 8;
+// Tasks for each worker that make it matter little which one ends last.
+constexpr int64_t kTasksPerWorker = 8;
 
 constexpr int kKeyVecs = kBlockKeys / kLanes;
-
-// ---- where keys lie ----
-
-// Where each key of a block and its value lie.
-struct Block {
-  const char *keys[kBlockKeys], *values[kBlockKeys];
-};
-
-// Fetches a block into the cache while another is computed with, some lines at a time: all at once, they would queue.
-struct Ahead {
-  const Block& block;
-  int64_t head_bytes;
-  int lines;  // at a time
-  int token = 0;
-  bool value = false;  // the token's key comes first
-  int64_t byte = 0;
-
-  void fetch_some() {
-    for (int i = 0; i < lines && token < kBlockKeys; ++i) {
-      __builtin_prefetch((value ? block.values : block.keys)[token] + byte);
-      if ((byte += 64) < head_bytes) continue;
-      byte = 0;
-      token += value;
-      value = !value;
-    }
-  }
-};
-
-// ---- right-hand sides of products, beside `Floats` ----
-
-// Pairs of bfloat16s, of rows k and k + 1, side by side: [. / 2, columns, 2].
-struct Pairs {
-  const uint16_t* data;
-  int64_t columns;
-
-  void two_rows(int64_t k, int64_t column, Vec& first, Vec& second) const {
-    unpack_bf16(data + k * columns + 2 * column, first, second);
-  }
-  Vec row(int64_t k, int64_t column) const {
-    Vec first, second;
-    two_rows(k / 2 * 2, column, first, second);
-    return k % 2 == 0 ? first : second;
-  }
-};
-
-// Rows wherever they lie.
-template <typename Element>
-struct Scattered {
-  const char* const* rows;
-  int64_t columns;
-
-  Vec row(int64_t k, int64_t column) const { return load_wide(reinterpret_cast<const Element*>(rows[k]) + column); }
-  void two_rows(int64_t k, int64_t column, Vec& first, Vec& second) const {
-    first = row(k, column);
-    second = row(k + 1, column);
-  }
-};
-
-// ---- what a query sees ----
-
-// Query tokens [first, end) of a sequence under one key/value head: they read each key once, for all heads of its
-// group.
-struct Queries {
-  int64_t sequence, kv_head, first, end;
-};
-
-inline Range seen_by(const AttentionCall& call, int64_t sequence, int64_t token) {
-  const int64_t position = call.positions[sequence * call.tokens + token];
-  if (position < 0) return {0, 0};
-  if (call.page_table) return {0, least(position + 1, call.pages_per_sequence * call.slots)};
-  const int64_t start = call.start[sequence];
-  const int64_t oldest = most(0, most(start, position + 1) - call.slots);
-  const Range range = {most(oldest, position + 1 - call.slots), least(position + 1, start + call.tokens)};
-  return range.first < range.end ? range : Range{0, 0};
-}
-
-inline Range seen_by_any(const AttentionCall& call, const Queries& queries) {
-  Range any = {0, 0};
-  for (int64_t token = queries.first; token < queries.end; ++token) {
-    const Range range = seen_by(call, queries.sequence, token);
-    if (range.first == range.end) continue;
-    any = any.first == any.end ? range : Range{least(any.first, range.first), most(any.end, range.end)};
-  }
-  return any;
-}
-
-struct Tokens {
-  const KeysAndValues* in;
-  int64_t first, count;  // tokens of `in`
-};
-
-// The longest run of stored tokens from a position on, `limit` at most.
-inline Tokens run_from(const AttentionCall& call, int64_t sequence, int64_t position, int64_t limit) {
-  const int64_t slot = position % call.slots, run = least(call.slots - slot, limit);
-  if (call.page_table) {
-    const int64_t page = call.page_table[sequence * call.pages_per_sequence + position / call.slots];
-    return {&call.stored, most(0, least(page, call.pages - 1)) * call.slots + slot, run};
-  }
-  const int64_t start = call.start[sequence];
-  if (position < start) return {&call.stored, sequence * call.slots + slot, least(run, start - position)};
-  return {&call.fresh, sequence * call.tokens + position - start, limit};
-}
-
-// Finds the keys from `first` on; outside `seen` they are zeros.
-inline void locate(const AttentionCall& call, const Queries& queries, int64_t first, const Range& seen,
-                   const float* zeros, Block* block) {
-  const int64_t element = call.bfloat16_keys ? 2 : 4, head_bytes = call.head_size * element;
-  const int64_t token_bytes = call.kv_heads * head_bytes, head = queries.kv_head * head_bytes;
-  int64_t i = 0;
-  auto blank = [&](int64_t end) {
-    for (; i < end; ++i) block->keys[i] = block->values[i] = reinterpret_cast<const char*>(zeros);
-  };
-  const int64_t end = most(0, least(kBlockKeys, seen.end - first));
-  blank(least(kBlockKeys, most(0, seen.first - first)));
-  while (i < end) {
-    const Tokens run = run_from(call, queries.sequence, first + i, end - i);
-    const char* key = static_cast<const char*>(run.in->keys) + run.first * token_bytes + head;
-    const char* value = static_cast<const char*>(run.in->values) + run.first * token_bytes + head;
-    for (int64_t stop = i + run.count; i < stop; ++i, key += token_bytes, value += token_bytes)
-      block->keys[i] = key, block->values[i] = value;
-  }
-  blank(kBlockKeys);
-}
-
-// A block's keys with lanes for keys: words of four bytes as they lie, [words of a key, 64]. Whole cache lines only.
-inline void transpose_keys(const Block& block, int64_t head_bytes, float* tile) {
-  for (int key = 0; key < kBlockKeys; key += kLanes)
-    for (int64_t byte = 0; byte < head_bytes; byte += 64)
-      transpose(block.keys + key, byte, tile + byte / 4 * kBlockKeys + key, kBlockKeys);
-}
-
-// The same for keys of any size, as float32s: [H, 64].
-template <typename Element>
-inline void widen_keys(const Block& block, int64_t size, float* tile) {
-  for (int64_t i = 0; i < size; ++i)
-    for (int key = 0; key < kBlockKeys; ++key) *tile++ = widen(reinterpret_cast<const Element*>(block.keys[key])[i]);
-}
-
-// Values as [64, H], padded with zeros to whole vectors.
-template <typename Element>
-inline void widen_values(const Block& block, int64_t size, float* tile) {
-  for (int key = 0; key < kBlockKeys; ++key) {
-    const Element* value = reinterpret_cast<const Element*>(block.values[key]);
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store(tile + i, load_wide(value + i));
-    for (; i < padded(size); ++i) tile[i] = i < size ? widen(value[i]) : 0;
-    tile += padded(size);
-  }
-}
 
 // ---- softmax ----
 
@@ -185,87 +37,121 @@ struct Sums {
 inline Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + padded(2 * rows)}; }
 inline int64_t floats_of_sums(int64_t rows, int64_t width) { return padded(2 * rows) + rows * width; }
 
-// A block of queries at work: its scratch, and its sizes.
-struct Work {
+// A block of queries at work, and its scratch. Its key heads share what one after the other uses up at once.
+struct Shared {
   const AttentionCall& call;
   const Queries& queries;
-  int64_t group, rows, size, width;  // heads of the group, rows of queries, H, padded H
-  float *q, *keys, *values, *logits, *lanes, *shrink, *zeros;
-  Sums span, all;
-  Range* seen;  // by each token
+  int64_t group, rows, size, width;  // query heads of a key head, rows of queries of each, H, padded H
+  int64_t floats_of_head;
+  Range any;    // what some token sees
+  Range* seen;  // what each sees
+  float *keys, *values, *logits, *shrink, *zeros, *heads;
+  float* spans;  // sums of a span, of each head
 
-  Work(const AttentionCall& call, const Queries& queries, float* scratch);
+  Shared(const AttentionCall& call, const Queries& queries, float* scratch);
 
-  void start(const Sums& sums, bool with_sink) const;
-  template <typename Element>
-  void add_block(int64_t first, const Block& block, const Block& next) const;
-  void weigh(int64_t first) const;
-  void add_span(int64_t span, const Range& range) const;
-  void fold(const Sums& sums) const;
-  void finish() const;
-
- private:
-  void load_queries() const;
+  int64_t floats_of_span() const { return floats_of_sums(rows, width); }
 };
 
-// Scratch for blocks of so many query tokens.
-inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens) {
+// One key head of it.
+struct Work {
+  const Shared& shared;
+  int64_t head;  // of the block's
+  float *q, *lanes;
+  Sums span, all;
+
+  Work(const Shared& shared, int64_t head);
+
+  void load_queries() const;
+  void start(const Sums& sums, bool with_sink) const;
+  void start_all() const { start(all, true); }
+  void start_span() const;
+  template <typename Element>
+  void add_block(int64_t first, const Block& block, const Block& next) const;
+  void weigh(int64_t first, Ahead& ahead) const;
+  void end_span() const;
+  void fold() const;
+  void finish() const;
+
+  int64_t first_query_head() const { return (shared.queries.kv_head + head) * shared.group; }
+};
+
+// Scratch for blocks of so many query tokens under so many key heads.
+inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens, int64_t kv_heads) {
   const int64_t rows = tokens * (call.heads / call.kv_heads), width = padded(call.head_size);
-  const int64_t tiles = kBlockKeys * (call.head_size + width), logits = rows * (kBlockKeys + kLanes);
+  const int64_t tiles = kBlockKeys * (call.head_size + width) + rows * kBlockKeys + padded(rows);
+  const int64_t of_head = padded(rows * call.head_size) + rows * kLanes + 2 * floats_of_sums(rows, width);
   const int64_t seen = tokens * int64_t(sizeof(Range) / sizeof(float));
-  return padded(rows * call.head_size) + tiles + logits + padded(rows) + width + 2 * floats_of_sums(rows, width) +
-         padded(seen);
+  return padded(seen) + tiles + kv_heads * (width + of_head);
 }
 
-inline Work::Work(const AttentionCall& call, const Queries& queries, float* scratch)
-    : call(call), queries(queries), group(call.heads / call.kv_heads),
-      rows((queries.end - queries.first) * group), size(call.head_size), width(padded(size)) {
+inline Shared::Shared(const AttentionCall& call, const Queries& queries, float* scratch)
+    : call(call), queries(queries), group(call.heads / call.kv_heads), rows((queries.end - queries.first) * group),
+      size(call.head_size), width(padded(size)), any(seen_by_any(call, queries)) {
   auto take = [&](int64_t floats) {
     float* taken = scratch;
-    scratch += floats;
+    scratch += padded(floats);
     return taken;
   };
-  q = take(padded(rows * size));
+  const int64_t tokens = queries.end - queries.first;
+  seen = reinterpret_cast<Range*>(take(tokens * int64_t(sizeof(Range) / sizeof(float))));
   keys = take(kBlockKeys * size);
   values = take(kBlockKeys * width);
   logits = take(rows * kBlockKeys);
-  lanes = take(rows * kLanes);
-  shrink = take(padded(rows));
-  zeros = take(width);
-  span = sums_at(take(floats_of_sums(rows, width)), rows);
-  all = sums_at(take(floats_of_sums(rows, width)), rows);
-  seen = reinterpret_cast<Range*>(scratch);
-  memset(zeros, 0, size_t(width) * sizeof(float));
-  for (int64_t token = 0; token < queries.end - queries.first; ++token)
-    seen[token] = seen_by(call, queries.sequence, queries.first + token);
-  load_queries();
+  shrink = take(rows);
+  zeros = take(queries.kv_heads * width);
+  floats_of_head = padded(rows * size) + rows * kLanes + floats_of_span();
+  heads = take(queries.kv_heads * floats_of_head);
+  spans = take(queries.kv_heads * floats_of_span());
+  memset(zeros, 0, size_t(queries.kv_heads * width) * sizeof(float));
+  for (int64_t token = 0; token < tokens; ++token) seen[token] = seen_by(call, queries.sequence, queries.first + token);
+}
+
+inline Work::Work(const Shared& shared, int64_t head) : shared(shared), head(head) {
+  const int64_t rows = shared.rows;
+  q = shared.heads + head * shared.floats_of_head;
+  lanes = q + padded(rows * shared.size);
+  all = sums_at(lanes + rows * kLanes, rows);
+  span = sums_at(shared.spans + head * shared.floats_of_span(), rows);
 }
 
 // q / sqrt(H), the rows by token, then by head.
 inline void Work::load_queries() const {
+  const AttentionCall& call = shared.call;
+  const int64_t size = shared.size, group = shared.group;
   const float scale = 1 / __builtin_sqrtf(float(size));
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t token = queries.sequence * call.tokens + queries.first + row / group;
-    const int64_t first = (token * call.heads + queries.kv_head * group + row % group) * size;
+  for (int64_t row = 0; row < shared.rows; ++row) {
+    const int64_t token = shared.queries.sequence * call.tokens + shared.queries.first + row / group;
+    const int64_t first = (token * call.heads + first_query_head() + row % group) * size;
     for (int64_t i = 0; i < size; ++i) q[row * size + i] = number(call.q, first + i) * scale;
   }
 }
 
 // Sums before any key. The sink is a logit from the start, so that there always is one, but it counts once.
 inline void Work::start(const Sums& sums, bool with_sink) const {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float sink = number(call.sinks, queries.kv_head * group + row % group);
+  for (int64_t row = 0; row < shared.rows; ++row) {
+    const float sink = number(shared.call.sinks, first_query_head() + row % shared.group);
     sums.top[row] = sink < kLowest ? kLowest : sink;
     sums.total[row] = with_sink ? weight_of(sink - sums.top[row]) : 0;
   }
-  memset(sums.value, 0, size_t(rows * width) * sizeof(float));
+  memset(sums.value, 0, size_t(shared.rows * shared.width) * sizeof(float));
+}
+
+inline void Work::start_span() const {
+  start(span, false);
+  memset(lanes, 0, size_t(shared.rows * kLanes) * sizeof(float));
+}
+
+inline void Work::end_span() const {
+  for (int64_t row = 0; row < shared.rows; ++row) span.total[row] = sum(load(lanes + row * kLanes));
 }
 
 // Logits of a block of keys to weights, against the largest so far; shrink says what that does to earlier weights.
-inline void Work::weigh(int64_t first) const {
-  for (int64_t row = 0; row < rows; ++row) {
-    float* logit = logits + row * kBlockKeys;
-    const Range& range = seen[row / group];
+inline void Work::weigh(int64_t first, Ahead& ahead) const {
+  for (int64_t row = 0; row < shared.rows; ++row) {
+    for (int i = 0; i < kFetchesBeside; ++i) ahead.fetch_some();
+    float* logit = shared.logits + row * kBlockKeys;
+    const Range& range = shared.seen[row / shared.group];
     for (int64_t i = 0; i < least(kBlockKeys, range.first - first); ++i) logit[i] = -__builtin_inff();
     for (int64_t i = most(0, range.end - first); i < kBlockKeys; ++i) logit[i] = -__builtin_inff();
 
@@ -274,9 +160,10 @@ inline void Work::weigh(int64_t first) const {
     Vec high = weights[0];
     for (int v = 1; v < kKeyVecs; ++v) high = max(high, weights[v]);
     const float before = span.top[row], block_top = largest(high), top = block_top > before ? block_top : before;
-    shrink[row] = top == before ? 1 : weight_of(before - top);
+    const float shrink = top == before ? 1 : weight_of(before - top);
+    shared.shrink[row] = shrink;
     span.top[row] = top;
-    Vec total = mul(load(lanes + row * kLanes), splat(shrink[row]));
+    Vec total = mul(load(lanes + row * kLanes), splat(shrink));
     for (int v = 0; v < kKeyVecs; ++v) {
       weights[v] = weight_of(sub(weights[v], splat(top)));
       store(logit + v * kLanes, weights[v]);
@@ -286,147 +173,173 @@ inline void Work::weigh(int64_t first) const {
   }
 }
 
+// Takes a block of keys in, and fetches this head's share of the next.
 template <typename Element>
 inline void Work::add_block(int64_t first, const Block& block, const Block& next) const {
-  const int64_t head_bytes = size * int64_t(sizeof(Element));
-  // Spread over all the steps of both products.
-  const int64_t steps = (rows + kTileRows - 1) / kTileRows * (kBlockKeys * (size + width) / (4 * kTileVecs * kLanes));
-  const int64_t all_lines = 2 * kBlockKeys * ((head_bytes + 63) / 64);
-  Ahead ahead = {next, head_bytes, int((all_lines + steps - 1) / steps)};
-  const Rows to_logits = {rows, q, size, size, logits, nullptr};
-  if (head_bytes % 64 != 0) {
-    widen_keys<Element>(block, size, keys);
+  const int64_t rows = shared.rows, size = shared.size, width = shared.width;
+  const int64_t head_bytes = size * int64_t(sizeof(Element)), heads = shared.queries.kv_heads;
+  const bool in_lines = head_bytes % 64 == 0;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t beside = rows + (in_lines ? kKeyVecs * (head_bytes / 64) : 0);
+  const int64_t steps = tiles * (kBlockKeys * (size + width) / (4 * kTileVecs * kLanes)) + kFetchesBeside * beside;
+  Ahead ahead(next, heads * head_bytes, head, heads, steps);
+  float *keys = shared.keys, *values = shared.values;
+  const Rows to_logits = {rows, q, size, size, shared.logits, nullptr};
+  if (!in_lines) {
+    widen_keys<Element>(block, head, size, keys);
     multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
   } else {
-    transpose_keys(block, head_bytes, keys);
+    transpose_keys(block, head, head_bytes, keys, ahead);
     if (sizeof(Element) == sizeof(float))
       multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
     else
       multiply(to_logits, Pairs{reinterpret_cast<const uint16_t*>(keys), kBlockKeys}, ahead);
   }
-  weigh(first);
-  const Rows to_values = {rows, logits, kBlockKeys, kBlockKeys, span.value, shrink};
+  weigh(first, ahead);
+  const Rows to_values = {rows, shared.logits, kBlockKeys, kBlockKeys, span.value, shared.shrink};
   if (size % kLanes == 0 && rows <= kTileRows) {  // each value is read once: no need for a tile
-    multiply(to_values, Scattered<Element>{block.values, width}, ahead);
+    multiply(to_values, Scattered<Element>{block.values(), head, width}, ahead);
   } else {
-    widen_values<Element>(block, size, values);
+    widen_values<Element>(block, head, size, values);
     multiply(to_values, Floats{values, width}, ahead);
   }
 }
 
-// The sums of a span's keys, those within `range`. While a block is summed, the next is fetched.
-inline void Work::add_span(int64_t span_number, const Range& range) const {
-  start(span, false);
-  memset(lanes, 0, size_t(rows * kLanes) * sizeof(float));
-  const int64_t first = most(span_number * kSpanKeys, range.first / kBlockKeys * kBlockKeys);
-  const int64_t end = least((span_number + 1) * kSpanKeys, range.end);
-  Block blocks[2];
-  locate(call, queries, first, range, zeros, &blocks[0]);
-  for (int64_t key = first, i = 0; key < end; key += kBlockKeys, ++i) {
-    Block& next = blocks[(i + 1) % 2];
-    locate(call, queries, key + kBlockKeys, range, zeros, &next);
-    if (call.bfloat16_keys)
-      add_block<uint16_t>(key, blocks[i % 2], next);
-    else
-      add_block<float>(key, blocks[i % 2], next);
-  }
-  for (int64_t row = 0; row < rows; ++row) span.total[row] = sum(load(lanes + row * kLanes));
-}
-
-// Takes a span's sums in.
-inline void Work::fold(const Sums& sums) const {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float top = sums.top[row] > all.top[row] ? sums.top[row] : all.top[row];
-    const Vec ours = splat(weight_of(all.top[row] - top)), theirs = splat(weight_of(sums.top[row] - top));
+// Takes the span's sums in.
+inline void Work::fold() const {
+  for (int64_t row = 0; row < shared.rows; ++row) {
+    const float top = span.top[row] > all.top[row] ? span.top[row] : all.top[row];
+    const Vec ours = splat(weight_of(all.top[row] - top)), theirs = splat(weight_of(span.top[row] - top));
     float lanes_of_total[kLanes];
-    store(lanes_of_total, fma(splat(all.total[row]), ours, mul(splat(sums.total[row]), theirs)));
+    store(lanes_of_total, fma(splat(all.total[row]), ours, mul(splat(span.total[row]), theirs)));
     all.total[row] = lanes_of_total[0];
     all.top[row] = top;
-    for (int64_t i = row * width; i < (row + 1) * width; i += kLanes)
-      store(all.value + i, fma(load(all.value + i), ours, mul(load(sums.value + i), theirs)));
+    for (int64_t i = row * shared.width; i < (row + 1) * shared.width; i += kLanes)
+      store(all.value + i, fma(load(all.value + i), ours, mul(load(span.value + i), theirs)));
   }
 }
 
 // The weighted means, the sink's share going to no value, and ln(sum of exp(logit)); 0 and -inf for padding. The
 // logarithm is a double's, so that different mathematical libraries round to the same float32.
 inline void Work::finish() const {
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t token = queries.sequence * call.tokens + queries.first + row / group;
-    const int64_t head = token * call.heads + queries.kv_head * group + row % group;
+  const AttentionCall& call = shared.call;
+  const int64_t size = shared.size;
+  for (int64_t row = 0; row < shared.rows; ++row) {
+    const int64_t token = shared.queries.sequence * call.tokens + shared.queries.first + row / shared.group;
+    const int64_t query_head = token * call.heads + first_query_head() + row % shared.group;
     const bool padding = call.positions[token] < 0;
     for (int64_t i = 0; i < size; ++i)
-      call.out[head * size + i] = padding ? 0 : all.value[row * width + i] / all.total[row];
-    call.lse[head] = padding ? -__builtin_inff() : float(all.top[row] + __builtin_log(all.total[row]));
+      call.out[query_head * size + i] = padding ? 0 : all.value[row * shared.width + i] / all.total[row];
+    call.lse[query_head] = padding ? -__builtin_inff() : float(all.top[row] + __builtin_log(all.total[row]));
   }
+}
+
+// The sums of a span's keys, those that are seen. The heads go through its blocks side by side, so that memory is read
+// as it lies; while a block is summed, the next is fetched.
+inline void add_span(const Shared& shared, int64_t span) {
+  const AttentionCall& call = shared.call;
+  const Queries& queries = shared.queries;
+  const int64_t first = most(span * kSpanKeys, shared.any.first / kBlockKeys * kBlockKeys);
+  const int64_t end = least((span + 1) * kSpanKeys, shared.any.end);
+  Block blocks[2];
+  locate(call, queries, first, shared.any, shared.zeros, &blocks[0]);
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).start_span();
+  for (int64_t key = first, i = 0; key < end; key += kBlockKeys, ++i) {
+    const Block& block = blocks[i % 2];
+    Block& next = blocks[(i + 1) % 2];
+    locate(call, queries, key + kBlockKeys, shared.any, shared.zeros, &next);
+    for (int64_t head = 0; head < queries.kv_heads; ++head) {
+      const Work work(shared, head);
+      if (call.bfloat16_keys)
+        work.add_block<uint16_t>(key, block, next);
+      else
+        work.add_block<float>(key, block, next);
+    }
+  }
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).end_span();
 }
 
 // ---- all of a call ----
 
-// A call cut into blocks of queries, and those, where they are few, into spans of keys.
+// A call cut into items, blocks of queries, and those, where they are few, into spans of keys.
 struct Plan {
   const AttentionCall& call;
-  int64_t block_tokens, blocks;
+  int64_t group, block_tokens, blocks, kv_heads, most_spans;  // key heads of an item
 
-  explicit Plan(const AttentionCall& call) : call(call) {
-    block_tokens = most(1, least(call.tokens, kBlockRows / (call.heads / call.kv_heads)));
-    blocks = (call.tokens + block_tokens - 1) / block_tokens;
-  }
-
-  int64_t items() const { return call.sequences * call.kv_heads * blocks; }
-
-  // Blocks of one sequence and head are neighbours: the keys that one has read, the next finds in the cache.
-  Queries item(int64_t i) const {
-    const int64_t first = i % blocks * block_tokens;
-    return {i / blocks / call.kv_heads, i / blocks % call.kv_heads, first, least(call.tokens, first + block_tokens)};
-  }
-
-  int64_t most_spans() const {
-    int64_t spans = 0;
+  Plan(const AttentionCall& call, int64_t workers)
+      : call(call), group(call.heads / call.kv_heads), block_tokens(most(1, least(call.tokens, kBlockRows / group))),
+        blocks((call.tokens + block_tokens - 1) / block_tokens), kv_heads(1), most_spans(0) {
     for (int64_t sequence = 0; sequence < call.sequences; ++sequence)
       for (int64_t block = 0; block < blocks; ++block) {
-        const Range range = spans_of(item((sequence * call.kv_heads) * blocks + block));
-        spans = most(spans, range.end - range.first);
+        const Range spans = spans_of(seen_by_any(call, queries(sequence, 0, block)));
+        most_spans = most(most_spans, spans.end - spans.first);
       }
-    return spans;
+    // As many as leave tasks enough, and few enough rows.
+    for (int64_t heads = 2; heads <= call.kv_heads && heads * block_tokens * group <= kBlockRows; ++heads)
+      if (call.kv_heads % heads == 0 && items() / heads * kv_heads * most_spans >= kTasksPerWorker * workers)
+        kv_heads = heads;
   }
 
-  // The spans of keys that these queries see.
-  Range spans_of(const Queries& queries) const {
-    const Range range = seen_by_any(call, queries);
-    return {range.first / kSpanKeys, (range.end + kSpanKeys - 1) / kSpanKeys};
+  int64_t items() const { return call.sequences * (call.kv_heads / kv_heads) * blocks; }
+
+  // Blocks of one sequence and its heads are neighbours: the keys that one has read, the next finds in the cache.
+  Queries item(int64_t i) const {
+    const int64_t heads = call.kv_heads / kv_heads;
+    return queries(i / blocks / heads, i / blocks % heads * kv_heads, i % blocks);
+  }
+
+  Queries queries(int64_t sequence, int64_t kv_head, int64_t block) const {
+    const int64_t first = block * block_tokens;
+    return {sequence, kv_head, kv_heads, first, least(call.tokens, first + block_tokens)};
+  }
+
+  static Range spans_of(const Range& keys) {
+    return {keys.first / kSpanKeys, (keys.end + kSpanKeys - 1) / kSpanKeys};
+  }
+
+  int64_t floats() const { return scratch_floats(call, block_tokens, kv_heads); }
+  int64_t floats_of_span() const {
+    return kv_heads * floats_of_sums(block_tokens * group, padded(call.head_size));
   }
 };
 
 inline void attend(const Plan& plan, const Queries& queries, float* scratch) {
-  const Work work(plan.call, queries, scratch);
-  const Range range = seen_by_any(plan.call, queries), spans = plan.spans_of(queries);
-  work.start(work.all, true);
+  const Shared shared(plan.call, queries, scratch);
+  const Range spans = Plan::spans_of(shared.any);
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).load_queries();
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).start_all();
   for (int64_t span = spans.first; span < spans.end; ++span) {
-    work.add_span(span, range);
-    work.fold(work.span);
+    add_span(shared, span);
+    for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).fold();
   }
-  work.finish();
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).finish();
 }
 
+// Writes the sums of an item's `span`-th span, if it has one.
 inline void attend_span(const Plan& plan, const Queries& queries, int64_t span, float* scratch, float* sums) {
-  Work work(plan.call, queries, scratch);
-  work.span = sums_at(sums, work.rows);
-  work.add_span(span, seen_by_any(plan.call, queries));
+  Shared shared(plan.call, queries, scratch);
+  const Range spans = Plan::spans_of(shared.any);
+  if (spans.first + span >= spans.end) return;
+  shared.spans = sums;
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).load_queries();
+  add_span(shared, spans.first + span);
 }
 
 // The output from the sums of all spans.
-inline void combine(const Plan& plan, const Queries& queries, float* sums, int64_t span_floats, float* scratch) {
-  const Work work(plan.call, queries, scratch);
-  const Range spans = plan.spans_of(queries);
-  work.start(work.all, true);
-  for (int64_t span = spans.first; span < spans.end; ++span, sums += span_floats)
-    work.fold(sums_at(sums, work.rows));
-  work.finish();
+inline void combine(const Plan& plan, const Queries& queries, float* sums, float* scratch) {
+  Shared shared(plan.call, queries, scratch);
+  const Range spans = Plan::spans_of(shared.any);
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).start_all();
+  for (int64_t span = spans.first; span < spans.end; ++span, sums += plan.floats_of_span()) {
+    shared.spans = sums;
+    for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).fold();
+  }
+  for (int64_t head = 0; head < queries.kv_heads; ++head) Work(shared, head).finish();
 }
 
-// One task for each block of queries.
+// One task for each item.
 inline bool attend_whole(const Pool& pool, const Plan& plan) {
-  const int64_t items = plan.items(), floats = scratch_floats(plan.call, plan.block_tokens);
+  const int64_t items = plan.items(), floats = plan.floats();
   const Scratch scratch(pool.max_workers(items) * floats * int64_t(sizeof(float)));
   if (!scratch.floats()) return false;
   auto body = [&](int64_t i, int64_t worker) { attend(plan, plan.item(i), scratch.floats() + worker * floats); };
@@ -434,28 +347,22 @@ inline bool attend_whole(const Pool& pool, const Plan& plan) {
   return true;
 }
 
-// One task for each span of each block of queries, then one for each block. The bits are those of `attend_whole`.
-inline bool attend_by_span(const Pool& pool, const Plan& plan, int64_t most_spans) {
-  const int64_t items = plan.items(), tasks = items * most_spans;
-  const int64_t rows = plan.block_tokens * (plan.call.heads / plan.call.kv_heads);
-  const int64_t span_floats = floats_of_sums(rows, padded(plan.call.head_size));
-  const int64_t floats = scratch_floats(plan.call, plan.block_tokens);
+// One task for each span of each item, then one for each item. The bits are those of `attend_whole`.
+inline bool attend_by_span(const Pool& pool, const Plan& plan) {
+  const int64_t items = plan.items(), tasks = items * plan.most_spans;
+  const int64_t floats = plan.floats(), floats_of_item = plan.most_spans * plan.floats_of_span();
   const Scratch scratch(pool.max_workers(tasks) * floats * int64_t(sizeof(float)));
-  const Scratch sums(tasks * span_floats * int64_t(sizeof(float)));
+  const Scratch sums(items * floats_of_item * int64_t(sizeof(float)));
   if (!scratch.floats() || !sums.floats()) return false;
   auto body = [&](int64_t task, int64_t worker) {
     // Neighbours read the same pages: the heads of one span.
-    const int64_t span = task / items % most_spans, i = task % items;
-    const Queries queries = plan.item(i);
-    const Range spans = plan.spans_of(queries);
-    if (spans.first + span >= spans.end) return;
-    float* to = sums.floats() + (i * most_spans + span) * span_floats;
-    attend_span(plan, queries, spans.first + span, scratch.floats() + worker * floats, to);
+    const int64_t span = task / items, i = task % items;
+    float* to = sums.floats() + i * floats_of_item + span * plan.floats_of_span();
+    attend_span(plan, plan.item(i), span, scratch.floats() + worker * floats, to);
   };
   parallel_for(pool, tasks, body);
   auto last = [&](int64_t i, int64_t worker) {
-    combine(plan, plan.item(i), sums.floats() + i * most_spans * span_floats, span_floats,
-            scratch.floats() + worker * floats);
+    combine(plan, plan.item(i), sums.floats() + i * floats_of_item, scratch.floats() + worker * floats);
   };
   parallel_for(pool, items, last);
   return true;
@@ -465,10 +372,9 @@ inline bool attend_by_span(const Pool& pool, const Plan& plan, int64_t most_span
 
 // Attention of a call. Spans are spread over the threads where blocks of queries alone are too few to keep them busy.
 inline bool attention(const Pool& pool, const AttentionCall& call) {
-  const attending::Plan plan(call);
-  const int64_t most_spans = plan.most_spans();
-  const bool few = plan.items() < attending::kItemsPerThread * (pool.size + 1);
-  if (few && most_spans > 1) return attending::attend_by_span(pool, plan, most_spans);
+  const attending::Plan plan(call, pool.size + 1);
+  const bool few = plan.items() < attending::kTasksPerWorker * (pool.size + 1);
+  if (few && plan.most_spans > 1) return attending::attend_by_span(pool, plan);
   return attending::attend_whole(pool, plan);
 }
 
