@@ -70,7 +70,7 @@ def instruction_sets() -> tuple[str, ...]:
     """Those that this machine can run, the best, which is the one in use, first.
 
     They are avx512bf16, avx512vnni, avx512, avxvnni, avx2, neon and portable. Experts have the same bits under bfloat16
-    on all of them, dense products of bfloat16s on all but the first.
+    on all of them, dense products of bfloat16s and attention over them on all but the first.
     """
     names = map(library().cpu_kernels_supported, itertools.count())
     return tuple(name.decode() for name in itertools.takewhile(bool, names))

@@ -1,13 +1,15 @@
 // Attention on one instruction set: a block of queries over blocks of keys, by a softmax under way (arXiv:1805.02867).
 //
 // A key is read once for all query rows of a block (tokens times heads of the group). Every sum has one order, whatever
-// the block: a logit is summed over the head in order, a value over the keys in order, in blocks of 64 and spans of
-// 1,024 counted from the sequence's start. A key that a query does not see enters with weight 0, which changes no bit.
+// the block: a logit is summed over the head in order (pairs: attention_pairs.h), a value over the keys in order, in
+// blocks of 64 and spans of 1,024 counted from the sequence's start. A key that a query does not see enters with weight
+// 0, which changes no bit.
 #ifndef CPU_KERNELS_ATTENTION_H_
 #define CPU_KERNELS_ATTENTION_H_
 
 #include "attention_call.h"
 #include "attention_keys.h"
+#include "attention_pairs.h"
 #include "attention_tiles.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -43,6 +45,7 @@ struct Shared {
   const Queries& queries;
   int64_t group, rows, size, width;  // query heads of a key head, rows of queries of each, H, padded H
   int64_t floats_of_head;
+  bool paired;  // whether logits are products of pairs
   Range any;    // what some token sees
   Range* seen;  // what each sees
   float *keys, *values, *logits, *shrink, *zeros, *heads;
@@ -73,6 +76,7 @@ struct Work {
   void fold() const;
   void finish() const;
 
+  int32_t* pairs() const { return reinterpret_cast<int32_t*>(q); }
   int64_t first_query_head() const { return (shared.queries.kv_head + head) * shared.group; }
 };
 
@@ -87,7 +91,7 @@ inline int64_t scratch_floats(const AttentionCall& call, int64_t tokens, int64_t
 
 inline Shared::Shared(const AttentionCall& call, const Queries& queries, float* scratch)
     : call(call), queries(queries), group(call.heads / call.kv_heads), rows((queries.end - queries.first) * group),
-      size(call.head_size), width(padded(size)), any(seen_by_any(call, queries)) {
+      size(call.head_size), width(padded(size)), paired(takes_pairs(call)), any(seen_by_any(call, queries)) {
   auto take = [&](int64_t floats) {
     float* taken = scratch;
     scratch += padded(floats);
@@ -115,15 +119,16 @@ inline Work::Work(const Shared& shared, int64_t head) : shared(shared), head(hea
   span = sums_at(shared.spans + head * shared.floats_of_span(), rows);
 }
 
-// q / sqrt(H), the rows by token, then by head.
+// q / sqrt(H), the rows by token, then by head: float32s, or pairs of bfloat16s.
 inline void Work::load_queries() const {
   const AttentionCall& call = shared.call;
   const int64_t size = shared.size, group = shared.group;
-  const float scale = 1 / __builtin_sqrtf(float(size));
+  const float scale = scale_of(call);
   for (int64_t row = 0; row < shared.rows; ++row) {
     const int64_t token = shared.queries.sequence * call.tokens + shared.queries.first + row / group;
     const int64_t first = (token * call.heads + first_query_head() + row % group) * size;
     for (int64_t i = 0; i < size; ++i) q[row * size + i] = number(call.q, first + i) * scale;
+    if (shared.paired) narrow(q + row * size, size, pairs() + row * size / 2);
   }
 }
 
@@ -190,10 +195,13 @@ inline void Work::add_block(int64_t first, const Block& block, const Block& next
     multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
   } else {
     transpose_keys(block, head, head_bytes, keys, ahead);
-    if (sizeof(Element) == sizeof(float))
+    const Pairs in_pairs = {reinterpret_cast<const uint16_t*>(keys), kBlockKeys};
+    if constexpr (sizeof(Element) == sizeof(float))
       multiply(to_logits, Floats{keys, kBlockKeys}, ahead);
-    else
-      multiply(to_logits, Pairs{reinterpret_cast<const uint16_t*>(keys), kBlockKeys}, ahead);
+    else if (!shared.paired)
+      multiply(to_logits, in_pairs, ahead);
+    else if constexpr (kHasPairs)
+      multiply(PairedRows{rows, pairs(), size / 2, shared.logits}, in_pairs, ahead);
   }
   weigh(first, ahead);
   const Rows to_values = {rows, shared.logits, kBlockKeys, kBlockKeys, span.value, shared.shrink};

@@ -103,8 +103,8 @@ inline void multiply_tile(const Rows& rows, int64_t first, const Right& b, int64
     for (int v = 0; v < kVecs; ++v) store(c + r * b.columns + v * kLanes, sums[r][v]);
 }
 
-template <int kRows, class Right, class Ahead>
-inline void multiply_rows(const Rows& rows, int64_t first, const Right& b, Ahead& ahead) {
+template <int kRows, class Left, class Right, class Ahead>
+inline void multiply_rows(const Left& rows, int64_t first, const Right& b, Ahead& ahead) {
   int64_t column = 0;
   for (; column + kTileVecs * kLanes <= b.columns; column += kTileVecs * kLanes)
     multiply_tile<kRows, kTileVecs>(rows, first, b, column, ahead);
@@ -112,8 +112,8 @@ inline void multiply_rows(const Rows& rows, int64_t first, const Right& b, Ahead
 }
 
 // The same for all of c, whose rows are whole vectors.
-template <class Right, class Ahead>
-inline void multiply(const Rows& rows, const Right& b, Ahead& ahead) {
+template <class Left, class Right, class Ahead>
+inline void multiply(const Left& rows, const Right& b, Ahead& ahead) {
   int64_t r = 0;
   for (; r + kTileRows <= rows.rows; r += kTileRows) multiply_rows<kTileRows>(rows, r, b, ahead);
   for (; r < rows.rows; ++r) multiply_rows<1>(rows, r, b, ahead);

@@ -152,7 +152,7 @@ struct Product {
   void to(float* c) const { add_to(c, nullptr); }
   void add_to(float* c, const float* ones) const {
     attending::NothingAhead nothing;
-    attending::multiply({rows, a, stride, depth, c, ones}, attending::Floats{b, columns}, nothing);
+    attending::multiply(attending::Rows{rows, a, stride, depth, c, ones}, attending::Floats{b, columns}, nothing);
   }
 };
 

@@ -220,8 +220,8 @@ def test_neighbours_change_no_bit(instructions):
 
 
 def test_instruction_sets_agree():
-    """Guards one definition of every sum: all fused ones have the same bits; portable code, which rounds a product
-    before it is added, the same to rounding.
+    """Guards one definition of every sum: fused ones have the same bits, but for pairs of bfloat16s, whose second comes
+    first; that, and portable code, which rounds a product before it is added, are the same to rounding.
     """
     sequences = Sequences(REAL, jnp.bfloat16, number=2, context=1500)
     arguments = sequences.paged(sequences.positions(np.array([1400, 30]), 9))
@@ -229,8 +229,9 @@ def test_instruction_sets_agree():
     for name in cpu_kernels.instruction_sets():
         with cpu_kernels.instruction_set(name):
             found[name] = _run(attend, arguments)
-    for name in found.keys() - {"portable"}:
-        _same_bits(found[name], found[cpu_kernels.instruction_sets()[0]])
+    alike = [bits for name, bits in found.items() if name not in ("avx512bf16", "portable")]
+    for other in alike:
+        _same_bits(other, alike[0])
     for other in found.values():
         np.testing.assert_allclose(other, found["portable"], rtol=1e-5, atol=1e-6)
 
