@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_PROCESSES ?= 2
+IN_PARALLEL := -n $(PYTEST_PROCESSES) --dist worksteal
 BIN := $(VENV)/bin
 DEMO := build/demo
 # pip would compile what it installs file by file, for minutes; this does it on all cores. What cannot be compiled is left.
@@ -29,11 +30,11 @@ demo-model: $(VENV)/.develops
 
 # What a contributor needs, in 7 to 8 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "unit or commands"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "unit or commands"
 
 # Interpreted kernels for GPUs and TPUs, the parity gate and its mutations, meshes, batch invariance, sanitizers.
 proofs: $(VENV)/.develops
-	$(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m "accelerators or proofs"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "accelerators or proofs"
 
 test-all: test proofs
 
@@ -46,7 +47,7 @@ mutations: $(VENV)/.develops
 # GGUF files, jobs on Ray, and the vendors' compilers for GPUs and TPUs, in a folder of their own: JAX would look for devices otherwise.
 gates: $(VENV)/.gates $(VENV)/.npm $(VENV)/.compilers
 	$(BIN)/python -m pytest -m live
-	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) -m compilers
+	PYTHONPATH=$(VENV)/compilers $(BIN)/python -m pytest $(IN_PARALLEL) -m compilers
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff format --check .

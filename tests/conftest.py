@@ -47,7 +47,8 @@ from gptoss_jax.checkpoints import host_memory  # noqa: E402
 from tests.gate import TinyModel  # noqa: E402
 from tests.goldens.make import tiny_config  # noqa: E402
 
-PROGRAMS = "GPTOSS_JAX_TEST_PROGRAMS"  # the folder that this session's workers share compiled programs in
+PROGRAMS = "GPTOSS_JAX_TEST_PROGRAMS"  # the folder that a session's workers, or several sessions, share programs in
+MADE_PROGRAMS = pytest.StashKey[bool]()
 UNIT_CPU_SECONDS = 6.0  # of one case, without its fixtures; half of it is left for slow machines
 
 
@@ -62,18 +63,19 @@ def _local_only(connect):
     return guarded
 
 
-def pytest_configure():
+def pytest_configure(config: pytest.Config):
     """Before anything is collected, so that code run by imports is held to it too."""
     socket.socket.connect = _local_only(socket.socket.connect)
     socket.socket.connect_ex = _local_only(socket.socket.connect_ex)
     if PROGRAMS not in os.environ:
         os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="gptoss-jax-programs-")
+        config.stash[MADE_PROGRAMS] = True
     _keep_programs(os.environ[PROGRAMS])
 
 
 def pytest_unconfigure(config: pytest.Config):
-    """The session's own process, which outlives its workers, removes their programs."""
-    if not hasattr(config, "workerinput"):
+    """The process that made the folder, which outlives its workers, removes it."""
+    if MADE_PROGRAMS in config.stash:
         shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
 
 
