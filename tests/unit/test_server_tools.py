@@ -136,6 +136,27 @@ def test_functions_of_the_client_stay_its_own():
     assert response["status"] == "completed"
 
 
+def test_further_calls_than_the_client_allows_are_not_carried_out():
+    """Guards `max_tool_calls`, of all tools together: the model reads that there are no more, and answers."""
+    house = House(running("1"), calling("get_weather", PARIS), running("3"), FINAL)
+    response = house.post({"tools": [PYTHON, MCP], "max_tool_calls": 1}).json()
+    calls = [item for item in response["output"] if item["type"].endswith("_call")]
+    assert [call["status"] for call in calls] == ["completed", "failed", "failed"]
+    assert calls[1]["error"] == "not carried out: max_tool_calls is 1, and as many were"
+    assert (response["status"], response["max_tool_calls"]) == ("completed", 1)
+    assert response["output"][-1]["content"][0]["text"] == "It rains."
+    assert House(FINAL).post({"max_tool_calls": 0}).json()["error"]["param"] == "max_tool_calls"
+
+
+def test_a_choice_of_no_tools_is_obeyed():
+    """Guards `tool_choice` "none": nothing is declared, and a model that calls all the same is not served."""
+    house = House(running("1"))
+    response = house.post({"tools": [PYTHON, MCP], "tool_choice": "none"}).json()
+    assert all(item["type"] != "code_interpreter_call" for item in response["output"])
+    prompts: Any = house.engine.runner
+    assert "python" not in WORDS.decode(prompts.prompts[0])
+
+
 def test_rounds_that_run_out_leave_the_response_incomplete():
     """Guards a server against a model that calls for ever; a call that nobody can answer is no client's."""
     response = House(running("1"), running("2"), most_rounds=1).post({"tools": [PYTHON]}).json()
