@@ -195,7 +195,7 @@ def test_a_full_queue_gets_429_and_when_to_ask_again():
     async def crowd(app: Any) -> list[Reply]:
         house.runner.gate.clear()
         first = [asyncio.create_task(post(app, CHAT, HI)) for _ in range(3)]
-        await until(lambda: house.thread.num_open == 3)
+        await until(lambda: house.thread.num_open == 3 and house.thread.num_waiting == 1)
         more = [await post(app, CHAT, HI | {"stream": stream}) for stream in (False, True)]
         assert b"gptoss_waiting 1.0" in (await get(app, "/metrics")).body
         house.runner.gate.set()
