@@ -175,7 +175,7 @@ def test_a_turn_in_flight_goes_on_from_what_was_computed_and_read(kept, call, to
         ({"type": "code_interpreter_call", "id": "a", "code": "1"}, None),
         (
             {"type": "code_interpreter_call", "id": "a", "code": 1, "outputs": [{"logs": ""}]},
-            "text is 1, expected a text",
+            "text is 1, expected text",
         ),
         ({"type": "web_search_call", "id": "a", "action": {}}, None),
         ({"type": "web_search_call", "id": "a", "gptoss": {"name": "system"}}, "arguments"),
