@@ -15,7 +15,7 @@ import pytest
 
 from gptoss_jax.tools.tool import ToolOutput
 from gptoss_jax.tools.toolbox import Toolbox
-from tests import jobs, processes, scripted, terminals
+from tests import jobs, pages, processes, scripted, terminals
 from tests.goldens.make import ROOT
 
 SERVER = str(ROOT / "tests" / "mcp_server.py")
@@ -46,6 +46,23 @@ def test_calls_are_carried_out_until_the_model_answers(folder):
     said = [(m["role"], m["recipient"]) for m in json.loads((folder / "chat.json").read_text())]
     asked = [("system", None), ("developer", None), ("user", None)]
     assert said == [*asked, ("assistant", "functions.add"), ("tool", "assistant"), ("assistant", None)]
+
+
+def test_the_pages_scripts_print_what_it_says(folder, tmp_path):
+    """Guards newcomers: every script of docs/tools.md, as it stands there; kept programs alone are added."""
+    scripted.write(tmp_path / "agent", "agent")
+    shown = pages.scripts("tools.md")
+    script = "\nprint('---')\n".join(each.script for each in shown)
+    kept = "gptoss_jax.runtime.kept_programs.default_folder()"
+    script = "import gptoss_jax.runtime.kept_programs\n" + script.replace(
+        '"agent")', f'"agent", programs_folder={kept})'
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [pages.lines(text) for text in done.stdout.split("---\n")] == [each.prints for each in shown]
 
 
 def test_json_has_the_rounds_and_http_servers_are_reached(folder):
