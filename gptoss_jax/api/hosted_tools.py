@@ -9,14 +9,13 @@ from gptoss_jax.tools.choice import Offer, Wanted
 _TOOL_OF = {"code_interpreter": "python", "web_search": "browser", "web_search_preview": "browser"}
 
 
-def wanted(fields: dict[str, Any], offer: Offer) -> Wanted | None:
+def wanted(fields: dict[str, Any], offer: Offer | None) -> Wanted | None:
     """The tools that a request asks for and that are offered, which are taken out of its `tools`; None: it has none.
 
-    What is not offered stays, and is refused like anything else that the API does not know. `tool_choice` "none" takes
-    all of them away.
+    Other kinds of tools stay there. `tool_choice` "none" takes all away.
 
     Raises:
-        GptossError: an MCP server with settings of the client's.
+        GptossError: a tool that is not offered, or an MCP server with settings of the client's.
     """
     kept, names, servers = [], list[str](), list[str]()
     tools = fields.get("tools")
@@ -24,11 +23,10 @@ def wanted(fields: dict[str, Any], offer: Offer) -> Wanted | None:
         return None
     for tool in tools:
         kind = tool.get("type") if isinstance(tool, dict) else None
-        if name := _offered(offer, _TOOL_OF.get(str(kind))):
-            names.append(name)
-        elif kind == "mcp" and tool.get("server_label") in offer.servers:
-            _check_server(tool)
-            servers.append(tool["server_label"])
+        if isinstance(kind, str) and kind in _TOOL_OF:
+            names.append(_offered(offer, kind))
+        elif isinstance(tool, dict) and kind == "mcp":
+            servers.append(_server(offer, tool))
         else:
             kept.append(tool)
     fields["tools"] = kept
@@ -37,14 +35,25 @@ def wanted(fields: dict[str, Any], offer: Offer) -> Wanted | None:
     return Wanted(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(servers)))
 
 
-def _offered(offer: Offer, name: str | None) -> str | None:
+def _offered(offer: Offer | None, kind: str) -> str:
     """The name under which a tool is offered: python may keep its state."""
-    return next((each for each in offer.names if name and each.partition(":")[0] == name), None)
+    name = _TOOL_OF[kind]
+    for each in () if offer is None else offer.names:
+        if each.partition(":")[0] == name:
+            return each
+    raise GptossError(f"tools: {kind} is not switched on here: whoever starts this decides (--tool {name})")
 
 
-def _check_server(tool: Mapping[str, Any]) -> None:
+def _server(offer: Offer | None, tool: Mapping[str, Any]) -> str:
+    """The name of an MCP server that is offered."""
+    servers, label = () if offer is None else offer.servers, tool.get("server_label")
+    if not servers:
+        raise GptossError("tools: mcp is not switched on here: whoever starts this decides (--mcp SERVER)")
+    if label not in servers:
+        raise GptossError(f"tools, mcp: server_label is {short(label)}, expected one of {', '.join(servers)}")
     for name in tool:
         if name not in ("type", "server_label", "server_description", "require_approval"):
             raise GptossError(f"tools, mcp: {short(name)} does not act here: the server's own settings do")
     if tool.get("require_approval", "never") != "never":
         raise GptossError("tools, mcp: require_approval is expected to be 'never': whoever runs the server approves")
+    return str(label)

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptoss_jax.api import responses
+from gptoss_jax.api import hosted_tools, responses
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.fields import boolean
 from gptoss_jax.api.responses_stream import ResponsesStream
@@ -55,7 +55,9 @@ class ResponsesExchange:
     def _ask(self, acting: dict[str, Any], tools: object) -> tuple[Asked, ServerTurn | None]:
         """What the engine is asked, and the rounds of tools that are run here, if the request has some."""
         model, defaults = self._model, self._model.defaults()
-        toolbox = model.tools.opened(acting) if model.tools is not None else None
+        if model.tools is None:
+            hosted_tools.wanted(acting, None)  # refuses those that a request asks for
+        toolbox = None if model.tools is None else model.tools.opened(acting)
         if toolbox is None or model.tools is None:
             return responses.ask(acting, defaults, model.vocab_path), None
         try:

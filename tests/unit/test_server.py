@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from gptoss_jax.engine.runner import NOTHING_PENDING
 from gptoss_jax.engine.sampling import FAULTY
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, load_tokenizer
 from gptoss_jax.model.config import read_config
-from gptoss_jax.server import replies
+from gptoss_jax.server import bodies, replies
 from gptoss_jax.server.access import Keys
 from gptoss_jax.server.app import Served, create
 from gptoss_jax.server.engine_thread import EngineThread
@@ -321,6 +322,41 @@ def test_what_cannot_be_is_an_error_object(body, status, code):
     assert (reply.status, reply.json()["error"]["code"]) == (status, code)
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
     assert house.engine.is_idle and f'status="{status}"'.encode() in house.metrics.text()
+
+
+def test_bodies_that_are_large_or_slow_hear_why(monkeypatch):
+    """Guards clients that send on while they are refused, of whom the rest is read; and connections that hold one."""
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+    house = House(max_body_bytes=1 << 17)
+
+    async def ask(app: Any) -> list[Reply]:
+        sizes = {4: True, 9: True, 20: False}  # times the bound, and whether the client says how much comes
+        connections = []
+        for times, says in sizes.items():
+            length = {"content-length": str(times << 17)} if says else {}
+            connections.append(Connection(app, "POST", CHAT, b" " * (times << 17), length))
+        replies = [await connection.run() for connection in connections]
+        assert [len(connection._parts) for connection in connections] == [0, 18, 21]  # of 64 KiB, not read
+        slow = Connection(app, "POST", CHAT, b"{")
+        slow._parts.append(b"")
+        slow._receive = _never_ends(slow._receive)
+        return [*replies, await slow.run()]
+
+    *large, slow = house.run(ask)
+    assert [(reply.status, reply.headers["connection"]) for reply in large] == [(413, "close")] * 3
+    assert (slow.status, slow.json()["error"]["code"]) == (408, "body_too_slow")
+
+
+def _never_ends(receive: Any) -> Any:
+    """A client that has sent one part, and nothing since."""
+    parts = itertools.count()
+
+    async def waits() -> Any:
+        if next(parts):
+            await asyncio.sleep(60)
+        return await receive()
+
+    return waits
 
 
 VALUES = st.recursive(

@@ -230,13 +230,23 @@ def test_rounds_that_run_out_leave_the_response_incomplete():
 
 
 @pytest.mark.parametrize(
-    "tool",
-    [{"type": "web_search"}, MCP | {"server_label": "other"}, MCP | {"server_url": "http://a"}, {"type": "shell"}],
+    ("tool", "said"),
+    [
+        (
+            {"type": "web_search"},
+            "tools: web_search is not switched on here: whoever starts this decides (--tool browser)",
+        ),
+        (MCP | {"server_label": "other"}, "tools, mcp: server_label is 'other', expected one of sky"),
+        (MCP | {"server_label": ["a"]}, "tools, mcp: server_label is ['a'], expected one of sky"),
+        (MCP | {"server_url": "http://a"}, "tools, mcp: 'server_url' does not act here: the server's own settings do"),
+        ({"type": "shell"}, "tool 0 has type 'shell', expected 'function'; built-in tools are a setting"),
+    ],
 )
-def test_what_nobody_switched_on_is_refused(tool):
-    """Guards the operator: a client chooses among what is offered, and names no address."""
+def test_what_nobody_switched_on_is_refused(tool, said):
+    """Guards the operator: a client chooses among what is offered, and names no address; and hears what there is."""
     reply = House(FINAL).post({"tools": [tool]})
     assert (reply.status, reply.json()["error"]["code"]) == (400, "invalid_request")
+    assert reply.json()["error"]["message"] == said
 
 
 def test_who_leaves_ends_the_tool():
