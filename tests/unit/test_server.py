@@ -436,6 +436,20 @@ def test_other_paths():
     house.run(look)
 
 
+def test_metrics_say_what_was_done():
+    """Guards dashboards: after one answer its tokens, time to the first, speed, slots, pages and the hit rate."""
+    house = House()
+    used = house.post(CHAT, HI).json()["usage"]
+    found = dict(line.rsplit(" ", 1) for line in house.metrics.text().decode().splitlines() if line[0] != "#")
+    numbers = {name: float(value) for name, value in found.items()}
+    assert numbers["gptoss_slots"] == SIZES.slots and numbers["gptoss_running"] == numbers["gptoss_waiting"] == 0
+    assert numbers["gptoss_answer_tokens_total"] == used["completion_tokens"]
+    assert numbers["gptoss_prompt_tokens_total"] == used["prompt_tokens"]
+    assert numbers["gptoss_time_to_first_token_seconds_count"] == 1 == numbers["gptoss_tokens_per_second_count"]
+    assert numbers["gptoss_free_pages"] == numbers["gptoss_pages"] > 0 == numbers["gptoss_prefix_hit_rate"]
+    assert numbers[f'gptoss_requests_total{{path="{CHAT}",status="200"}}'] == 1
+
+
 def test_closing_ends_streams_with_an_error_inside():
     """Guards clients of a server that ends: those that wait hear so in their stream, those that run end."""
     house = House()
