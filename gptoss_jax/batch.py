@@ -21,6 +21,10 @@ All rows are checked before the weights are read. If the job is killed, the
 same command goes on: every row has one line in the end, and the same tokens
 as without the interruption (on CPUs, or with --deterministic).
 
+Calls of tools that are switched on are run here, while other rows go on:
+
+    python -m gptoss_jax.batch IN OUT --checkpoint DIR --tool python
+
 A job cut in parts, for any cluster (then --merge makes OUT of them):
 
     python -m gptoss_jax.batch IN OUT --checkpoint DIR --shard 0/8
@@ -45,7 +49,7 @@ import sys
 
 from absl import flags
 
-from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags
+from gptoss_jax.cli import command, flag_values, model_flags, profiling, prompt_flags, sampling_flags, tool_flags
 
 SECTIONS = {
     "The job": (
@@ -60,6 +64,7 @@ SECTIONS = {
     ),
     "Many machines": ("shard", "merge", "ray", "ray_address", "ray_workers"),
     "What the system and developer messages say, where a row does not": prompt_flags.PROMPT_FLAGS,
+    "Tools that a model may call, run here": tool_flags.TOOL_FLAGS,
     "How tokens are drawn, where a row does not say": ("n", "logprobs", *sampling_flags.SAMPLING_FLAGS),
     "Model and machine": (*model_flags.MODEL_FLAGS, *sampling_flags.ENGINE_FLAGS, *profiling.PROFILE_FLAGS),
 }
@@ -86,6 +91,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("logprobs", False, "Give the log probability of each token.")
     prompt_flags.define_flags()
     sampling_flags.define_flags()
+    tool_flags.define_flags()
     model_flags.define_flags()
     profiling.define_flags()
 
@@ -100,6 +106,7 @@ def main(arguments: list[str]) -> None:
     )
     flag_values.refuse_together(options, ("coordinator", "validate"), ("coordinator", "merge"))
     flag_values.refuse_together(options, ("ray", "shard"), ("ray", "merge"), ("ray", "coordinator"))
+    flag_values.refuse_together(options, ("ray", "tool"), ("ray", "mcp"))  # an offer of tools is one process's
     flag_values.refuse_together(options, ("profile", "validate"), ("profile", "merge"), ("profile", "ray"))
     flag_values.refuse_without(options, ("ray_address", "ray"), ("ray_workers", "ray"))
     sys.exit(batch_job.run(options, arguments))

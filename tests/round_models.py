@@ -1,7 +1,7 @@
 """An engine without a model that answers each prompt with the next of some texts: for tests of tool calls."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig
@@ -12,7 +12,7 @@ from gptoss_jax.model.config import read_config
 from gptoss_jax.tools.tool import ToolOutput
 from tests.fake_runner import FakeRunner
 from tests.goldens.make import ROOT
-from tests.made_answers import WEATHER, ids_of
+from tests.made_answers import WEATHER, WORDS, ids_of
 
 CONFIG = dataclasses.replace(read_config(ROOT / "configs" / "tiny.json"), vocab_size=VOCAB_SIZE)
 THOUGHT = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
@@ -30,21 +30,22 @@ def running(code: str) -> str:
 
 
 class AnswersInTurn(FakeRunner):
-    """A runner that gives one text after another.
+    """A runner that gives one text after another, or what `texts` says to the text of a prompt.
 
     `prompts` lists the ids that it was asked with.
     """
 
-    def __init__(self, sizes: EngineConfig, texts: Sequence[str]):
+    def __init__(self, sizes: EngineConfig, texts: Sequence[str] | Callable[[str], str]):
         super().__init__(sizes)
         self.prompts: list[tuple[int, ...]] = []
-        self._texts = list(texts)
+        coming = iter(() if callable(texts) else texts)
+        self._say = texts if callable(texts) else lambda prompt: next(coming)
         self._scripts: dict[int, list[int]] = {}
 
     def admit(self, slot, request, drawn, cached=0, pending=NOTHING_PENDING) -> None:
         super().admit(slot, request, drawn, cached, pending)
         self.prompts.append(tuple(request.token_ids))
-        self._scripts[slot] = list(ids_of(self._texts.pop(0)))
+        self._scripts[slot] = list(ids_of(self._say(WORDS.decode(request.token_ids))))
 
     def _draw(self, slot, budget, ids=()) -> int:
         token = self._scripts[slot].pop(0)
@@ -53,7 +54,7 @@ class AnswersInTurn(FakeRunner):
         return token
 
 
-def engine(texts: Sequence[str], max_context_tokens: int = 512, slots: int = 1) -> Engine:
+def engine(texts: Sequence[str] | Callable[[str], str], max_context_tokens: int = 512, slots: int = 1) -> Engine:
     """An engine that answers so."""
     sizes = EngineConfig(slots=slots, max_context_tokens=max_context_tokens, prefill_widths=(64,), prefix_snapshots=0)
     return Engine(AnswersInTurn(sizes, texts), CONFIG, sizes)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from openai_harmony import Message
 
@@ -12,6 +12,10 @@ from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.settings import Settings
 from gptoss_jax.harmony.tokenizer import Tokenizer
+from gptoss_jax.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from gptoss_jax.api.tool_turn import ToolTurn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Options:
         stop_ids: ids after which it ends, beside the model's own.
         n: answers.
         logprobs: whether log probabilities are given.
+        toolbox: tools that are run here, which a conversation declares beside its own.
     """
 
     settings: Settings = dataclasses.field(default_factory=Settings)
@@ -35,6 +40,7 @@ class Options:
     stop_ids: tuple[int, ...] = ()
     n: int = 1
     logprobs: bool = False
+    toolbox: Toolbox | None = None
 
     def all_stop_ids(self, of_model: Sequence[int]) -> tuple[int, ...]:
         """The model's stop ids and these, each once."""
@@ -57,6 +63,7 @@ class Asked:
         vocab_path: as for `harmony.tokenizer.load_tokenizer`; responses spell tokens.
         form: what the answer is held to; None: nothing.
         conversation: the messages that the prompt is made of, those in front too; () for plain ids.
+        most_calls: how many calls of tools that are run here are carried out; None: any number.
     """
 
     token_ids: tuple[int, ...]
@@ -69,6 +76,7 @@ class Asked:
     vocab_path: str | None = None
     form: CompiledForm | None = None
     conversation: Sequence[Message] = ()
+    most_calls: int | None = None
 
     def request(self, model_stop_ids: Sequence[int]) -> Request:
         """What an engine is asked for the first of the answers, but for its text: an engine can check it."""
@@ -116,6 +124,21 @@ class Form(Protocol):
             asked: the request.
             answers: all n.
             response_id: the response's own part of its id; a form may put the kind in front, as in "chatcmpl-...".
+            model: what the model is called where the request does not name it.
+        """
+        ...
+
+
+@runtime_checkable
+class TurnForm(Form, Protocol):
+    """A form whose requests are conversations, so that tools can be run for them."""
+
+    def response_of_turn(self, turn: "ToolTurn", response_id: str, model: str) -> dict[str, Any]:
+        """As `response`, of a request whose calls were carried out; the answers of all rounds are in it.
+
+        Args:
+            turn: its rounds, which have ended.
+            response_id: the response's own part of its id.
             model: what the model is called where the request does not name it.
         """
         ...

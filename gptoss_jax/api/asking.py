@@ -38,6 +38,8 @@ def conversation(
     with naming({**_OURS, **field_of}):
         given = overrides.settings(fields, remarks)
         settings = render.resolve(dataclasses.replace(defaults.settings, **given), given, spoken)
+        if defaults.toolbox is not None:
+            settings = defaults.toolbox.settings(settings, spoken.messages)
         acting = overrides.options(fields, dataclasses.replace(defaults, settings=settings))
         choice = overrides.tool_choice(fields)
         form = held_form(settings, choice, vocab_path=vocab_path)

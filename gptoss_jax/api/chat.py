@@ -7,6 +7,7 @@ calls are never all absent if there is text. Reasoning stands in `reasoning` and
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import an_object, boolean, known, only
 from gptoss_jax.api.tokens import Shown, leftover, log_probabilities, usage
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer, call_document
@@ -79,6 +81,23 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
         **({} if asked.metadata is None else {"metadata": asked.metadata}),
         "gptoss": openai_fields.additions(asked, answers),
     }
+
+
+def response_of_turn(turn: ToolTurn, response_id: str, model: str) -> dict[str, Any]:
+    """As `response`, its one choice the last answer; see `asked.TurnForm`. Calls in it are the client's to answer."""
+    asked, rounds = turn.asked, turn.rounds
+    answers = [round.answer for round in rounds.rounds]
+    whole = response(asked, [rounds.answer], response_id, model)
+    last = whole["choices"][0]
+    if calls := last["message"].pop("tool_calls", None):
+        of_client = [not turn.is_ours(str(call.recipient)) for call in rounds.answer.parsed.calls]
+        if calls := list(itertools.compress(calls, of_client)):
+            last["message"]["tool_calls"] = calls
+        elif last["finish_reason"] == "tool_calls":  # no room for another round
+            last["finish_reason"] = "length"
+    used = usage_document(asked, answers)
+    used |= {"prompt_tokens": turn.prompt_tokens, "total_tokens": turn.prompt_tokens + used["completion_tokens"]}
+    return {**whole, "usage": used, "gptoss": openai_fields.additions_of_turn(turn)}
 
 
 def choice(asked: Asked, answer: Answer, response_id: str, index: int) -> dict[str, Any]:

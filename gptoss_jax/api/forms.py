@@ -6,8 +6,9 @@ from gptoss_jax.api import chat, completions, plain, responses
 from gptoss_jax.api.asked import Form
 
 PLAIN: Form = plain
+RESPONSES: Form = responses
 OPENAI: Mapping[str, Form] = {
     "/v1/chat/completions": chat,
-    "/v1/responses": responses,
+    "/v1/responses": RESPONSES,
     "/v1/completions": completions,
 }

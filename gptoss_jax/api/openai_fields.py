@@ -7,6 +7,7 @@ from typing import Any
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.fields import whole
 from gptoss_jax.api.tokens import all_log_probabilities
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.grammar.verdict import verdict
 from gptoss_jax.harmony.answer import Answer, call_document
 from gptoss_jax.harmony.json_values import string
@@ -68,6 +69,22 @@ def additions(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
         "answers": [_addition(asked, answer) for answer in answers],
     }
     return document | ({"remarks": list(asked.remarks)} if asked.remarks else {})
+
+
+def additions_of_turn(turn: ToolTurn) -> dict[str, Any]:
+    """The object `gptoss` of a response whose calls were carried out: these too, and why there are no more rounds.
+
+    There is no clock in it: how long a tool took is another time the next time.
+    """
+    rounds = turn.rounds.rounds
+    remarks = [*turn.asked.remarks, *filter(None, [turn.rounds.remark()])]
+    return {
+        "settings": turn.asked.acting,
+        "answers": [_addition(turn.asked_in(at), round.answer) for at, round in enumerate(rounds)],
+        "calls": [each.document() for round in rounds for each in round.called],
+        "ended": turn.rounds.ended,
+        **({"remarks": remarks} if remarks else {}),
+    }
 
 
 def _addition(asked: Asked, answer: Answer) -> dict[str, Any]:

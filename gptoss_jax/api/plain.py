@@ -9,6 +9,7 @@ from gptoss_jax.api.asked import Asked, Options
 from gptoss_jax.api.fields import known, token_ids
 from gptoss_jax.api.openai_fields import structured
 from gptoss_jax.api.tokens import all_log_probabilities, usage
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
@@ -61,6 +62,29 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
         "settings": asked.acting,
         **({} if asked.metadata is None else {"metadata": asked.metadata}),
         **({"remarks": list(asked.remarks)} if asked.remarks else {}),
+    }
+
+
+def response_of_turn(turn: ToolTurn, response_id: str, model: str) -> dict[str, Any]:
+    """As `response`, of the last answer; all of them are in `rounds`, with their calls. See `asked.TurnForm`."""
+    asked, rounds = turn.asked, turn.rounds
+    whole = response(turn.asked_in(len(rounds.rounds) - 1), [rounds.answer], response_id, model)
+    used = _usage(asked, [round.answer for round in rounds.rounds])
+    used |= {"prompt_tokens": turn.prompt_tokens, "total_tokens": turn.prompt_tokens + used["completion_tokens"]}
+    remarks = [*asked.remarks, *filter(None, [rounds.remark()])]
+    return {
+        **whole,
+        "tool_calls": [call.document() for call in rounds.waiting()],
+        "usage": used,
+        **({"remarks": remarks} if remarks else {}),
+        "ended": rounds.ended,
+        "rounds": [
+            {
+                "answer": _document(turn.asked_in(at), round.answer),
+                "calls": [each.document() for each in round.called],
+            }
+            for at, round in enumerate(rounds.rounds)
+        ],
     }
 
 

@@ -7,11 +7,14 @@ from gptoss_jax.api.openai_fields import made_id
 from gptoss_jax.api.tokens import Shown, leftover
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony.answer import Answer, call_document
+from gptoss_jax.harmony.chat_format import BUILTIN
 from gptoss_jax.harmony.client_keys import are_parts
 from gptoss_jax.harmony.json_values import known_fields, needed, nonempty_list, string
 from gptoss_jax.harmony.parsed import Message
 
 _PHASES = {"preamble": "commentary", "final": "final_answer"}  # of the kinds of messages that are messages to OpenAI
+
+SEARCH_RESULT = "gptoss"  # field of a web_search_call: the call and its output as the model wrote and read them
 
 Logprobs = Callable[[Shown], list[dict[str, Any]]]
 """Log probabilities of the tokens of a text."""
@@ -29,8 +32,8 @@ def chat_of(value: object) -> list[dict[str, Any]]:
     Raises:
         GptossError: something else than text or items of messages, reasoning, calls and their results.
 
-    Calls of built-in tools that were carried out here are left out: they are part of a chain of thought, and are
-    dropped with it once an answer has followed.
+    Calls of built-in tools that were carried out here are part of a chain of thought, and are dropped with it once an
+    answer has followed; those without what they gave are left out.
     """
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
@@ -48,10 +51,8 @@ def chat_of(value: object) -> list[dict[str, Any]]:
 
 def _chat_messages(item: object, where: str) -> list[dict[str, Any]]:
     kind = item.get("type", "message") if isinstance(item, dict) else None
-    if kind in _CARRIED_OUT:
-        return []
-    if kind == "mcp_call":
-        return _mcp_call(item, where)
+    if isinstance(kind, str) and kind in _CARRIED_OUT:
+        return _CARRIED_OUT[kind](item, where)
     if not isinstance(kind, str) or kind not in _READERS:
         raise GptossError(f"{where} has type {short(kind)}, expected one of {', '.join(_READERS)}")
     return [_READERS[kind](item, where)]
@@ -102,7 +103,37 @@ def _mcp_call(item: object, where: str) -> list[dict[str, Any]]:
     return [_call(call, where), _result({"call_id": call_id, "output": gave}, where)]
 
 
-_CARRIED_OUT = ("code_interpreter_call", "web_search_call")
+def _code_call(item: object, where: str) -> list[dict[str, Any]]:
+    fields = known_fields(item, ("type", "id", "code", "container_id", "outputs", "status"), where)
+    outputs = fields.get("outputs")
+    if not isinstance(outputs, list) or "code" not in fields:
+        return []
+    logs = [part["logs"] for part in outputs if isinstance(part, dict) and isinstance(part.get("logs"), str)]
+    return _builtin_call(needed(fields, "id", where), "python", fields["code"], "".join(logs), where)
+
+
+def _search_call(item: object, where: str) -> list[dict[str, Any]]:
+    """OpenAI's item has no place for what the model read: only one that was made here has it."""
+    fields = known_fields(item, ("type", "id", "action", "status", SEARCH_RESULT), where)
+    if SEARCH_RESULT not in fields:
+        return []
+    ours = known_fields(fields[SEARCH_RESULT], ("name", "arguments", "output"), f"{where}, {SEARCH_RESULT}")
+    name, arguments, output = (needed(ours, key, where) for key in ("name", "arguments", "output"))
+    return _builtin_call(needed(fields, "id", where), name, arguments, output, where)
+
+
+def _builtin_call(call_id: object, name: object, text: object, output: object, where: str) -> list[dict[str, Any]]:
+    function = {"name": string(name, f"{where}, name"), "arguments": string(text, f"{where}, text")}
+    call = {"id": string(call_id, f"{where}, id"), "type": BUILTIN, "function": function}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": string(output, f"{where}, output")}
+    return [{"role": "assistant", "tool_calls": [call]}, result]
+
+
+_CARRIED_OUT: Mapping[str, Callable[[object, str], list[dict[str, Any]]]] = {
+    "code_interpreter_call": _code_call,
+    "web_search_call": _search_call,
+    "mcp_call": _mcp_call,
+}
 _READERS: Mapping[str, Callable[[object, str], dict[str, Any]]] = {
     "message": _message,
     "reasoning": _reasoning,

@@ -6,21 +6,23 @@ whatever the defaults say of several. Log probabilities stand with the text of m
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptoss_jax.api import asking, openai_fields
 from gptoss_jax.api.asked import Asked, Options
-from gptoss_jax.api.fields import an_object, boolean, known, only, texts
+from gptoss_jax.api.fields import an_object, boolean, known, only, texts, whole
 from gptoss_jax.api.response_items import chat_of, output, without_calls
 from gptoss_jax.api.tokens import Shown, log_probabilities, usage
+from gptoss_jax.api.tool_items import CallItem
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.engine.request import NOT_FINITE, NOT_HELD
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.harmony import messages
 from gptoss_jax.harmony.answer import Answer
 from gptoss_jax.harmony.json_values import known_fields, needed, string
 from gptoss_jax.harmony.settings import GRAMMAR_TYPES
-from gptoss_jax.tools.rounds import Rounds
 
 _STORED = "nothing is stored here, so the whole conversation goes into input"
 _ONLY = {
@@ -62,8 +64,8 @@ FIELDS = frozenset(
 def ask(body: Mapping[str, Any], defaults: Options, vocab_path: str | None = None) -> Asked:
     """What a request asks; see `asked.Form`.
 
-    `parallel_tool_calls` and `max_tool_calls` change nothing: the model makes one call an answer, and none of a
-    built-in tool's is carried out.
+    `parallel_tool_calls` changes nothing: the model makes one call an answer. `max_tool_calls` is of tools that are run
+    here, of all together.
     """
     fields = known(body, FIELDS)
     only(fields, _ONLY)
@@ -83,7 +85,8 @@ def ask(body: Mapping[str, Any], defaults: Options, vocab_path: str | None = Non
     spoken = messages.from_json(chat, "input")
     asked = asking.conversation(spoken, own, defaults, vocab_path=vocab_path, field_of=_FIELD_OF)
     metadata = an_object(fields["metadata"], "metadata") if "metadata" in fields else None
-    return dataclasses.replace(asked, metadata=metadata, echo=echo)
+    most_calls = whole(fields["max_tool_calls"], "max_tool_calls", 1) if "max_tool_calls" in fields else None
+    return dataclasses.replace(asked, metadata=metadata, echo=echo, most_calls=most_calls)
 
 
 def _reasoning(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,10 +119,9 @@ def _logprobs(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _echo(fields: Mapping[str, Any]) -> dict[str, Any]:
-    instructions = {"instructions": fields["instructions"]} if "instructions" in fields else {}
     return {
         **openai_fields.model_echo(fields),
-        **instructions,
+        **{name: fields[name] for name in ("instructions", "max_tool_calls") if name in fields},
         "tool_choice": fields.get("tool_choice", "auto"),
         "parallel_tool_calls": boolean(fields.get("parallel_tool_calls", True), "parallel_tool_calls"),
     }
@@ -141,41 +143,36 @@ def response(asked: Asked, answers: Sequence[Answer], response_id: str, model: s
     }
 
 
-def items_of_round(
-    asked: Asked, answer: Answer, answer_id: str, recipients: Callable[[str], bool]
-) -> list[dict[str, Any]]:
+def items_of_round(turn: ToolTurn, answer: Answer, round: int) -> list[dict[str, Any]]:
     """The output of one answer of several, without its calls to recipients that are answered here."""
-    items = output(answer, answer_id, lambda shown: _message_logprobs(asked, answer, shown))
-    return without_calls(items, answer, answer_id, recipients)
+    answer_id = turn.answer_id(round)
+    items = output(answer, answer_id, lambda shown: _message_logprobs(turn.asked, answer, shown))
+    return without_calls(items, answer, answer_id, turn.is_ours)
 
 
 _CUT_SHORT = {"rounds": "max_tool_calls", "tokens": "max_output_tokens", "context": "max_output_tokens"}
 
 
-def response_of_rounds(
-    asked: Asked, turn: Rounds, items: Sequence[dict[str, Any]], prompt_tokens: int, response_id: str, model: str
-) -> dict[str, Any]:
-    """As `response`, of several answers and the calls between them, which were carried out.
-
-    Args:
-        asked: the request.
-        turn: the rounds, which have ended.
-        items: the output.
-        prompt_tokens: of all rounds' prompts.
-        response_id: see `asked.Form`, and `model` too.
-        model: what the model is called.
-    """
-    answers = [round.answer for round in turn.rounds]
-    whole = response(asked, [turn.answer], response_id, model)
-    if reason := _CUT_SHORT.get(str(turn.ended)):
+def response_of_turn(turn: ToolTurn, response_id: str, model: str) -> dict[str, Any]:
+    """As `response`, of several answers and the calls between them, which were carried out; see `asked.TurnForm`."""
+    asked, rounds = turn.asked, turn.rounds
+    answers = [round.answer for round in rounds.rounds]
+    whole = response(asked, [rounds.answer], response_id, model)
+    if reason := _CUT_SHORT.get(str(rounds.ended)):
         whole |= {"status": "incomplete", "incomplete_details": {"reason": reason}}
     used = _usage(asked, answers)
-    used |= {"input_tokens": prompt_tokens, "total_tokens": prompt_tokens + used["output_tokens"]}
-    additions = openai_fields.additions(asked, answers)
-    additions["calls"] = [called.document() for round in turn.rounds for called in round.called]
-    if remark := turn.remark():
-        additions["remarks"] = [*additions.get("remarks", []), remark]
-    return {**whole, "output": list(items), "usage": used, "gptoss": additions}
+    used |= {"input_tokens": turn.prompt_tokens, "total_tokens": turn.prompt_tokens + used["output_tokens"]}
+    return {**whole, "output": _items_of_turn(turn), "usage": used, "gptoss": openai_fields.additions_of_turn(turn)}
+
+
+def _items_of_turn(turn: ToolTurn) -> list[dict[str, Any]]:
+    """Answers, each followed by its calls."""
+    items, numbers = list[dict[str, Any]](), itertools.count()
+    for at, round in enumerate(turn.rounds.rounds):
+        items += items_of_round(turn, round.answer, at)
+        for each in round.called:
+            items.append(CallItem(each.call, turn.response_id, next(numbers), turn.servers).document(each.output))
+    return items
 
 
 def under_way(asked: Asked, response_id: str, model: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptoss_jax.api.openai_fields import made_id
+from gptoss_jax.api.response_items import SEARCH_RESULT
 from gptoss_jax.tools.rounds import Call
 from gptoss_jax.tools.tool import ToolOutput
 
@@ -45,7 +46,10 @@ class CallItem:
                 container = made_id("cntr", self._response_id)
                 return {**head, "code": self._call.arguments, "container_id": container, "outputs": logs}
             case "web_search":
-                return {**head, "action": _action(self._call)}
+                item = {**head, "action": _action(self._call)}
+                if output is None:
+                    return item
+                return {**item, SEARCH_RESULT: {**self._call.document(), "output": output.text}}
             case _:
                 failed = output is not None and output.failed
                 text = None if output is None else output.text

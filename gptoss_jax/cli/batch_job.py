@@ -9,7 +9,7 @@ from absl import flags
 
 from gptoss_jax.api import overrides
 from gptoss_jax.api.asked import Options
-from gptoss_jax.cli import command, hosts, model_flags, profiling, prompts, ray_job, sampling_flags
+from gptoss_jax.cli import command, hosts, model_flags, profiling, prompts, ray_job, sampling_flags, tool_flags
 from gptoss_jax.cli.batch_merge import merge
 from gptoss_jax.cli.batch_run import JobRun, Shard
 from gptoss_jax.cli.flag_values import naming_flags, token_ids
@@ -20,6 +20,7 @@ from gptoss_jax.jobs.inputs import Inputs
 from gptoss_jax.jobs.rows import FORM_NAMES, Row
 from gptoss_jax.jobs.store import Layout
 from gptoss_jax.jobs.survey import Survey, survey
+from gptoss_jax.jobs.tool_rows import RowTools
 from gptoss_jax.jobs.work import Reading
 
 MAX_SHARDS = 100_000
@@ -45,13 +46,20 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     if options.ray:
         ray_job.check(options)  # here, so that what is missing is said before all rows are read
     names, out = _names(options, arguments)
-    shard = _shard(options)
+    _shard(options)  # here, as all flags are, before anything is read
     if options.merge and out is not None:
         inputs = Inputs(names)
         return merge(screen, _layout(options, out, inputs), _survey(screen, inputs, lambda row: row.fault))
+    with tool_flags.offered(options) as offer:
+        return _run(options, screen, names, out, None if offer is None else RowTools(offer, options.tool_rounds))
+
+
+def _run(
+    options: flags.FlagValues, screen: Screen, names: Sequence[str], out: str | None, tools: RowTools | None
+) -> int:
     defaults, remarks = _defaults(options)
     config = model_flags.config(options)
-    reading = Reading(defaults, config, _engine_config(options), options.vocab)
+    reading = Reading(defaults, config, _engine_config(options), options.vocab, tools)
     with naming_flags():
         reading.check_defaults()
     inputs = Inputs(names)
@@ -65,7 +73,7 @@ def run(options: flags.FlagValues, arguments: Sequence[str]) -> int:
     _report(screen, options, found)
     if options.validate or layout is None:
         return command.EXIT_CODE if found.num_faults else 0
-    return JobRun(screen, options, inputs, layout, found, reading, shard).run()
+    return JobRun(screen, options, inputs, layout, found, reading, _shard(options)).run()
 
 
 # ---- what the flags say ----

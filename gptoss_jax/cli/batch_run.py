@@ -12,7 +12,7 @@ from absl import flags
 
 from gptoss_jax.api import overrides
 from gptoss_jax.checkpoints.identity import identity
-from gptoss_jax.cli import command, hosts, interrupts, model_flags, profiling, ray_job, sampling_flags
+from gptoss_jax.cli import command, hosts, interrupts, model_flags, profiling, ray_job, sampling_flags, tool_flags
 from gptoss_jax.cli.batch_merge import check_finished, input_document, merge
 from gptoss_jax.cli.terminal import Screen
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -137,9 +137,17 @@ class JobRun:
         return Record(
             input=input_document(found),
             model={"weights": self._weights, **model},
-            settings={**settings, **engine},
+            settings={**settings, **engine, **self._tools_document()},
             output={"appended": self._is_appended()},
         )
+
+    def _tools_document(self) -> dict[str, Any]:
+        """Which tools are run here, and what they declare; nothing, where there are none."""
+        if (tools := self._reading.tools) is None:
+            return {}
+        given = {name: self._options[name].value for name in tool_flags.TOOL_FLAGS}
+        functions = tools.offer.declared(tools.offer.all).functions
+        return {**given, "functions": [function.model_dump(mode="json") for function in functions]}
 
     def _is_appended(self) -> bool:
         """Whether finished lines are appended to OUT itself: not if an earlier run of the job has written parts."""
@@ -186,7 +194,8 @@ class JobRun:
                     self._tally.add(json.loads(line))
                 show(pace.line())
 
-            worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put)
+            tools = self._reading.tools
+            worker = Worker(engine, load_tokenizer(options.vocab), self._model_name, put, tools)
             stopped = hosts.agreed(lambda: bool(signalled() or failed))
             with profiling.traced(options, screen):
                 is_done = worker.run(self._reading.tasks(self._inputs, self._found, wanted), stopped)

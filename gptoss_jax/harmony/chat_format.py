@@ -11,6 +11,7 @@ from gptoss_jax.harmony import render
 from gptoss_jax.harmony.client_keys import are_parts
 from gptoss_jax.harmony.conversation import CONSTRAIN, Conversation
 from gptoss_jax.harmony.json_values import json_text, known_fields, model_of, needed, nonempty_list, string
+from gptoss_jax.harmony.settings import BUILTIN_TOOLS, namespace
 from gptoss_jax.harmony.tool_results import ToolResult, find_calls, result_message
 
 _REASONING_KEYS = ("reasoning", "reasoning_content", "thinking")  # OpenRouter's and vLLM's, DeepSeek's, Ollama's
@@ -25,6 +26,8 @@ _CHAT_KEYS = {
 # Type of a content part -> where its text stands; two of them are from OpenAI's newer interface.
 _TEXT_KEYS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 _CHANNEL_OF = {"commentary": "commentary", "final_answer": "final"}  # of a phase, which OpenAI's newer interface has
+BUILTIN = "builtin"
+"""Type of a tool call that no client of chat has: of python and the browser, with the model's own text."""
 _INSTRUCTING = ("system", "developer")
 _ANSWERING = ("tool", "function")
 
@@ -169,15 +172,28 @@ def _say(text: str, channel: str) -> Message:
 
 def _call(call: object, where: str) -> tuple[Message, str | None]:
     fields = known_fields(call, ("id", "type", "function", "index"), where)
-    if fields.get("type", "function") != "function":
-        raise GptossError(f"{where} has type {short(fields['type'])}, expected 'function'")
+    kind = fields.get("type", "function")
+    if kind not in ("function", BUILTIN):
+        raise GptossError(f"{where} has type {short(kind)}, expected 'function'")
     function = known_fields(needed(fields, "function", where), ("name", "arguments"), where)
     name = string(needed(function, "name", where), f"{where}, name").removeprefix("functions.")
     if not name:
         raise GptossError(f"{where} has a name that names no function")
+    call_id = None if "id" not in fields else string(fields["id"], f"{where}, id")
+    if kind == BUILTIN:
+        return _builtin_call(name, string(function.get("arguments", ""), f"{where}, arguments"), where), call_id
     arguments = json_text(function.get("arguments") or {})
     if arguments.strip() in ("", "null"):  # like null itself and nothing at all: a function without parameters
         arguments = "{}"
     message = _say(arguments, "commentary").with_recipient(f"functions.{name}").with_content_type(f"{CONSTRAIN}json")
     render.check_message(message, where)
-    return message, None if "id" not in fields else string(fields["id"], f"{where}, id")
+    return message, call_id
+
+
+def _builtin_call(name: str, text: str, where: str) -> Message:
+    """A call of a tool that the system message declares: part of a chain of thought."""
+    if name.partition(".")[0] not in map(namespace, BUILTIN_TOOLS):
+        raise GptossError(f"{where} names {short(name)}, expected a call to {', '.join(BUILTIN_TOOLS)}")
+    message = _say(text, "analysis").with_recipient(name).with_content_type("code")
+    render.check_message(message, where)
+    return message

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gptoss_jax.api import forms
-from gptoss_jax.api.asked import Asked, Form, Options
+from gptoss_jax.api.asked import Asked, Form, Options, TurnForm
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.engine.request import NOT_HELD
 from gptoss_jax.errors import GptossError, short
 from gptoss_jax.files import FileError, parse_json
@@ -24,7 +25,7 @@ _ENVELOPE = ("custom_id", "method", "url", "body")
 ID_KEYS: Mapping[FormName, str] = {"openai": "custom_id", "plain": "id"}
 MAX_ID_CHARACTERS = 512
 
-_BAD_REQUEST, NOT_FINITE = "invalid_request", "numerics_error"
+_BAD_REQUEST, NOT_FINITE, TOOLS_FAILED = "invalid_request", "numerics_error", "tools_failed"
 _FAULTS = {
     "error": (NOT_FINITE, "the model's logits were not finite"),
     "constraint": ("structured_output_error", NOT_HELD),
@@ -71,24 +72,35 @@ class Row:
         seeded = replace(defaults, sampling=replace(defaults.sampling, seed=seed))
         return self.api.ask(self.body, seeded, vocab_path)
 
+    @property
+    def response_id(self) -> str:
+        """Its response's own part of its id."""
+        return self._digest("response").hex()[:24]
+
     def answered(self, asked: Asked, answers: Sequence[Answer], model: str) -> bytes:
         """The line of output with its answers."""
+        return self._answered(answers, self.api.response(asked, answers, self.response_id, model))
+
+    def answered_turn(self, turn: ToolTurn, model: str) -> bytes:
+        """As `answered`, of a row whose calls were carried out."""
+        assert isinstance(self.api, TurnForm)
+        return self._answered([turn.rounds.answer], self.api.response_of_turn(turn, self.response_id, model))
+
+    def _answered(self, answers: Sequence[Answer], response: Mapping[str, Any]) -> bytes:
         reasons = [_FAULTS[answer.finish_reason] for answer in answers if answer.finish_reason in _FAULTS]
         faulty, error = bool(reasons), self._error(*reasons[0]) if reasons else None
-        name = self._digest("response").hex()[:24]
-        response = self.api.response(asked, answers, name, model)
         if self.form == "plain":
             return _line({"id": self.id, **response, "error": error})
+        name = self.response_id
         found = {"status_code": 500 if faulty else 200, "request_id": f"req_{name}", "body": response}
         return _line({"id": f"batch_req_{name}", "custom_id": self.id, "response": found, "error": error})
 
-    def error_line(self) -> bytes:
-        """The line of output that says its fault."""
-        error = self._error(_BAD_REQUEST, self.fault)
+    def error_line(self, code: str = _BAD_REQUEST, message: str | None = None) -> bytes:
+        """The line of output that says its fault, or another."""
+        error = self._error(code, self.fault if message is None else message)
         if self.form == "plain":
             return _line({"id": self.id, "error": error})
-        name = self._digest("response").hex()[:24]
-        return _line({"id": f"batch_req_{name}", "custom_id": self.id, "response": None, "error": error})
+        return _line({"id": f"batch_req_{self.response_id}", "custom_id": self.id, "response": None, "error": error})
 
     def _error(self, code: str, message: str) -> dict[str, Any]:
         return {"code": code, "message": message, "line": self.where, "row": self.ordinal + 1}

@@ -86,7 +86,9 @@ def _usage_and_answers(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
     body = document
     if "custom_id" in document:
         body = (document["response"] or {}).get("body", {})
-        return body.get("usage", {}), iter(body.get("gptoss", {}).get("answers", []))
+        additions = body.get("gptoss", {})
+        answers = additions.get("answers", [])
+        return body.get("usage", {}), iter(answers[-1:] if "calls" in additions else answers)
     answers = document.get("answers", [document] if "finish_reason" in document else [])
     return body.get("usage", {}), iter(answers)
 

@@ -4,21 +4,24 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gptoss_jax.api.asked import Asked, Options
+from gptoss_jax.api.tool_turn import ToolTurn
 from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar.compiled import held_form
 from gptoss_jax.harmony.answer import Answer, AnswerStream
 from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.jobs.inputs import Inputs, Line
-from gptoss_jax.jobs.rows import Row, RowReader
+from gptoss_jax.jobs.rows import TOOLS_FAILED, Row, RowReader
 from gptoss_jax.jobs.survey import Survey
+from gptoss_jax.jobs.tool_rows import MOST_WORKING, Again, AtTools, RowTools
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime.answers import Sample, as_they_end
+from gptoss_jax.tools.choice import Wanted
 
 if TYPE_CHECKING:
     import gptoss_jax.engine.engine
@@ -26,13 +29,21 @@ if TYPE_CHECKING:
 WINDOW_ROWS = 1024  # rows that are put in order at a time, and held in memory
 PREFIX_TOKENS = 128  # prompts that share so many tokens are answered one after another
 LINES_AT_ONCE = 256
+_NO_MORE: Any = object()
 
 
 class Task(NamedTuple):
-    """A row to be answered: what it asks; None: it is refused, and `row.fault` says why."""
+    """A row to be answered.
+
+    Attributes:
+        row: it.
+        asked: what it asks; None: it is refused, and `row.fault` says why.
+        wanted: its tools that are run here; None: none.
+    """
 
     row: Row
     asked: Asked | None
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,14 @@ class Reading:
         config: the model that answers.
         engine_config: prompts and answers have to fit it.
         vocab_path: as for `harmony.render`.
+        tools: those that are run here; None: none.
     """
 
     defaults: Options
     config: ModelConfig
     engine_config: EngineConfig
     vocab_path: str | None = None
+    tools: RowTools | None = None
 
     def check_defaults(self) -> None:
         """Raises GptossError for defaults under which no row can be answered, however short."""
@@ -62,11 +75,16 @@ class Reading:
         if row.fault:
             return Task(row, None)
         try:
-            asked = row.ask(self.defaults, self.vocab_path)
+            asked, wanted = self._ask(row)
             asked.request(self.config.stop_ids).check(self.config, self.engine_config)
         except GptossError as error:
             return Task(row.refused(str(error)), None)
-        return Task(row, asked)
+        return Task(row, asked, wanted)
+
+    def _ask(self, row: Row) -> tuple[Asked, Wanted | None]:
+        if self.tools is None:
+            return row.ask(self.defaults, self.vocab_path), None
+        return self.tools.ask(row, self.defaults, self.vocab_path)
 
     def fault_of(self, row: Row) -> str:
         """Why a row cannot be answered; "" if it can."""
@@ -129,6 +147,7 @@ class _Open:
 
     row: Row
     asked: Asked
+    has_tools: bool = False
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
@@ -145,11 +164,23 @@ class Worker:
         tokenizer: Tokenizer,
         model_name: str,
         put: Callable[[Sequence[bytes]], None],
+        tools: RowTools | None = None,
     ):
-        """`put` takes finished lines, which count once it returns; `model_name` stands in responses."""
+        """A worker.
+
+        Args:
+            engine: runs tasks.
+            tokenizer: the vocabulary.
+            model_name: stands in responses.
+            put: takes finished lines, which count once it returns.
+            tools: those of tasks that want some.
+        """
         self.engine, self._tokenizer, self._model_name, self._put = engine, tokenizer, model_name, put
-        self._refused: list[bytes] = []
+        self._ready: list[bytes] = []  # lines that no answer is waited for
         self._open: dict[int, tuple[_Open, int]] = {}  # by number of the request
+        self._numbers = itertools.count()
+        self._at_tools = None if tools is None else AtTools(tools, tokenizer, engine.config, engine.engine_config)
+        self._open_of: dict[int, _Open] = {}  # by ordinal: rows whose tools may work
 
     def run(self, tasks: Iterable[Task | None], interrupted: Callable[[], bool]) -> bool:
         """Answers them all, or until interrupted: what was under way then has no line.
@@ -170,30 +201,78 @@ class Worker:
             was_interrupted = interrupted()
             return was_interrupted
 
-        for ended in as_they_end(self.engine, self._requests(tasks), interrupted=stops):
-            self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
-        self._put_lines([])
+        try:
+            for ended in as_they_end(self.engine, self._requests(tasks), interrupted=stops):
+                self._put_lines([*filter(None, itertools.starmap(self._line, ended))])
+            self._put_lines([])
+        finally:
+            if self._at_tools is not None:
+                self._at_tools.close()
         return not was_interrupted
 
     def _requests(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Request, AnswerStream] | None]:
-        number = itertools.count()
+        """What the engine is asked: rows whose tools are done go before new ones."""
+        at_tools = self._at_tools
+        if at_tools is None:
+            yield from self._new_requests(tasks)
+            return
+        coming, has_more = self._new_requests(tasks), True
+        while has_more or self._open_of:
+            rests = not has_more or at_tools.num_working >= MOST_WORKING
+            for again in at_tools.again(waits=rests and self.engine.is_idle):
+                yield from self._asked_again(at_tools, again)
+            if rests:
+                self._put_lines([])
+                yield None
+                continue
+            pair = next(coming, _NO_MORE)
+            has_more = pair is not _NO_MORE
+            if has_more:
+                yield pair
+
+    def _new_requests(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Request, AnswerStream] | None]:
         for task in tasks:
             if task is None:
                 self._put_lines([])
                 yield None
                 continue
-            row, asked = self._checked(task)
+            row, asked, wanted = self._checked(task)
             if asked is None:
-                self._refused.append(row.error_line())
-                if len(self._refused) >= LINES_AT_ONCE:
+                self._ready.append(row.error_line())
+                if len(self._ready) >= LINES_AT_ONCE:
                     self._put_lines([])
                     yield None  # an interruption is heard
                 continue
-            opened = _Open(row, asked)
+            opened = _Open(row, asked, wanted is not None)
+            if wanted is not None and self._at_tools is not None:
+                self._at_tools.begin(row.ordinal, asked, wanted, row.response_id)
+                self._open_of[row.ordinal] = opened
             pairs = zip(*asked.requests(self._tokenizer, self.engine.config.stop_ids), strict=True)
             for place, pair in enumerate(pairs):
-                self._open[next(number)] = opened, place
+                self._open[next(self._numbers)] = opened, place
                 yield pair
+
+    def _asked_again(self, at_tools: AtTools, again: Again) -> Iterator[tuple[Request, AnswerStream]]:
+        """The next round of a row, or its line where there is none."""
+        opened = self._open_of[again.key]
+        if again.asked is not None:
+            try:
+                self.engine.check(again.asked[0])
+            except RequestError:
+                at_tools.does_not_fit(again.key)
+            else:
+                self._open[next(self._numbers)] = opened, 0
+                yield again.asked
+                return
+        turn = self._ended(at_tools, again.key)
+        if again.fault:
+            self._ready.append(opened.row.error_line(TOOLS_FAILED, again.fault))
+        else:
+            self._ready.append(opened.row.answered_turn(turn, self._model_name))
+
+    def _ended(self, at_tools: AtTools, ordinal: int) -> ToolTurn:
+        del self._open_of[ordinal]
+        return at_tools.end(ordinal)
 
     def _checked(self, task: Task) -> Task:
         """The task, refused where the engine's memory, which is known only now, can never hold it."""
@@ -208,15 +287,20 @@ class Worker:
     def _line(self, number: int, sample: Sample) -> bytes | None:
         """The line of a row, once the last of its answers is there."""
         opened, place = self._open.pop(number)
-        if sample.answer.finish_reason == "cancelled":
+        answer, row = sample.answer, opened.row
+        if answer.finish_reason == "cancelled":
             return None
-        opened.answers[place] = sample.answer
+        if opened.has_tools and self._at_tools is not None:
+            if self._at_tools.take(row.ordinal, answer):
+                return None
+            return row.answered_turn(self._ended(self._at_tools, row.ordinal), self._model_name)
+        opened.answers[place] = answer
         if len(opened.answers) < opened.asked.options.n:
             return None
         answers = [opened.answers[place] for place in sorted(opened.answers)]
-        return opened.row.answered(opened.asked, answers, self._model_name)
+        return row.answered(opened.asked, answers, self._model_name)
 
     def _put_lines(self, lines: list[bytes]) -> None:
-        if lines or self._refused:
-            lines, self._refused = [*self._refused, *lines], []
+        if lines or self._ready:
+            lines, self._ready = [*self._ready, *lines], []
             self._put(lines)

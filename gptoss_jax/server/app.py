@@ -101,6 +101,7 @@ class _Routes:
     def __init__(self, served: Served):
         self._served, self._model, self._began = served, served.model, now()
         self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
+        self._num_compiling = 0  # requests that ask for a grammar and are being read
 
     def add_to(self, app: FastAPI) -> None:
         posts = {
@@ -141,20 +142,32 @@ class _Routes:
     async def _reply(
         self, request: Request, fields: frozenset[str], make: Callable[[Mapping[str, Any]], Exchange]
     ) -> Response:
-        """The reply to a request; it is read in another thread, so that others' answers flow: prompts may be long.
-
-        Grammars are compiled in threads of their own, so that nobody waits for one who asks for none.
-        """
+        """The reply to a request."""
         try:
             body = await bodies.read(request, self._served.max_body_bytes)
-            threads = self._grammar_threads if bodies.may_be_held(body) else None
-            read = asyncio.get_running_loop().run_in_executor(threads, self._read, body, make)
-            exchange, work = await read
+            exchange, work = await self._read_in_a_thread(body, make)
         except (Problem, GptossError) as error:
             problem = error if isinstance(error, Problem) else problems.of_error(error, fields)
             self._served.metrics.ended(request.url.path, problem.status, problem.code)
             return problem.response()
         return Reply(exchange, work, self._served.thread, self._served.metrics)
+
+    async def _read_in_a_thread(
+        self, body: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Exchange]
+    ) -> tuple[Exchange, Work]:
+        """As `_read`, in another thread, so that others' answers flow: prompts may be long.
+
+        Grammars are compiled in threads of their own, so that nobody waits for one who asks for none; and for no more
+        requests than the queue has room for, so that a crowd is sent away before it costs work.
+        """
+        may_be_held = bodies.may_be_held(body)
+        self._served.thread.check_room(1 + (self._num_compiling if may_be_held else 0))
+        threads = self._grammar_threads if may_be_held else None
+        self._num_compiling += may_be_held
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, self._read, body, make)
+        finally:
+            self._num_compiling -= may_be_held
 
     def _read(self, body: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Exchange]) -> tuple[Exchange, Work]:
         """What a request asks, checked.

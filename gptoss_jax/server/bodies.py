@@ -1,5 +1,6 @@
 """A request's body: read up to a size, as JSON, and sorted into fields that act, are ignored, or are refused."""
 
+import asyncio
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from gptoss_jax.files import parse_json
 from gptoss_jax.server.problems import Problem
 
 IGNORED_HEADER, MAPPED_HEADER = "x-gptoss-ignored", "x-gptoss-mapped"
+BODY_SECONDS = 60.0  # that a body may take to come
+MOST_DROPPED = 8  # times the largest body: as much of one that is too large is read, so that its client hears why
 MOST_NAMED = 20  # fields in a header
 EFFORTS = {"minimal": "low", "xhigh": "high"}
 """Efforts that clients send and the model does not have -> those that act in their place. `none` is refused."""
@@ -27,6 +30,7 @@ _REFUSED = (
     *("response_format", "text", "tools"),  # where a form has no such field
 )
 _SAY_NOTHING = frozenset(HARMLESS) - {"store", "stream_options"}  # on which the server acts
+_CLOSING = {"Connection": "close"}  # the rest of a body is not read
 _FORMS = ("response_format", "text", "tools")
 
 
@@ -51,20 +55,38 @@ async def read(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 async def _bytes(request: Request, max_bytes: int) -> bytes:
+    """The body, whole.
+
+    One that is too large is read on for a while and dropped: a client that still sends would see a connection that
+    breaks, and nothing else.
+    """
+    data, dropped = bytearray(), 0
     given = request.headers.get("content-length", "")
-    if given.isdecimal() and int(given) > max_bytes:
+    is_large = given.isdecimal() and int(given) > max_bytes
+    if is_large and int(given) > MOST_DROPPED * max_bytes:
         raise _too_large(max_bytes)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > max_bytes:
-            raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                if not is_large:
+                    data += chunk
+                    is_large = len(data) > max_bytes
+                if is_large:
+                    dropped += len(chunk)
+                    data.clear()
+                if dropped > MOST_DROPPED * max_bytes:
+                    break
+    except TimeoutError:
+        if not is_large:
+            said = f"the body did not come within {BODY_SECONDS:g} s"
+            raise Problem(408, said, code="body_too_slow", headers=_CLOSING) from None
+    if is_large:
+        raise _too_large(max_bytes)
     return bytes(data)
 
 
 def _too_large(max_bytes: int) -> Problem:
-    headers = {"Connection": "close"}  # the rest of it is not read
-    return Problem(413, f"the body has more than {max_bytes:,} bytes", code="body_too_large", headers=headers)
+    return Problem(413, f"the body has more than {max_bytes:,} bytes", code="body_too_large", headers=_CLOSING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -210,6 +210,11 @@ class EngineThread:
             self._changed.notify()
 
     def _take_room(self, count: int) -> None:
+        self.check_room(count)
+        self._num_open += count
+
+    def check_room(self, count: int) -> None:
+        """Raises as `ask` where it would not take so many answers now."""
         if not self.is_open:
             raise ClosedError(_CLOSED if self.failure is None else _FAILED)
         if self._num_open + count > self.most_open:
@@ -219,7 +224,6 @@ class EngineThread:
                 f"{self._num_open} answers are under way or wait, at most {self.most_open} may: ask again later",
                 max(1, min(60, round(self._mean_seconds * rounds / 2))),
             )
-        self._num_open += count
 
     # ---- the thread ----
 

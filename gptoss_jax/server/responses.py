@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptoss_jax.api import responses
+from gptoss_jax.api import hosted_tools, responses
 from gptoss_jax.api.asked import Asked
 from gptoss_jax.api.fields import boolean
 from gptoss_jax.api.responses_stream import ResponsesStream
@@ -17,7 +17,7 @@ from gptoss_jax.server import bodies, events
 from gptoss_jax.server.exchange import Model, new_id, now
 from gptoss_jax.server.problems import Problem
 from gptoss_jax.server.stored import Stored
-from gptoss_jax.server.tool_turn import Send, ToolTurn
+from gptoss_jax.server.tool_turn import Send, ServerTurn
 
 FIELDS = responses.FIELDS
 
@@ -52,18 +52,19 @@ class ResponsesExchange:
         self._events = ResponsesStream(self._asked, self._id, self._name, added=self._added)
         self._finished: dict[str, Any] = {}
 
-    def _ask(self, acting: dict[str, Any], tools: object) -> tuple[Asked, ToolTurn | None]:
+    def _ask(self, acting: dict[str, Any], tools: object) -> tuple[Asked, ServerTurn | None]:
         """What the engine is asked, and the rounds of tools that are run here, if the request has some."""
         model, defaults = self._model, self._model.defaults()
-        toolbox = model.tools.opened(acting) if model.tools is not None else None
+        if model.tools is None:
+            hosted_tools.wanted(acting, None)  # refuses those that a request asks for
+        toolbox = None if model.tools is None else model.tools.opened(acting)
         if toolbox is None or model.tools is None:
             return responses.ask(acting, defaults, model.vocab_path), None
         try:
-            builtin = tuple(dict.fromkeys((*defaults.settings.builtin_tools, *toolbox.builtin_tools)))
-            settings = dataclasses.replace(defaults.settings, builtin_tools=builtin)
-            asked = responses.ask(acting, dataclasses.replace(defaults, settings=settings), model.vocab_path)
+            asked = responses.ask(acting, dataclasses.replace(defaults, toolbox=toolbox), model.vocab_path)
             asked = dataclasses.replace(asked, echo={**asked.echo, "tools": tools})
-            return asked, ToolTurn(asked, model.tools, toolbox, self._id)
+            toolbox.most_calls = asked.most_calls
+            return asked, ServerTurn(asked, model.tools, toolbox, self._id)
         except BaseException:
             toolbox.close()
             raise
@@ -77,9 +78,9 @@ class ResponsesExchange:
         called = []
         for call, item in turn.take(answer):
             await send(events.named(self._events.begin_call(item)))
-            called.append((await turn.carry_out(call), item))
-            await send(events.named(self._events.end_call(item, called[-1][0].output)))
-        turn.put(called)
+            called.append(await turn.carry_out(call))
+            await send(events.named(self._events.end_call(item, called[-1].output)))
+        turn.rounds.put(called)
         if turn.rounds.ended is not None:
             return None
         stream = AnswerStream(self._model.tokenizer, stop_strings=self._asked.options.stop)
@@ -132,8 +133,7 @@ class ResponsesExchange:
     def _document(self, answers: Sequence[Answer]) -> dict[str, Any]:
         if (turn := self.turn) is None:
             return responses.response(self._asked, answers, self._id, self._name) | self._added
-        used = turn.items, turn.prompt_tokens, self._id, self._name
-        return responses.response_of_rounds(self._asked, turn.rounds, *used) | self._added
+        return responses.response_of_turn(turn, self._id, self._name) | self._added
 
     def _kept(self, document: dict[str, Any], cached_tokens: int) -> dict[str, Any]:
         """The whole response, kept if it is to be."""

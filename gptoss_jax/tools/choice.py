@@ -6,7 +6,7 @@ Quick to import: what a tool needs is imported when it is made.
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_jax.errors import GptossError
 
@@ -46,6 +46,18 @@ class Chosen:
             raise GptossError(f"browser_folder and browser_hosts: got {got}, expected one of them beside tool browser")
 
 
+class Wanted(NamedTuple):
+    """Some of an offer's tools.
+
+    Attributes:
+        names: of TOOLS.
+        servers: names of MCP servers.
+    """
+
+    names: tuple[str, ...]
+    servers: tuple[str, ...]
+
+
 class Offer:
     """Tools for any number of conversations: python's state and the browser's pages are each conversation's own.
 
@@ -65,13 +77,14 @@ class Offer:
         self.names = chosen.names
         self._servers: list[McpServer] = []
         self._pages: Backend | None = None
+        self._declared: dict[Wanted, Toolbox] = {}
         try:
             self._pages = _pages(chosen) if "browser" in chosen.names else None
             if chosen.mcp:
                 from gptoss_jax.tools import mcp
 
                 self._servers = mcp.connect_all(chosen.mcp)
-            self.open().close()
+            self.declared(self.all)
         except BaseException:
             self.close()
             raise
@@ -90,6 +103,13 @@ class Offer:
                 tool.close()
             raise
 
+    def declared(self, wanted: Wanted) -> "Toolbox":
+        """What these tools declare and take: a toolbox that is closed, so that it is not to be called."""
+        if wanted not in self._declared:
+            self._declared[wanted] = self.open(*wanted)
+            self._declared[wanted].close()
+        return self._declared[wanted]
+
     def _made(self, name: str) -> "Tool":
         if name == "browser":
             from gptoss_jax.tools.browser.browser_tool import BrowserTool
@@ -104,6 +124,11 @@ class Offer:
     def servers(self) -> tuple[str, ...]:
         """Names of the MCP servers."""
         return tuple(server.name for server in self._servers)
+
+    @property
+    def all(self) -> Wanted:
+        """Everything that is offered."""
+        return Wanted(self.names, self.servers)
 
     def close(self) -> None:
         """Ends the MCP servers, and lets go of the browser's pages."""

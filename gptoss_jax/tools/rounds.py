@@ -51,9 +51,8 @@ class Called(NamedTuple):
     seconds: float
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
-        output = {"output": self.output.text, "failed": self.output.failed, "seconds": round(self.seconds, 3)}
-        return {**self.call.document(), **output}
+        """For JSON, without the time that it took: the same calls give the same bytes."""
+        return {**self.call.document(), "output": self.output.text, "failed": self.output.failed}
 
 
 @dataclass
@@ -174,8 +173,11 @@ class Rounds:
     def document(self) -> dict[str, Any]:
         """Why they ended and what was called, for JSON."""
         rounds = [
-            {"answer": round.answer.document(), "calls": [each.document() for each in round.called]}
-            for round in self.rounds
+            {
+                "answer": each.answer.document(),
+                "calls": [called.document() | {"seconds": round(called.seconds, 3)} for called in each.called],
+            }
+            for each in self.rounds
         ]
         return {"ended": self.ended, "rounds": rounds}
 

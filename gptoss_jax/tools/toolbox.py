@@ -25,6 +25,7 @@ class Toolbox:
         tools: all of them.
         builtin_tools: what the system message declares of them.
         functions: what the developer message declares of them.
+        most_calls: how many calls are carried out, of all tools together; None: any number.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Toolbox:
         check_list("tools", tools, "tools")
         self._own, self._max_output_characters = tuple(tools), max_output_characters
         self.tools = (*self._own, *shared)
+        self.most_calls: int | None = None
+        self._num_calls = 0
         self.builtin_tools = tuple(tool.builtin for tool in self.tools if tool.builtin is not None)
         self.functions: tuple[ToolDescription, ...] = tuple(
             itertools.chain.from_iterable(tool.functions for tool in self.tools)
@@ -53,6 +56,9 @@ class Toolbox:
         tool = next((tool for tool in self.tools if tool.takes(recipient)), None)
         if tool is None:
             return ToolOutput(f"there is no tool {one_line(recipient)[:80]!r}: {self._names()}", failed=True)
+        if self.most_calls is not None and self._num_calls >= self.most_calls:
+            return ToolOutput(f"not carried out: max_tool_calls is {self.most_calls}, and as many were", failed=True)
+        self._num_calls += 1
         try:
             output = tool.call(recipient, arguments)
             return dataclasses.replace(output, text=bounded(as_text(output.text), self._max_output_characters))

@@ -19,6 +19,7 @@ def without_ray() -> None:
         (["--ray", "--shard", "0/2"], "--ray and --shard: leave one of them out"),
         (["--ray", "--merge"], "--ray and --merge: leave one of them out"),
         (["--ray", "--coordinator", "host:1"], "--ray and --coordinator: leave one of them out"),
+        (["--ray", "--tool", "python"], "--ray and --tool: leave one of them out"),
         (["--ray-workers", "2"], "--ray-workers has an effect with --ray only: give both"),
         (["--ray-address", "host:1"], "--ray-address has an effect with --ray only: give both"),
     ],

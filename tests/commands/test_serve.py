@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests import processes, scripted
+from tests import pages, processes, scripted
 from tests.serve_clients import SUM
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -91,6 +91,27 @@ def test_openais_client_gets_the_same_answer_by_every_api(demo):
     assert {"response.created", "response.reasoning_text.delta", "response.completed"} <= set(found["kinds"])
     assert found["echoed"][1].startswith("The sky") and len(found["echoed_logprobs"]) == 2
     assert found["echoed_logprobs"][0][0] is None and found["echoed_logprobs"][0][1] < 0
+
+
+def test_the_pages_python_prints_what_it_says(demo):
+    """Guards newcomers: every script of docs/serve.md, as it stands there, and what the page says that it prints.
+
+    Where chunks end depends on the machine's pace, so the marks between them do not count.
+    """
+    shown = pages.scripts("serve.md")
+    script = "\nprint('---')\n".join(each.script for each in shown).replace("http://127.0.0.1:8000", demo.url)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=DIRECT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed = [pages.lines(text) for text in done.stdout.replace("|", "").split("---\n")]
+    assert printed == [[line.replace("|", "") for line in each.prints] for each in shown]
+
+
+def test_the_pages_curl_prints_what_it_says(demo):
+    """Guards the first thing that people type."""
+    [(command, printed)] = re.findall(r"    \$ (curl .*?)\n    (\{.*?)\n", pages.text("serve.md"), re.DOTALL)
+    command = command.replace("http://127.0.0.1:8000", demo.url)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=DIRECT, timeout=120)
+    assert done.stdout == printed + "\n", done.stderr
 
 
 def test_an_agent_calls_a_function_and_reads_its_result(demo):

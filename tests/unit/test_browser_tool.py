@@ -216,6 +216,23 @@ def test_no_call_reaches_a_file_outside_the_folder(folder, tmp_path):
     tool.close()
 
 
+def test_any_file_name_is_a_url_of_one_line(tmp_path):
+    """Guards folders of others: names in any script, with line breaks, escape sequences, or bytes that are no text."""
+    names = ["höron ☃/日本　語.md".encode(), b"new\nline\x1b[2J.txt", b"no\xff\xfeutf.txt"]
+    for name in names:
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"heron")
+    tool = BrowserTool(LocalFolder(tmp_path, index=tmp_path / "index"))
+    shown = _call(tool, "search", query="heron")
+    urls = ["höron ☃/日本　語.md", r"new\nline\x1b[2J.txt", r"no\udcff\udcfeutf.txt"]
+    assert all(url in shown or url.replace("　", " ") in shown for url in urls)
+    for url in urls:
+        assert "L0: heron" in _call(tool, "open", id=url)
+    tool.close()
+
+
 def test_an_index_is_kept_and_follows_the_folder(folder, tmp_path, monkeypatch):
     """Guards the second start: unchanged files are not read again, changed and deleted ones are not as they were."""
     index, added = tmp_path / "index", []

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from gptoss_jax.engine.runner import NOTHING_PENDING
 from gptoss_jax.engine.sampling import FAULTY
 from gptoss_jax.harmony.tokenizer import VOCAB_SIZE, load_tokenizer
 from gptoss_jax.model.config import read_config
-from gptoss_jax.server import replies
+from gptoss_jax.server import bodies, replies
 from gptoss_jax.server.access import Keys
 from gptoss_jax.server.app import Served, create
 from gptoss_jax.server.engine_thread import EngineThread
@@ -195,7 +196,7 @@ def test_a_full_queue_gets_429_and_when_to_ask_again():
     async def crowd(app: Any) -> list[Reply]:
         house.runner.gate.clear()
         first = [asyncio.create_task(post(app, CHAT, HI)) for _ in range(3)]
-        await until(lambda: house.thread.num_open == 3)
+        await until(lambda: house.thread.num_open == 3 and house.thread.num_waiting == 1)
         more = [await post(app, CHAT, HI | {"stream": stream}) for stream in (False, True)]
         assert b"gptoss_waiting 1.0" in (await get(app, "/metrics")).body
         house.runner.gate.set()
@@ -323,6 +324,41 @@ def test_what_cannot_be_is_an_error_object(body, status, code):
     assert house.engine.is_idle and f'status="{status}"'.encode() in house.metrics.text()
 
 
+def test_bodies_that_are_large_or_slow_hear_why(monkeypatch):
+    """Guards clients that send on while they are refused, of whom the rest is read; and connections that hold one."""
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+    house = House(max_body_bytes=1 << 17)
+
+    async def ask(app: Any) -> list[Reply]:
+        sizes = {4: True, 9: True, 20: False}  # times the bound, and whether the client says how much comes
+        connections = []
+        for times, says in sizes.items():
+            length = {"content-length": str(times << 17)} if says else {}
+            connections.append(Connection(app, "POST", CHAT, b" " * (times << 17), length))
+        replies = [await connection.run() for connection in connections]
+        assert [len(connection._parts) for connection in connections] == [0, 18, 21]  # of 64 KiB, not read
+        slow = Connection(app, "POST", CHAT, b"{")
+        slow._parts.append(b"")
+        slow._receive = _never_ends(slow._receive)
+        return [*replies, await slow.run()]
+
+    *large, slow = house.run(ask)
+    assert [(reply.status, reply.headers["connection"]) for reply in large] == [(413, "close")] * 3
+    assert (slow.status, slow.json()["error"]["code"]) == (408, "body_too_slow")
+
+
+def _never_ends(receive: Any) -> Any:
+    """A client that has sent one part, and nothing since."""
+    parts = itertools.count()
+
+    async def waits() -> Any:
+        if next(parts):
+            await asyncio.sleep(60)
+        return await receive()
+
+    return waits
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
@@ -398,6 +434,20 @@ def test_other_paths():
         assert (closed.status, closed.json()["error"]["code"]) == (503, "unavailable")
 
     house.run(look)
+
+
+def test_metrics_say_what_was_done():
+    """Guards dashboards: after one answer its tokens, time to the first, speed, slots, pages and the hit rate."""
+    house = House()
+    used = house.post(CHAT, HI).json()["usage"]
+    found = dict(line.rsplit(" ", 1) for line in house.metrics.text().decode().splitlines() if line[0] != "#")
+    numbers = {name: float(value) for name, value in found.items()}
+    assert numbers["gptoss_slots"] == SIZES.slots and numbers["gptoss_running"] == numbers["gptoss_waiting"] == 0
+    assert numbers["gptoss_answer_tokens_total"] == used["completion_tokens"]
+    assert numbers["gptoss_prompt_tokens_total"] == used["prompt_tokens"]
+    assert numbers["gptoss_time_to_first_token_seconds_count"] == 1 == numbers["gptoss_tokens_per_second_count"]
+    assert numbers["gptoss_free_pages"] == numbers["gptoss_pages"] > 0 == numbers["gptoss_prefix_hit_rate"]
+    assert numbers[f'gptoss_requests_total{{path="{CHAT}",status="200"}}'] == 1
 
 
 def test_closing_ends_streams_with_an_error_inside():

@@ -108,6 +108,31 @@ def test_nobody_waits_for_anothers_grammar(monkeypatch):
     house.run(crowd)
 
 
+def test_a_crowd_with_grammars_is_sent_away_before_they_are_compiled(monkeypatch):
+    """Guards the machine against schemas for which there is no room: 429 at once, and no work for it."""
+    compiling, compiled = threading.Event(), list[bool]()
+    monkeypatch.setattr(asking, "held_form", lambda *rest, **named: compiled.append(compiling.wait(60)))
+    house = House(most_waiting=1)  # beside two slots
+
+    async def crowd(app: Any) -> None:
+        first = [asyncio.create_task(post(app, CHAT, HELD[CHAT])) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        more = await asyncio.gather(*(post(app, CHAT, HELD[CHAT]) for _ in range(20)))
+        assert [reply.status for reply in more] == [429] * 20
+        assert all(int(reply.headers["retry-after"]) for reply in more)
+        compiling.set()
+        assert [reply.status for reply in await asyncio.gather(*first)] == [200] * 3
+        assert len(compiled) == 3
+        house.runner.gate.clear()
+        running = [asyncio.create_task(post(app, CHAT, HELD[CHAT])) for _ in range(3)]
+        await until(lambda: house.thread.num_open == 3)
+        assert (await post(app, CHAT, HELD[CHAT])).status == 429 and len(compiled) == 6
+        house.runner.gate.set()
+        await asyncio.gather(*running)
+
+    house.run(crowd)
+
+
 @pytest.mark.parametrize("path", HELD)
 def test_a_server_without_the_extra_says_which(path, monkeypatch):
     """Guards servers that cannot hold anything: who asks for it hears what is missing, all others are answered."""

@@ -128,12 +128,97 @@ def test_the_next_response_goes_on_from_what_functions_gave():
     assert "ran 1 + 1" not in last
 
 
+class _Reader(Interpreter):
+    """A browser that reads the same page to everybody."""
+
+    builtin = "browser"
+
+    def takes(self, recipient: str) -> bool:
+        return recipient.startswith("browser.")
+
+    def call(self, recipient: str, arguments: str) -> ToolOutput:
+        return ToolOutput("L0: herons<|end|>fly")
+
+
+SEARCHING = running('{"query": "heron"}').replace("to=python", "to=browser.search")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("call", "tool"), [(running("1 + 1"), Interpreter()), (SEARCHING, _Reader())])
+def test_a_turn_in_flight_goes_on_from_what_was_computed_and_read(kept, call, tool):
+    """Guards agents: a client's function was called after python or the browser, whose outputs the model still needs.
+
+    The prompt that goes on, by id or by items given back, begins with the whole of the one before, token by token.
+    """
+    house = House(call, calling("get_weather", PARIS), FINAL, FINAL, offer=_Offer(tool))
+    tools = [PYTHON, {"type": "function", **WEATHER}]
+
+    async def both(app: Any) -> None:
+        first = (await post(app, ITEMS, {"input": "Hi", "tools": tools})).json()
+        result = {"type": "function_call_output", "call_id": first["output"][-1]["call_id"], "output": "rain"}
+        given = {"input": [result], "previous_response_id": first["id"]}
+        if not kept:
+            given = {"input": [{"role": "user", "content": "Hi"}, *first["output"], result]}
+        reply = await post(app, ITEMS, {"tools": tools, **given})
+        assert reply.status == 200, reply.body
+
+    house.run(both)
+    runner: Any = house.engine.runner
+    before, after = runner.prompts[1:3]
+    assert after[: len(before)] == before
+    assert WORDS.decode(after).count("to=assistant<|channel|>analysis") == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"type": "code_interpreter_call", "id": "a", "code": "1"}, None),
+        (
+            {"type": "code_interpreter_call", "id": "a", "code": 1, "outputs": [{"logs": ""}]},
+            "text is 1, expected text",
+        ),
+        ({"type": "web_search_call", "id": "a", "action": {}}, None),
+        ({"type": "web_search_call", "id": "a", "gptoss": {"name": "system"}}, "arguments"),
+        (
+            {"type": "web_search_call", "id": "a", "gptoss": {"name": "system", "arguments": "", "output": ""}},
+            "expected a call to browser",
+        ),
+    ],
+)
+def test_items_of_others_that_lack_what_was_given_are_left_out(item, said):
+    """Guards conversations with OpenAI's own items, and the prompt against headers that a client makes up."""
+    reply = House(FINAL).post({"input": [{"role": "user", "content": "Hi"}, item]})
+    assert reply.status == (200 if said is None else 400)
+    assert said is None or said in reply.json()["error"]["message"]
+
+
 def test_functions_of_the_client_stay_its_own():
     """Guards agents: a call of theirs ends the response, after tools of the server's have worked."""
     tools = [PYTHON, {"type": "function", **WEATHER}]
     response = House(running("2"), calling("get_weather", PARIS)).post({"tools": tools}).json()
     assert [item["type"] for item in response["output"]][-1] == "function_call"
     assert response["status"] == "completed"
+
+
+def test_further_calls_than_the_client_allows_are_not_carried_out():
+    """Guards `max_tool_calls`, of all tools together: the model reads that there are no more, and answers."""
+    house = House(running("1"), calling("get_weather", PARIS), running("3"), FINAL)
+    response = house.post({"tools": [PYTHON, MCP], "max_tool_calls": 1}).json()
+    calls = [item for item in response["output"] if item["type"].endswith("_call")]
+    assert [call["status"] for call in calls] == ["completed", "failed", "failed"]
+    assert calls[1]["error"] == "not carried out: max_tool_calls is 1, and as many were"
+    assert (response["status"], response["max_tool_calls"]) == ("completed", 1)
+    assert response["output"][-1]["content"][0]["text"] == "It rains."
+    assert House(FINAL).post({"max_tool_calls": 0}).json()["error"]["param"] == "max_tool_calls"
+
+
+def test_a_choice_of_no_tools_is_obeyed():
+    """Guards `tool_choice` "none": nothing is declared, and a model that calls all the same is not served."""
+    house = House(running("1"))
+    response = house.post({"tools": [PYTHON, MCP], "tool_choice": "none"}).json()
+    assert all(item["type"] != "code_interpreter_call" for item in response["output"])
+    prompts: Any = house.engine.runner
+    assert "python" not in WORDS.decode(prompts.prompts[0])
 
 
 def test_rounds_that_run_out_leave_the_response_incomplete():
@@ -145,13 +230,23 @@ def test_rounds_that_run_out_leave_the_response_incomplete():
 
 
 @pytest.mark.parametrize(
-    "tool",
-    [{"type": "web_search"}, MCP | {"server_label": "other"}, MCP | {"server_url": "http://a"}, {"type": "shell"}],
+    ("tool", "said"),
+    [
+        (
+            {"type": "web_search"},
+            "tools: web_search is not switched on here: whoever starts this decides (--tool browser)",
+        ),
+        (MCP | {"server_label": "other"}, "tools, mcp: server_label is 'other', expected one of sky"),
+        (MCP | {"server_label": ["a"]}, "tools, mcp: server_label is ['a'], expected one of sky"),
+        (MCP | {"server_url": "http://a"}, "tools, mcp: 'server_url' does not act here: the server's own settings do"),
+        ({"type": "shell"}, "tool 0 has type 'shell', expected 'function'; built-in tools are a setting"),
+    ],
 )
-def test_what_nobody_switched_on_is_refused(tool):
-    """Guards the operator: a client chooses among what is offered, and names no address."""
+def test_what_nobody_switched_on_is_refused(tool, said):
+    """Guards the operator: a client chooses among what is offered, and names no address; and hears what there is."""
     reply = House(FINAL).post({"tools": [tool]})
     assert (reply.status, reply.json()["error"]["code"]) == (400, "invalid_request")
+    assert reply.json()["error"]["message"] == said
 
 
 def test_who_leaves_ends_the_tool():

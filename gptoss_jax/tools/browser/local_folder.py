@@ -29,6 +29,7 @@ SELECT url, title, snippet(pages, 1, '', '', ' ... ', 40) FROM pages JOIN files 
 WHERE pages MATCH ? ORDER BY bm25(pages, 4, 1), url LIMIT ?
 """
 _MARKDOWN_LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(<?([^()\s<>]+)>?(?:\s[^()]*)?\)")
+_UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _KINDS = (".txt", ".md", ".markdown", ".html", ".htm")
 
 
@@ -99,7 +100,7 @@ class LocalFolder:
         skipped, urls = [], set()
         with self._database as database:
             for path in _documents(folder):
-                url = path.relative_to(folder).as_posix()
+                url = _url(path.relative_to(folder))
                 found = _contents(path)
                 if found is None:
                     continue
@@ -145,6 +146,11 @@ def _documents(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             if name.lower().endswith(_KINDS) and not name.startswith("."):
                 yield Path(parent, name)
+
+
+def _url(path: Path) -> str:
+    """A path as text of one line: control characters, and bytes that are no UTF-8, are spelled out."""
+    return _UNSPEAKABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), path.as_posix())
 
 
 def _contents(path: Path) -> tuple[str, bytes] | None:
