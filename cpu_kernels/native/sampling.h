@@ -51,9 +51,24 @@ inline void adjust_ids(const SurveyCall& call, int64_t row, int64_t first, int64
   for (int64_t i = 0; i < n; ++i) {
     float score = penalised[i] > -kLargestFloat ? penalised[i] : -kLargestFloat;
     score = score < kLargestFloat ? score : kLargestFloat;
-    score += bias[i];
-    scores[i] = allowed[i / 32] >> (i % 32) & 1 ? score : -__builtin_inff();
+    scores[i] = score + bias[i];
   }
+  for (int64_t word = 0; word < (n + 31) / 32; ++word) {
+    if (allowed[word] == ~0u) continue;  // nearly always
+    const int64_t end = word * 32 + 32 < n ? word * 32 + 32 : n;
+    for (int64_t i = word * 32; i < end; ++i)
+      scores[i] = allowed[word] >> (i % 32) & 1 ? scores[i] : -__builtin_inff();
+  }
+}
+
+// 0, or NaN if one of n numbers is not finite.
+inline float nothing_of(const float* values, int64_t n) {
+  Vec all = splat(0);
+  float last[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) all = add(all, sub(load(values + i), load(values + i)));
+  memcpy(last, values + i, size_t(n - i) * sizeof(float));
+  return sum(add(all, sub(load(last), load(last))));
 }
 
 inline float largest_of(const float* values, int64_t n) {
@@ -79,11 +94,8 @@ inline ChunkSurvey survey_scores(const SurveyCall& call, int64_t row, int64_t ch
   for (int64_t at = first; at < end; at += kSpanIds) {
     const int64_t n = end - at < kSpanIds ? end - at : kSpanIds;
     const float* raw = call.logits + row * call.vocab + at;
-    float logits[kSpanIds], faults[kSpanIds] = {};
-    for (int64_t i = 0; i < n; ++i) faults[i] = raw[i] - raw[i];
-    Vec all = load(faults);
-    for (int64_t i = kLanes; i < kSpanIds; i += kLanes) all = add(all, load(faults + i));
-    nothing += sum(all);
+    float logits[kSpanIds];
+    nothing += nothing_of(raw, n);
     named_logits(call, row, at, n, logits);
     adjust_ids(call, row, at, n, logits, scores + at);
     const float logit = largest_of(logits, n), score = largest_of(scores + at, n);
