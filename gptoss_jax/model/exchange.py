@@ -168,7 +168,8 @@ class _Dispatch(NamedTuple):
         flat = rows.reshape(shards * room, -1)
         begins = room * jnp.arange(shards, dtype=jnp.int32)
         there = jnp.full(shards, room * self.sharding.index("experts"), jnp.int32)  # where each device puts this one's
-        empty = jnp.zeros_like(flat)
-        return jax.lax.ragged_all_to_all(flat, empty, begins, sending, there, arriving, axis_name=axes).reshape(
+        # What arrives is written over a copy of what is sent: rows that do not count may hold anything, and zeros would
+        # live from layer to layer on GPUs, more of them in each.
+        return jax.lax.ragged_all_to_all(flat, flat, begins, sending, there, arriving, axis_name=axes).reshape(
             rows.shape
         )
