@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.model import exchange, mesh, sharding
-from gptoss_jax.model.exchange import LocalExperts
+from gptoss_jax.model.exchange import LocalExperts, RoutedTokens
 
 EXPERTS, PER_TOKEN, SIZE, TOKENS = 8, 2, 6, 40  # 5 tokens of each batch shard, where there are eight
 OVER_DATA = {"experts": ("data",)}
@@ -40,8 +40,9 @@ def _routings() -> dict[str, np.ndarray]:
     return {"drawn": drawn, "ragged": ragged, "one expert": skewed, "none": np.full_like(drawn, -1)}
 
 
-def _added(x, ids, weights, matrices, first):
+def _added(tokens, matrices, first):
     """What experts from number `first` on add, one after the other: LocalExperts.run, without a kernel."""
+    x, ids, weights = tokens
     out = jnp.zeros(x.shape, jnp.float32)
     for i, matrix in enumerate(matrices):
         is_assigned = ids == first + i
@@ -66,11 +67,11 @@ def _layer(laid_out):
     hidden = laid_out.size("expert_hidden")
 
     def local(x, ids, weights, matrices):
-        def run(x, ids, weights):
-            return _added(x, ids, weights, matrices, laid_out.index("experts") * len(matrices)) / hidden
+        def run(tokens):
+            return _added(tokens, matrices, laid_out.index("experts") * len(matrices)) / hidden
 
-        given = LocalExperts(run, len(matrices))
-        return exchange.IMPLEMENTATIONS[laid_out.exchange_name](laid_out, given, x, ids, weights)
+        given, tokens = LocalExperts(run, len(matrices)), RoutedTokens(x, ids, weights)
+        return exchange.IMPLEMENTATIONS[laid_out.exchange_name](laid_out, given, tokens)
 
     rows = ("batch", None)
     return jax.jit(laid_out.map(local, in_axes=(rows, rows, rows, ("experts", None, None)), out_axes=rows))
