@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
+from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.training import batch as batches
 from gptoss_jax.training import rows
 from gptoss_jax.training.batch import Batch
@@ -67,7 +68,7 @@ def options(method: str = "full", **changes: Any) -> TrainOptions:
 
 
 def trainer(
-    folder: Path, method: str = "full", *, mesh: str | None = None, rows: Any = None, **changes: Any
+    folder: Path, method: str = "full", *, mesh: Sharding | None = None, rows: Any = None, **changes: Any
 ) -> Trainer:
     """Of four steps."""
     return Trainer.open(folder, options(method, **changes), total_steps=4, mesh=mesh, rows=rows)

@@ -98,11 +98,10 @@ def _cost(branch: list[Operation]) -> tuple[float, int]:
 
 
 def _operation(module: Module, computation: Computation, instruction: Instruction, times: int) -> Operation:
-    name = _jax_name(module, instruction)
-    where = scope(name)
     if kind := sent.kind_of(instruction):
         arrays = tuple(sent.of_instruction(module, computation.name, instruction))
-        return Operation(where, "collective", kind, times, 0.0, 0.0, arrays, instruction)
+        return Operation(arrays[0].scope, "collective", kind, times, 0.0, 0.0, arrays, instruction)
+    where = scope(_jax_name(module, instruction))
     flops = sum((_product_flops(at, each) for at, each in _inside(module, computation, instruction)), 0.0)
     kind, said = _kind(instruction, flops), where.op
     if kind == "kernel":

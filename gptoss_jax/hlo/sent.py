@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gptoss_jax.hlo.module import Frame, Instruction, Module, Scope, scope
+from gptoss_jax.hlo.module import Computation, Frame, Instruction, Module, Scope, scope
 
 KINDS = (
     "all-reduce",
@@ -109,12 +109,24 @@ def of_instruction(module: Module, computation: str, instruction: Instruction) -
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # operands stand before results
         arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
-    of_all = scope(instruction.op_name), instruction.op_name, tuple(module.stack(instruction)), computation
+    named = _named(module.computations[computation], instruction) if kind == "ragged-all-to-all" else instruction
+    of_all = scope(named.op_name), named.op_name, tuple(module.stack(named)), computation
     sizes, devices = [array.num_bytes for array in arrays], _devices(instruction.rest)
     if kind == "all-to-all" and len(sizes) == devices > 1:  # a part from each device, as XLA for CPUs writes one array
         sizes = [sum(sizes)]
     for size in sizes:
         yield Sent(kind, size, devices, *of_all)
+
+
+def _named(computation: Computation, instruction: Instruction) -> Instruction:
+    """What says where a ragged all-to-all comes from: itself, else what made the counts that it is given last.
+
+    XLA for GPUs rewrites ragged all-to-alls, and their counts to 64 bits, and forgets their names.
+    """
+    found = instruction
+    while not found.op_name and found.operands and found.operands[-1] in computation.instructions:
+        found = computation.instructions[found.operands[-1]]
+    return found
 
 
 def _devices(rest: str) -> int:

@@ -16,85 +16,74 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped
 from gptoss_jax.model.mesh import RAGGED_PLATFORMS
 from gptoss_jax.model.sharding import Sharding
 
+NOBODY = -1
+
+
+class RoutedTokens(NamedTuple):
+    """M tokens, and the experts that each is assigned to; an assignment to NOBODY is none.
+
+    Attributes:
+        x: their activations, as the experts take them.
+        expert_ids: numbered over all devices.
+        routing_weights: the shares by which what the experts give is added.
+    """
+
+    x: Float[Array, "M D"]
+    expert_ids: Int32[Array, "M X"]
+    routing_weights: Float[Array, "M X"]
+
 
 class LocalExperts(NamedTuple):
     """The experts of one device.
 
     Attributes:
-        run: what they add for M tokens, float32 [M, D], of x [M, D], the experts that each token is assigned to and
-            their routing weights, [M, X]. Experts are numbered over all devices; an assignment to one that lives
-            elsewhere, or to -1, adds nothing.
+        run: what they add for M tokens, float32 [M, D]. An assignment to one that lives elsewhere adds nothing.
         per_device: how many each device has, in the order of the shards.
     """
 
-    run: Callable[[Float[Array, "M D"], Int32[Array, "M X"], Float[Array, "M X"]], Float[Array, "M D"]]
+    run: Callable[[RoutedTokens], Float[Array, "M D"]]
     per_device: int
 
 
-Exchange = Callable[
-    [Sharding, LocalExperts, Float[Array, "M D"], Int32[Array, "M X"], Float[Array, "M X"]], Float[Array, "M D"]
-]
+Exchange = Callable[[Sharding, LocalExperts, RoutedTokens], Float[Array, "M D"]]
 """What all experts add for a batch shard's M tokens, the same on every device that shares those.
 
-Takes the mesh, this device's experts, and x, expert ids and routing weights, which every device that shares the tokens
-has alike. M is the slots of a shard times the width of a step: it need not divide by anything.
+Takes the mesh, this device's experts, and the tokens, which every device that shares them has alike. M is the slots of
+a shard times the width of a step: it need not divide by anything.
 """
 
 
-def sum_outputs(
-    sharding: Sharding,
-    experts: LocalExperts,
-    x: Float[Array, "M D"],
-    expert_ids: Int32[Array, "M X"],
-    routing_weights: Float[Array, "M X"],
-) -> Float[Array, "M D"]:
+def sum_outputs(sharding: Sharding, experts: LocalExperts, tokens: RoutedTokens) -> Float[Array, "M D"]:
     """Every device runs its own experts on all tokens, and one sum adds what they give."""
-    return sharding.sum_over(experts.run(x, expert_ids, routing_weights), "experts", "expert_hidden")
+    return sharding.sum_over(experts.run(tokens), "experts", "expert_hidden")
 
 
-def gather_tokens(
-    sharding: Sharding,
-    experts: LocalExperts,
-    x: Float[Array, "M D"],
-    expert_ids: Int32[Array, "M X"],
-    routing_weights: Float[Array, "M X"],
-) -> Float[Array, "M D"]:
+def gather_tokens(sharding: Sharding, experts: LocalExperts, tokens: RoutedTokens) -> Float[Array, "M D"]:
     """Every device runs its own experts on the tokens of all batch shards, and each shard gets the sum for its own."""
     shared = tuple(axis for axis in sharding.cut("experts") if axis in sharding.cut("batch"))
     if not shared:
-        return sum_outputs(sharding, experts, x, expert_ids, routing_weights)
-    gathered = (jax.lax.all_gather(array, shared, tiled=True) for array in (x, expert_ids, routing_weights))
-    y = jax.lax.psum_scatter(experts.run(*gathered), shared, scatter_dimension=0, tiled=True)
+        return sum_outputs(sharding, experts, tokens)
+    y = experts.run(jax.lax.all_gather(tokens, shared, tiled=True))
+    y = jax.lax.psum_scatter(y, shared, scatter_dimension=0, tiled=True)
     others = tuple(axis for axis in sharding.cut("experts", "expert_hidden") if axis not in shared)
     return jax.lax.psum(y, others) if others else y
 
 
-def send_tokens(
-    sharding: Sharding,
-    experts: LocalExperts,
-    x: Float[Array, "M D"],
-    expert_ids: Int32[Array, "M X"],
-    routing_weights: Float[Array, "M X"],
-) -> Float[Array, "M D"]:
+def send_tokens(sharding: Sharding, experts: LocalExperts, tokens: RoutedTokens) -> Float[Array, "M D"]:
     """Every token goes to the devices that have experts of it, once to each, and what they add comes back.
 
     Devices that have the same tokens each send a share of them. No token is dropped: a parcel has room for all.
     """
     if not sharding.cut("experts"):
-        return sum_outputs(sharding, experts, x, expert_ids, routing_weights)
+        return sum_outputs(sharding, experts, tokens)
     alike = tuple(axis for axis in sharding.cut("experts") if axis not in sharding.cut("batch"))
-    tokens = x.shape[0]
-    x, ids, weights = (
-        _own_share(sharding, alike, array, padding)
-        for array, padding in ((x, 0), (expert_ids, -1), (routing_weights, 0))
-    )
-    shards = sharding.size("experts")
-    is_for = ids // experts.per_device == jnp.arange(shards, dtype=jnp.int32)[:, None, None]  # [shards, tokens, X]
+    own = _own_share(sharding, alike, tokens)
+    shards = jnp.arange(sharding.size("experts"), dtype=jnp.int32)
+    is_for = own.expert_ids // experts.per_device == shards[:, None, None]  # [shards, tokens, X]
     dispatch = _Dispatch.of(sharding, is_for.any(-1))
-    x, ids, weights = (dispatch.to_experts(array) for array in (x, ids, weights))
-    y = dispatch.and_back(experts.run(x, jnp.where(dispatch.arrived[:, None], ids, -1), weights))
+    y = dispatch.and_back(experts.run(dispatch.to_experts(own)))
     y = sharding.sum_over(y, "expert_hidden")
-    return jax.lax.all_gather(y, alike, tiled=True)[:tokens] if alike else y
+    return jax.lax.all_gather(y, alike, tiled=True)[: len(tokens.x)] if alike else y
 
 
 IMPLEMENTATIONS: Mapping[str, Exchange] = {
@@ -105,14 +94,18 @@ IMPLEMENTATIONS: Mapping[str, Exchange] = {
 """By the names of `mesh.EXCHANGES`."""
 
 
-def _own_share(sharding: Sharding, alike: tuple[str, ...], array: Shaped[Array, "M N"], padding: int) -> Array:
-    """Of rows that the devices along `alike` all have, those that this device deals with: [ceil(M / devices), N]."""
+def _own_share(sharding: Sharding, alike: tuple[str, ...], tokens: RoutedTokens) -> RoutedTokens:
+    """Of tokens that the devices along `alike` all have, those that this device deals with: ceil(M / devices)."""
     if not alike:
-        return array
+        return tokens
     devices = math.prod(sharding.mesh.shape[axis] for axis in alike)
-    share = -(-array.shape[0] // devices)
-    padded = jnp.pad(array, ((0, devices * share - array.shape[0]), (0, 0)), constant_values=padding)
-    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(alike) * share, share)
+    share = -(-len(tokens.x) // devices)
+
+    def of(array: Shaped[Array, "M N"], padding: int) -> Array:
+        padded = jnp.pad(array, ((0, devices * share - len(array)), (0, 0)), constant_values=padding)
+        return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(alike) * share, share)
+
+    return RoutedTokens(of(tokens.x, 0), of(tokens.expert_ids, NOBODY), of(tokens.routing_weights, 0))
 
 
 class _Dispatch(NamedTuple):
@@ -143,14 +136,12 @@ class _Dispatch(NamedTuple):
         arriving = jax.lax.all_to_all(sending, sharding.cut("experts"), 0, 0, tiled=True)
         return cls(sharding, is_sent, order, sending, arriving)
 
-    def to_experts(self, rows: Shaped[Array, "M N"]) -> Shaped[Array, "SM N"]:
-        """Rows of this device -> those that came from each device; see `arrived`."""
-        return self._exchanged(rows[self.order], self.sending, self.arriving).reshape(-1, rows.shape[-1])
-
-    @property
-    def arrived(self) -> Bool[Array, "SM"]:
-        """Which rows of `to_experts` somebody has sent."""
-        return (jnp.arange(self.order.shape[1], dtype=jnp.int32) < self.arriving[:, None]).reshape(-1)
+    def to_experts(self, tokens: RoutedTokens) -> RoutedTokens:
+        """This device's tokens -> room for M from each device; rows that nobody has sent are assigned to no expert."""
+        there = [self._exchanged(rows[self.order], self.sending, self.arriving) for rows in tokens]
+        came = RoutedTokens(*(rows.reshape(-1, rows.shape[-1]) for rows in there))
+        is_sent = jnp.arange(self.order.shape[1], dtype=jnp.int32) < self.arriving[:, None]
+        return came._replace(expert_ids=jnp.where(is_sent.reshape(-1, 1), came.expert_ids, NOBODY))
 
     def and_back(self, made: Float[Array, "SM N"]) -> Float[Array, "M N"]:
         """For each row of this device the sum of what was made of it, where it was sent."""
@@ -168,7 +159,8 @@ class _Dispatch(NamedTuple):
         flat = rows.reshape(shards * room, -1)
         begins = room * jnp.arange(shards, dtype=jnp.int32)
         there = jnp.full(shards, room * self.sharding.index("experts"), jnp.int32)  # where each device puts this one's
-        empty = jnp.zeros_like(flat)
-        return jax.lax.ragged_all_to_all(flat, empty, begins, sending, there, arriving, axis_name=axes).reshape(
+        # What arrives is written over a copy of what is sent: rows that do not count may hold anything, and zeros would
+        # live from layer to layer on GPUs, more of them in each.
+        return jax.lax.ragged_all_to_all(flat, flat, begins, sending, there, arriving, axis_name=axes).reshape(
             rows.shape
         )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from gptoss_jax.model import layers
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.config_ranges import MXFP4_BLOCK
-from gptoss_jax.model.exchange import IMPLEMENTATIONS, LocalExperts
+from gptoss_jax.model.exchange import IMPLEMENTATIONS, LocalExperts, RoutedTokens
 from gptoss_jax.model.invariant_sum import invariant_sum
 from gptoss_jax.model.layers import Kernels
 from gptoss_jax.model.sharding import Sharding
@@ -133,9 +133,10 @@ class MixtureOfExperts(nnx.Module):
         first = self.sharding.index("experts") * count
         is_first = self.sharding.index("expert_hidden") == 0  # the bias of a sum that is split counts once
         packed = packed._replace(down_bias=jnp.where(is_first, packed.down_bias, 0))
-        flat_x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+        tokens = RoutedTokens(*(a.reshape(-1, a.shape[-1]) for a in (x, ids, weights)))
 
-        def run(x, ids, weights):
-            return self.kernel.run(x, ids - first, weights, packed, limit=self.config.swiglu_limit)
+        def run(tokens):
+            ids, limit = tokens.expert_ids - first, self.config.swiglu_limit
+            return self.kernel.run(tokens.x, ids, tokens.routing_weights, packed, limit=limit)
 
-        return self.exchange(self.sharding, LocalExperts(run, count), flat_x, ids, weights).reshape(x.shape)
+        return self.exchange(self.sharding, LocalExperts(run, count), tokens).reshape(x.shape)

@@ -21,6 +21,7 @@ ALWAYS = "every step"
 DISPATCH = "every dispatch"  # of up to 64 decoding steps
 DRAWN, TOP_K, TOP_P, TOP_LOGPROBS = "temperature", "top-k", "top-p", "top_logprobs"
 _FLOAT32, _BFLOAT16, _INT32, _BOOL = 4, 2, 4, 1
+_TILE_BYTES = 512  # 128 words: the width of a tile of a TPU
 _SEARCH = 31  # passes of the search for the threshold of top-k and top-p
 
 
@@ -124,15 +125,22 @@ def _sent(config: ModelConfig, mesh: MeshShape, chip: Chip, tokens: int) -> Iter
     alike = shards // mesh.pooled_batches
     own = -(-tokens // alike)
     is_ragged = chip.platform in RAGGED_PLATFORMS
-    of_rows = ("ragged-all-to-all", shards) if is_ragged else ("all-to-all", shards)
-    filled = hit(config, shards) if is_ragged else 1.0
+    kind, filled = ("ragged-all-to-all", hit(config, shards)) if is_ragged else ("all-to-all", 1.0)
     yield _experts(config, "all-to-all", shards, _INT32, shards)
-    yield _experts(config, *of_rows, _activation_bytes(chip), shards * own * hidden, filled)
-    yield _experts(config, *of_rows, _INT32, shards * own * per_token, filled)
-    yield _experts(config, *of_rows, _FLOAT32, shards * own * per_token, filled)
-    yield _experts(config, *of_rows, _FLOAT32, shards * own * hidden, filled)
+    for itemsize, numbers in (
+        (_activation_bytes(chip), hidden),
+        (_INT32, per_token),
+        (_FLOAT32, per_token),
+        (_FLOAT32, hidden),
+    ):
+        yield _experts(config, kind, shards, _row_bytes(chip, itemsize * numbers), shards * own, filled)
     yield _experts(config, "all-reduce", mesh.size("expert_hidden"), _FLOAT32, own * hidden)
     yield _experts(config, "all-gather", alike, _FLOAT32, alike * own * hidden)
+
+
+def _row_bytes(chip: Chip, num_bytes: int) -> int:
+    """Of a row that a ragged all-to-all sends: the compiler for TPUs fills them up to whole tiles."""
+    return -(-num_bytes // _TILE_BYTES) * _TILE_BYTES if chip.platform == "tpu" else num_bytes
 
 
 _EXCHANGES = {"sum": _summed, "gather": _gathered, "all_to_all": _sent}

@@ -189,26 +189,26 @@ def _snapshots(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
 
 
 def _activations(config: ModelConfig, mesh: MeshShape) -> int:
-    """Bytes a token: the residual stream and what is added to it, q, k, v, and rows of its experts, in and out.
+    """Bytes a token: the residual stream and what is added to it, and the larger of attention's and experts' arrays.
 
-    Experts that batch shards share have room for the rows of all of their tokens, and so have the arrays that bring
-    these: activations, and outputs; of an all-to-all both as they are sent and as they arrive.
+    Those are q, k, v; and of a token's experts the rows between their products and those after the second. Experts that
+    batch shards share have room for the rows of all of their tokens, and so has what an exchange brings.
     """
     hidden, inner, pooled = config.hidden_size, mesh.expert_width(config), mesh.pooled_batches
     stream = 3 * _WORD * hidden
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
-    rows = config.experts_per_token * (_BFLOAT16 * (hidden + inner) + _WORD * hidden)
-    copies = {"sum": 0, "gather": 1, "all_to_all": 2}[mesh.exchange_name] if mesh.size("experts") > 1 else 0
-    return stream + _WORD * attention + pooled * (rows + copies * (_BFLOAT16 + _WORD) * hidden)
+    attention = _WORD * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim // mesh.size("heads")
+    rows = config.experts_per_token * (_BFLOAT16 * inner + _WORD * hidden)
+    brought = _BFLOAT16 * hidden if mesh.exchange_name != "sum" and mesh.size("experts") > 1 else 0
+    return stream + max(attention, pooled * (rows + brought))
 
 
 def _temporaries(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:
     """Logits and their like of each slot, and all of them on one device where any slot asks for top log probabilities.
 
-    A TPU's compiler also copies the embedding into another order.
+    The latter where they are cut by vocabulary. A TPU's compiler also copies the embedding into another order.
     """
     slots = workload.slots // mesh.size("batch")
     scores = 6 * _WORD * slots * config.vocab_size // mesh.size("vocab")
-    top = _TOP_ARRAYS * _WORD * workload.slots * config.vocab_size if mesh.devices > 1 else 0
+    top = _TOP_ARRAYS * _WORD * workload.slots * config.vocab_size if mesh.size("vocab") > 1 else 0
     copied = _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab") if chip.platform == "tpu" else 0
     return scores + top + copied

@@ -91,6 +91,34 @@ def test_whole_steps_fit(target):
         _is_as_planned(report)
 
 
+@pytest.mark.parametrize(
+    ("where", "step"),
+    [pytest.param("h100x8", "prefill", marks=_needs("gpu")), pytest.param("v6e:2x4", "decode", marks=_needs("tpu"))],
+)
+def test_tokens_are_sent_to_experts_as_planned(where, step, tmp_path):
+    """Guards ragged all-to-alls, which XLA for CPUs has not: they stand in the program, and take what is planned.
+
+    A buffer of zeros in which they arrive once lived from layer to layer, more of them the deeper the model.
+    """
+    path = tmp_path / "mesh.json"
+    path.write_text('{"axes": {"data": 8}, "rules": {"experts": ["data"]}, "exchange": "all_to_all"}')
+    asked = ["gpt-oss-20b", "--on", where, "--mesh", path, "--batch", "16", "--layers", "2", "--step", step]
+    command = [sys.executable, "-m", "gptoss_jax.plan", *map(str, asked), "--nofast", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads(done.stdout)
+    found, of_plan = document[step], document["plan"]["decode" if step == "decode" else "prefill"]
+    sizes = {each["name"]: each for each in found["figures"]}
+    compiled, said = (
+        sum(sizes[name][of] for name in ("arguments", "temporaries")) for of in ("compiled", "closed_form")
+    )
+    assert abs(said / compiled - 1) < PLANNED_WITHIN, (compiled, said)
+    different = [each for side in ("only_compiled", "only_closed_form") for each in found[side]]
+    assert [each for each in different if each["where"] != "sampling"] == []
+    ragged = [each for each in of_plan["collectives"] if each["kind"] == "ragged-all-to-all"]
+    assert sum(each["arrays"] for each in ragged) == 4 * 2, "activations, ids, weights and outputs of two layers"
+
+
 @_needs("gpu")
 def test_kernels_for_gpus_spill_nothing():
     """Guards speed that nobody here can measure: no spills, tensor cores in use and not one after the other."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from converters.random_checkpoint import with_vocab_size
+from gptoss_jax.model import sharding
+from gptoss_jax.model.mesh import RULES, MeshShape
 from tests import trainings
 from tests.gate import TinyModel
 from tests.goldens.make import ROOT
@@ -96,7 +98,19 @@ def test_adapters_gradients_are_those_of_float64_differences(model, folder):
 
 SHARDABLE = with_vocab_size(json.loads((ROOT / "configs" / "small.json").read_text()), 512) | {"sliding_window": 9}
 SHARDABLE |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-MESHES = {"full": ["data=2", "expert=4,tensor=2", "data=2,expert=2,tensor=2"], "lora": ["data=2,expert=2,tensor=2"]}
+OVER_DATA = {**RULES, "experts": ("data",)}  # batch shards share experts
+MESHES = {
+    "full": [
+        MeshShape({"data": 2}, RULES),
+        MeshShape({"expert": 4, "tensor": 2}, RULES),
+        MeshShape({"data": 2, "expert": 2, "tensor": 2}, RULES, "all_to_all"),
+        MeshShape({"data": 4}, OVER_DATA, "gather"),
+    ],
+    "lora": [
+        MeshShape({"data": 2, "expert": 2, "tensor": 2}, RULES),
+        MeshShape({"data": 4}, OVER_DATA, "all_to_all"),
+    ],
+}
 STEPS = 3
 
 
@@ -109,8 +123,9 @@ class Run(NamedTuple):
 
 
 def _run(folder, method, mesh) -> Run:
-    again = mesh is not None and "expert" in mesh  # layers are computed again
-    trainer = trainings.trainer(folder, method, mesh=mesh, balance_loss=0.01, rematerialize=again)
+    again = mesh is not None and "expert" in mesh.axes  # layers are computed again
+    laid_out = mesh and sharding.make(mesh)
+    trainer = trainings.trainer(folder, method, mesh=laid_out, balance_loss=0.01, rematerialize=again)
     state = _started(trainer)
     batch = trainings.batch(trainings.conversations(seed=4))
     losses, gradients = [], {}
@@ -125,6 +140,7 @@ def _run(folder, method, mesh) -> Run:
 def test_a_mesh_trains_as_one_device_does(method, tmp_path):
     """Guards collectives in the backward pass: a gradient counted twice, or not summed over devices.
 
+    Tokens are summed over experts' devices, gathered for them and sent to them.
     Some meshes compute layers again for their gradients, which one device here does not.
     """
     folder = TinyModel(SHARDABLE).write(tmp_path)

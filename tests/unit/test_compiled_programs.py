@@ -139,6 +139,29 @@ def test_what_other_compilers_write_is_read():
     assert read.computations["main"].root.arrays == [Array("f32", (8, 32)), Array("f32", (8,))]
 
 
+GPU = """HloModule jit_decode, is_scheduled=true
+
+ENTRY %main (p: f32[16,4], n: s32[8]) -> f32[16,4] {
+  %p = f32[16,4]{1,0} parameter(0)
+  %n = s32[8]{0} parameter(1)
+  %a = s32[8]{0} all-to-all(%n), replica_groups={{0,1,2,3,4,5,6,7}}, \
+metadata={op_name="jit(decode)/layer_4/experts/all_to_all"}
+  %w = s64[8]{0} fusion(%a), kind=kLoop, calls=%convert
+  %s = ((f32[16,4]{1,0}, f32[16,4]{1,0}, s64[8]{0}, s64[8]{0}, s64[8]{0}, /*index=5*/s64[8]{0}), f32[16,4]{1,0}) \
+ragged-all-to-all-start(%p, %p, %w, %w, %w, /*index=5*/%w), replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %d = f32[16,4]{1,0} ragged-all-to-all-done(%s), metadata={op_name="jit(decode)/reduce_sum"}
+}
+"""
+
+
+def test_a_ragged_exchange_stands_where_its_counts_do():
+    """Guards ragged all-to-alls, of which XLA for GPUs forgets the names: the experts' of a layer, not sampling's."""
+    read = module.parse(GPU)
+    sizes = [(each.kind, each.bytes, each.scope.layer, each.scope.part) for each in sent.of_module(read)]
+    assert sizes == [("all-to-all", 32, 4, "experts"), ("ragged-all-to-all", 256, 4, "experts")]
+    assert [each.scope.part for each in operations.of_step(read) if each.kind == "collective"] == ["experts"] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.model import exchange, mesh, sharding
-from gptoss_jax.model.exchange import LocalExperts
+from gptoss_jax.model.exchange import LocalExperts, RoutedTokens
 
 EXPERTS, PER_TOKEN, SIZE, TOKENS = 8, 2, 6, 40  # 5 tokens of each batch shard, where there are eight
 OVER_DATA = {"experts": ("data",)}
@@ -40,8 +40,9 @@ def _routings() -> dict[str, np.ndarray]:
     return {"drawn": drawn, "ragged": ragged, "one expert": skewed, "none": np.full_like(drawn, -1)}
 
 
-def _added(x, ids, weights, matrices, first):
+def _added(tokens, matrices, first):
     """What experts from number `first` on add, one after the other: LocalExperts.run, without a kernel."""
+    x, ids, weights = tokens
     out = jnp.zeros(x.shape, jnp.float32)
     for i, matrix in enumerate(matrices):
         is_assigned = ids == first + i
@@ -58,24 +59,63 @@ def test_every_exchange_equals_one_device(name, axes, rules):
 
     Padding is NaN, and its weights are: nothing of it may reach a token. The tokens of a shard divide by nothing.
     """
-    laid_out = sharding.make(mesh.MeshShape(axes, rules, name))
-    matrices, hidden = jax.random.normal(jax.random.key(0), (EXPERTS, SIZE, SIZE)), laid_out.size("expert_hidden")
+    _equals_one_device(sharding.make(mesh.MeshShape(axes, rules, name)))
+
+
+def _layer(laid_out):
+    """What experts add for TOKENS tokens on a mesh, of x, ids, weights and the experts' matrices."""
+    hidden = laid_out.size("expert_hidden")
 
     def local(x, ids, weights, matrices):
-        def run(x, ids, weights):
-            return _added(x, ids, weights, matrices, laid_out.index("experts") * len(matrices)) / hidden
+        def run(tokens):
+            return _added(tokens, matrices, laid_out.index("experts") * len(matrices)) / hidden
 
-        given = LocalExperts(run, len(matrices))
-        return exchange.IMPLEMENTATIONS[laid_out.exchange_name](laid_out, given, x, ids, weights)
+        given, tokens = LocalExperts(run, len(matrices)), RoutedTokens(x, ids, weights)
+        return exchange.IMPLEMENTATIONS[laid_out.exchange_name](laid_out, given, tokens)
 
     rows = ("batch", None)
-    run = jax.jit(laid_out.map(local, in_axes=(rows, rows, rows, ("experts", None, None)), out_axes=rows))
+    return jax.jit(laid_out.map(local, in_axes=(rows, rows, rows, ("experts", None, None)), out_axes=rows))
+
+
+def _equals_one_device(laid_out):
+    run, matrices = _layer(laid_out), jax.random.normal(jax.random.key(0), (EXPERTS, SIZE, SIZE))
     x, weights = (np.asarray(jax.random.normal(jax.random.key(i), (TOKENS, n))) for i, n in ((1, SIZE), (2, PER_TOKEN)))
     for case, ids in _routings().items():
         is_padding = (ids == -1).all(1, keepdims=True)
         found = np.asarray(run(np.where(is_padding, np.nan, x), ids, np.where(ids == -1, np.nan, weights), matrices))
         expected = np.einsum("tx,txde,td->te", np.where(ids == -1, 0, weights), np.asarray(matrices)[ids], x)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=case)
+
+
+def _ragged_as_documented(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all` as its documentation defines it, of collectives that XLA for CPUs has."""
+    everybody = (operand, input_offsets, send_sizes, output_offsets)
+    rows, begins, sizes, places = (jax.lax.all_gather(array, axis_name) for array in everybody)
+    me, at = jax.lax.axis_index(axis_name), jnp.arange(len(operand))
+    for sender in range(len(rows)):
+        sent = rows[sender][(begins[sender, me] + at) % len(operand)]
+        place = jnp.where(at < sizes[sender, me], places[sender, me] + at, len(output))
+        output = output.at[place].set(sent, mode="drop")
+    is_expected = jnp.all(recv_sizes == sizes[:, me])
+    return jnp.where(is_expected, output, jnp.array(jnp.nan if output.dtype == jnp.float32 else -1, output.dtype))
+
+
+@pytest.mark.parametrize(("axes", "rules"), MESHES["all_to_all"][1::2])
+def test_rows_sent_raggedly_equal_one_device(axes, rules, monkeypatch):
+    """Guards the form for GPUs and TPUs, which no machine here runs: where rows begin, how many, and where they go."""
+    monkeypatch.setattr(exchange, "RAGGED_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _ragged_as_documented)
+    _equals_one_device(sharding.make(mesh.MeshShape(axes, rules, "all_to_all")))
+
+
+def test_rows_sent_raggedly_have_gradients(monkeypatch):
+    """Guards training on GPUs and TPUs: JAX's own ragged all-to-all, in the backward pass too."""
+    monkeypatch.setattr(exchange, "RAGGED_PLATFORMS", ("cpu",))
+    run = _layer(sharding.make(mesh.MeshShape({"data": 8}, OVER_DATA, "all_to_all")))
+    ids, matrices = jnp.zeros((TOKENS, PER_TOKEN), jnp.int32), jnp.ones((EXPERTS, SIZE, SIZE))
+    gradient = jax.grad(lambda x, weights: run(x, ids, weights, matrices).sum(), argnums=(0, 1))
+    traced = str(jax.make_jaxpr(gradient)(jnp.ones((TOKENS, SIZE)), jnp.ones((TOKENS, PER_TOKEN))))
+    assert traced.count("ragged_all_to_all") > 4, "activations, ids, weights, outputs; and some of them back"
 
 
 def test_names_are_those_of_the_mesh():
