@@ -181,11 +181,25 @@ def test_dispatches_are_as_long_as_the_others_need(host_seconds, steps):
     """Guards both sides: others lose a twentieth at most, and held slots wait no longer than that takes."""
     found = pace.Pace(waits=False)
     found.host_seconds = host_seconds
+    found.took(1, 0.01)
+    found.took(4, 0.04)
     one_step = Held(_Known(Hold(np.ones(16, np.uint32))), ())
     both = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0, 1], 0.01)
     alone = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0], 0.01)
     assert both.steps == (steps if steps < ANY else 2000)
     assert alone.steps == 1
+
+
+def test_what_a_dispatch_costs_by_itself_is_learned():
+    """Guards the others where each dispatch costs more than a step does; equal lengths say nothing, so one is longer."""
+    found = pace.Pace(waits=False)
+    one_step = Held(_Known(Hold(np.ones(16, np.uint32))), ())
+    steps = 1
+    for _ in range(12):
+        found.took(steps, 0.015 + 0.01 * steps)
+        steps = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0, 1], 0.01).steps
+    assert 30 <= steps <= 60
+    assert abs(found.start_seconds - 0.015) < 1e-6
 
 
 # ---- on a real model ----
