@@ -5,8 +5,9 @@ r"""Answers held to schemas: what it costs, and whether any answer that is whole
 
 Prints a table and a line of JSON: compiling a form and its first mask, over 50 schemas; the time per step with every
 row held and with none, greedy and drawn, in turns; that of rows that are not held, alone and with one held row beside
-them; and --answers answers drawn under the schemas at temperature 2, each looked at with jsonschema. Without --checkpoint the model is tiny.json's
-on random weights. These end nothing by themselves: biases make the ends of reasoning, texts, lists and objects likely.
+them; and --answers answers drawn under the schemas at temperature 2, each looked at with jsonschema. Without
+--checkpoint the model is tiny.json's on random weights. These end nothing by themselves: biases make the ends of
+reasoning, texts, lists and objects likely.
 """
 
 import collections
@@ -150,7 +151,7 @@ class Seconds(NamedTuple):
 def _seconds_per_step(
     engine: Engine, constraints: Sequence[Any], tokens: int, counted: range, sampling: SamplingParams
 ) -> Seconds:
-    """Time in which each of the rows in `counted` gets a token, from the first that all of them decode to their last."""
+    """Time in which each row in `counted` gets a token, from where all of them decode to their ends."""
     prompt = tuple(render.render([messages.user("Answer.")], Settings()))
     numbers = [
         engine.submit(Request(prompt, (), tokens, dataclasses.replace(sampling, seed=i), constraint=constraint))
@@ -195,7 +196,7 @@ def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) 
     found: dict[str, float] = {}
     for kind, sampling in (("greedy", SamplingParams(temperature=0.0)), ("drawn", SamplingParams())):
         times: dict[str, list[Seconds]] = collections.defaultdict(list)
-        for case, (on, constraints, counted) in cases.items():  # compiles
+        for on, constraints, counted in cases.values():  # compiles
             _seconds_per_step(on, constraints, 8, counted, sampling)
         for _ in range(rounds):
             for case, (on, constraints, counted) in cases.items():
@@ -210,7 +211,8 @@ def _overheads(name: str, some: Sequence[Seconds], others: Sequence[Seconds]) ->
     """Percent, of either time."""
     pairs = list(zip(some, others, strict=True))
     return {
-        f"{name}_{field}_percent": 100 * (statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs) - 1)
+        f"{name}_{field}_percent": 100
+        * (statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs) - 1)
         for field in Seconds._fields
     }
 
