@@ -11,7 +11,8 @@ each connection asking for one answer after another. Three phases:
 2. pace: the same requests, --slots of them at a time: first through the engine alone, in this process, then over HTTP,
    streamed, as often as --rounds says, in turns. The overhead is the median of the rounds' ratios, less one: of the
    clock's seconds, and of the CPU time of engine and server, which other work on a busy machine changes less. Clients
-   take their share of the clock's seconds where cores are few.
+   take their share of the clock's seconds where cores are few. With --llama-server (the program, or "wheel": the one in
+   xllamacpp) llama.cpp's server of the same weights takes its turn in each round, asked by the same clients.
 3. load: --connections of them for --minutes, streamed or not at random; one in --breaks leaves somewhere in the middle.
    Among the requests are --structured times as many conversations under a schema, a response format or a function that
    has to be called: what they give is looked at with jsonschema, unless its limit cut it. Every answer that is not
@@ -32,6 +33,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,11 +43,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks import serve_requests
+from benchmarks import llama_wheel, serve_requests, write_gguf
+from benchmarks.peers import LlamaServer
 from benchmarks.serve_requests import STRUCTURED_TOKENS, Asked, Ended
 from gptoss_jax.api import completions
 from gptoss_jax.api.asked import Options
+from gptoss_jax.checkpoints.export import open_export
+from gptoss_jax.checkpoints.orbax.manifest import MANIFEST
 from gptoss_jax.cli import command
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -65,8 +71,9 @@ class Client:
         first_seconds: until the first line of the last answer came.
     """
 
-    def __init__(self, port: int):
-        self._port, self.first_seconds = port, 0.0
+    def __init__(self, port: int, *, keeps: bool = True):
+        """`keeps` its connection between requests: llama-server closes it after a stream, and does not say so."""
+        self._port, self._keeps, self.first_seconds = port, keeps, 0.0
         self._connection: http.client.HTTPConnection | None = None
 
     def ask(self, asked: Asked, *, stream: bool = False, leaves_after: float | None = None) -> Ended | None:
@@ -82,6 +89,8 @@ class Client:
         data = response.readline()  # of a stream, its first event
         self.first_seconds = time.perf_counter() - began
         data += response.read()
+        if not self._keeps:
+            self.close()
         if response.status != 200:
             raise GptossError(f"status {response.status}: {data[:300].decode()}")
         return serve_requests.answer(data, streamed=stream)
@@ -140,14 +149,15 @@ def _rss_mib(pid: int) -> float:
 # ---- phases ----
 
 
-def _over_http(port: int, asked: Sequence[Asked], connections: int) -> float:
-    """Seconds for all of them, so many at a time, streamed."""
-    clients = [Client(port) for _ in range(connections)]
-    idle = list(clients)
+def _over_http(port: int, asked: Sequence[Asked], connections: int, *, keeps: bool = True) -> tuple[float, list[float]]:
+    """Seconds for all of them, so many at a time, streamed, and until the first token of each."""
+    clients = [Client(port, keeps=keeps) for _ in range(connections)]
+    idle, first = list(clients), list[float]()
 
     def ask(one: Asked) -> None:
         client = idle.pop()
         client.ask(one, stream=True)
+        first.append(client.first_seconds)
         idle.append(client)
 
     began = time.perf_counter()
@@ -156,7 +166,35 @@ def _over_http(port: int, asked: Sequence[Asked], connections: int) -> float:
     seconds = time.perf_counter() - began
     for client in clients:
         client.close()
-    return seconds
+    return seconds, first
+
+
+@contextmanager
+def _llama_server(options: flags.FlagValues, checkpoint: Path, context_tokens: int) -> Iterator[int | None]:
+    """llama.cpp's server of the same weights, if it is asked for: its port."""
+    if not options.llama_server:
+        yield None
+        return
+    program = None if options.llama_server == "wheel" else Path(options.llama_server)
+    reason = write_gguf.missing() or (llama_wheel.missing() if program is None else None)
+    if reason:
+        raise GptossError(f"--llama-server: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        published, gguf = checkpoint, Path(folder) / "model.gguf"
+        if (checkpoint / MANIFEST).exists():
+            published = Path(folder) / "published"
+            open_export(checkpoint).run(published)
+        write_gguf.write(gguf, write_gguf.published(published), "bf16")
+        server = LlamaServer(program, gguf, options.llama_threads, options.slots, context_tokens)
+        with server.running() as address:
+            yield int(address.rpartition(":")[2])
+
+
+def _of_llama(asked: Asked) -> Asked:
+    """The same request as llama-server takes it: an answer as long, drawn at the same temperature."""
+    body = {name: asked.body[name] for name in ("prompt", "max_tokens", "seed")}
+    samplers = {"samplers": ["temperature"], "temperature": 1.0, "ignore_eos": True}
+    return Asked(asked.path, body | samplers)
 
 
 def _engine_alone(engine: Any, asked: Sequence[Asked]) -> float:
@@ -237,34 +275,51 @@ def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
         alone = [client.ask(each) for each in (*asked, *held)]
         client.close()
         kept = [ended for ended in alone if ended is not None]
-        seconds: dict[str, list[float]] = {"engine": [], "http": []}
-        cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
-        _engine_alone(engine, asked)  # which finds prompts in its cache from then on, as the server does
-        for _ in range(options.rounds):
-            began = time.process_time()
-            seconds["engine"].append(_engine_alone(engine, asked))
-            cpu_seconds["engine"].append(time.process_time() - began)
-            began = _cpu_seconds(pid)
-            seconds["http"].append(_over_http(port, asked, options.slots))
-            cpu_seconds["http"].append(_cpu_seconds(pid) - began)
-            took = ", ".join(
-                f"{name} {seconds[name][-1]:.2f} s (CPU {cpu_seconds[name][-1]:.2f} s)" for name in seconds
-            )
-            print(took, flush=True)
-        overhead, cpu_overhead = _overhead(seconds), _overhead(cpu_seconds)
-        print(
-            f"HTTP beside the engine alone, {options.slots} answers at a time: {100 * overhead:+.1f} % of the clock's "
-            f"time, {100 * cpu_overhead:+.1f} % of CPU time (medians of {options.rounds} rounds)",
-            flush=True,
-        )
-        tokens = sum(each.body["max_tokens"] for each in asked)
-        figures: dict[str, Any] = {
-            "tokens": tokens,
-            "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
-            "overhead": overhead,
-            "cpu_overhead": cpu_overhead,
-        }
+        with _llama_server(options, checkpoint, context_tokens) as llama_port:
+            figures = _pace(options, engine, asked, port, pid, llama_port)
         return figures | _under_load(options, port, pid, [*asked, *held], kept)
+
+
+def _pace(
+    options: flags.FlagValues, engine: Engine, asked: Sequence[Asked], port: int, pid: int, llama_port: int | None
+) -> dict[str, Any]:
+    """The same requests through the engine alone, over HTTP, and through llama-server where it runs, in turns."""
+    seconds: dict[str, list[float]] = {"engine": [], "http": []}
+    cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
+    first: dict[str, list[float]] = {"http": []}
+    of_llama = [_of_llama(each) for each in asked]
+    if llama_port is not None:
+        seconds["llama-server"], first["llama-server"] = [], []
+        _over_http(llama_port, of_llama[: options.slots], options.slots, keeps=False)  # what is done once is done
+    _engine_alone(engine, asked)  # which finds prompts in its cache from then on, as the server does
+    for _ in range(options.rounds):
+        began = time.process_time()
+        seconds["engine"].append(_engine_alone(engine, asked))
+        cpu_seconds["engine"].append(time.process_time() - began)
+        began = _cpu_seconds(pid)
+        took, waited = _over_http(port, asked, options.slots)
+        cpu_seconds["http"].append(_cpu_seconds(pid) - began)
+        seconds["http"].append(took)
+        first["http"] += waited
+        if llama_port is not None:
+            took, waited = _over_http(llama_port, of_llama, options.slots, keeps=False)
+            seconds["llama-server"].append(took)
+            first["llama-server"] += waited
+        print(", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), flush=True)
+    overhead, cpu_overhead = _overhead(seconds), _overhead(cpu_seconds)
+    print(
+        f"HTTP beside the engine alone, {options.slots} answers at a time: {100 * overhead:+.1f} % of the clock's "
+        f"time, {100 * cpu_overhead:+.1f} % of CPU time (medians of {options.rounds} rounds)",
+        flush=True,
+    )
+    tokens = sum(each.body["max_tokens"] for each in asked)
+    return {
+        "tokens": tokens,
+        "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
+        "first_token_seconds": {name: round(statistics.median(waited), 4) for name, waited in first.items()},
+        "overhead": overhead,
+        "cpu_overhead": cpu_overhead,
+    }
 
 
 # ---- the command ----
@@ -278,6 +333,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("requests", 64, "Different requests.", lower_bound=1)
     flags.DEFINE_float("structured", 0.5, "X: Requests under a schema, for each other one.", lower_bound=0.0)
     flags.DEFINE_integer("rounds", 5, "Measurements of the pace, of which the median counts.", lower_bound=1)
+    flags.DEFINE_string("llama_server", None, "PROGRAM: llama-server, to run beside it; or: wheel (xllamacpp).")
+    flags.DEFINE_integer("llama_threads", os.cpu_count() or 1, "N: Its threads, which spin.", lower_bound=1)
     flags.DEFINE_float("minutes", 2.0, "X: Time under load.", lower_bound=0.0)
     flags.DEFINE_float("breaks", 5.0, "X: One request in so many is broken off.", lower_bound=1.0)
     flags.DEFINE_float("scale", 1.0, "X: Lengths are multiplied by it.", lower_bound=0.001)

@@ -52,7 +52,8 @@ def structured(count: int, scale: float) -> list[Asked]:
     found = []
     for number in range(count):
         schema = dict(SCHEMAS[number % len(SCHEMAS)])
-        body = {"seed": number, "max_completion_tokens": max(1, int((60, 120, 240)[number % 3] * scale))}
+        most_tokens = max(1, int((60, 120, 240)[number % 3] * scale))
+        body: dict[str, Any] = {"seed": number, "max_completion_tokens": most_tokens}
         body["messages"] = [{"role": "user", "content": f"What is {number} + {7 * number}?"}]
         if number % 2 and schema.get("type") == "object" and schema.get("properties"):
             function = {"name": "f", "parameters": schema, "strict": True}
