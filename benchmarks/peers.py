@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -90,14 +91,14 @@ class LlamaServer(NamedTuple):
     """llama.cpp's server, in a process per measurement, with continuous batching over parallel slots.
 
     Attributes:
-        program: llama-server.
+        program: llama-server; None: the one in the wheel xllamacpp.
         model: the GGUF file.
         threads: how many it may use.
         slots: sequences at once.
         context_tokens: of each slot.
     """
 
-    program: Path
+    program: Path | None
     model: Path
     threads: int
     slots: int
@@ -108,7 +109,7 @@ class LlamaServer(NamedTuple):
 
         `cache_prompt`: whether a prompt may go on from what its slot holds.
         """
-        with self._running() as address, concurrent.futures.ThreadPoolExecutor(len(rows)) as callers:
+        with self.running() as address, concurrent.futures.ThreadPoolExecutor(len(rows)) as callers:
             self._answer(address, ([1, 2, 3], 2), cache_prompt=False)  # what is done once is done
             began = time.perf_counter()
             drawn = list(callers.map(functools.partial(self._answer, address, cache_prompt=cache_prompt), rows))
@@ -118,12 +119,17 @@ class LlamaServer(NamedTuple):
         return seconds
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[str]:
+    def running(self) -> Iterator[str]:
         """Its address, while it runs; weights in huge pages, as `Llama`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         sizes = ["-np", self.slots, "-c", self.slots * (self.context_tokens + 8), "-t", self.threads]
-        command = [self.program, "-m", self.model, "--load-mode", "none", "--host", "127.0.0.1", "--port", port, *sizes]
+        program = (
+            [self.program]
+            if self.program
+            else [sys.executable, "-c", "from benchmarks import llama_wheel; llama_wheel.main()"]
+        )
+        command = [*program, "-m", self.model, "--load-mode", "none", "--host", "127.0.0.1", "--port", port, *sizes]
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         process = subprocess.Popen(
             list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -132,7 +138,7 @@ class LlamaServer(NamedTuple):
             address = f"http://127.0.0.1:{port}"
             while not self._is_ready(address):
                 if process.poll() is not None:
-                    raise GptossError(f"{self.program}: exit code {process.returncode} while it started")
+                    raise GptossError(f"{self.program or 'xllamacpp'}: exit code {process.returncode} while it started")
                 time.sleep(0.2)
             yield address
         finally:

@@ -11,13 +11,16 @@ each connection asking for one answer after another. Three phases:
 2. pace: the same requests, --slots of them at a time: first through the engine alone, in this process, then over HTTP,
    streamed, as often as --rounds says, in turns. The overhead is the median of the rounds' ratios, less one: of the
    clock's seconds, and of the CPU time of engine and server, which other work on a busy machine changes less. Clients
-   take their share of the clock's seconds where cores are few.
+   take their share of the clock's seconds where cores are few. With --llama-server (the program, or "wheel": the one in
+   xllamacpp) llama.cpp's server of the same weights takes its turn in each round, asked by the same clients.
 3. load: --connections of them for --minutes, streamed or not at random; one in --breaks leaves somewhere in the middle.
-   Every answer that is not broken off is compared with the same request's alone, character by character and log
-   probability by log probability. In the end nothing may run or wait, all pages of the cache must be free, and the
+   Among the requests are --structured times as many conversations under a schema, a response format or a function that
+   has to be called: what they give is looked at with jsonschema, unless its limit cut it. Every answer that is not
+   broken off is compared with the same request's alone, character by character and log probability by log probability.
+   In the end nothing may run or wait, all pages of the cache must be free, and the
    server's memory may not have grown after the first third by more than --leak-mib.
 
-It fails if an answer is lost or differs, or something leaks.
+It fails if an answer is lost, differs or breaks its schema, or something leaks.
 """
 
 import concurrent.futures
@@ -30,18 +33,25 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 
+from benchmarks import llama_wheel, serve_requests, write_gguf
+from benchmarks.peers import LlamaServer
+from benchmarks.serve_requests import STRUCTURED_TOKENS, Asked, Ended
 from gptoss_jax.api import completions
 from gptoss_jax.api.asked import Options
+from gptoss_jax.checkpoints.export import open_export
+from gptoss_jax.checkpoints.orbax.manifest import MANIFEST
 from gptoss_jax.cli import command
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.errors import GptossError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -51,67 +61,45 @@ from gptoss_jax.runtime.answers import as_they_end
 _DIRECT = {"http_proxy": "", "https_proxy": "", "all_proxy": ""}
 
 
-class Ended(NamedTuple):
-    """What an answer was: its text, and the log probability of each token."""
-
-    text: str
-    logprobs: tuple[float, ...]
-
-
-def bodies(count: int, scale: float, num_token_ids: int) -> list[dict[str, Any]]:
-    """Different requests, of ids: prompts of 8 to 300 tokens and answers of 4 to 120, times `scale`."""
-    draw = random.Random(0)
-    found = []
-    for seed in range(count):
-        prompt_tokens, answer_tokens = int(8 * 37 ** draw.random() * scale), int(4 * 30 ** draw.random() * scale)
-        prompt = [draw.randrange(min(num_token_ids, 199_998)) for _ in range(max(1, prompt_tokens))]
-        body = {"prompt": prompt, "max_tokens": max(1, answer_tokens), "seed": seed, "logprobs": 0}
-        found.append(body | {"logit_bias": {"200002": -100, "200012": -100}})
-    return found
-
-
 # ---- over HTTP ----
 
 
 class Client:
-    """One connection, which asks for one answer after another."""
+    """One connection, which asks for one answer after another.
 
-    def __init__(self, port: int):
-        self._port = port
+    Attributes:
+        first_seconds: until the first line of the last answer came.
+    """
+
+    def __init__(self, port: int, *, keeps: bool = True):
+        """`keeps` its connection between requests: llama-server closes it after a stream, and does not say so."""
+        self._port, self._keeps, self.first_seconds = port, keeps, 0.0
         self._connection: http.client.HTTPConnection | None = None
 
-    def ask(self, body: dict[str, Any], *, stream: bool = False, leaves_after: float | None = None) -> Ended | None:
+    def ask(self, asked: Asked, *, stream: bool = False, leaves_after: float | None = None) -> Ended | None:
         """The answer; None where the client has left, `leaves_after` seconds."""
         self._connection = self._connection or http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
-        sent = json.dumps(body | {"stream": stream})
-        self._connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+        sent, began = json.dumps(asked.body | {"stream": stream}), time.perf_counter()
+        self._connection.request("POST", asked.path, sent, {"Content-Type": "application/json"})
         if leaves_after is not None:
             time.sleep(leaves_after)
             self.close()
             return None
         response = self._connection.getresponse()
-        data = response.read()
+        data = response.readline()  # of a stream, its first event
+        self.first_seconds = time.perf_counter() - began
+        data += response.read()
+        if not self._keeps:
+            self.close()
         if response.status != 200:
             raise GptossError(f"status {response.status}: {data[:300].decode()}")
-        return _streamed(data.decode()) if stream else _whole(json.loads(data)["choices"])
+        return serve_requests.answer(data, streamed=stream)
 
     def close(self) -> None:
         """Leaves, whatever is under way."""
         if self._connection:
             self._connection.close()
         self._connection = None
-
-
-def _whole(choices: Sequence[dict[str, Any]]) -> Ended:
-    logprobs = [value for choice in choices for value in (choice["logprobs"] or {}).get("token_logprobs", ())]
-    return Ended("".join(choice["text"] for choice in choices), tuple(logprobs))
-
-
-def _streamed(text: str) -> Ended:
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    if lines[-1:] != ["[DONE]"]:
-        raise GptossError(f"the stream ended without its end: {text[-300:]}")
-    return _whole([choice for line in lines[:-1] for choice in json.loads(line)["choices"]])
 
 
 def _metrics(port: int) -> dict[str, float]:
@@ -161,14 +149,15 @@ def _rss_mib(pid: int) -> float:
 # ---- phases ----
 
 
-def _over_http(port: int, asked: Sequence[dict[str, Any]], connections: int) -> float:
-    """Seconds for all of them, so many at a time, streamed."""
-    clients = [Client(port) for _ in range(connections)]
-    idle = list(clients)
+def _over_http(port: int, asked: Sequence[Asked], connections: int, *, keeps: bool = True) -> tuple[float, list[float]]:
+    """Seconds for all of them, so many at a time, streamed, and until the first token of each."""
+    clients = [Client(port, keeps=keeps) for _ in range(connections)]
+    idle, first = list(clients), list[float]()
 
-    def ask(body: dict[str, Any]) -> None:
+    def ask(one: Asked) -> None:
         client = idle.pop()
-        client.ask(body, stream=True)
+        client.ask(one, stream=True)
+        first.append(client.first_seconds)
         idle.append(client)
 
     began = time.perf_counter()
@@ -177,15 +166,43 @@ def _over_http(port: int, asked: Sequence[dict[str, Any]], connections: int) -> 
     seconds = time.perf_counter() - began
     for client in clients:
         client.close()
-    return seconds
+    return seconds, first
 
 
-def _engine_alone(engine: Any, asked: Sequence[dict[str, Any]]) -> float:
+@contextmanager
+def _llama_server(options: flags.FlagValues, checkpoint: Path, context_tokens: int) -> Iterator[int | None]:
+    """llama.cpp's server of the same weights, if it is asked for: its port."""
+    if not options.llama_server:
+        yield None
+        return
+    program = None if options.llama_server == "wheel" else Path(options.llama_server)
+    reason = write_gguf.missing() or (llama_wheel.missing() if program is None else None)
+    if reason:
+        raise GptossError(f"--llama-server: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        published, gguf = checkpoint, Path(folder) / "model.gguf"
+        if (checkpoint / MANIFEST).exists():
+            published = Path(folder) / "published"
+            open_export(checkpoint).run(published)
+        write_gguf.write(gguf, write_gguf.published(published), "bf16")
+        server = LlamaServer(program, gguf, options.llama_threads, options.slots, context_tokens)
+        with server.running() as address:
+            yield int(address.rpartition(":")[2])
+
+
+def _of_llama(asked: Asked) -> Asked:
+    """The same request as llama-server takes it: an answer as long, drawn at the same temperature."""
+    body = {name: asked.body[name] for name in ("prompt", "max_tokens", "seed")}
+    samplers = {"samplers": ["temperature"], "temperature": 1.0, "ignore_eos": True}
+    return Asked(asked.path, body | samplers)
+
+
+def _engine_alone(engine: Any, asked: Sequence[Asked]) -> float:
     """Seconds for the same through an engine without HTTP, text included."""
     tokenizer = load_tokenizer()
     pairs = []
-    for body in asked:
-        made = completions.ask(body, Options()).requests(tokenizer, engine.config.stop_ids)
+    for each in asked:
+        made = completions.ask(each.body, Options()).requests(tokenizer, engine.config.stop_ids)
         pairs += zip(*made, strict=True)
     began = time.perf_counter()
     for _ in as_they_end(engine, pairs):
@@ -194,11 +211,11 @@ def _engine_alone(engine: Any, asked: Sequence[dict[str, Any]]) -> float:
 
 
 def _under_load(
-    options: flags.FlagValues, port: int, pid: int, asked: Sequence[dict[str, Any]], alone: Sequence[Ended]
+    options: flags.FlagValues, port: int, pid: int, asked: Sequence[Asked], alone: Sequence[Ended]
 ) -> dict[str, Any]:
     """Many connections for some minutes; counts what was answered, broken off, lost and different."""
     until = time.monotonic() + 60 * options.minutes
-    counts = {"answered": 0, "left": 0, "different": 0, "lost": 0}
+    counts = {"answered": 0, "left": 0, "structured": 0, "cut": 0, "invalid": 0, "different": 0, "lost": 0}
     memory: list[float] = []
 
     def connection(number: int) -> dict[str, int]:
@@ -216,7 +233,11 @@ def _under_load(
                 client.close()
                 continue
             found["left" if leaves else "answered"] += 1
-            found["different"] += ended is not None and ended != alone[at]
+            if ended is not None:
+                found["different"] += ended != alone[at]
+                found["structured"] += asked[at].schema is not None
+                found["cut"] += asked[at].schema is not None and ended.reason == "length"
+                found["invalid"] += not serve_requests.is_valid(asked[at], ended)
         client.close()
         return found
 
@@ -244,42 +265,61 @@ def _under_load(
 def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
     """All phases."""
     model = loading.load(checkpoint)
-    asked = bodies(options.requests, options.scale, model.config.num_token_ids)
-    context_tokens = max(len(body["prompt"]) + body["max_tokens"] for body in asked) + 1
+    asked = serve_requests.of_ids(options.requests, options.scale, model.config.num_token_ids)
+    held = serve_requests.structured(round(options.requests * options.structured), options.scale)
+    context_tokens = max(len(each.body["prompt"]) + each.body["max_tokens"] for each in asked) + 1
+    context_tokens = max(context_tokens, STRUCTURED_TOKENS) if held else context_tokens
     engine = model.engine(EngineConfig(slots=options.slots, max_context_tokens=context_tokens))
     with _server(options, checkpoint, context_tokens) as (port, pid):
         client = Client(port)
-        alone = [client.ask(body) for body in asked]
+        alone = [client.ask(each) for each in (*asked, *held)]
         client.close()
         kept = [ended for ended in alone if ended is not None]
-        seconds: dict[str, list[float]] = {"engine": [], "http": []}
-        cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
-        _engine_alone(engine, asked)  # which finds prompts in its cache from then on, as the server does
-        for _ in range(options.rounds):
-            began = time.process_time()
-            seconds["engine"].append(_engine_alone(engine, asked))
-            cpu_seconds["engine"].append(time.process_time() - began)
-            began = _cpu_seconds(pid)
-            seconds["http"].append(_over_http(port, asked, options.slots))
-            cpu_seconds["http"].append(_cpu_seconds(pid) - began)
-            took = ", ".join(
-                f"{name} {seconds[name][-1]:.2f} s (CPU {cpu_seconds[name][-1]:.2f} s)" for name in seconds
-            )
-            print(took, flush=True)
-        overhead, cpu_overhead = _overhead(seconds), _overhead(cpu_seconds)
-        print(
-            f"HTTP beside the engine alone, {options.slots} answers at a time: {100 * overhead:+.1f} % of the clock's "
-            f"time, {100 * cpu_overhead:+.1f} % of CPU time (medians of {options.rounds} rounds)",
-            flush=True,
-        )
-        tokens = sum(body["max_tokens"] for body in asked)
-        figures: dict[str, Any] = {
-            "tokens": tokens,
-            "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
-            "overhead": overhead,
-            "cpu_overhead": cpu_overhead,
-        }
-        return figures | _under_load(options, port, pid, asked, kept)
+        with _llama_server(options, checkpoint, context_tokens) as llama_port:
+            figures = _pace(options, engine, asked, port, pid, llama_port)
+        return figures | _under_load(options, port, pid, [*asked, *held], kept)
+
+
+def _pace(
+    options: flags.FlagValues, engine: Engine, asked: Sequence[Asked], port: int, pid: int, llama_port: int | None
+) -> dict[str, Any]:
+    """The same requests through the engine alone, over HTTP, and through llama-server where it runs, in turns."""
+    seconds: dict[str, list[float]] = {"engine": [], "http": []}
+    cpu_seconds: dict[str, list[float]] = {"engine": [], "http": []}
+    first: dict[str, list[float]] = {"http": []}
+    of_llama = [_of_llama(each) for each in asked]
+    if llama_port is not None:
+        seconds["llama-server"], first["llama-server"] = [], []
+        _over_http(llama_port, of_llama[: options.slots], options.slots, keeps=False)  # what is done once is done
+    _engine_alone(engine, asked)  # which finds prompts in its cache from then on, as the server does
+    for _ in range(options.rounds):
+        began = time.process_time()
+        seconds["engine"].append(_engine_alone(engine, asked))
+        cpu_seconds["engine"].append(time.process_time() - began)
+        began = _cpu_seconds(pid)
+        took, waited = _over_http(port, asked, options.slots)
+        cpu_seconds["http"].append(_cpu_seconds(pid) - began)
+        seconds["http"].append(took)
+        first["http"] += waited
+        if llama_port is not None:
+            took, waited = _over_http(llama_port, of_llama, options.slots, keeps=False)
+            seconds["llama-server"].append(took)
+            first["llama-server"] += waited
+        print(", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), flush=True)
+    overhead, cpu_overhead = _overhead(seconds), _overhead(cpu_seconds)
+    print(
+        f"HTTP beside the engine alone, {options.slots} answers at a time: {100 * overhead:+.1f} % of the clock's "
+        f"time, {100 * cpu_overhead:+.1f} % of CPU time (medians of {options.rounds} rounds)",
+        flush=True,
+    )
+    tokens = sum(each.body["max_tokens"] for each in asked)
+    return {
+        "tokens": tokens,
+        "tokens_per_second": {name: round(tokens / statistics.median(took), 1) for name, took in seconds.items()},
+        "first_token_seconds": {name: round(statistics.median(waited), 4) for name, waited in first.items()},
+        "overhead": overhead,
+        "cpu_overhead": cpu_overhead,
+    }
 
 
 # ---- the command ----
@@ -291,7 +331,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("slots", 16, "Answers that are drawn at once.", lower_bound=1)
     flags.DEFINE_integer("connections", 64, "Connections under load.", lower_bound=1)
     flags.DEFINE_integer("requests", 64, "Different requests.", lower_bound=1)
+    flags.DEFINE_float("structured", 0.5, "X: Requests under a schema, for each other one.", lower_bound=0.0)
     flags.DEFINE_integer("rounds", 5, "Measurements of the pace, of which the median counts.", lower_bound=1)
+    flags.DEFINE_string("llama_server", None, "PROGRAM: llama-server, to run beside it; or: wheel (xllamacpp).")
+    flags.DEFINE_integer("llama_threads", os.cpu_count() or 1, "N: Its threads, which spin.", lower_bound=1)
     flags.DEFINE_float("minutes", 2.0, "X: Time under load.", lower_bound=0.0)
     flags.DEFINE_float("breaks", 5.0, "X: One request in so many is broken off.", lower_bound=1.0)
     flags.DEFINE_float("scale", 1.0, "X: Lengths are multiplied by it.", lower_bound=0.001)
@@ -311,8 +354,9 @@ def main(arguments: list[str]) -> None:
     }
     print(json.dumps(about | figures))
     grown = figures["rss_mib_end"] - figures["rss_mib_first_third"] > options.leak_mib
-    if figures["lost"] or figures["different"] or figures["slots_leaked"] or figures["pages_leaked"] or grown:
-        raise GptossError("an answer was lost or differs, or something leaks: see the figures")
+    faults = ("lost", "different", "invalid", "slots_leaked", "pages_leaked")
+    if grown or any(figures[name] for name in faults):
+        raise GptossError("an answer was lost, differs or breaks its schema, or something leaks: see the figures")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@ r"""Answers held to schemas: what it costs, and whether any answer that is whole
     python -m benchmarks.structured
     python -m benchmarks.structured --checkpoint FOLDER --answers 200
 
-Prints a table and a line of JSON: compiling a form and its first mask, over 50 schemas; the time per token with every
-row held and with none; that of rows that are not held, alone and with one held row beside them; and --answers answers
-drawn under the schemas at temperature 2, each looked at with jsonschema. Without --checkpoint the model is tiny.json's
-on random weights. These end nothing by themselves: biases make the ends of reasoning, texts, lists and objects likely.
+Prints a table and a line of JSON: compiling a form and its first mask, over 50 schemas; the time per step with every
+row held and with none, greedy and drawn, in turns; that of rows that are not held, alone and with one held row beside
+them; and --answers answers drawn under the schemas at temperature 2, each looked at with jsonschema. Without
+--checkpoint the model is tiny.json's on random weights. These end nothing by themselves: biases make the ends of
+reasoning, texts, lists and objects likely.
 """
 
 import collections
 import dataclasses
 import json
-import operator
 import os
 import platform
 import statistics
@@ -32,6 +32,7 @@ from gptoss_jax.cli import command
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig, Request
 from gptoss_jax.engine.sampling_params import SamplingParams
+from gptoss_jax.engine.scheduler import Decode, Scheduler
 from gptoss_jax.errors import GptossError
 from gptoss_jax.files import of_configs
 from gptoss_jax.grammar.compiled import CompiledForm, compile_form
@@ -126,55 +127,94 @@ def compile_times() -> dict[str, float]:
     return {"compile_ms_p50": p50, "compile_ms_p95": p95}
 
 
-def _seconds_per_token(engine: Engine, constraints: Sequence[Any], tokens: int, counted: range) -> float:
-    """Processor time in which each of the rows in `counted` gets a token, from the first of their tokens to the last.
+class _StepByStep(Scheduler):
+    """Dispatches of one step, as held slots take them: what is left beside them is the masks' own."""
 
-    Not the clock's, which would say how busy the machine is. All threads count: masks hide behind nothing.
-    """
+    def next(self, running):
+        """See `Scheduler`."""
+        found = super().next(running)
+        return Decode(1) if isinstance(found, Decode) else found
+
+
+class Seconds(NamedTuple):
+    """What a step takes."""
+
+    cpu: float  # of all threads: masks hide behind nothing
+    clock: float  # which says how busy the machine is, too
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """Of the process so far."""
+        return cls(time.process_time(), time.perf_counter())
+
+
+def _seconds_per_step(
+    engine: Engine, constraints: Sequence[Any], tokens: int, counted: range, sampling: SamplingParams
+) -> Seconds:
+    """Time in which each row in `counted` gets a token, from where all of them decode to their ends."""
     prompt = tuple(render.render([messages.user("Answer.")], Settings()))
     numbers = [
-        engine.submit(Request(prompt, (), tokens, SamplingParams(seed=i), constraint=constraint))
+        engine.submit(Request(prompt, (), tokens, dataclasses.replace(sampling, seed=i), constraint=constraint))
         for i, constraint in enumerate(constraints)
     ]
-    unfinished, times, count = {numbers[i] for i in counted}, list[float](), 0
+    unfinished, begun = {numbers[i] for i in counted}, set[int]()
+    count, began = 0, Seconds.now()
     while unfinished:
+        all_decode = len(begun) == len(numbers)
         for event in engine.tick():
-            if event.request_id in unfinished:
-                times.append(time.process_time())
+            begun.add(event.request_id)
+            if event.request_id in unfinished and all_decode:
                 count += len(event.token_ids)
             if event.finish_reason:
                 unfinished.discard(event.request_id)
+        began = began if all_decode else Seconds.now()
+    ended = Seconds.now()
     for number in numbers:
         engine.cancel(number)
-    return (times[-1] - times[0]) * len(counted) / count
+    return Seconds(*((end - begin) * len(counted) / count for begin, end in zip(began, ended, strict=True)))
 
 
-def token_times(engine: Engine, tokens: int, rounds: int) -> dict[str, float]:
-    """Milliseconds per token, medians of the rounds, and medians of the rounds' own ratios.
+def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) -> dict[str, float]:
+    """Milliseconds per step and what held rows cost, medians of the rounds, and medians of the rounds' own ratios.
 
-    Held rows write a text of a schema, which needs a mask of 200,000 ids for every token.
+    Held rows write a text of a schema, which needs a mask of 200,000 ids for every token. Rows that are greedy, and
+    those drawn from the whole vocabulary. Beside free rows whose dispatches have as many steps as they like, there are
+    free ones a step at a time, as held rows take them.
     """
     text = answer_form(Settings(response_format=ResponseFormat("t", {"type": "string", "minLength": 10**6})))
     assert text is not None
     whole = compile_form(text, tokenizer.load_tokenizer())
     everything = range(engine.engine_config.slots)
-    cases: dict[str, tuple[list[Any], range]] = {
-        "free": ([None for _ in everything], everything),
-        "held": ([_Writing(whole) for _ in everything], everything),
-        "others": ([*(None for _ in everything[1:]), _Writing(whole)], everything[:-1]),
+    step_by_step = model.engine(engine.engine_config, scheduler=_StepByStep(), compiled=engine.runner.compiled)
+    nobody, all_held = [None for _ in everything], [_Writing(whole) for _ in everything]
+    cases: dict[str, tuple[Engine, list[Any], range]] = {
+        "free": (engine, nobody, everything),
+        "stepwise": (step_by_step, nobody, everything),
+        "held": (engine, all_held, everything),
+        "others": (engine, [*nobody[1:], all_held[0]], everything[:-1]),
     }
-    found: dict[str, list[float]] = collections.defaultdict(list)
-    for constraints, counted in cases.values():  # compiles
-        _seconds_per_token(engine, constraints, 4, counted)
-    for _ in range(rounds):
-        for name, (constraints, counted) in cases.items():
-            found[name].append(_seconds_per_token(engine, constraints, tokens, counted))
-    medians = {f"{name}_cpu_ms_per_token": statistics.median(values) * 1e3 for name, values in found.items()}
-    ratios = {
-        f"{name}_overhead_percent": 100 * (statistics.median(map(operator.truediv, found[name], found["free"])) - 1)
-        for name in ("held", "others")
+    found: dict[str, float] = {}
+    for kind, sampling in (("greedy", SamplingParams(temperature=0.0)), ("drawn", SamplingParams())):
+        times: dict[str, list[Seconds]] = collections.defaultdict(list)
+        for on, constraints, counted in cases.values():  # compiles
+            _seconds_per_step(on, constraints, 8, counted, sampling)
+        for _ in range(rounds):
+            for case, (on, constraints, counted) in cases.items():
+                times[case].append(_seconds_per_step(on, constraints, tokens, counted, sampling))
+        found |= {f"{kind}_{case}_cpu_ms": statistics.median(x.cpu for x in some) * 1e3 for case, some in times.items()}
+        for case, beside in (("held", "free"), ("held", "stepwise"), ("others", "free")):
+            found |= _overheads(f"{kind}_{case}_beside_{beside}", times[case], times[beside])
+    return found
+
+
+def _overheads(name: str, some: Sequence[Seconds], others: Sequence[Seconds]) -> dict[str, float]:
+    """Percent, of either time."""
+    pairs = list(zip(some, others, strict=True))
+    return {
+        f"{name}_{field}_percent": 100
+        * (statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs) - 1)
+        for field in Seconds._fields
     }
-    return medians | ratios
 
 
 class _Writing:
@@ -206,7 +246,7 @@ def define_flags() -> None:
 def measure(model: LanguageModel, *, answers: int, rows: int, tokens: int, rounds: int) -> dict[str, Any]:
     """All figures."""
     engine = model.engine(EngineConfig(slots=rows, max_context_tokens=1024, prefix_snapshots=0))
-    found: dict[str, Any] = {**compile_times(), **token_times(engine, tokens, rounds)}
+    found: dict[str, Any] = {**compile_times(), **token_times(model, engine, tokens, rounds)}
     drawn = list(draw_answers(engine, answers))
     found["answers"] = dict(collections.Counter(each.status for each in drawn))
     wrong = [each for each in drawn if each.status not in ("valid", "cut")]
@@ -226,7 +266,7 @@ def main(arguments: list[str]) -> None:
         model = loading.load(source)
         found = measure(model, answers=FLAGS.answers, rows=FLAGS.rows, tokens=FLAGS.tokens, rounds=FLAGS.rounds)
     for name, value in found.items():
-        print(f"{name:<24}{value:.3f}" if isinstance(value, float) else f"{name:<24}{value}")
+        print(f"{name:<44}{value:.3f}" if isinstance(value, float) else f"{name:<44}{value}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
     about = {"machine": machine, "load_average_before": load_average, "rows": FLAGS.rows, "kernels": model.kernels}
     print(json.dumps(about | found, ensure_ascii=False))

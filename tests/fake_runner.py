@@ -4,18 +4,24 @@ A page that two sequences hold, a chunk in the wrong place, a ring of another pr
 end changes what is drawn.
 """
 
+import collections
+import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.held import HeldSlots
 from gptoss_jax.engine.programs import MAX_STEPS_PER_DISPATCH, NO_TOKEN
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.engine.runner import NOTHING_PENDING, ModelRunner, num_snapshots
 from gptoss_jax.engine.sampling import Draw
+from gptoss_jax.model.config import read_config
 from gptoss_jax.model.kv_cache import PAGE_TOKENS, num_pages
+from tests.goldens.make import ROOT
 
 VOCAB = 512
 WINDOW = 50  # tokens of a ring
@@ -37,6 +43,12 @@ def answer(prompt, count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+CONFIG = dataclasses.replace(
+    read_config(ROOT / "configs" / "tiny.json"), vocab_size=VOCAB, stop_ids=(VOCAB - 2,), pad_id=VOCAB - 1
+)
+BOTH = pytest.mark.parametrize("one_batch", [False, True], ids=["slot by slot", "batched"])
 
 
 class FakeRunner(ModelRunner):
@@ -172,3 +184,53 @@ class RoundingRunner(FakeRunner):
 
 def _draws(token) -> Draw:
     return Draw(token, token / VOCAB, None, None)  # pyright: ignore[reportArgumentType]  (host arrays)
+
+
+# ---- engines over it ----
+
+
+def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch=False, page_tokens=64) -> Engine:
+    """An engine over a fake runner."""
+    runner = FakeRunner(config, num_shards=num_shards, one_batch=one_batch, page_tokens=page_tokens)
+    return Engine(runner, CONFIG, config, scheduler=scheduler)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Ids that no other length and seed has."""
+    return tuple((seed * 131 + 7 * length + i) % VOCAB for i in range(length))
+
+
+def run_cancelling(engine: Engine, cancelled: Mapping[int, int]) -> Mapping[int, list[int]]:
+    """Tokens of each request until all have ended; of some, `cancelled` says after how many ticks."""
+    tokens, ticks = collections.defaultdict(list), 0
+    while not engine.is_idle:
+        for event in engine.tick():
+            tokens[event.request_id] += event.token_ids
+        ticks += 1
+        assert ticks < 20_000
+        for i in [i for i, after in cancelled.items() if after < ticks]:
+            engine.cancel(i)
+    return tokens
+
+
+def run(engine: Engine) -> dict[int, list[int]]:
+    """Tokens of each request until all have ended."""
+    tokens = collections.defaultdict(list)
+    for event in engine.run():
+        assert event.step == len(tokens[event.request_id])
+        tokens[event.request_id] += event.token_ids
+    return tokens
+
+
+def all_pages_are_free(engine: Engine) -> bool:
+    """Whether no page was lost."""
+    return all(pool.num_free == pool.num_pages for pool in engine._placement._pools)
+
+
+def check_answers(engine: Engine, expected: Mapping[int, list[int]], cancelled: Mapping[int, int]) -> None:
+    """Runs an engine until all have ended: who was not cancelled has its whole answer, and no page is lost."""
+    tokens = run_cancelling(engine, cancelled)
+    for i, whole in expected.items():
+        assert tokens[i] == whole[: len(tokens[i])]
+        assert i in cancelled or tokens[i] == whole
+    assert all_pages_are_free(engine)

@@ -186,6 +186,7 @@ class Engine:
         ended = time.perf_counter()
         self._seconds_per_forward = (ended - began) / (max(taken, 1) * forwards)
         self._pace.ended(ended)
+        self._pace.took(taken, ended - began)
         where = {slot: np.s_[slot, token[slot] != NO_TOKEN] for slot in self._placement.decoding}
         return gave_up + self._events(draws, where)
 

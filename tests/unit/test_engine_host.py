@@ -1,12 +1,10 @@
 """The engine's part on the host: admission, pages, preemption, policy. No model runs: a fake one draws tokens."""
 
 import collections
-import dataclasses
 import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,52 +15,20 @@ from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.engine.scheduler import LOOKAHEAD, Scheduler
-from gptoss_jax.model.config import read_config
-from tests.fake_runner import VOCAB, FakeRunner, answer, next_token
-from tests.goldens.make import ROOT
-
-CONFIG = dataclasses.replace(
-    read_config(ROOT / "configs" / "tiny.json"), vocab_size=VOCAB, stop_ids=(VOCAB - 2,), pad_id=VOCAB - 1
+from tests.fake_runner import (
+    BOTH,
+    CONFIG,
+    VOCAB,
+    FakeRunner,
+    all_pages_are_free,
+    answer,
+    check_answers,
+    make_engine,
+    next_token,
+    prompt,
+    run,
 )
-BOTH = pytest.mark.parametrize("one_batch", [False, True], ids=["slot by slot", "batched"])
-
-
-def make_engine(config: EngineConfig, *, scheduler=None, num_shards=1, one_batch=False, page_tokens=64) -> Engine:
-    """An engine over a fake runner."""
-    runner = FakeRunner(config, num_shards=num_shards, one_batch=one_batch, page_tokens=page_tokens)
-    return Engine(runner, CONFIG, config, scheduler=scheduler)
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    """Ids that no other length and seed has."""
-    return tuple((seed * 131 + 7 * length + i) % VOCAB for i in range(length))
-
-
-def run_cancelling(engine: Engine, cancelled: Mapping[int, int]) -> Mapping[int, list[int]]:
-    """Tokens of each request until all have ended; of some, `cancelled` says after how many ticks."""
-    tokens, ticks = collections.defaultdict(list), 0
-    while not engine.is_idle:
-        for event in engine.tick():
-            tokens[event.request_id] += event.token_ids
-        ticks += 1
-        assert ticks < 20_000
-        for i in [i for i, after in cancelled.items() if after < ticks]:
-            engine.cancel(i)
-    return tokens
-
-
-def run(engine: Engine) -> dict[int, list[int]]:
-    """Tokens of each request until all have ended."""
-    tokens = collections.defaultdict(list)
-    for event in engine.run():
-        assert event.step == len(tokens[event.request_id])
-        tokens[event.request_id] += event.token_ids
-    return tokens
-
-
-def all_pages_are_free(engine: Engine) -> bool:
-    """Whether no page was lost."""
-    return all(pool.num_free == pool.num_pages for pool in engine._placement._pools)
+from tests.goldens.make import ROOT
 
 
 @BOTH
@@ -217,11 +183,7 @@ def test_any_jobs_with_any_cancels_come_out_right(jobs, slots, pool, one_batch, 
         expected[i] = whole[: whole.index(stop) + 1] if stop in whole else whole
         if after is not None:
             cancelled[i] = after
-    tokens = run_cancelling(engine, cancelled)
-    for i, whole in expected.items():
-        assert tokens[i] == whole[: len(tokens[i])]
-        assert i in cancelled or tokens[i] == whole
-    assert all_pages_are_free(engine)
+    check_answers(engine, expected, cancelled)
 
 
 def test_the_fake_draws_from_what_it_reads():

@@ -18,11 +18,20 @@ from gptoss_jax.engine.held import ANY, Held, HeldSlots
 from gptoss_jax.engine.request import EngineConfig, Request, RequestError
 from gptoss_jax.engine.sampling_params import SamplingParams
 from tests import reference
-from tests.fake_runner import VOCAB, FakeRunner, answer
+from tests.fake_runner import (
+    CONFIG,
+    VOCAB,
+    FakeRunner,
+    all_pages_are_free,
+    answer,
+    check_answers,
+    make_engine,
+    prompt,
+    run,
+)
 from tests.gate import TinyModel
 from tests.goldens import make as golden
 from tests.ruled import END, RUN, Rule, allowed_ids, ruled_answer, states
-from tests.unit.test_engine_host import CONFIG, all_pages_are_free, make_engine, prompt, run, run_cancelling
 
 TINY = golden.two_layers_config()
 GREEDY = SamplingParams(temperature=0.0)
@@ -48,11 +57,7 @@ def test_any_mix_of_held_answers_and_others_comes_out_right(jobs, slots, pool, o
         expected[i] = whole[: whole.index(VOCAB - 1) + 1] if VOCAB - 1 in whole else whole
         if after is not None:
             cancelled[i] = after
-    tokens = run_cancelling(engine, cancelled)
-    for i, whole in expected.items():
-        assert tokens[i] == whole[: len(tokens[i])]
-        assert i in cancelled or tokens[i] == whole
-    assert all_pages_are_free(engine)
+    check_answers(engine, expected, cancelled)
 
 
 def test_engines_that_hold_nobody_do_what_they_did():
@@ -181,11 +186,25 @@ def test_dispatches_are_as_long_as_the_others_need(host_seconds, steps):
     """Guards both sides: others lose a twentieth at most, and held slots wait no longer than that takes."""
     found = pace.Pace(waits=False)
     found.host_seconds = host_seconds
+    found.took(1, 0.01)
+    found.took(4, 0.04)
     one_step = Held(_Known(Hold(np.ones(16, np.uint32))), ())
     both = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0, 1], 0.01)
     alone = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0], 0.01)
     assert both.steps == (steps if steps < ANY else 2000)
     assert alone.steps == 1
+
+
+def test_what_a_dispatch_costs_by_itself_is_learned():
+    """Guards the others where a dispatch costs more than a step; equal lengths say nothing, so one is longer."""
+    found = pace.Pace(waits=False)
+    one_step = Held(_Known(Hold(np.ones(16, np.uint32))), ())
+    steps = 1
+    for _ in range(12):
+        found.took(steps, 0.015 + 0.01 * steps)
+        steps = found.hold(HeldSlots(2, VOCAB, 64), {0: one_step}, [0, 1], 0.01).steps
+    assert 30 <= steps <= 60
+    assert abs(found.start_seconds - 0.015) < 1e-6
 
 
 # ---- on a real model ----

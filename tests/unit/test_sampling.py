@@ -191,15 +191,25 @@ def _wide_logits(slots: int) -> np.ndarray:
     return np.asarray(logits, np.float32)
 
 
-def _drawn(draw, logits, params) -> Draw:
-    slots = _slots(params, logits.shape[1] - 1, logits.shape[1])
+def _drawn(draw, logits, params, masks=None) -> Draw:
+    """A draw of each slot, held to `masks`, packed, if there are any."""
+    slots, counts = _slots(params, logits.shape[1] - 1, logits.shape[1])
+    if masks is not None:
+        slots = slots._replace(allowed=slots.allowed & masks)
     positions = np.arange(len(params), dtype=np.int32)
-    return jax.tree.map(np.asarray, draw(np.resize(logits, (len(params), logits.shape[1])), *slots, positions))
+    return jax.tree.map(np.asarray, draw(np.resize(logits, (len(params), logits.shape[1])), slots, counts, positions))
+
+
+def _masks(slots: int, vocab_size: int) -> np.ndarray:
+    """As answers are held: here one id is left, there a few, there half of all; always the id that no options ban."""
+    masks = np.random.default_rng(2).random((slots, vocab_size)) < np.resize((0, 4 / vocab_size, 0.5), (slots, 1))
+    masks[:, 17] = True
+    return np.stack([sampling.pack_mask(mask) for mask in masks])
 
 
 @pytest.fixture(scope="module", params=["narrow", "wide"])
 def drawn_by_xla(request):
-    """Logits, mixtures of options (any, those with few ids, greedy ones), a draw by kernels, and what XLA draws."""
+    """Logits, a draw by kernels, and mixtures of options (any, with few ids, greedy), held or not, with XLA's draws."""
     logits = LOGITS if request.param == "narrow" else _wide_logits(8)
     named = logits.shape[1] - 1
     mixture = [dataclasses.replace(p, top_logprobs=3) for p in OPTIONS.values()]
@@ -212,17 +222,18 @@ def drawn_by_xla(request):
 
     by_kernels = jax.jit(functools.partial(sampling.sample, num_token_ids=named))
     _drawn(by_kernels, logits, mixture)  # compiled once, for all instruction sets
-    return logits, mixtures, by_kernels, [_drawn(by_xla, logits, params) for params in mixtures]
+    cases = [(params, masks) for params in mixtures for masks in (None, _masks(len(params), logits.shape[1]))]
+    return logits, by_kernels, [(params, masks, _drawn(by_xla, logits, params, masks)) for params, masks in cases]
 
 
 @pytest.mark.skipif(cpu_kernels.why_not() is not None, reason=str(cpu_kernels.why_not()))
 @pytest.mark.parametrize("isa", () if cpu_kernels.why_not() else cpu_kernels.instruction_sets())
 def test_kernels_draw_what_xla_draws(drawn_by_xla, isa):
-    """Guards the C++: thresholds of top-k and top-p, noise of few ids, ties; every option, in mixtures."""
-    logits, mixtures, by_kernels, expected = drawn_by_xla
-    for params, theirs in zip(mixtures, expected, strict=True):
+    """Guards the C++: thresholds of top-k and top-p, noise of few ids, ties; every option, in mixtures; held or not."""
+    logits, by_kernels, cases = drawn_by_xla
+    for params, masks, theirs in cases:
         with cpu_kernels.instruction_set(isa):
-            ours = _drawn(by_kernels, logits, params)
+            ours = _drawn(by_kernels, logits, params, masks)
         np.testing.assert_array_equal(ours.token, theirs.token)
         np.testing.assert_array_equal(ours.top_ids, theirs.top_ids)
         np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=3e-6)
