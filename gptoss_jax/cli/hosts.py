@@ -5,10 +5,11 @@ they tell one another.
 """
 
 import hashlib
+import os
 import re
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -76,32 +77,62 @@ def join(options: flags.FlagValues, screen: "gptoss_jax.cli.terminal.Screen") ->
     """
     if options.coordinator is None or _is_joined():
         return
-    where = {} if options.coordinator == AUTO else _meet(options)
+    watch.say_goodbye_at_exit()
+    place = _of_cluster(options) if options.coordinator == AUTO else _of_flags(options)
+    where = _meet(place, options)
     screen.leave_stdout_to_answers()  # gloo prints there
     with interrupts.ended_by_ctrl_c():
         import jax
 
-        try:
-            jax.distributed.initialize(
-                initialization_timeout=options.coordinator_timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS, **where
-            )
-        except ValueError as error:  # auto, where there is no cluster
-            raise GptossError(f"--coordinator auto: {error} Expected a cluster that JAX knows, or HOST:PORT") from None
+        jax.distributed.initialize(
+            initialization_timeout=options.coordinator_timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS, **where
+        )
     if not is_first():
         screen.hush()
     alike = {name: value for name, value in options.flag_values_dict().items() if name not in _OF_ONE_HOST}
     check_same("the command line", alike)
 
 
-def _meet(options: flags.FlagValues) -> dict[str, Any]:
+class _Place(NamedTuple):
+    """Of this process in the run: as the flags say, or the cluster."""
+
+    coordinator: str  # HOST:PORT
+    num_processes: int
+    process_id: int
+    local_device_ids: Sequence[int] | None = None  # None: all of this host
+
+
+def _of_flags(options: flags.FlagValues) -> _Place:
+    return _Place(options.coordinator, options.num_processes, options.process_id)
+
+
+def _of_cluster(options: flags.FlagValues) -> _Place:
+    """What JAX finds by itself, in the environment or by asking the cluster."""
+    with interrupts.ended_by_ctrl_c():
+        from jax._src.clusters import ClusterEnv  # JAX tells it in public only where nobody can meet before it joins
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")  # as JAX looks for it
+    timeout = options.coordinator_timeout
+    coordinator, count, process_id, local_device_ids = ClusterEnv.auto_detect_unset_distributed_params(
+        address, None, None, None, None, timeout
+    )
+    if coordinator is None or count is None or process_id is None:
+        raise GptossError(
+            "--coordinator auto: JAX knows no cluster here, expected Slurm, Open MPI, Cloud TPU or Kubernetes: give "
+            "--coordinator HOST:PORT, --num-processes and --process-id"
+        )
+    return _Place(coordinator, count, process_id, local_device_ids)
+
+
+def _meet(place: _Place, options: flags.FlagValues) -> dict[str, Any]:
     """Waits for all processes, watches them from then on, and gives the arguments of `jax.distributed.initialize`."""
-    (host, port), count, process_id = _address(options.coordinator), options.num_processes, options.process_id
+    (host, port), count, process_id = _address(place.coordinator), place.num_processes, place.process_id
     connections = roll_call.wait(host, port, count, process_id, options.coordinator_timeout)
     watch.start(connections, count, options.host_timeout)
     return {
-        "coordinator_address": relay.start(host, port) if process_id else options.coordinator,
+        "coordinator_address": relay.start(host, port) if process_id else place.coordinator,
         "num_processes": count,
         "process_id": process_id,
+        "local_device_ids": place.local_device_ids,
         "cluster_detection_method": "deactivate",
         "heartbeat_timeout_seconds": options.host_timeout + JAX_LATER_SECONDS,
     }

@@ -31,9 +31,6 @@ _own: "Watch | None" = None
 def start(connections: Mapping[int, socket.socket], num_processes: int, timeout_seconds: float) -> None:
     """From now on this process ends with EXIT_CODE and a line as soon as another is lost.
 
-    To be called before JAX is asked to join: exits run backwards, and the goodbye is to be said when nothing is left
-    that would wait for another.
-
     Args:
         connections: the roll call's, by the process at the other end: process 0, or all the others.
         num_processes: of the run.
@@ -41,8 +38,12 @@ def start(connections: Mapping[int, socket.socket], num_processes: int, timeout_
     """
     global _own
     _own = Watch(connections, num_processes, timeout_seconds, _end)
-    atexit.register(_own.say, GOODBYE)
     threading.Thread(target=_own.run, daemon=True, name="watch").start()
+
+
+def say_goodbye_at_exit() -> None:
+    """To be called before JAX is imported, whose own exit waits for the others: exits run backwards."""
+    atexit.register(lambda: _own and _own.say(GOODBYE))
 
 
 def wait_for_verdict() -> None:

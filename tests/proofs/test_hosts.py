@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,15 @@ def folders(tmp_path_factory):
 
 
 def start(
-    module: str, *arguments: object, devices: int, folder: Path, file_bytes: int = resource.RLIM_INFINITY
+    module: str,
+    *arguments: object,
+    devices: int,
+    folder: Path,
+    file_bytes: int = resource.RLIM_INFINITY,
+    variables: Mapping[str, str] = {},
 ) -> subprocess.Popen[bytes]:
     """A command on so many devices, its streams into files of `folder`; no file can grow beyond `file_bytes`."""
-    environment = {name: value for name, value in os.environ.items() if name not in PROXIES}
+    environment = {name: value for name, value in os.environ.items() if name not in PROXIES} | dict(variables)
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     folder.mkdir()
     command = [sys.executable, "-m", f"gptoss_jax.{module}", *map(str, arguments)]
@@ -84,6 +90,23 @@ def start_both(
             file_bytes=file_bytes,
         )
         for i in range(2)
+    ]
+
+
+def start_on_slurm(tmp_path: Path, count: int, module: str, *arguments: object) -> list[subprocess.Popen[bytes]]:
+    """The same command as all processes of a Slurm job of one device each, as far as their environment tells."""
+    job = (free_port() - 61440) % 4096  # of which JAX makes the coordinator's port, 61440 and this
+    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+    return [
+        start(
+            module,
+            *("--coordinator", "auto"),
+            *arguments,
+            devices=1,
+            folder=tmp_path / str(i),
+            variables=shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"},
+        )
+        for i in range(count)
     ]
 
 
@@ -146,6 +169,15 @@ def test_a_missing_process_is_named_within_the_time_out(process_id, message, fol
     ended = end(start("generate", *asked, devices=4, folder=tmp_path / "lonely"), tmp_path / "lonely", 60)
     assert ended.returncode == 2
     assert ended.stderr.startswith(message)
+    assert ended.stderr.count("\n") == 1
+
+
+def test_where_there_is_no_cluster_it_is_said(folders, tmp_path):
+    """Guards --coordinator auto on a machine of one's own: what to give in its place."""
+    asked = ["--checkpoint", folders / "converted", "--coordinator", "auto", "Hello"]
+    ended = end(start("generate", *asked, devices=1, folder=tmp_path / "lonely"), tmp_path / "lonely", 60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("generate: --coordinator auto: JAX knows no cluster here, expected Slurm")
     assert ended.stderr.count("\n") == 1
 
 

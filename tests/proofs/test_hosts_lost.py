@@ -23,7 +23,7 @@ from gptoss_jax.model.config import read_config
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Leaf
 from tests.goldens.make import ROOT
-from tests.proofs.test_hosts import MESHES, PROXIES, end, folders, free_port, start_both
+from tests.proofs.test_hosts import MESHES, PROXIES, end, folders, free_port, start_both, start_on_slurm
 
 __all__ = ["folders"]  # the fixture
 
@@ -36,7 +36,9 @@ def wait_for(path: Path, processes: list[subprocess.Popen[bytes]], folder: Path)
     deadline = time.monotonic() + 200
     while not (path.exists() and path.read_bytes()):
         assert time.monotonic() < deadline
-        assert [process.poll() for process in processes] == [None, None], (folder / "0" / "stderr").read_text()
+        assert [process.poll() for process in processes] == [None] * len(processes), (
+            folder / "0" / "stderr"
+        ).read_text()
         time.sleep(0.1)
 
 
@@ -62,6 +64,23 @@ def test_the_other_names_a_process_that_is_lost_while_they_answer(lost, sent, fo
     lines = [line for line in other.stderr.splitlines(keepends=True) if "these weights are RANDOM" not in line]
     assert lines == [f"generate: process {lost} of 2 {HAS_DIED if sent == signal.SIGKILL else hangs}"]
     assert took < 50
+
+
+def test_both_others_name_a_process_of_three_that_a_cluster_started(folders, tmp_path):
+    """Guards --coordinator auto, a mesh over three processes, and one that is not connected to the one that is lost."""
+    asked = ["--checkpoint", folders / "converted", "--mesh", "data=3", *LONG, "--quiet"]
+    processes = start_on_slurm(tmp_path, 3, "generate", *asked, "Hello")
+    try:
+        wait_for(tmp_path / "0" / "stdout", processes, tmp_path)
+        processes[1].kill()
+        others = [end(processes[i], tmp_path / str(i), 60) for i in (0, 2)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [other.returncode for other in others] == [watch.EXIT_CODE] * 2, others
+    said = f"generate: process 1 of 3 {HAS_DIED}"
+    assert [other.stderr.splitlines(keepends=True)[-1] for other in others] == [said] * 2
 
 
 # ---- what each reads ----

@@ -140,6 +140,39 @@ def _joined(events) -> dict[int, list[int]]:
     return answers
 
 
+DRAWN = [
+    SamplingParams(seed=1),
+    SamplingParams(temperature=0.7, top_k=40, seed=2),
+    SamplingParams(top_p=0.8, min_p=0.01, seed=3, top_logprobs=2),
+    SamplingParams(seed=4, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.5),
+    SamplingParams(temperature=0.0, frequency_penalty=0.9, logit_bias={7: 2.0}, banned_ids=(1, 2), top_logprobs=3),
+    SamplingParams(temperature=1.5, top_k=300, top_p=0.95, seed=5, logit_bias={500: 3.0}),
+]
+
+
+def test_a_vocabulary_over_devices_draws_what_one_device_draws(folder):
+    """Guards sampling from logits that no device has whole: every option, reported log probabilities, the likeliest."""
+    events = []
+    for mesh in (None, "data=2,expert=2,tensor=2"):
+        model = gptoss_jax.load(folder, mesh=mesh, dtype="float32")
+        assert model.sharding.size("vocab") == (1 if mesh is None else 4)
+        engine = model.engine(
+            EngineConfig(slots=6, max_context_tokens=128, prefill_widths=(64,), deterministic=False, prefix_snapshots=0)
+        )
+        for i, params in enumerate(DRAWN):
+            engine.submit(Request(tuple(TOKENS[9 * i : 9 * i + 20]), (), 12, params))
+        events.append(list(engine.run()))
+    one, cut = (_joined((event.request_id, event.token_ids) for event in side) for side in events)
+    assert len({tuple(tokens) for tokens in one.values()}) == len(DRAWN)
+    assert one == cut
+    for asked in range(len(DRAWN)):
+        reported = [[x for e in side if e.request_id == asked for x in e.logprobs] for side in events]
+        np.testing.assert_allclose(*reported, rtol=1e-5, atol=1e-5)
+        tops = [[x for e in side if e.request_id == asked for top in e.top_logprobs for x in top] for side in events]
+        assert [token for token, _ in tops[0]] == [token for token, _ in tops[1]]
+        assert bool(tops[0]) == bool(DRAWN[asked].top_logprobs)
+
+
 def test_a_mesh_as_jax_makes_it(folder, expected):
     """Guards the public form: jax.make_mesh's axes are Explicit by default."""
     for mesh in (jax.make_mesh((1, 4, 2, 1), sharding.MESH_AXES), jax.make_mesh((2, 4), ("tensor", "expert"))):
