@@ -171,6 +171,8 @@ def _seconds_per_step(
     ended = Seconds.now()
     for number in numbers:
         engine.cancel(number)
+    if not count:
+        raise GptossError(f"rows ended before all had begun: raise --tokens, which is {tokens}")
     return Seconds(*((end - begin) * len(counted) / count for begin, end in zip(began, ended, strict=True)))
 
 
@@ -197,7 +199,7 @@ def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) 
     for kind, sampling in (("greedy", SamplingParams(temperature=0.0)), ("drawn", SamplingParams())):
         times: dict[str, list[Seconds]] = collections.defaultdict(list)
         for on, constraints, counted in cases.values():  # compiles
-            _seconds_per_step(on, constraints, 8, counted, sampling)
+            _seconds_per_step(on, constraints, tokens, counted, sampling)
         for _ in range(rounds):
             for case, (on, constraints, counted) in cases.items():
                 times[case].append(_seconds_per_step(on, constraints, tokens, counted, sampling))

@@ -71,7 +71,7 @@ def _lines(a: Plan, b: Plan) -> Iterator[str]:
         ratio = f"{row.values[1] / row.values[0]:.2f}" if row.values[0] else "-"
         shown = "".join(f"{_value(value, row.unit):>14}" for value in row.values)
         yield f"{row.name:28}{shown}{ratio:>8}  {reason(a, b, row)}"
-    alike = [row.name for row in found if not row.differs]
+    alike = [row.name for row in found if not row.differs and any(row.values)]
     yield f"alike: {', '.join(alike) or 'nothing'}"
 
 

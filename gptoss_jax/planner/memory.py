@@ -42,6 +42,7 @@ class Memory(NamedTuple):
         embeddings: embedding and unembedding.
         others: routers and norms, which every device has whole.
         kv_cache: pages of the full-attention layers and rings of the sliding-window layers.
+        padded_keys: keys and values once more, as a TPU's kernel reads them where they do not fill its tiles.
         slots: page tables, sampling options and counts of drawn ids.
         snapshots: rings that the prefix cache keeps, beside the programs.
         activations: of one layer of the widest program, and the residual stream.
@@ -53,6 +54,7 @@ class Memory(NamedTuple):
     embeddings: int
     others: int
     kv_cache: int
+    padded_keys: int
     slots: int
     snapshots: int
     activations: int
@@ -70,7 +72,7 @@ class Memory(NamedTuple):
 
     def program_bytes(self, width: int) -> int:
         """Arguments and temporaries of a program that takes `width` tokens of each slot: 1 decodes."""
-        return self.arguments + self.temporaries + (self.activations if width > 1 else 0)
+        return self.arguments + self.padded_keys + self.temporaries + (self.activations if width > 1 else 0)
 
     @property
     def total(self) -> int:
@@ -87,6 +89,7 @@ def memory(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload)
         embeddings=2 * _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab"),
         others=_others(config),
         kv_cache=_kv_cache(config, mesh, workload),
+        padded_keys=_padded_keys(config, mesh, workload) if chip.platform == "tpu" else 0,
         slots=_slots(config, mesh, workload),
         snapshots=_snapshots(config, mesh, workload),
         activations=tokens * _activations(config, mesh),
@@ -150,6 +153,15 @@ def _kv_cache(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     page_tokens = full * num_pages(workload.context_tokens, mesh) * PAGE_TOKENS
     slots = workload.slots // mesh.size("batch")
     return slots * (page_tokens * _token_bytes(config, mesh) + _rings(config, mesh, workload))
+
+
+def _padded_keys(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+    """Where a token's keys on a device do not fill a tile's lanes, as one head of 64 numbers does not.
+
+    The program is given them in another order, without gaps, and copies them.
+    """
+    width = config.num_kv_heads * config.head_dim // mesh.size("heads")
+    return _kv_cache(config, mesh, workload) * _padded(width, _LANES) // width if width % _LANES else 0
 
 
 def _rings(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:

@@ -16,6 +16,7 @@ PARTS = {  # part of Memory -> its name, and the logical axes that cut it
     "embeddings": ("embeddings", ("vocab",)),
     "others": ("routers and norms", ()),
     "kv_cache": ("keys and values", ("batch", "heads", "positions")),
+    "padded_keys": ("keys and values, padded", ("batch", "heads", "positions")),
     "slots": ("slots", ("batch", "vocab")),
     "snapshots": ("prefix cache's rings", ("batch", "heads")),
     "activations": ("activations (estimate)", ("batch", "heads", "expert_hidden")),
@@ -66,8 +67,9 @@ def cut(plan: Plan, logical: Sequence[str]) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
     yield f"{'each device holds':30}{'':14}  cut by"
     for part in Memory._fields:
-        name, logical = PARTS[part]
-        yield f"  {name:28}{in_gib(getattr(plan.memory, part)):>14}  {cut(plan, logical)}"
+        (name, logical), size = PARTS[part], getattr(plan.memory, part)
+        if size:
+            yield f"  {name:28}{in_gib(size):>14}  {cut(plan, logical)}"
     yield f"  {'in all':28}{in_gib(plan.memory.total):>14}  {verdict(plan)}"
 
 

@@ -169,8 +169,10 @@ def test_a_plan_as_json_has_what_the_text_has():
 
 @pytest.mark.parametrize("on", ["h200x8", "v5p:2x2x2", "cpu:8"])
 def test_a_plan_is_read_on_a_terminal(on):
-    """Guards the text: within 120 columns, the mesh and each part named, no number that is none."""
-    said = report.text(plan.make(request("gpt-oss-20b", on, "data=2,expert=4", 8)))
+    """Guards the text: within 120 columns, the mesh and each part named that takes memory, no number that is none."""
+    found = plan.make(request("gpt-oss-20b", on, "data=2,expert=4", 8))
+    said = report.text(found)
     assert max(map(len, said.splitlines())) <= 120
     assert "mesh data=2,expert=4; batch 8, context 8,192" in said and "None" not in said and "nan" not in said
-    assert all(name in said for name, _ in report.PARTS.values())
+    parts = {name: getattr(found.memory, part) for part, (name, _) in report.PARTS.items()}
+    assert all((f"  {name} " in said) == bool(size) for name, size in parts.items())

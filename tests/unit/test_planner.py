@@ -125,6 +125,11 @@ COMPILED = (
     (("gpt-oss-20b", "b200x1", "", 1, 8192, 512), 512, 13.01 + 0.39),
     (("gpt-oss-20b", "v6e:1x1", "", 1, 131072, 512), 1, 16.38 + 1.15),
     (("gpt-oss-20b", "v6e:1x1", "", 1, 131072, 512), 512, 16.38 + 1.13),
+    # of `ahead_of_time presets`: a key head on each device, which does not fill a TPU's lanes
+    (("gpt-oss-20b", "h200x8", EIGHT, 16, 8192, 128), 128, 1.99 + 0.22),
+    (("gpt-oss-20b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 1, 2.06 + 0.95),
+    (("gpt-oss-120b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 1, 8.60 + 1.41),
+    (("gpt-oss-120b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 128, 8.60 + 1.72),
 )
 
 

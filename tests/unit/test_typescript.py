@@ -107,7 +107,7 @@ def test_what_openai_harmony_keeps_is_written_as_there(library, parameters):
 # ---- what it loses ----
 
 
-@pytest.mark.parametrize("name", ["odd", "top", "pydantic"])
+@pytest.mark.parametrize("name", ["odd", "top", "pydantic", "nasty"])
 def test_goldens_of_what_openai_harmony_loses(library, name):
     """Guards the shape of every field, as the texts beside the schemas have it, which people have read."""
     functions = [each["function"] for each in json.loads((GOLDENS / f"{name}.json").read_text())["tools"]]
