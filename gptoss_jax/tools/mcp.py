@@ -105,7 +105,8 @@ class McpServer:
         if self._client is None:
             return ToolOutput(f"MCP server {self.name} has ended", failed=True)
         tool = self._tool_of[recipient.removeprefix("functions.")]
-        calling = self._client.call_tool(tool, given, read_timeout_seconds=self._call_seconds)
+        given_up = 2 * self._call_seconds  # the SDK's own limit, which comes after the one that is spoken of here
+        calling = self._client.call_tool(tool, given, read_timeout_seconds=given_up)
         waiting = asyncio.run_coroutine_threadsafe(calling, self._loop)
         try:
             return _output(waiting.result(self._call_seconds))
