@@ -13,20 +13,27 @@ HELD, BAD = (
 )
 
 
+def found_in(text: str, pattern: str) -> tuple[str, ...]:
+    """What the groups of a pattern are in a text, which has it."""
+    found = re.search(pattern, text)
+    assert found, pattern
+    return found.groups()
+
+
 def arguments(line: str, folder) -> list[str]:
     """Of a command on the page, its file being in `folder`."""
-    file, question = re.fullmatch(r'--response-format (\S+) "(.*?)"(?: 2>.*)?', line).groups()
+    file, question = found_in(line, r'^--response-format (\S+) "(.*?)"(?: 2>.*)?$')
     return ["--response-format", str(folder / file), question]
 
 
 def test_the_first_example_answers_as_printed(tmp_path):
     """Guards the page: the form as it stands there, the answer, and what --json says beside it."""
-    block = re.search(r"With `form.json`\n\n((?:    .*\n)+)", PAGE)[1]
+    (block,) = found_in(PAGE, r"With `form.json`\n\n((?:    .*\n)+)")
     (tmp_path / "form.json").write_text(block)
     done = processes.run("gptoss_jax.generate", *arguments(HELD, tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)["answers"]
-    says = re.search(r"`--json` has beside the answer\n\n    (.*)\n", PAGE)[1]
+    (says,) = found_in(PAGE, r"`--json` has beside the answer\n\n    (.*)\n")
     assert (found["final"], found["structured"]) == (COMMANDS[HELD], json.loads(says))
 
 
