@@ -131,7 +131,7 @@ class Instant(NamedTuple):
 
         def run(self: Worker, tasks: Any, interrupted: Any) -> bool:
             while group := list(itertools.islice(tasks, 256)):
-                self._put([row.answered(asked, found, "gpt-oss") for row, asked in group])
+                self._put([task.row.answered(task.asked, found, "gpt-oss") for task in group])
             return True
 
         Worker.run = run
