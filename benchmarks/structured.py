@@ -1,13 +1,14 @@
 r"""Answers held to schemas: what it costs, and whether any answer that is whole breaks its schema.
 
     python -m benchmarks.structured
+    python -m benchmarks.structured --layers 4 --answers 16 --tokens 24 --rounds 3
     python -m benchmarks.structured --checkpoint FOLDER --answers 200
 
 Prints a table and a line of JSON: compiling a form and its first mask, over 50 schemas; the time per step with every
 row held and with none, greedy and drawn, in turns; that of rows that are not held, alone and with one held row beside
 them; and --answers answers drawn under the schemas at temperature 2, each looked at with jsonschema. Without
---checkpoint the model is tiny.json's on random weights. These end nothing by themselves: biases make the ends of
-reasoning, texts, lists and objects likely.
+--checkpoint the model is tiny.json's on random weights, or a few layers of the 20b's. These end nothing by themselves:
+biases make the ends of reasoning, texts, lists and objects likely.
 """
 
 import collections
@@ -26,6 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import true_width
 from benchmarks.schemas import SCHEMAS
 from converters.random_checkpoint import write_checkpoint
 from gptoss_jax.cli import command
@@ -239,6 +241,9 @@ def define_flags() -> None:
     """This benchmark's flags."""
     flags.DEFINE_string("checkpoint", None, "FOLDER: Weights; left out: random ones of --config.")
     flags.DEFINE_string("config", None, "FILE: Sizes of the random weights; left out: configs/tiny.json.")
+    flags.DEFINE_integer(
+        "layers", None, "N: In place of a config: layers of the 20b's width, an even number.", lower_bound=2
+    )
     flags.DEFINE_integer("answers", 1000, "N: Answers to draw and look at.", lower_bound=0)
     flags.DEFINE_integer("rows", ROWS, "N: Rows at once.", lower_bound=2)
     flags.DEFINE_integer("tokens", 64, "N: Tokens of each row that are timed.", lower_bound=2)
@@ -255,6 +260,12 @@ def measure(model: LanguageModel, *, answers: int, rows: int, tokens: int, round
     return found | {"invalid": [each.answer.parsed.text for each in wrong[:3]]}
 
 
+def _raw_config() -> dict[str, Any]:
+    if FLAGS.layers is not None:
+        return true_width.raw_config(FLAGS.layers)
+    return json.loads(Path(FLAGS.config or of_configs("configs/tiny.json")).read_text())
+
+
 def main(arguments: list[str]) -> None:
     """See the module's docstring."""
     if arguments:
@@ -264,7 +275,7 @@ def main(arguments: list[str]) -> None:
         source = FLAGS.checkpoint
         if source is None:
             source = Path(folder) / "model"
-            write_checkpoint(source, json.loads(Path(FLAGS.config or of_configs("configs/tiny.json")).read_text()))
+            write_checkpoint(source, _raw_config())
         model = loading.load(source)
         found = measure(model, answers=FLAGS.answers, rows=FLAGS.rows, tokens=FLAGS.tokens, rounds=FLAGS.rounds)
     for name, value in found.items():
