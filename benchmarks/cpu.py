@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+import cpu_kernels
 from benchmarks import true_width, under_load
 from benchmarks.peers import Llama, Transformers
 from gptoss_jax.checkpoints import host_memory
@@ -298,6 +299,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("layers", None, "In place of a checkpoint: layers of true width with random weights, even.")
     flags.DEFINE_string("config", str(true_width.CONFIG), "FILE: With --layers: the config.json that is cut down.")
     flags.DEFINE_string("kernels", "auto", "NAMES: auto, or by name: attention=reference,expert_mlp=reference.")
+    flags.DEFINE_string("instruction_set", None, "NAME: That the C++ kernels use, in place of the machine's best.")
     flags.DEFINE_enum("dense", "bfloat16", list(DENSE_ITEMSIZE), "Weights of attention and unembedding.")
     flags.DEFINE_list(
         "contexts", ["16", "1024", "16384", "131072"], "N,N,...: Tokens in the cache before a decoding step."
@@ -393,8 +395,18 @@ def main(arguments: list[str]) -> None:
     numbers = {name: _whole_numbers(getattr(options, name)) for name in LISTS}
     if options.one_by_one and max(numbers["prefill_batch"]) > 1:
         raise GptossError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
+    name = options.instruction_set
+    if name and name not in cpu_kernels.instruction_sets():
+        raise GptossError(f"--instruction-set {name}, expected one of {', '.join(cpu_kernels.instruction_sets())}")
+    with cpu_kernels.instruction_set(name) if name else contextlib.nullcontext():
+        _measure(options)
+
+
+def _measure(options: flags.FlagValues) -> None:
     load_average = os.getloadavg()[0]
     subject = load(options)
+    if name := options.instruction_set:
+        subject = subject._replace(kernels=f"{subject.kernels}; C++ for {name} alone")
     print(f"{subject.described}\n{subject.kernels}\nload average before: {load_average:.1f}", flush=True)
     peers, absent = _peers(options, subject.config)
     for name, reason in absent.items():
