@@ -54,7 +54,8 @@ struct Block {
 constexpr int kFetchesBeside = 2;
 
 // Fetches a share of a block's rows into the cache while another block is computed with. Some lines at a time, as evenly
-// as the work allows: a processor has only so many loads under way, and what is asked for at once queues.
+// as the work allows: a processor has only so many loads under way, and what is asked for at once queues, or is dropped.
+// It goes into every cache, though a block is larger than the first: requests for the second alone are dropped sooner.
 struct Ahead {
   const char* const* row;
   const char* const* end;
@@ -68,7 +69,7 @@ struct Ahead {
 
   void fetch_some() {
     for (int64_t i = 0; i < lines && row != end; ++i) {
-      __builtin_prefetch(*row + byte, 0, 2);  // into the second cache: the block may be larger than the first
+      __builtin_prefetch(*row + byte, 0, 3);
       if ((byte += 64) < row_bytes) continue;
       byte = 0;
       ++row;

@@ -211,7 +211,7 @@ inline void add_blocks(const Weights& w, int64_t row, int64_t begin, int64_t end
   for (int64_t block = begin; block < end; ++block) {
     if (fetch) {
 #pragma GCC unroll 8
-      for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 2);
+      for (int byte = 0; byte < kStep; byte += 64) __builtin_prefetch(ahead + block * kStep + byte, 0, 3);
     }
     add_block<R, M, false>(w, row, block, x, sums);
   }

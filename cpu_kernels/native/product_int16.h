@@ -340,8 +340,8 @@ inline void multiply_row(const PackedRows& w, int64_t row, const Group* const* x
     }
   };
   for (; left >= kGroupBlocks; left -= kGroupBlocks) {
-    constexpr int kAhead = 4096;  // bytes: some rows
-    for (int line = 0; line < kGroupBlocks * kCodeBytes; line += 64) __builtin_prefetch(codes + kAhead + line, 0, 2);
+    constexpr int kAhead = 8192;  // bytes: some rows
+    for (int line = 0; line < kGroupBlocks * kCodeBytes; line += 64) __builtin_prefetch(codes + kAhead + line, 0, 3);
     add_group(scales, kGroupBlocks);
     codes += kGroupBlocks * kCodeBytes, scales += kGroupBlocks;
   }

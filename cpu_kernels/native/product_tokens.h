@@ -272,7 +272,7 @@ inline void multiply_vectors(const PackedRows& w, int64_t first, int64_t rows, c
       room.weights.unpack(w, first, rows, first_block);
       // The next panel's codes, a sixteenth at a time.
       const uint8_t* ahead = w.codes + ((first + rows) * kLanes + turn * rows) * w.blocks;
-      for (int64_t byte = 0; byte < rows * w.blocks; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+      for (int64_t byte = 0; byte < rows * w.blocks; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
       add_lane_to_all(room, turn, rows, x, w.blocks, some, first_block);
     }
     const int64_t rest = tokens - done * kTokens, here = rest < some * kTokens ? rest : some * kTokens;
