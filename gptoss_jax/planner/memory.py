@@ -89,7 +89,7 @@ def memory(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload)
         embeddings=2 * _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab"),
         others=_others(config),
         kv_cache=_kv_cache(config, mesh, workload),
-        padded_keys=_padded_keys(config, mesh, workload) if chip.platform == "tpu" else 0,
+        padded_keys=_padded_keys(config, mesh, chip, workload),
         slots=_slots(config, mesh, workload),
         snapshots=_snapshots(config, mesh, workload),
         activations=tokens * _activations(config, mesh),
@@ -155,13 +155,20 @@ def _kv_cache(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     return slots * (page_tokens * _token_bytes(config, mesh) + _rings(config, mesh, workload))
 
 
-def _padded_keys(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+def key_width(config: ModelConfig, mesh: MeshShape, chip: Chip) -> int:
+    """Numbers of a token's keys on a device as its kernel reads them: on TPUs a row fills whole tiles of 128 lanes."""
+    width = config.num_kv_heads * config.head_dim // mesh.size("heads")
+    return _padded(width, _LANES) if chip.platform == "tpu" else width
+
+
+def _padded_keys(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:
     """Where a token's keys on a device do not fill a tile's lanes, as one head of 64 numbers does not.
 
     The program is given them in another order, without gaps, and copies them.
     """
     width = config.num_kv_heads * config.head_dim // mesh.size("heads")
-    return _kv_cache(config, mesh, workload) * _padded(width, _LANES) // width if width % _LANES else 0
+    read = key_width(config, mesh, chip)
+    return _kv_cache(config, mesh, workload) * read // width if read > width else 0
 
 
 def _rings(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
