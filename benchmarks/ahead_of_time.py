@@ -28,7 +28,7 @@ from absl import flags
 
 from benchmarks import launches as launch_list
 from benchmarks import true_width
-from benchmarks.program_memory import program_memory
+from benchmarks.program_memory import LOGGED, logged, program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
@@ -173,12 +173,13 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        compiled = compile_step(step, kernels)
+        with logged() as said:
+            compiled = compile_step(step, kernels)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
-    found = program_memory(compiled)
+    found = program_memory(compiled, *said)
     sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
     fits = sum(found) <= limit * GIB  # results take the place of what was donated
@@ -479,6 +480,8 @@ def cli() -> None:
         if "kernels" in sys.argv:  # of whole models they would be gigabytes
             llo = (f"dump_to={folder}", "dump_llo_text=true", "dump_llo_pass_label_regex=.*final.*")
             dumps["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in llo)
+        else:
+            dumps |= LOGGED
         call = [sys.executable, "-m", "benchmarks.ahead_of_time", *sys.argv[1:]]
         sys.exit(subprocess.run(call, env=os.environ | ENVIRONMENT | dumps, check=False).returncode)
 

@@ -1,4 +1,4 @@
-"""Preset meshes compiled for their slices: the compiler's bytes of a device beside those that the planner says.
+"""Preset meshes compiled for their slices: the compiler's bytes of a device, held and sent, beside the planner's.
 
 Called by `benchmarks.ahead_of_time presets`. An H100 runs an H200's programs, so its presets are compiled as those.
 """
@@ -12,6 +12,7 @@ from gptoss_jax.model import mesh
 from gptoss_jax.model.config import read_config
 from gptoss_jax.planner import plan
 from gptoss_jax.planner.chips import parse_slice
+from gptoss_jax.planner.collectives import Collective
 from gptoss_jax.planner.plan import Request, Workload
 
 SLOTS, CONTEXT_TOKENS, PREFILL_TOKENS = 16, 8_192, 128
@@ -64,12 +65,19 @@ def compared(report: dict[str, Any], found: plan.Plan) -> dict[str, Any]:
     memory = found.memory
     said = memory.program_bytes(report["width"])
     compiled = report["arguments_gib"] + report["temporaries_gib"] if "arguments_gib" in report else None
+    work = found.decode_work if report["width"] == 1 else found.prefill_work
     return {
         **report,
         "planned_arguments_gib": round(memory.arguments / GIB, 2),
         "planned_temporaries_gib": round((said - memory.arguments) / GIB, 2),
+        "planned_collectives": [list(each) for each in sorted(work.collectives) if each.where != "sampling"],
         "off": None if compiled is None else round(said / GIB / compiled - 1, 4),
     }
+
+
+def sent_bytes(collectives: list[list[Any]]) -> int:
+    """Of all arrays of embedding, attention and experts in a step, after their collectives."""
+    return sum(Collective(*each).total_bytes for each in collectives)
 
 
 def _line(report: dict[str, Any]) -> str:
@@ -79,4 +87,7 @@ def _line(report: dict[str, Any]) -> str:
         return f"{what:55} does not fit: {report['why']}"
     compiled = f"{report['arguments_gib']:7.2f} + {report['temporaries_gib']:5.2f}"
     said = f"{report['planned_arguments_gib']:7.2f} + {report['planned_temporaries_gib']:5.2f}"
-    return f"{what:55} {compiled} GiB compiled, {said} planned: {report['off']:+.1%} of {report['of_gib']}"
+    memory = f"{compiled} GiB compiled, {said} planned: {report['off']:+.1%} of {report['of_gib']}"
+    sent, said = sorted(report["collectives"]), report["planned_collectives"]
+    same = "as planned" if sent == said else f"NOT AS PLANNED: {sent_bytes(said):,} B"
+    return f"{what:55} {memory}; sums {sent_bytes(sent):,} B, {same}"

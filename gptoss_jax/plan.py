@@ -29,6 +29,8 @@ the model's numbers, and neither JAX nor a compiler runs. --nofast, --show and
 --dump compile: by the compiler for the slice where its wheels are here (make
 gates installs them into .venv/compilers, which goes on PYTHONPATH), else by XLA
 for as many simulated CPU devices; which of them is said.
+Memory is within 5 % of the compilers' own count where docs/lab_notes.md has it
+compiled; python -m benchmarks.ahead_of_time presets compiles every preset.
 What does not fit is refused, and meshes of the slice are named that would do.
 Exit codes: 0 planned, 2 bad input or does not fit, 141 stdout's reader left.
 """

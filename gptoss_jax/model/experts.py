@@ -121,7 +121,7 @@ class MixtureOfExperts(nnx.Module):
             if isinstance(found := getattr(weights, blocks), layers.Adapted):
                 weights = weights._replace(**{blocks: found.base, f"{matrix}_adapter": op.Adapter(found.a, found.b)})
                 axes = axes._replace(**{f"{matrix}_adapter": op.Adapter(a_axes, b_axes)})  # pyright: ignore[reportArgumentType]
-            if jnp.issubdtype(getattr(weights, blocks).dtype, jnp.floating):  # trained themselves: [E, out, in]
+            if op.is_trainable(getattr(weights, blocks)):  # trained themselves: [E, out, in]
                 weights = weights._replace(**{scales: None})
                 axes = axes._replace(**{blocks: getattr(axes, blocks)[:3], scales: None})
         return weights, axes

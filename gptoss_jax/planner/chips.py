@@ -34,6 +34,7 @@ class Chip(NamedTuple):
         launches: (per layer, beside the layers) of a decoding step, by `benchmarks.ahead_of_time launches`; None: not
             counted.
         source: of the figures.
+        retiles: whether decoding holds weights once more, in tiles of 16 rows, as the compiler for TPU v7x has it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Chip(NamedTuple):
     expert_layout: str
     launches: tuple[float, float] | None
     source: str
+    retiles: bool = False
 
 
 CHIPS = {
@@ -77,7 +79,7 @@ CHIPS = {
     ),
     "tpu7x": Chip(
         "TPU7x", "tpu", 2, int(94.75 * _GIB), 2307 * _TERA, 7380 * _GB, 600 * _GB, 3, "float4", None,
-        f"{_TPU}/tpu7x: 2,307 TFLOP/s, 7,380 GB/s, ICI 1,200 GB/s both ways; memory: libtpu's limit",
+        f"{_TPU}/tpu7x: 2,307 TFLOP/s, 7,380 GB/s, ICI 1,200 GB/s both ways; memory: libtpu's limit", True,
     ),
     "cpu": Chip(
         "simulated CPU device", "cpu", 1, 0, None, None, None, 1, "published", None,

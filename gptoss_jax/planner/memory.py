@@ -45,8 +45,10 @@ class Memory(NamedTuple):
         padded_keys: keys and values once more, as a TPU's kernel reads them where they do not fill its tiles.
         slots: page tables, sampling options and counts of drawn ids.
         snapshots: rings that the prefix cache keeps, beside the programs.
+        embedding_copy: in another order, as a TPU's compiler makes it: a prefill before its layers, decoding for good.
+        retiled_weights: that decoding holds once more on some chips: unembedding, query and output projections.
         activations: of one layer of the widest program, and the residual stream.
-        temporaries: of drawing a token, and what a compiler copies.
+        temporaries: of drawing a token.
     """
 
     experts: int
@@ -57,6 +59,8 @@ class Memory(NamedTuple):
     padded_keys: int
     slots: int
     snapshots: int
+    embedding_copy: int
+    retiled_weights: int
     activations: int
     temporaries: int
 
@@ -71,8 +75,14 @@ class Memory(NamedTuple):
         return self.weights + self.kv_cache + self.slots
 
     def program_bytes(self, width: int) -> int:
-        """Arguments and temporaries of a program that takes `width` tokens of each slot: 1 decodes."""
-        return self.arguments + self.padded_keys + self.temporaries + (self.activations if width > 1 else 0)
+        """Arguments and temporaries of a program that takes `width` tokens of each slot: 1 decodes.
+
+        A prefill's copy of the embedding has been read before its layers begin.
+        """
+        held = self.arguments + self.padded_keys + self.temporaries
+        if width == 1:
+            return held + self.embedding_copy + self.retiled_weights
+        return held + max(self.embedding_copy, self.activations)
 
     @property
     def total(self) -> int:
@@ -86,18 +96,24 @@ def memory(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload)
     return Memory(
         experts=config.num_layers * _expert_layer(config, mesh, chip.expert_layout),
         attention=config.num_layers * _attention_layer(config, mesh),
-        embeddings=2 * _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab"),
+        embeddings=2 * _embedding(config, mesh),
         others=_others(config),
         kv_cache=_kv_cache(config, mesh, workload),
-        padded_keys=_padded_keys(config, mesh, workload) if chip.platform == "tpu" else 0,
+        padded_keys=_padded_keys(config, mesh, chip, workload),
         slots=_slots(config, mesh, workload),
         snapshots=_snapshots(config, mesh, workload),
+        embedding_copy=_embedding(config, mesh) if chip.platform == "tpu" else 0,
+        retiled_weights=_retiled(config, mesh) if chip.retiles else 0,
         activations=tokens * _activations(config, mesh),
-        temporaries=_temporaries(config, mesh, chip, workload),
+        temporaries=_temporaries(config, mesh, workload),
     )
 
 
 # ---- weights ----
+
+
+def _embedding(config: ModelConfig, mesh: MeshShape) -> int:
+    return _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab")
 
 
 def _attention_layer(config: ModelConfig, mesh: MeshShape) -> int:
@@ -106,6 +122,12 @@ def _attention_layer(config: ModelConfig, mesh: MeshShape) -> int:
     rows = config.head_dim * (heads + 2 * kv_heads)
     cut = rows * (config.hidden_size + 1) + heads + config.head_dim * heads * config.hidden_size
     return _BFLOAT16 * (cut // mesh.size("heads") + config.hidden_size)
+
+
+def _retiled(config: ModelConfig, mesh: MeshShape) -> int:
+    """The unembedding, and of each layer the weights of queries and of the output product."""
+    projection = _BFLOAT16 * config.num_heads * config.head_dim * config.hidden_size // mesh.size("heads")
+    return _embedding(config, mesh) + config.num_layers * 2 * projection
 
 
 def _others(config: ModelConfig) -> int:
@@ -155,13 +177,20 @@ def _kv_cache(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     return slots * (page_tokens * _token_bytes(config, mesh) + _rings(config, mesh, workload))
 
 
-def _padded_keys(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
+def key_width(config: ModelConfig, mesh: MeshShape, chip: Chip) -> int:
+    """Numbers of a token's keys on a device as its kernel reads them: on TPUs a row fills whole tiles of 128 lanes."""
+    width = config.num_kv_heads * config.head_dim // mesh.size("heads")
+    return _padded(width, _LANES) if chip.platform == "tpu" else width
+
+
+def _padded_keys(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:
     """Where a token's keys on a device do not fill a tile's lanes, as one head of 64 numbers does not.
 
     The program is given them in another order, without gaps, and copies them.
     """
     width = config.num_kv_heads * config.head_dim // mesh.size("heads")
-    return _kv_cache(config, mesh, workload) * _padded(width, _LANES) // width if width % _LANES else 0
+    read = key_width(config, mesh, chip)
+    return _kv_cache(config, mesh, workload) * read // width if read > width else 0
 
 
 def _rings(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
@@ -214,13 +243,11 @@ def _activations(config: ModelConfig, mesh: MeshShape) -> int:
     return stream + max(attention, pooled * (rows + brought))
 
 
-def _temporaries(config: ModelConfig, mesh: MeshShape, chip: Chip, workload: Workload) -> int:
+def _temporaries(config: ModelConfig, mesh: MeshShape, workload: Workload) -> int:
     """Logits and their like of each slot, and all of them on one device where any slot asks for top log probabilities.
 
-    The latter where they are cut by vocabulary. A TPU's compiler also copies the embedding into another order.
+    The latter where they are cut by vocabulary.
     """
     slots = workload.slots // mesh.size("batch")
     scores = 6 * _WORD * slots * config.vocab_size // mesh.size("vocab")
-    top = _TOP_ARRAYS * _WORD * workload.slots * config.vocab_size if mesh.size("vocab") > 1 else 0
-    copied = _BFLOAT16 * config.vocab_size * config.hidden_size // mesh.size("vocab") if chip.platform == "tpu" else 0
-    return scores + top + copied
+    return scores + (_TOP_ARRAYS * _WORD * workload.slots * config.vocab_size if mesh.size("vocab") > 1 else 0)

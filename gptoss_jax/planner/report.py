@@ -19,6 +19,8 @@ PARTS = {  # part of Memory -> its name, and the logical axes that cut it
     "padded_keys": ("keys and values, padded", ("batch", "heads", "positions")),
     "slots": ("slots", ("batch", "vocab")),
     "snapshots": ("prefix cache's rings", ("batch", "heads")),
+    "embedding_copy": ("embedding, copied", ("vocab",)),
+    "retiled_weights": ("weights in other tiles", ("heads", "vocab")),
     "activations": ("activations (estimate)", ("batch", "heads", "expert_hidden")),
     "temporaries": ("temporaries (estimate)", ("batch", "vocab")),
 }

@@ -14,7 +14,7 @@ from gptoss_jax.model.mesh import MeshShape
 from gptoss_jax.planner import collectives
 from gptoss_jax.planner.chips import Chip
 from gptoss_jax.planner.collectives import ALWAYS, Collective
-from gptoss_jax.planner.memory import Workload
+from gptoss_jax.planner.memory import Workload, key_width
 
 _BFLOAT16 = 2
 _BY_ID = 4 + 1 + 4 + 2 * 4  # bytes that drawing reads of each id: bias, prompted, drawn; logits, written and read
@@ -27,7 +27,7 @@ class Work(NamedTuple):
         tokens: of the step, over all devices.
         flops: multiplications and additions.
         weight_bytes: read from memory.
-        kv_bytes: keys and values, read; and of each slot what drawing reads.
+        kv_bytes: keys and values, read as they lie, padded on TPUs; and of each slot what drawing reads.
         collectives: all that the program has, those that only some slots ask for too.
         launches: kernels, copies and library calls; None: not counted on this chip.
     """
@@ -90,7 +90,7 @@ def _work(
         tokens=workload.slots * width,
         flops=flops,
         weight_bytes=_weights_read(config, mesh, tokens),
-        kv_bytes=slots * (2 * _BFLOAT16 * read * config.num_kv_heads * config.head_dim / heads)
+        kv_bytes=slots * (2 * _BFLOAT16 * read * key_width(config, mesh, chip))
         + slots * _BY_ID * config.vocab_size / vocab,
         collectives=found,
         launches=launches,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.expert_mlp import reference
 from pallas_kernels.expert_mlp.tiles import Tiles, tile_rows
-from pallas_kernels.expert_mlp.weights import ExpertWeights, WeightLayout, packed, published
+from pallas_kernels.expert_mlp.weights import ExpertWeights, WeightLayout, is_trainable, packed, published
 
 
 def differentiable(run: Any, layout: WeightLayout) -> Any:
@@ -79,7 +79,7 @@ def _backward(run, layout, limit, saved, gradient):
 
 def _floats(weights: ExpertWeights) -> ExpertWeights:
     """What has a gradient: biases, adapters and dense weights, None for the rest."""
-    return jax.tree.map(lambda array: array if jnp.issubdtype(array.dtype, jnp.floating) else None, weights)
+    return jax.tree.map(lambda array: array if is_trainable(array) else None, weights)
 
 
 def _with_floats(weights: ExpertWeights, floats: ExpertWeights) -> ExpertWeights:

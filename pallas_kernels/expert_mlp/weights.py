@@ -7,6 +7,7 @@ model. Every rearrangement is undone exactly, to the published bytes.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 
@@ -38,6 +39,11 @@ class ExpertWeights(NamedTuple):
     down_bias: Float[Array, "E D"]
     gate_up_adapter: Adapter | None = None
     down_adapter: Adapter | None = None
+
+
+def is_trainable(array: Any) -> bool:
+    """Whether `array` holds numbers that have a gradient: 4-bit floats are codes of MXFP4, as a TPU v7x reads them."""
+    return jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits > 4
 
 
 def is_dense(weights: ExpertWeights) -> bool:

@@ -134,6 +134,15 @@ def test_each_generation_gets_a_form_it_can_run():
         assert tpu_forms.form_for(name) is next(form for key, form in tpu_forms.FORMS.items() if expected in key)
 
 
+@pytest.mark.parametrize("form", tpu_forms.FORMS)
+def test_packed_codes_are_not_taken_for_dense_weights(form):
+    """Guards TPU v7x, whose MXFP4 codes are an array of 4-bit floats: the model took it for trained weights."""
+    weights = jax.tree.map(jnp.asarray, random_experts(np.random.default_rng(0), 96, 64, 2))
+    packed = expert_op.packed(tpu_forms.FORMS[form].layout, weights)
+    found = {name for name, array in packed._asdict().items() if array is not None and expert_op.is_trainable(array)}
+    assert found == {"gate_up_bias", "down_bias"}
+
+
 # ---- the kernel ----
 
 

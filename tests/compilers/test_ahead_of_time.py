@@ -91,6 +91,36 @@ def test_whole_steps_fit(target):
         _is_as_planned(report)
 
 
+def _planned_and_compiled(*asked: str) -> dict:
+    """The plan of one program, whose memory and sums are those that `plan --nofast` has compiled."""
+    command = [sys.executable, "-m", "gptoss_jax.plan", *asked, "--nofast", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document, step = json.loads(done.stdout), asked[asked.index("--step") + 1]
+    found, of_plan = document[step], document["plan"]["decode" if step == "decode" else "prefill"]
+    sizes = {each["name"]: each for each in found["figures"]}
+    compiled, said = (
+        sum(sizes[name][of] for name in ("arguments", "temporaries")) for of in ("compiled", "closed_form")
+    )
+    assert abs(said / compiled - 1) < PLANNED_WITHIN, (compiled, said)
+    different = [each for side in ("only_compiled", "only_closed_form") for each in found[side]]
+    assert [each for each in different if each["where"] != "sampling"] == []
+    return of_plan
+
+
+@pytest.mark.parametrize(
+    ("on", "preset", "step"),
+    [
+        pytest.param("v6e:2x4", "v6e-8", "decode", marks=_needs("tpu")),
+        pytest.param("h200x2", "h200x2", "prefill", marks=_needs("gpu")),
+    ],
+)
+def test_presets_take_what_is_planned(on, preset, step):
+    """Guards plans of presets: padded keys of a TPU, a GPU's temporaries. `ahead_of_time presets` compiles them all."""
+    mesh_file = f"configs/meshes/{preset}.json"
+    _planned_and_compiled("gpt-oss-20b", "--on", on, "--mesh", mesh_file, "--batch", "16", "--step", step)
+
+
 @pytest.mark.parametrize(
     ("where", "step"),
     [pytest.param("h100x8", "prefill", marks=_needs("gpu")), pytest.param("v6e:2x4", "decode", marks=_needs("tpu"))],
@@ -103,18 +133,7 @@ def test_tokens_are_sent_to_experts_as_planned(where, step, tmp_path):
     path = tmp_path / "mesh.json"
     path.write_text('{"axes": {"data": 8}, "rules": {"experts": ["data"]}, "exchange": "all_to_all"}')
     asked = ["gpt-oss-20b", "--on", where, "--mesh", path, "--batch", "16", "--layers", "2", "--step", step]
-    command = [sys.executable, "-m", "gptoss_jax.plan", *map(str, asked), "--nofast", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    document = json.loads(done.stdout)
-    found, of_plan = document[step], document["plan"]["decode" if step == "decode" else "prefill"]
-    sizes = {each["name"]: each for each in found["figures"]}
-    compiled, said = (
-        sum(sizes[name][of] for name in ("arguments", "temporaries")) for of in ("compiled", "closed_form")
-    )
-    assert abs(said / compiled - 1) < PLANNED_WITHIN, (compiled, said)
-    different = [each for side in ("only_compiled", "only_closed_form") for each in found[side]]
-    assert [each for each in different if each["where"] != "sampling"] == []
+    of_plan = _planned_and_compiled(*map(str, asked))
     ragged = [each for each in of_plan["collectives"] if each["kind"] == "ragged-all-to-all"]
     assert sum(each["arrays"] for each in ragged) == 4 * 2, "activations, ids, weights and outputs of two layers"
 

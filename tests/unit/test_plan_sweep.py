@@ -97,15 +97,21 @@ def test_a_sweep_is_drawn_to_the_same_bytes(tmp_path, name):
 
 
 def test_what_does_not_fit_names_what_would():
-    """Guards the refusal: sizes on both sides, and meshes that really do fit, the file that says one of them first."""
-    asked = request("gpt-oss-120b", "v6e:2x4", "expert=8", 8, 131072)
+    """Guards the refusal: sizes on both sides, and meshes that really do fit, by the file that says one of them."""
+    asked = request("gpt-oss-120b", "h100x8", "data=8", 64, 131072)
     with pytest.raises(PlanError) as caught:
         sweep.make_fitting(asked)
     said = str(caught.value)
-    assert "mesh expert=8 does not fit v6e:2x4" in said and "of 31.25 GiB on each device" in said
-    assert "of this slice would do: configs/meshes/v6e-8.json (" in said
-    path = "configs/meshes/v6e-8.json"
-    assert sweep.make_fitting(request("gpt-oss-120b", "v6e:2x4", path, 8, 131072)).fits
+    assert "mesh data=8 does not fit h100x8" in said and "of 79.60 GiB on each device" in said
+    path = "configs/meshes/h100x8.json"
+    assert f"{path} (" in said.partition("of this slice would do: ")[2]
+    assert sweep.make_fitting(request("gpt-oss-120b", "h100x8", path, 64, 131072)).fits
+
+
+def test_meshes_that_fill_a_tpus_tiles_are_named_first():
+    """Guards the ranking on TPUs: two key heads a device, and positions cut, read half of what one head's rows take."""
+    with pytest.raises(PlanError, match=r"of this slice would do: expert=4,sequence=2, .*\(13\.03 GiB\)"):
+        sweep.make_fitting(request("gpt-oss-120b", "v6e:2x4", "expert=8", 8, 131072))
 
 
 def test_where_no_mesh_fits_a_smaller_batch_is_named():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import presets, under_load
+from benchmarks import presets, program_memory, under_load
 from benchmarks.presets import PRESETS, Preset
 from gptoss_jax.engine import runner
 from gptoss_jax.engine.request import EngineConfig
@@ -129,7 +129,16 @@ COMPILED = (
     (("gpt-oss-20b", "h200x8", EIGHT, 16, 8192, 128), 128, 1.99 + 0.22),
     (("gpt-oss-20b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 1, 2.06 + 0.95),
     (("gpt-oss-120b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 1, 8.60 + 1.41),
-    (("gpt-oss-120b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 128, 8.60 + 1.72),
+    (("gpt-oss-120b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 128, 8.60 + 1.58),
+    (("gpt-oss-20b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 128, 2.06 + 1.06),
+    (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 128, 2.03 + 1.12),
+    (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 1, 2.03 + 1.21),
+    (("gpt-oss-20b", "v5e:4x4", "configs/meshes/v5e-16.json", 16, 8192, 128), 1, 1.87 + 0.53),
+    (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 1, 2.06 + 0.94),
+    (("gpt-oss-20b", "v5p:2x2x2", "configs/meshes/v5p-8.json", 16, 8192, 128), 1, 2.06 + 0.93),
+    (("gpt-oss-120b", "h200x1", "configs/meshes/h200x1.json", 16, 8192, 128), 128, 65.37 + 0.32),
+    (("gpt-oss-120b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 32.70 + 0.38),
+    (("gpt-oss-20b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 7.95 + 0.26),
 )
 
 
@@ -160,9 +169,11 @@ def test_every_preset_of_a_slice_is_checked():
 
 def test_presets_are_said_beside_what_compilers_say(monkeypatch):
     """Guards `benchmarks.ahead_of_time presets`: both models, both steps, how far off, and one that does not fit."""
+    small = presets.planned("gpt-oss-20b", Preset("h200x8", "h200x8", "8 H200"))
+    sums = [list(each) for each in small.decode_work.collectives if each.where != "sampling"]  # of prefill not these
 
     def fit(step, kernels):
-        sizes = {"arguments_gib": 8.0, "temporaries_gib": 0.5, "of_gib": 141.0, "fits": True}
+        sizes = {"arguments_gib": 8.0, "temporaries_gib": 0.5, "of_gib": 141.0, "fits": True, "collectives": sums}
         return {**step._asdict(), **({"fits": False, "why": "too large"} if "120b" in step.model else sizes)}
 
     monkeypatch.setattr(presets, "fit", fit)
@@ -170,9 +181,26 @@ def test_presets_are_said_beside_what_compilers_say(monkeypatch):
     assert [(report["model"], report["width"]) for report in reports] == [
         (m, w) for m in presets.MODELS for w in (1, 128)
     ]
-    said = presets.planned("gpt-oss-20b", Preset("h200x8", "h200x8", "8 H200")).memory.program_bytes(1) / GIB
+    assert [line.rpartition(", ")[2].partition(":")[0] for line in lines[:2]] == ["as planned", "NOT AS PLANNED"]
+    said = small.memory.program_bytes(1) / GIB
     assert reports[0]["off"] == pytest.approx(said / 8.5 - 1, abs=1e-4) and "GiB compiled" in lines[0]
     assert reports[2]["off"] is None and lines[2].endswith("does not fit: too large")
+
+
+def test_what_is_counted_twice_is_read_of_the_log():
+    """Guards temporaries on TPUs: of the last program's HBM alone, in the unit that the compiler chose."""
+    log = """XLA::TPU program HBM usage: 1.24G / 31.25G
+Program sflag requirement 292B:
+    HLO temp            92B (100.0% utilization: Unpadded (92B) Padded (92B), 7.0% fragmentation (7B))
+Program hbm requirement 1.24G:
+    reserved         784.0K
+    HLO temp          1.06G (83.2% utilization: Unpadded (261.19M) Padded (313.81M), 71.1% fragmentation (771.73M))
+Program vmem requirement 126.88M:
+    HLO temp        126.88M (0.0% utilization: Unpadded (0B) Padded (0B), 100.0% fragmentation (126.88M))
+"""
+    assert program_memory.counted_twice(log) == round(771.73 * MIB)
+    assert program_memory.counted_twice(log + log.replace("771.73M", "18.5K")) == 18_944
+    assert program_memory.counted_twice("of a GPU, whose compiler says nothing of the kind") == 0
 
 
 # ---- work ----
@@ -260,6 +288,14 @@ def test_a_step_takes_what_its_slowest_part_takes():
     )
     assert found.tokens_per_second_per_user == 1 / (decode.memory + decode.interconnect)
     assert found.tokens_per_second_per_chip == found.tokens_per_second_per_user * 8 / 4
+
+
+def test_tpus_read_padded_keys():
+    """Guards decoding's roofline on TPUs: of one key head of 64 numbers rows of 128 lanes are read, of two no more."""
+    drawn = 17 * 8 * config("gpt-oss-120b").vocab_size / 8
+    for mesh_text, times in ((EIGHT, 2), ("data=2,tensor=4", 1)):
+        gpu, tpu = (plan.make(request("gpt-oss-120b", on, mesh_text, 8)).decode_work for on in ("h200x8", "v5p:2x2x2"))
+        assert tpu.kv_bytes - drawn == times * (gpu.kv_bytes - drawn) > 0
 
 
 def test_costs_that_somebody_measured_are_added():
