@@ -1,7 +1,7 @@
 """What responses say of the prefix cache: a prompt that begins as an earlier one did is counted, to a page."""
 
 import dataclasses
-import os
+import itertools
 from typing import Any
 
 import pytest
@@ -18,14 +18,17 @@ LONG = " ".join(f"Rule {number}: be kind." for number in range(40))
 
 
 def of_chat(question: str) -> dict[str, Any]:
+    """A request of each API that ends with a question."""
     return {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": question}]}
 
 
 def of_items(question: str) -> dict[str, Any]:
+    """As `of_chat`."""
     return {"instructions": LONG, "input": question}
 
 
 def of_text(question: str) -> dict[str, Any]:
+    """As `of_chat`."""
     return {"prompt": LONG + question, "max_tokens": 2}
 
 
@@ -37,7 +40,8 @@ def shared_tokens(path: str, question: str, earlier: str) -> int:
     """Tokens of whole pages in which two prompts begin alike, by their ids alone; one is left to go on from."""
     form, body = APIS[path]
     ids, before = (form.ask(body(each), Options()).token_ids for each in (question, earlier))
-    return min(len(os.path.commonprefix([ids, before])), len(ids) - 1) // PAGE * PAGE
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
+    return min(len(list(alike)), len(ids) - 1) // PAGE * PAGE
 
 
 def usage_of(reply: Any, path: str) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def test_a_kept_response_is_gone_on_from_in_the_cache():
 
 
 def test_each_of_several_prompts_counts_once():
-    """Guards sums: `n` answers to a prompt read it once, several prompts each their own, as `prompt_tokens` has them."""
+    """Guards sums: `n` answers to a prompt read it once, and of several prompts each counts, as in `prompt_tokens`."""
     house, prompts = House(sizes=CACHING), [LONG + "Rain", LONG + "Snow"]
 
     async def ask(app: Any) -> list[dict[str, Any]]:
