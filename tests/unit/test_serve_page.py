@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptoss_jax.api import openai_fields
+from gptoss_jax.api import openai_fields, overrides
 from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar import vocabulary
 from gptoss_jax.grammar.forms import FormError
@@ -232,6 +232,17 @@ def max_tokens(row: str) -> None:
     refused(TEXT, "max_tokens", max_tokens=0)
 
 
+def stop(row: str) -> None:
+    """So many, so long, and of the answer alone."""
+    assert all(f" {most} " in row for most in (overrides.MAX_STOPS, overrides.MAX_STOP_CHARACTERS))
+    sound = ["x" * overrides.MAX_STOP_CHARACTERS] * (overrides.MAX_STOPS - 1)
+    message = ask(CHAT, stop=["so", *sound]).json()["choices"][0]["message"]  # which stands in the reasoning
+    assert message["reasoning"] == "Hm, so." and message["content"].startswith("Hello")
+    assert ask(CHAT, stop="world").json()["choices"][0]["message"]["content"].endswith("🙂 ")
+    refused(CHAT, "stop holds 17 texts, expected at most 16", stop=["a"] * 17)
+    refused(ITEMS, "stop holds a text of 501 characters, expected at most 500", stop="a" * 501)
+
+
 def many(row: str) -> None:
     """Up to slots and queue."""
     assert len(ask(CHAT, n=6).json()["choices"]) == 6
@@ -352,6 +363,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "`logprobs` in a chat or completions stream": streamed_logprobs,
     "text beside calls (preambles) in a chat": preambles,
     "`max_tokens`": max_tokens,
+    "`stop`": stop,
     "`n`, `best_of`": many,
     "`logprobs` of completions": text_logprobs,
     "`prompt`": prompts,
