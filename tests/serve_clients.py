@@ -234,12 +234,18 @@ def ending(client: openai.OpenAI, url: str) -> dict[str, Any]:
 _HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
 _SLOW = {"nothing": b"", "a head": _HEAD + b"X: ", "a refused body": _HEAD + b"Content-Length: 10000\r\n\r\n"}
 
+_BAD = (b"\0\1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+
 
 def slow(client: openai.OpenAI, url: str) -> dict[str, Any]:
-    """Connections that send nothing, or a byte now and then: after how many seconds each is hung up on."""
+    """Connections that send nothing, or a byte now and then, after bad ones: how long until each is hung up on."""
     parts, began, found = urllib.parse.urlsplit(url), time.monotonic(), dict[str, float]()
     address = (parts.hostname or "", parts.port or 80)
     opened = [(name, first, socket.create_connection(address)) for name, first in _SLOW.items() for _ in range(20)]
+    for bad in _BAD:
+        with socket.create_connection(address) as end:
+            end.sendall(bad)
+            assert end.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 404")
     for _, first, end in opened:
         end.sendall(first)
         end.setblocking(False)

@@ -193,6 +193,7 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
         http=TimedConnection,
         ws="none",
         log_config=None,
+        log_level="error",  # of warnings there is one for whatever anybody sends
         access_log=False,
         server_header=False,
         lifespan="on",

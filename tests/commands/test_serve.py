@@ -189,7 +189,8 @@ def test_slow_clients_are_hung_up_on(demo):
     out, error = demo.slow.communicate(timeout=90)
     found = json.loads(out)
     assert found["open"] == 0 and len(found["seconds"]) == 3, error
-    assert all(HEAD_SECONDS - 1 < seconds < HEAD_SECONDS + 10 for seconds in found["seconds"].values()), found
+    assert min(found["seconds"].values()) > HEAD_SECONDS - 1, found
+    assert "h11_impl" not in demo.stderr  # nobody fills the log by what they send
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
