@@ -185,7 +185,7 @@ def test_clients_that_leave_free_their_slots_within_a_second(demo):
 
 
 def test_slow_clients_are_hung_up_on(demo):
-    """Guards connections: fifteen that send nothing, or a byte now and then, in a head or in a body that was refused."""
+    """Guards connections: some that send nothing, or a byte now and then, in a head or in a body that was refused."""
     out, error = demo.slow.communicate(timeout=90)
     found = json.loads(out)
     assert found["open"] == 0 and len(found["seconds"]) == 3, error
