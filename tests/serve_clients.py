@@ -7,6 +7,7 @@ In a process of their own: the test session lets nobody connect to anything.
 
 import http.client
 import json
+import socket
 import sys
 import time
 import urllib.parse
@@ -230,6 +231,49 @@ def ending(client: openai.OpenAI, url: str) -> dict[str, Any]:
     }
 
 
+_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
+_SLOW = {"nothing": b"", "a head": _HEAD + b"X: ", "a refused body": _HEAD + b"Content-Length: 10000\r\n\r\n"}
+
+_BAD = (b"\0\1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+
+
+def slow(client: openai.OpenAI, url: str) -> dict[str, Any]:
+    """Connections that send nothing, or a byte now and then, after bad ones: how long until each is hung up on."""
+    parts, began, found = urllib.parse.urlsplit(url), time.monotonic(), dict[str, float]()
+    address = (parts.hostname or "", parts.port or 80)
+    opened = [(name, first, socket.create_connection(address)) for name, first in _SLOW.items() for _ in range(5)]
+    for bad in _BAD:
+        with socket.create_connection(address) as end:
+            end.sendall(bad)
+            assert end.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 404")
+    for _, first, end in opened:
+        end.sendall(first)
+        end.setblocking(False)
+    while opened and time.monotonic() < began + 60:
+        time.sleep(0.5)
+        still = []
+        for name, first, end in opened:
+            if _is_open(end, b"x" if first else b""):
+                still.append((name, first, end))
+            else:
+                found[name] = time.monotonic() - began
+        opened = still
+    return {"open": len(opened), "seconds": found}
+
+
+def _is_open(end: socket.socket, more: bytes) -> bool:
+    """Whether the other end listens still."""
+    try:
+        end.send(more)
+        while end.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        pass
+    return False
+
+
 def _post(url: str, path: str, body: Mapping[str, Any]) -> http.client.HTTPConnection:
     connection = _connection(url)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -256,7 +300,7 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-SCENARIOS = {each.__name__: each for each in (answers, agents, errors, faults, leaving, ending)}
+SCENARIOS = {each.__name__: each for each in (answers, agents, errors, faults, leaving, slow, ending)}
 SCENARIOS |= structured_clients.SCENARIOS
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from gptoss_jax.harmony.client_keys import without_harmless
 from gptoss_jax.harmony.json_values import string
 
 MAX_ANSWERS = 1024
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 500  # after each token all are looked for, where others' answers wait for it
 _BANNED = "-inf"  # JSON has no infinity
 
 _SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
@@ -25,7 +26,7 @@ _SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
 }
 _OTHERS: Mapping[str, Callable[[object, str], Any]] = {
     "max_new_tokens": lambda value, name: whole(value, name, 1),
-    "stop": texts,
+    "stop": lambda value, name: _stop(value, name),
     "stop_ids": token_ids,
     "n": lambda value, name: whole(value, name, 1, MAX_ANSWERS),
     "logprobs": boolean,
@@ -138,6 +139,15 @@ def _tools(value: object, remarks: list[str]) -> tuple[Any, ...]:
     document, ignored = without_harmless(value)
     remarks += ignored
     return tool_schemas.tools(document)
+
+
+def _stop(value: object, name: str) -> tuple[str, ...]:
+    found = texts(value, name)
+    if len(found) > MAX_STOPS:
+        raise GptossError(f"{name} holds {len(found)} texts, expected at most {MAX_STOPS}")
+    if (longest := max(map(len, found), default=0)) > MAX_STOP_CHARACTERS:
+        raise GptossError(f"{name} holds a text of {longest} characters, expected at most {MAX_STOP_CHARACTERS}")
+    return found
 
 
 def _biases(value: object) -> dict[int, float]:

@@ -167,6 +167,7 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
     import uvicorn
 
     from gptoss_jax.server import app, engine_thread
+    from gptoss_jax.server.connection import TimedConnection
 
     thread = engine_thread.EngineThread(engine, most_waiting=options.queue)
     host, port = listener.getsockname()[:2]
@@ -189,7 +190,10 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
     served = _served(options, language_model, engine, thread, parts, end)
     config = uvicorn.Config(
         app.create(served),
+        http=TimedConnection,
+        ws="none",
         log_config=None,
+        log_level="error",  # of warnings there is one for whatever anybody sends
         access_log=False,
         server_header=False,
         lifespan="on",

@@ -10,8 +10,9 @@ from gptoss_jax.grammar.compiled import CompiledForm
 from gptoss_jax.grammar.forms import Body
 from gptoss_jax.harmony.answer import Answer
 
-# Python's `re`, which jsonschema asks, takes time that grows exponentially with some texts, and stops all threads.
-_PATTERNS = re.compile('"(pattern|patternProperties)":')
+# Whose time grows exponentially with some texts, and is not counted: Python's `re` stops all threads beside.
+_NOT_RUN = re.compile('"(pattern|patternProperties|unevaluatedItems|unevaluatedProperties)":')
+_MOST_STEPS = 30_000  # keywords looked at in an answer, some tenths of a second, in which no other answer is sent
 _MOST_DIGITS = 4000  # Python refuses to read longer whole numbers
 _ENDS = {
     "length": "the answer was cut at its limit of tokens",
@@ -59,10 +60,9 @@ def _faults(held: CompiledForm, answer: Answer) -> Iterator[Fault]:
     for message in answer.messages:
         body = held.form.final if message.kind == "final" else bodies.get(message.recipient or "")
         if isinstance(body, Body) and body in held.to_check:
-            if _PATTERNS.search(body.text):
-                yield Fault(
-                    "unchecked", f"{body.where}: it has patterns, which are not run here, beside what is not enforced"
-                )
+            if found := _NOT_RUN.search(body.text):
+                what = f"{body.where}: it has {found[1]!r}, which is not run here, beside what is not enforced"
+                yield Fault("unchecked", what)
             elif fault := check_json(body, message.content):
                 yield fault
 
@@ -76,17 +76,47 @@ def check_json(body: Body, text: str) -> Fault | None:
         value = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         return Fault("invalid", f"{body.where}: no JSON ({error})")
-    schema, jsonschema = json.loads(body.text), importlib.import_module("jsonschema")
-    validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema)
     try:
-        error = next(validator.iter_errors(value), None)
-    except (re.error, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # The schema holds what jsonschema cannot take: a pattern that is none for Python, say.
+        error = next(_validator(json.loads(body.text), text).iter_errors(value), None)
+    except Exception as error:  # the schema is a client's: jsonschema meets types, numbers, references that are none
         return Fault("unchecked", f"{body.where}: the answer could not be checked ({type(error).__name__})")
     if error is None:
         return None
     place = "".join(f"[{part!r}]" for part in error.absolute_path)
     return Fault("invalid", f"{body.where}: the answer{place} breaks {error.validator!r}")
+
+
+class TooMuchWork(Exception):
+    """A schema whose check takes longer than an answer is worth: references that double at each step, for one."""
+
+
+def _validator(schema: Any, text: str) -> Any:
+    """jsonschema's, which fetches no reference, as it would by itself, and raises TooMuchWork after so many steps."""
+    jsonschema, referencing, attrs = map(importlib.import_module, ("jsonschema", "referencing", "attrs"))
+    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    left = [_MOST_STEPS]
+
+    def counted(name: str, keyword: Any) -> Any:
+        def check(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+            left[0] -= _steps(name, value, instance) + len(text) // 20_000  # faults are written with what is at fault
+            if left[0] < 0:
+                raise TooMuchWork
+            return keyword(validator, value, instance, schema)
+
+        return check
+
+    keywords = {name: counted(name, keyword) for name, keyword in kind.VALIDATORS.items()}
+    counting = jsonschema.validators.extend(kind, keywords)
+    counting.evolve = attrs.evolve  # its own takes a class that does not count where a schema within has a $schema
+    return counting(schema, registry=referencing.Registry())
+
+
+def _steps(name: str, value: Any, instance: Any) -> int:
+    """How much a keyword costs beside what it asks of others: it may compare each with each, or go through a list."""
+    if name == "uniqueItems":
+        return 1 + (len(instance) ** 2 // 20 if isinstance(instance, list) else 0)
+    lists = [value] if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    return 1 + sum(len(each) for each in lists if isinstance(each, list)) // 10
 
 
 def _whole(text: str) -> int:

@@ -230,9 +230,11 @@ class StopStrings:
             at, self.found = min(places, key=lambda place: (place[0], -len(place[1])))
             shown, self._held = self._held[:at], ""
             return shown
-        keep = max(
-            (n for string in self._strings for n in range(len(string)) if self._held.endswith(string[:n])), default=0
+        most = len(self._held) + 1
+        begun = (
+            n for string in self._strings for n in range(min(len(string), most)) if self._held.endswith(string[:n])
         )
+        keep = max(begun, default=0)
         at = len(self._held) - keep
         shown, self._held = self._held[:at], self._held[at:]
         return shown

@@ -30,7 +30,7 @@ class Answering:
         first_token_seconds: from asking to the first token of any answer; None: none has come.
         last_token_seconds: the same of the last.
         tokens: drawn so far.
-        cached_tokens: of the first answer's prompt, which the prefix cache held.
+        cached_tokens: of each answer's prompt, which the prefix cache held.
     """
 
     def __init__(self, thread: EngineThread, requests: Sequence[Request], streams: Sequence[AnswerStream]):
@@ -41,7 +41,7 @@ class Answering:
         self._began = 0.0
         self.first_token_seconds: float | None = None
         self.last_token_seconds = 0.0
-        self.tokens, self.cached_tokens = 0, 0
+        self.tokens, self.cached_tokens = 0, [0] * len(requests)
 
     async def __aenter__(self) -> "Answering":
         """Raises QueueFullError or ClosedError as `EngineThread.ask`."""
@@ -67,7 +67,6 @@ class Answering:
             self.last_token_seconds = time.monotonic() - self._began
             self.first_token_seconds = self.first_token_seconds or self.last_token_seconds
             self.tokens += news.tokens
-        if number == 0:
-            self.cached_tokens = news.cached_tokens or self.cached_tokens
+        self.cached_tokens[number] = news.cached_tokens or self.cached_tokens[number]
         self._num_open -= news.is_last
         return number, news

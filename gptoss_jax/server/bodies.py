@@ -29,7 +29,7 @@ _REFUSED = (
     *("chat_template", "documents", "images", "prompt_embeds"),
     *("response_format", "text", "tools"),  # where a form has no such field
 )
-_SAY_NOTHING = frozenset(HARMLESS) - {"store", "stream_options"}  # on which the server acts
+_SAY_NOTHING = frozenset(HARMLESS) - {"stream_options"}  # on which the server acts
 _CLOSING = {"Connection": "close"}  # the rest of a body is not read
 _FORMS = ("response_format", "text", "tools")
 
@@ -131,7 +131,7 @@ def sort(body: Mapping[str, Any], known: Collection[str], own: Collection[str] =
     if options and not stream:
         raise GptossError("stream_options has an effect with stream only: leave it out, or set stream to true")
     with_usage = boolean(options.get("include_usage") or False, "stream_options.include_usage")
-    acts = {*known, *own} - _SAY_NOTHING
+    acts = {*own, *(set(known) - _SAY_NOTHING)}
     ignored = [name for name in given if name not in acts]
     acting = {name: value for name, value in given.items() if name not in ignored}
     mapped = _map_efforts(acting)

@@ -115,11 +115,16 @@ class Reply(Response):
             finally:
                 first, last = answering.first_token_seconds, answering.last_token_seconds
                 self._metrics.answered(answering.tokens, first, last)
-            cached_tokens, is_first = cached_tokens + answering.cached_tokens, False
+            cached_tokens, is_first = cached_tokens + self._cached_tokens(answering), False
             more = await self._more(send)
             if more is None:
                 return cached_tokens
             requests, streams = [more[0]], [more[1]]
+
+    def _cached_tokens(self, answering: Answering) -> int:
+        """Of each prompt as its first answer found it, as usage counts prompts: once, however many answers follow."""
+        cached, num_prompts = answering.cached_tokens, len(self._exchange.asked)
+        return sum(cached[:: len(cached) // num_prompts]) if cached else 0
 
     async def _begun(self, answering: Answering, *, is_patient: bool) -> Answering:
         """Asked of the engine; who `is_patient` has waited once, and is not sent away where many wait now."""

@@ -36,7 +36,7 @@ class ResponsesExchange:
             GptossError, Problem: something that cannot be done as asked.
         """
         model.check_name(body)
-        fields = bodies.sort(body, FIELDS)
+        fields = bodies.sort(body, FIELDS, own=("store",))
         acting = dict(fields.acting)
         self._stored, self._owner = stored, owner
         self._keeps = boolean(acting.pop("store", True), "store") and stored.most > 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from gptoss_jax.server.connection import HEAD_SECONDS
 from tests import pages, processes, scripted
 from tests.serve_clients import SUM
 
@@ -28,6 +29,8 @@ LOOP = ['get_time{"city":"Tokyo"}', "In Tokyo it is 08:15."]
 
 class Server:
     """A server's process, its address, and what it has said."""
+
+    slow: subprocess.Popen[str]
 
     def __init__(self, process: Any, folder: Path):
         self.process, self._stderr = process, folder / "stderr"
@@ -71,8 +74,9 @@ def serving(*arguments: Any) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Server]:
-    """The demo model, served."""
+    """The demo model, served; to slow clients too, who hinder nobody in the tests that follow."""
     with serving() as server:
+        server.slow = server.start("slow")
         yield server
 
 
@@ -178,6 +182,15 @@ def test_clients_that_leave_free_their_slots_within_a_second(demo):
     """Guards against leaks: streams, whole answers and those that wait, all of which go at once."""
     found = demo.ask("leaving")
     assert found["seconds"] < 1.0 and found["leaked_pages"] == 0
+
+
+def test_slow_clients_are_hung_up_on(demo):
+    """Guards connections: some that send nothing, or a byte now and then, in a head or in a body that was refused."""
+    out, error = demo.slow.communicate(timeout=90)
+    found = json.loads(out)
+    assert found["open"] == 0 and len(found["seconds"]) == 3, error
+    assert min(found["seconds"].values()) > HEAD_SECONDS - 1, found
+    assert "h11_impl" not in demo.stderr  # nobody fills the log by what they send
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

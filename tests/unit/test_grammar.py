@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,6 +322,49 @@ def test_lenient_formats_pass_keywords_over_and_are_checked():
     digits = "1" * 5000  # more than Python reads as a whole number
     assert verdict(form, answer(f"{FINAL}[{digits},-{digits}]<|return|>"))["status"] == "valid"
     assert verdict(form, answer(f"{FINAL}[{digits},{digits}]<|return|>"))["status"] == "unchecked"
+
+
+def lenient(**schema: Any):
+    """An object of any kind under a schema that is passed over, and checked in the end."""
+    return held(settings_of(response_format=schema_format({"type": "object", **schema}, strict=False)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"not": {"type": "no such type"}},
+        {"not": {"minProperties": "two"}},
+        {"$id": "a", "not": {"$ref": "#/nowhere"}},
+        {"unevaluatedProperties": False},
+        {"not": {"$ref": "#/kept"}, "kept": {"$ref": "file:///etc/passwd"}},
+    ],
+)
+def test_whatever_stands_in_what_is_passed_over_is_no_error(schema):
+    """Guards a server and a job against a schema's own mistakes, at which jsonschema fails: nobody can say."""
+    assert verdict(lenient(**schema), answer(f"{FINAL}{{}}<|return|>"))["status"] == "unchecked"
+
+
+DOUBLING = {
+    **{f"d{at}": {"allOf": [{"$ref": f"#/$defs/d{at + 1}"}, {"$ref": f"#/$defs/d{at + 1}"}]} for at in range(40)},
+    "d40": {},
+}
+
+
+@pytest.mark.parametrize("dialect", [{}, {"$schema": "https://json-schema.org/draft/2020-12/schema"}])
+def test_a_check_that_would_never_end_is_given_up(dialect):
+    """Guards everybody's streams, which wait while an answer is checked: references that double at each of 40 steps."""
+    forever = lenient(**{"$defs": DOUBLING, "not": {**dialect, "$ref": "#/$defs/d0"}})
+    began = time.thread_time()
+    assert "TooMuchWork" in verdict(forever, answer(f"{FINAL}{{}}<|return|>"))["fault"]
+    assert time.thread_time() - began < 3
+
+
+def test_a_list_too_long_to_compare_each_with_each_is_not_checked():
+    """Guards the same against the one keyword that takes time by itself; a list of some hundreds is looked at."""
+    unique = lenient(properties={"a": {"type": "array", "uniqueItems": True}})
+    for count, status in ((300, "valid"), (1000, "unchecked")):
+        items = json.dumps([{"b": number} for number in range(count)])
+        assert verdict(unique, answer(f'{FINAL}{{"a":{items}}}<|return|>'))["status"] == status
 
 
 @pytest.mark.parametrize(

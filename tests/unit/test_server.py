@@ -76,9 +76,15 @@ class ScriptedRunner(FakeRunner):
 class House:
     """An app over a scripted engine."""
 
-    def __init__(self, script: str | list[int | None] = FINAL, most_waiting: int = 4, **served: Any):
-        self.runner = ScriptedRunner(SIZES, list(ids_of(script)) if isinstance(script, str) else script)
-        self.engine = Engine(self.runner, CONFIG, SIZES)
+    def __init__(
+        self,
+        script: str | list[int | None] = FINAL,
+        most_waiting: int = 4,
+        sizes: EngineConfig = SIZES,
+        **served: Any,
+    ):
+        self.runner = ScriptedRunner(sizes, list(ids_of(script)) if isinstance(script, str) else script)
+        self.engine = Engine(self.runner, CONFIG, sizes)
         self.thread = EngineThread(self.engine, most_waiting=most_waiting)
         self.scored: list[Any] = []
         stops = (200002, 200012)
