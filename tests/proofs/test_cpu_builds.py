@@ -85,7 +85,8 @@ def test_a_compiler_loses_what_it_lacks_and_no_more(refused, lost, tmp_path, tmp
     assert native.cpu_kernels_supported(0).decode() == next(name for name in INSTRUCTION_SETS if name not in lost)
 
 
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+# Those with VNNI have one instruction in place of two, on registers.
+@pytest.mark.parametrize("name", [name for name in INSTRUCTION_SETS if not name.endswith("vnni")])
 def test_sanitizers_find_nothing(name, tmp_path):
     """Guards reads beyond the end of an array, helpers that come late, and undefined arithmetic.
 

@@ -259,13 +259,14 @@ CONFIG_MUTATIONS = {
 
 
 @pytest.mark.parametrize(
-    ("kernels", "tokens"),
+    ("name", "kernels", "tokens"),
     [
-        pytest.param("auto", TOKENS, id="auto"),
-        *(pytest.param(names, SOME_TOKENS, id=device) for device, names in INTERPRETED.items()),
+        *(pytest.param(name, "auto", TOKENS, id=f"{name}-auto") for name in CONFIG_MUTATIONS),
+        # Interpreted, a token takes a second: one side of the window, and no more tokens than show the clamp.
+        *(pytest.param("window 127", names, SOME_TOKENS, id=f"window 127-{d}") for d, names in INTERPRETED.items()),
+        *(pytest.param("limit off", names, FEW_TOKENS, id=f"limit off-{d}") for d, names in INTERPRETED.items()),
     ],
 )
-@pytest.mark.parametrize("name", CONFIG_MUTATIONS)
 def test_gate_catches_wrong_numbers(name, kernels, tokens, plain, tmp_path):
     """Guards the gate: a window off by one key, or a clamp that never bites, must show."""
     for file in plain.folder.iterdir():
