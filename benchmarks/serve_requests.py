@@ -84,7 +84,7 @@ def answer(data: bytes, *, streamed: bool) -> Ended:
     """
     if not streamed:
         return _together(json.loads(data)["choices"])
-    lines = [line.removeprefix("data: ") for line in data.decode().splitlines() if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ") for line in data.decode().split("\n") if line.startswith("data: ")]
     if lines[-1:] != ["[DONE]"]:
         raise GptossError(f"the stream ended without its end: {data[-300:].decode(errors='replace')}")
     chunks = [json.loads(line) for line in lines[:-1]]

@@ -7,6 +7,8 @@ from typing import Any
 CONTENT_TYPE = "text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": the answer is on its way\n\n"  # a comment, which clients pass over
 DONE = b"data: [DONE]\n\n"
+# No ends of lines to the standard, but to clients that cut a text as Python's `splitlines` does; JSON can do without.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
 def data(documents: Iterable[dict[str, Any]]) -> list[bytes]:
@@ -20,4 +22,5 @@ def named(documents: Iterable[dict[str, Any]]) -> list[bytes]:
 
 
 def _json(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(_LINE_ENDS).encode()
