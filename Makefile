@@ -28,7 +28,7 @@ demo: $(VENV)/.runs
 demo-model: $(VENV)/.develops
 	PYTHON=$(BIN)/python demo/make.sh
 
-# What a contributor needs, in 7 to 8 minutes on two cores; docs/testing.md says what each folder of tests holds.
+# What a contributor needs, in 10 to 14 minutes on two cores; docs/testing.md says what each folder of tests holds.
 test: lint types
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "unit or commands"
 

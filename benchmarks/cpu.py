@@ -293,6 +293,15 @@ def prefill_case(
 # ---- the command ----
 
 
+def check_instruction_sets(flag: str, names: list[str]) -> None:
+    """Raises GptossError for one that this machine does not have, and where there is no library."""
+    if reason := cpu_kernels.why_not():
+        raise GptossError(f"{flag}: {reason}")
+    have = cpu_kernels.instruction_sets()
+    if missing := [name for name in names if name not in have]:
+        raise GptossError(f"{flag} {missing[0]}: this machine has {', '.join(have)}")
+
+
 def define_flags() -> None:
     """This command's flags."""
     flags.DEFINE_string("checkpoint", None, "FOLDER: A converted checkpoint, or a folder of published safetensors.")
@@ -396,8 +405,8 @@ def main(arguments: list[str]) -> None:
     if options.one_by_one and max(numbers["prefill_batch"]) > 1:
         raise GptossError("--one-by-one prefills one prompt at a time, expected --prefill-batch 1")
     name = options.instruction_set
-    if name and name not in cpu_kernels.instruction_sets():
-        raise GptossError(f"--instruction-set {name}, expected one of {', '.join(cpu_kernels.instruction_sets())}")
+    if name:
+        check_instruction_sets("--instruction-set", [name])
     with cpu_kernels.instruction_set(name) if name else contextlib.nullcontext():
         _measure(options)
 

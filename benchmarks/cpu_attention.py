@@ -25,7 +25,6 @@ import cpu_kernels
 from benchmarks import cpu, true_width
 from gptoss_jax.checkpoints import host_memory
 from gptoss_jax.cli import command
-from gptoss_jax.errors import GptossError
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.kv_cache import PAGE_TOKENS
 from pallas_kernels.attention import IMPLEMENTATIONS, PagedKV
@@ -129,10 +128,8 @@ def sets(options: flags.FlagValues) -> list[str]:
     Raises:
         GptossError: this machine does not have one.
     """
-    have = cpu_kernels.instruction_sets()
-    if missing := [name for name in options.instruction_sets if name not in have]:
-        raise GptossError(f"--instruction-sets {missing[0]}: this machine has {', '.join(have)}")
-    return options.instruction_sets or [have[0]]
+    cpu.check_instruction_sets("--instruction-sets", options.instruction_sets)
+    return options.instruction_sets or [cpu_kernels.instruction_sets()[0]]
 
 
 def define_flags() -> None:

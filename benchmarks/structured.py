@@ -240,10 +240,10 @@ class _Writing:
 def define_flags() -> None:
     """This benchmark's flags."""
     flags.DEFINE_string("checkpoint", None, "FOLDER: Weights; left out: random ones of --config.")
-    flags.DEFINE_string("config", None, "FILE: Sizes of the random weights; left out: configs/tiny.json.")
-    flags.DEFINE_integer(
-        "layers", None, "N: In place of a config: layers of the 20b's width, an even number.", lower_bound=2
+    flags.DEFINE_string(
+        "config", None, "FILE: Sizes of the random weights; left out: tiny.json, with --layers the 20b's."
     )
+    flags.DEFINE_integer("layers", None, "N: Layers that the config is cut to, an even number.", lower_bound=2)
     flags.DEFINE_integer("answers", 1000, "N: Answers to draw and look at.", lower_bound=0)
     flags.DEFINE_integer("rows", ROWS, "N: Rows at once.", lower_bound=2)
     flags.DEFINE_integer("tokens", 64, "N: Tokens of each row that are timed.", lower_bound=2)
@@ -262,7 +262,7 @@ def measure(model: LanguageModel, *, answers: int, rows: int, tokens: int, round
 
 def _raw_config() -> dict[str, Any]:
     if FLAGS.layers is not None:
-        return true_width.raw_config(FLAGS.layers)
+        return true_width.raw_config(FLAGS.layers, Path(FLAGS.config or true_width.CONFIG))
     return json.loads(Path(FLAGS.config or of_configs("configs/tiny.json")).read_text())
 
 

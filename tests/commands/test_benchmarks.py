@@ -34,7 +34,7 @@ TOYS: dict[str, tuple[Any, ...]] = {  # CONFIG: a small config.json; FILE: one t
     "sampling": ("--config", "CONFIG", "--repeats", 1),
     "serve": ("--scale", 0.1, "--slots", 2, "--connections", 2, "--requests", 2, "--rounds", 1, "--minutes", 0.01),
     "slot_by_slot": (*CUT, "--rows", 2, "--steps", 1),
-    "structured": ("--answers", 2, "--rows", 2, "--tokens", 160, "--rounds", 1, "--config", "TINY"),
+    "structured": ("--answers", 2, "--rows", 2, "--tokens", 160, "--rounds", 1, "--config", "TINY", "--layers", 2),
     "tpu_experts": ("--only", "v6e", "--tokens", 1, "--experts", 32),
     "unrolled_or_scanned": (*CUT, "--experts", 4, "--steps", 1),
     "write_gguf": (*CUT, "FILE"),

@@ -88,6 +88,7 @@ def test_peers_take_turns(config_file, tmp_path):
     [
         ((), "either --checkpoint or --layers"),
         (("--layers", 3), "3 layers, expected an even number"),
+        (("--layers", 2, "--instruction-set", "z80"), "--instruction-set z80: this machine has"),
         (("--layers", 2, "--llama-bench", "x"), "--llama-bench and --gguf belong together"),
         (("--layers", 2, "--config", "configs/tiny.json", "--contexts", "16,x"), "16,x: expected whole numbers"),
     ],
