@@ -97,7 +97,11 @@ class Int16Batch {
     };
     parallel_for(pool.for_work(products), (last - first) * panels, gate_up);
     auto down = [&](int64_t panel, int64_t worker) {
-      for (int64_t i = 0; i < last - first; ++i) down_panel(shares_[i], panel, memory_.room(worker));
+      for (int64_t i = 0; i < last - first; ++i) {
+        const bool is_last = i + 1 == last - first;
+        const PackedRows next = packed_rows(call_.down, shares_[is_last ? 0 : i + 1].run.expert);
+        down_panel(shares_[i], panel, next.codes_of((panel + is_last) * kDownRows), memory_.room(worker));
+      }
     };
     parallel_for(pool.for_work(products / 2), call_.down.rows / kDownRows, down);
   }
@@ -142,14 +146,15 @@ class Int16Batch {
       const float scale = activate_block(share.run.expert, panel, products, words);
       put_block(words, scale, panel, int(token % kTokens), memory_.inner_vectors.at(share.vector + token / kTokens));
     };
-    multiply_vectors(w, panel * kGateUpRows, kGateUpRows, memory_.x_vectors.at(share.vector), share.vectors,
+    const uint8_t* next = w.codes_of((panel + 1) * kGateUpRows);
+    multiply_vectors(w, panel * kGateUpRows, kGateUpRows, next, memory_.x_vectors.at(share.vector), share.vectors,
                      share.few - share.run.begin, room, to_vector);
     float products[kFewAtATime * kGateUpRows];
     const Group* rows[kFewAtATime];
     for (int64_t at = share.few; at < share.run.end; at += kFewAtATime) {
       const int64_t count = share.run.end - at < kFewAtATime ? share.run.end - at : kFewAtATime;
       for (int64_t i = 0; i < count; ++i) rows[i] = memory_.x.at(sorted_.assignment(at + i) / call_.top_k);
-      multiply_few_rows(w, panel * kGateUpRows, kGateUpRows, rows, count, products, kGateUpRows);
+      multiply_few_rows(w, panel * kGateUpRows, kGateUpRows, next, rows, count, products, kGateUpRows);
       for (int64_t i = 0; i < count; ++i) {
         const float scale = activate_block(share.run.expert, panel, products + i * kGateUpRows, words);
         put_block(words, scale, panel, memory_.inner.at(at + i - begin_));
@@ -157,7 +162,7 @@ class Int16Batch {
     }
   }
 
-  void down_panel(const Share& share, int64_t panel, void* room) const {
+  void down_panel(const Share& share, int64_t panel, const uint8_t* next, void* room) const {
     const PackedRows w = packed_rows(call_.down, share.run.expert);
     const int64_t first = panel * kDownRows;
     Vec biases[2];
@@ -165,14 +170,14 @@ class Int16Batch {
     const auto to_token = [&](int64_t token, const float* products) {
       add_to_token(call_, sorted_.assignment(share.run.begin + token), first, products, biases);
     };
-    multiply_vectors(w, first, kDownRows, memory_.inner_vectors.at(share.vector), share.vectors,
+    multiply_vectors(w, first, kDownRows, next, memory_.inner_vectors.at(share.vector), share.vectors,
                      share.few - share.run.begin, room, to_token);
     float products[kFewAtATime * kDownRows];
     const Group* rows[kFewAtATime];
     for (int64_t at = share.few; at < share.run.end; at += kFewAtATime) {
       const int64_t count = share.run.end - at < kFewAtATime ? share.run.end - at : kFewAtATime;
       for (int64_t i = 0; i < count; ++i) rows[i] = memory_.inner.at(at + i - begin_);
-      multiply_few_rows(w, first, kDownRows, rows, count, products, kDownRows);
+      multiply_few_rows(w, first, kDownRows, next, rows, count, products, kDownRows);
       for (int64_t i = 0; i < count; ++i)
         to_token(at + i - share.run.begin, products + i * kDownRows);
     }

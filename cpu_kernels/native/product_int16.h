@@ -193,6 +193,13 @@ inline __m256i add_pairs(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
+// Pairs of neighbouring lanes added up, as vphaddd does in more steps.
+inline __m256i add_neighbours(__m256i a, __m256i b) {
+  const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+  return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88)),
+                          _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xDD)));
+}
+
 // Two blocks of codes, or one and zeros, or none.
 inline __m256i load_codes(const uint8_t* p, int blocks) {
   if (blocks >= 2) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -228,8 +235,8 @@ inline void half_sums(const uint8_t* codes, int count, int half, const Group* co
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(quads[m][0], quads[m][1]),
-                                          _mm256_hadd_epi32(quads[m][2], quads[m][3]));
+    const __m256i all = add_neighbours(add_neighbours(quads[m][0], quads[m][1]),
+                                       add_neighbours(quads[m][2], quads[m][3]));
     const __m256i offsets = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[m]->offsets + 8 * half));
     sums[m] = _mm256_cvtepi32_ps(_mm256_sub_epi32(all, offsets));
   }
@@ -318,12 +325,20 @@ inline void sums_of_blocks(const uint8_t* codes, int count, const Group* const (
 struct PackedRows {
   const uint8_t *codes, *scales;
   int64_t blocks;
+
+  const uint8_t* codes_of(int64_t row) const { return codes + row * blocks * kCodeBytes; }
 };
 
-// out[m * stride] = dot(row `row` of weights, x[m]) for M rows of activations.
+// Asks for memory that is read soon.
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 3);
+}
+
+// out[m * stride] = dot(row `row` of weights, x[m]) for M rows of activations. Asks meanwhile for as much from `ahead`.
 template <int M>
-inline void multiply_row(const PackedRows& w, int64_t row, const Group* const* x, float* out, int64_t stride) {
-  const uint8_t *codes = w.codes + row * w.blocks * kCodeBytes, *scales = w.scales + row * w.blocks;
+inline void multiply_row(const PackedRows& w, int64_t row, const Group* const* x, const uint8_t* ahead, float* out,
+                         int64_t stride) {
+  const uint8_t *codes = w.codes_of(row), *scales = w.scales + row * w.blocks;
   Vec sums[M];
   const Group* at[M];
 #pragma GCC unroll 8
@@ -340,12 +355,12 @@ inline void multiply_row(const PackedRows& w, int64_t row, const Group* const* x
     }
   };
   for (; left >= kGroupBlocks; left -= kGroupBlocks) {
-    constexpr int kAhead = 8192;  // bytes: some rows
-    for (int line = 0; line < kGroupBlocks * kCodeBytes; line += 64) __builtin_prefetch(codes + kAhead + line, 0, 3);
+    fetch(ahead, kGroupBlocks * kCodeBytes);
     add_group(scales, kGroupBlocks);
-    codes += kGroupBlocks * kCodeBytes, scales += kGroupBlocks;
+    codes += kGroupBlocks * kCodeBytes, ahead += kGroupBlocks * kCodeBytes, scales += kGroupBlocks;
   }
   if (left > 0) {
+    fetch(ahead, left * kCodeBytes);
     uint8_t last[kGroupBlocks] = {};
     memcpy(last, scales, size_t(left));
     add_group(last, int(left));
@@ -354,19 +369,25 @@ inline void multiply_row(const PackedRows& w, int64_t row, const Group* const* x
   for (int m = 0; m < M; ++m) out[m * stride] = sum(sums[m]);
 }
 
-#if defined(CPU_KERNELS_AVX512)
+#if defined(CPU_KERNELS_AVX512) || defined(CPU_KERNELS_AVX2)
 constexpr int kFewRows = 4;
 #else
 constexpr int kFewRows = 2;
 #endif
 
 // out[m * stride + r] = dot(row first + r of weights, x[m]) for r below `count`, and any number of rows of activations.
+// `next` are the codes that are multiplied after these: some rows ahead of the last ones come from there.
 template <int M = kFewRows>
-inline void multiply_few_rows(const PackedRows& w, int64_t first, int64_t count, const Group* const* x, int64_t rows,
-                              float* out, int64_t stride) {
+inline void multiply_few_rows(const PackedRows& w, int64_t first, int64_t count, const uint8_t* next,
+                              const Group* const* x, int64_t rows, float* out, int64_t stride) {
+  constexpr int64_t kRowsAhead = 6;  // of the 20b 8.6 kB
   for (; rows >= M; rows -= M, x += M, out += M * stride)
-    for (int64_t r = 0; r < count; ++r) multiply_row<M>(w, first + r, x, out + r, stride);
-  if constexpr (M > 1) multiply_few_rows<M - 1>(w, first, count, x, rows, out, stride);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t beyond = r + kRowsAhead - count;
+      const uint8_t* ahead = beyond < 0 ? w.codes_of(first + r + kRowsAhead) : next + beyond * w.blocks * kCodeBytes;
+      multiply_row<M>(w, first + r, x, ahead, out + r, stride);
+    }
+  if constexpr (M > 1) multiply_few_rows<M - 1>(w, first, count, next, x, rows, out, stride);
 }
 
 }  // namespace cpu_kernels::CPU_KERNELS_ISA

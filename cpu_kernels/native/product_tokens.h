@@ -33,8 +33,11 @@ inline Tokens splat_token(float a) { return _mm512_set1_ps(a); }
 inline Tokens add_tokens(Tokens a, Tokens b) { return _mm512_add_ps(a, b); }
 inline Tokens mul_tokens(Tokens a, Tokens b) { return _mm512_mul_ps(a, b); }
 inline Tokens fma_tokens(Tokens a, Tokens b, Tokens c) { return _mm512_fmadd_ps(a, b, c); }
+inline TokenInts kept(TokenInts a) { asm("" : "+v"(a)); return a; }
 
-// Vectors of tokens and rows of weights whose sums are in registers at a time. By trial.
+// Vectors of tokens and rows of weights whose sums are in registers at a time, and how many tokens pay for unpacking. By
+// trial.
+constexpr int64_t kFewestTokens = 9;
 constexpr int kTileVectors = 3;
 template <int V>
 constexpr int kRowsBeside = V == 1 ? 8 : 4;
@@ -55,10 +58,12 @@ inline Tokens splat_token(float a) { return _mm256_set1_ps(a); }
 inline Tokens add_tokens(Tokens a, Tokens b) { return _mm256_add_ps(a, b); }
 inline Tokens mul_tokens(Tokens a, Tokens b) { return _mm256_mul_ps(a, b); }
 inline Tokens fma_tokens(Tokens a, Tokens b, Tokens c) { return _mm256_fmadd_ps(a, b, c); }
+inline TokenInts kept(TokenInts a) { asm("" : "+x"(a)); return a; }
 
+constexpr int64_t kFewestTokens = 8;
 constexpr int kTileVectors = 2;
 template <int V>
-constexpr int kRowsBeside = 4;
+constexpr int kRowsBeside = V == 1 ? 8 : 4;
 
 #endif
 
@@ -66,7 +71,9 @@ constexpr int kBlockPairs = kBlockInputs / 2;
 constexpr int64_t kVectorsAtATime = 96 / kTokens;  // whose sums stay in the second cache, five of each
 
 // How many vectors of tokens so many rows make. The last few rows go by themselves, up to half a vector.
-inline int64_t vectors_of(int64_t rows) { return rows / kTokens + (rows % kTokens > kTokens / 2); }
+inline int64_t vectors_of(int64_t rows) {
+  return rows < kFewestTokens ? 0 : rows / kTokens + (rows % kTokens > kTokens / 2);
+}
 
 // As many vectors as runs of so many rows together can make.
 inline int64_t most_vectors(int64_t rows) { return rows / (kTokens / 2 + 1); }
@@ -162,56 +169,73 @@ inline int64_t vectors_room(int64_t blocks) {
   return (sums + kMostPanelRows * groups_of(blocks) * block_bytes + 63) / 64 * 64;
 }
 
-// One lane's sums of R rows of weights from row `row` on and V vectors of tokens.
+// The exact sums of a block of R rows of weights and V vectors of tokens. Sums stay in their registers because the
+// compiler may not reorder what is added to them: left to itself it brings products forward and has no room for them.
 template <int R, int V>
-inline void add_lane(const LaneWeights& w, int64_t row, const TokenBlock* const (&x)[V], Tokens (&sums)[R][V]) {
-  const int16_t* words = w.words + row * w.blocks * kBlockInputs;
-  const float* powers = w.powers + row * w.blocks;
+inline __attribute__((always_inline)) void add_block(const int16_t* const (&words)[R], const TokenBlock* const (&x)[V], TokenInts (&all)[R][V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[r][v] = splat_token(0);
-  for (int64_t i = 0; i < w.blocks; ++i) {
-    TokenInts all[R][V];
+    for (int v = 0; v < V; ++v) all[r][v] = no_pairs();
+#pragma GCC unroll 16
+  for (int pair = 0; pair < kBlockPairs; ++pair) {
+    TokenInts tokens[V];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) tokens[v] = load_pairs(x[v]->pairs[pair]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) all[r][v] = no_pairs();
-#pragma GCC unroll 2
-    for (int pair = 0; pair < kBlockPairs; ++pair) {
-      TokenInts tokens[V];
+    for (int r = 0; r < R; ++r) {
+      int32_t both;
+      memcpy(&both, words[r] + 2 * pair, sizeof both);
+      const TokenInts weights = splat_pair(both);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) tokens[v] = load_pairs(x[v][i * kGroupBlocks].pairs[pair]);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t both;
-        memcpy(&both, words + (r * w.blocks + i) * kBlockInputs + 2 * pair, sizeof both);
-        const TokenInts weights = splat_pair(both);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) all[r][v] = add_pairs(all[r][v], weights, tokens[v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const Tokens scales = load_tokens(x[v][i * kGroupBlocks].scales);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Tokens scale = mul_tokens(splat_token(powers[r * w.blocks + i]), scales);
-        sums[r][v] = fma_tokens(to_floats(all[r][v]), scale, sums[r][v]);
-      }
+      for (int v = 0; v < V; ++v) all[r][v] = kept(add_pairs(all[r][v], weights, tokens[v]));
     }
   }
 }
 
+// One lane's sums of R rows of weights from row `row` on and V vectors of tokens.
+template <int R, int V>
+inline void add_lane(const LaneWeights& w, int64_t row, const TokenBlock* const (&x)[V], Tokens (&sums)[R][V]) {
+  const int16_t* words[R];
+  const TokenBlock* at[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) at[v] = x[v];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    words[r] = w.words + (row + r) * w.blocks * kBlockInputs;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = splat_token(0);
+  }
+  const float* powers = w.powers + row * w.blocks;
+  for (int64_t i = 0; i < w.blocks; ++i, ++powers) {
+    TokenInts all[R][V];
+    add_block(words, at, all);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Tokens scales = load_tokens(at[v]->scales);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Tokens scale = mul_tokens(splat_token(powers[r * w.blocks]), scales);
+        sums[r][v] = fma_tokens(to_floats(all[r][v]), scale, sums[r][v]);
+      }
+      at[v] += kGroupBlocks;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) words[r] += kBlockInputs;
+  }
+}
+
 // The same for `rows` rows and V vectors whose first column is `column`, added to what earlier lanes left: `turn` is
-// how many there were, and each 1 at the end of its bits a sum that waits for this one.
+// how many there were, and each 1 at the end of its bits a sum that waits for this one. `ahead_bytes` a row are asked
+// for from `ahead` meanwhile.
 template <int V>
 inline void add_lane_to_sums(const VectorsRoom& room, int turn, int64_t rows, const TokenBlock* const (&x)[V],
-                             int64_t first_block, int64_t column) {
+                             int64_t first_block, int64_t column, const uint8_t* ahead, int64_t ahead_bytes) {
   constexpr int R = kRowsBeside<V>;
   const TokenBlock* from[V];
   for (int v = 0; v < V; ++v) from[v] = x[v] + first_block;
   for (int64_t row = 0; row < rows; row += R) {
+    fetch(ahead + row * ahead_bytes, R * ahead_bytes);
     Tokens sums[R][V];
     const TokenBlock* const(&blocks)[V] = from;
     add_lane<R, V>(room.weights, row, blocks, sums);
@@ -228,17 +252,19 @@ inline void add_lane_to_sums(const VectorsRoom& room, int turn, int64_t rows, co
   }
 }
 
-// The same for `vectors` vectors from x on, of `x_blocks` blocks each, V and fewer at a time.
+// The same for `vectors` vectors from x on, of `x_blocks` blocks each, V and fewer at a time; the first ones ask.
 template <int V = kTileVectors>
 inline void add_lane_to_all(const VectorsRoom& room, int turn, int64_t rows, const TokenBlock* x, int64_t x_blocks,
-                            int64_t vectors, int64_t first_block, int64_t column = 0) {
+                            int64_t vectors, int64_t first_block, const uint8_t* ahead, int64_t ahead_bytes,
+                            int64_t column = 0) {
   for (; vectors >= V; vectors -= V, x += V * x_blocks, column += V * kTokens) {
     const TokenBlock* each[V];
     for (int v = 0; v < V; ++v) each[v] = x + v * x_blocks;
     const TokenBlock* const(&all)[V] = each;
-    add_lane_to_sums<V>(room, turn, rows, all, first_block, column);
+    add_lane_to_sums<V>(room, turn, rows, all, first_block, column, ahead, column ? 0 : ahead_bytes);
   }
-  if constexpr (V > 1) add_lane_to_all<V - 1>(room, turn, rows, x, x_blocks, vectors, first_block, column);
+  if constexpr (V > 1)
+    add_lane_to_all<V - 1>(room, turn, rows, x, x_blocks, vectors, first_block, ahead, ahead_bytes, column);
 }
 
 // epilogue(token, products) for the first `tokens` columns, each with the products of all rows.
@@ -258,10 +284,11 @@ inline void give_columns(const float* sums, int64_t rows, int64_t tokens, int64_
 }
 
 // epilogue(token, products) for each of the first `tokens` of `vectors` vectors: the products with `rows` rows of
-// weights, 32 or 64, from row `first` on. `memory` as vectors_room says.
+// weights, 32 or 64, from row `first` on. `next` are the codes that are multiplied after these; `memory` as vectors_room
+// says.
 template <class Epilogue>
-inline void multiply_vectors(const PackedRows& w, int64_t first, int64_t rows, const TokenBlock* x, int64_t vectors,
-                             int64_t tokens, void* memory, const Epilogue& epilogue) {
+inline void multiply_vectors(const PackedRows& w, int64_t first, int64_t rows, const uint8_t* next, const TokenBlock* x,
+                             int64_t vectors, int64_t tokens, void* memory, const Epilogue& epilogue) {
   static_assert(kLanes == 16 && VectorsRoom::kLevels == 5 && VectorsRoom::kColumns % kLanes == 0);
   VectorsRoom room(memory, w.blocks);
   for (int64_t done = 0; done < vectors; done += kVectorsAtATime, x += kVectorsAtATime * w.blocks) {
@@ -270,10 +297,8 @@ inline void multiply_vectors(const PackedRows& w, int64_t first, int64_t rows, c
       const int lane = (turn & 1) << 3 | (turn & 2) << 1 | (turn & 4) >> 1 | turn >> 3;
       const int64_t first_block = lane / kQuads + lane % kQuads * kQuadBlocks;
       room.weights.unpack(w, first, rows, first_block);
-      // The next panel's codes, a sixteenth at a time.
-      const uint8_t* ahead = w.codes + ((first + rows) * kLanes + turn * rows) * w.blocks;
-      for (int64_t byte = 0; byte < rows * w.blocks; byte += 64) __builtin_prefetch(ahead + byte, 0, 3);
-      add_lane_to_all(room, turn, rows, x, w.blocks, some, first_block);
+      static_assert(kCodeBytes == kLanes);  // so that a lane asks for a byte of each block
+      add_lane_to_all(room, turn, rows, x, w.blocks, some, first_block, next + turn * rows * w.blocks, w.blocks);
     }
     const int64_t rest = tokens - done * kTokens, here = rest < some * kTokens ? rest : some * kTokens;
     give_columns(room.level(4), rows, here, done * kTokens, epilogue);
@@ -301,8 +326,8 @@ struct TokenRows {
 };
 
 template <class Epilogue>
-inline void multiply_vectors(const PackedRows&, int64_t, int64_t, const TokenBlock*, int64_t, int64_t, void*,
-                             const Epilogue&) {}
+inline void multiply_vectors(const PackedRows&, int64_t, int64_t, const uint8_t*, const TokenBlock*, int64_t, int64_t,
+                             void*, const Epilogue&) {}
 
 #endif
 
