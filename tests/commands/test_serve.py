@@ -1,16 +1,18 @@
 """The server as people run it: a process, real clients, signals; what they see is what the model says alone."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"
 DIRECT = {name: value for name, value in os.environ.items() if name not in PROXIES}
 SIZES = ("--port", 0, "--slots", 4, "--max-context-tokens", 512, "--queue", 8, "--finish-seconds", 20)
 SOLVED = "417 + 258 = 675."
+CONNECTIONS = 64
+FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 LOOP = ['get_time{"city":"Tokyo"}', "In Tokyo it is 08:15."]
 
 
@@ -55,7 +59,7 @@ class Server:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=DIRECT)
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(*arguments: Any) -> Iterator[Server]:
     """A server that runs as long as the block."""
     with tempfile.TemporaryDirectory() as name:
@@ -75,7 +79,7 @@ def serving(*arguments: Any) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Server]:
     """The demo model, served; to slow clients too, who hinder nobody in the tests that follow."""
-    with serving() as server:
+    with serving("--connections", CONNECTIONS) as server:
         server.slow = server.start("slow")
         yield server
 
@@ -193,6 +197,15 @@ def test_slow_clients_are_hung_up_on(demo):
     assert "h11_impl" not in demo.stderr  # nobody fills the log by what they send
 
 
+def test_idle_connections_are_bounded(demo):
+    """Guards everybody else, and files of the process: so many are open at once, and who is too many hears so unasked."""
+    address = "127.0.0.1", int(demo.url.rpartition(":")[2])
+    with contextlib.ExitStack() as opened:
+        ends = [opened.enter_context(socket.create_connection(address, 30)) for _ in range(CONNECTIONS + 8)]
+        assert all(end.recv(1 << 10).startswith(b"HTTP/1.1 503 ") for end in ends[-8:])
+    assert demo.ask("errors")  # whose connections are taken
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_curl(demo):
     """Guards the first line that people copy."""
@@ -234,6 +247,11 @@ def test_numbers_that_fail_end_one_answer_and_keys_are_asked_for(tmp_path):
         (["x"], "serve: x: expected flags only (--checkpoint names the model)"),
         (["--port", 70000], "serve: --port is 70000, expected 0 to 65535"),
         (["--queue", -1], "serve: --queue is -1, expected at least 0"),
+        (
+            ["--connections", FILES // 2 + 1],
+            f"serve: --connections is {FILES // 2 + 1}, expected 1 to {FILES // 2}, half of the files that this process "
+            "may open (ulimit -n)",
+        ),
         (["--host", "192.0.2.1"], "serve: --host 192.0.2.1 --port 8000: Cannot assign requested address"),
         (["--api-key-file", "/dev/null"], "serve: /dev/null holds no key, expected one a line"),
         (["--temperature", -1], "serve: --temperature is -1.0, expected 0 to 10000"),
