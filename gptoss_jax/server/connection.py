@@ -1,8 +1,8 @@
-"""How many connections there may be, and how long each may keep others waiting: uvicorn's, closed when it is too many, or
-when its client sends or reads too slowly.
+"""How many connections may be open, and how long each may keep others waiting: uvicorn's, closed when one is too many.
 
-uvicorn itself ends only connections on which nothing at all comes between two requests, and its own bound on their number
-closes none. A body that is being read has its limit in `bodies`, with a response that says so.
+Or when its client sends or reads too slowly. uvicorn itself ends only connections on which nothing at all comes between
+two requests, and its own bound on their number closes none. A body that is being read has its limit in `bodies`, with a
+response that says so.
 """
 
 import asyncio

@@ -198,7 +198,7 @@ def test_slow_clients_are_hung_up_on(demo):
 
 
 def test_idle_connections_are_bounded(demo):
-    """Guards everybody else, and files of the process: so many are open at once, and who is too many hears so unasked."""
+    """Guards files of the process, and everybody else: so many are open at once, and one too many hears so unasked."""
     address = "127.0.0.1", int(demo.url.rpartition(":")[2])
     with contextlib.ExitStack() as opened:
         ends = [opened.enter_context(socket.create_connection(address, 30)) for _ in range(CONNECTIONS + 8)]
@@ -249,8 +249,8 @@ def test_numbers_that_fail_end_one_answer_and_keys_are_asked_for(tmp_path):
         (["--queue", -1], "serve: --queue is -1, expected at least 0"),
         (
             ["--connections", FILES // 2 + 1],
-            f"serve: --connections is {FILES // 2 + 1}, expected 1 to {FILES // 2}, half of the files that this process "
-            "may open (ulimit -n)",
+            f"serve: --connections is {FILES // 2 + 1}, expected 1 to {FILES // 2}, half of the files that this "
+            "process may open (ulimit -n)",
         ),
         (["--host", "192.0.2.1"], "serve: --host 192.0.2.1 --port 8000: Cannot assign requested address"),
         (["--api-key-file", "/dev/null"], "serve: /dev/null holds no key, expected one a line"),

@@ -1,4 +1,4 @@
-"""Clients that send or read slowly, or not at all, or are too many, over pairs of sockets: who is hung up on, and when."""
+"""Clients that send or read slowly, or not at all, or are too many: who is hung up on, and when; over socket pairs."""
 
 import asyncio
 import contextlib

@@ -153,7 +153,7 @@ def _warm() -> None:
     House().post(ITEMS, {"input": "Hi"})
 
 
-def answered(watched: Watched, house: House, asked: list[tuple[str, dict[str, Any]]]) -> list[int]:
+def answered(watched: Watched, house: House | tools.House, asked: list[tuple[str, dict[str, Any]]]) -> list[int]:
     """The statuses of requests, none of which touched anything, and none was answered with what is in the file."""
 
     async def ask(app: Any) -> list[int]:
