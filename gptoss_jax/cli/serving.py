@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_SLOTS = 1 << 16
 USUAL_CONNECTIONS = 1000
+_TURNS = 8  # of asyncio's loop, each of which accepts as many as the backlog says, before the first is counted
 _SIZES = {(24, 32): "gpt-oss-20b", (36, 128): "gpt-oss-120b"}  # layers and experts -> the published name
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 _LEAST = {"port": 0, "queue": 0, "max_body_bytes": 1, "stored_responses": 0, "finish_seconds": 0}
@@ -213,6 +214,7 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
     config = uvicorn.Config(
         app.create(served),
         http=Connection,
+        backlog=max(1, parts.most_connections // _TURNS),
         ws="none",
         log_config=None,
         log_level="error",  # of warnings there is one for whatever anybody sends
