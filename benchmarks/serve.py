@@ -18,7 +18,8 @@ each connection asking for one answer after another. Three phases:
    has to be called: what they give is looked at with jsonschema, unless its limit cut it. Every answer that is not
    broken off is compared with the same request's alone, character by character and log probability by log probability.
    In the end nothing may run or wait, all pages of the cache must be free, and the
-   server's memory may not have grown after the first third by more than --leak-mib.
+   server's memory may not have grown after the first third by more than --leak-mib. With --minutes 0 there is neither
+   this phase nor the first.
 
 It fails if an answer is lost, differs or breaks its schema, or something leaks.
 """
@@ -271,13 +272,18 @@ def measure(options: flags.FlagValues, checkpoint: Path) -> dict[str, Any]:
     context_tokens = max(context_tokens, STRUCTURED_TOKENS) if held else context_tokens
     engine = model.engine(EngineConfig(slots=options.slots, max_context_tokens=context_tokens))
     with _server(options, checkpoint, context_tokens) as (port, pid):
-        client = Client(port)
-        alone = [client.ask(each) for each in (*asked, *held)]
-        client.close()
-        kept = [ended for ended in alone if ended is not None]
+        alone = _alone(port, [*asked, *held]) if options.minutes else []
         with _llama_server(options, checkpoint, context_tokens) as llama_port:
             figures = _pace(options, engine, asked, port, pid, llama_port)
-        return figures | _under_load(options, port, pid, [*asked, *held], kept)
+        return figures | (_under_load(options, port, pid, [*asked, *held], alone) if options.minutes else {})
+
+
+def _alone(port: int, asked: Sequence[Asked]) -> list[Ended]:
+    """Each request's answer, while nothing else runs."""
+    client = Client(port)
+    found = [client.ask(each) for each in asked]
+    client.close()
+    return [ended for ended in found if ended is not None]
 
 
 def _pace(
@@ -292,6 +298,7 @@ def _pace(
         seconds["llama-server"], first["llama-server"] = [], []
         _over_http(llama_port, of_llama[: options.slots], options.slots, keeps=False)  # what is done once is done
     _engine_alone(engine, asked)  # which finds prompts in its cache from then on, as the server does
+    _over_http(port, asked, options.slots)
     for _ in range(options.rounds):
         began = time.process_time()
         seconds["engine"].append(_engine_alone(engine, asked))
@@ -335,7 +342,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 5, "Measurements of the pace, of which the median counts.", lower_bound=1)
     flags.DEFINE_string("llama_server", None, "PROGRAM: llama-server, to run beside it; or: wheel (xllamacpp).")
     flags.DEFINE_integer("llama_threads", os.cpu_count() or 1, "N: Its threads, which spin.", lower_bound=1)
-    flags.DEFINE_float("minutes", 2.0, "X: Time under load.", lower_bound=0.0)
+    flags.DEFINE_float("minutes", 2.0, "X: Time under load; 0: the pace alone.", lower_bound=0.0)
     flags.DEFINE_float("breaks", 5.0, "X: One request in so many is broken off.", lower_bound=1.0)
     flags.DEFINE_float("scale", 1.0, "X: Lengths are multiplied by it.", lower_bound=0.001)
     flags.DEFINE_float("leak_mib", 64.0, "X: Growth of memory after the first third that is no leak.", lower_bound=0.0)
@@ -353,6 +360,8 @@ def main(arguments: list[str]) -> None:
         **{name: options[name].value for name in ("slots", "connections", "requests", "minutes", "rounds")},
     }
     print(json.dumps(about | figures))
+    if not options.minutes:
+        return
     grown = figures["rss_mib_end"] - figures["rss_mib_first_third"] > options.leak_mib
     faults = ("lost", "different", "invalid", "slots_leaked", "pages_leaked")
     if grown or any(figures[name] for name in faults):

@@ -3,6 +3,7 @@ r"""Answers held to schemas: what it costs, and whether any answer that is whole
     python -m benchmarks.structured
     python -m benchmarks.structured --layers 4 --answers 16 --tokens 24 --rounds 3
     python -m benchmarks.structured --checkpoint FOLDER --answers 200
+    python -m benchmarks.structured --layers 2 --answers 0 --only-held
 
 Prints a table and a line of JSON: compiling a form and its first mask, over 50 schemas; the time per step with every
 row held and with none, greedy and drawn, in turns; that of rows that are not held, alone and with one held row beside
@@ -178,12 +179,14 @@ def _seconds_per_step(
     return Seconds(*((end - begin) * len(counted) / count for begin, end in zip(began, ended, strict=True)))
 
 
-def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) -> dict[str, float]:
+def token_times(
+    model: LanguageModel, engine: Engine, tokens: int, rounds: int, *, only_held: bool = False
+) -> dict[str, float]:
     """Milliseconds per step and what held rows cost, medians of the rounds, and medians of the rounds' own ratios.
 
     Held rows write a text of a schema, which needs a mask of 200,000 ids for every token. Rows that are greedy, and
     those drawn from the whole vocabulary. Beside free rows whose dispatches have as many steps as they like, there are
-    free ones a step at a time, as held rows take them.
+    free ones a step at a time, as held rows take them. `only_held`: nothing but held rows and free ones, greedy.
     """
     text = answer_form(Settings(response_format=ResponseFormat("t", {"type": "string", "minLength": 10**6})))
     assert text is not None
@@ -197,8 +200,11 @@ def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) 
         "held": (engine, all_held, everything),
         "others": (engine, [*nobody[1:], all_held[0]], everything[:-1]),
     }
+    samplings = {"greedy": SamplingParams(temperature=0.0), "drawn": SamplingParams()}
+    if only_held:
+        cases, samplings = {name: cases[name] for name in ("free", "held")}, {"greedy": samplings["greedy"]}
     found: dict[str, float] = {}
-    for kind, sampling in (("greedy", SamplingParams(temperature=0.0)), ("drawn", SamplingParams())):
+    for kind, sampling in samplings.items():
         times: dict[str, list[Seconds]] = collections.defaultdict(list)
         for on, constraints, counted in cases.values():  # compiles
             _seconds_per_step(on, constraints, tokens, counted, sampling)
@@ -207,7 +213,8 @@ def token_times(model: LanguageModel, engine: Engine, tokens: int, rounds: int) 
                 times[case].append(_seconds_per_step(on, constraints, tokens, counted, sampling))
         found |= {f"{kind}_{case}_cpu_ms": statistics.median(x.cpu for x in some) * 1e3 for case, some in times.items()}
         for case, beside in (("held", "free"), ("held", "stepwise"), ("others", "free")):
-            found |= _overheads(f"{kind}_{case}_beside_{beside}", times[case], times[beside])
+            if {case, beside} <= cases.keys():
+                found |= _overheads(f"{kind}_{case}_beside_{beside}", times[case], times[beside])
     return found
 
 
@@ -248,12 +255,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", ROWS, "N: Rows at once.", lower_bound=2)
     flags.DEFINE_integer("tokens", 64, "N: Tokens of each row that are timed.", lower_bound=2)
     flags.DEFINE_integer("rounds", 5, "N: Times that each is timed.", lower_bound=1)
+    flags.DEFINE_bool("only_held", False, "Time held rows and free ones alone, greedy.")
 
 
-def measure(model: LanguageModel, *, answers: int, rows: int, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(
+    model: LanguageModel, *, answers: int, rows: int, tokens: int, rounds: int, only_held: bool
+) -> dict[str, Any]:
     """All figures."""
     engine = model.engine(EngineConfig(slots=rows, max_context_tokens=1024, prefix_snapshots=0))
-    found: dict[str, Any] = {**compile_times(), **token_times(model, engine, tokens, rounds)}
+    found: dict[str, Any] = {**compile_times(), **token_times(model, engine, tokens, rounds, only_held=only_held)}
     drawn = list(draw_answers(engine, answers))
     found["answers"] = dict(collections.Counter(each.status for each in drawn))
     wrong = [each for each in drawn if each.status not in ("valid", "cut")]
@@ -277,7 +287,8 @@ def main(arguments: list[str]) -> None:
             source = Path(folder) / "model"
             write_checkpoint(source, _raw_config())
         model = loading.load(source)
-        found = measure(model, answers=FLAGS.answers, rows=FLAGS.rows, tokens=FLAGS.tokens, rounds=FLAGS.rounds)
+        sizes = {name: FLAGS[name].value for name in ("answers", "rows", "tokens", "rounds", "only_held")}
+        found = measure(model, **sizes)
     for name, value in found.items():
         print(f"{name:<44}{value:.3f}" if isinstance(value, float) else f"{name:<44}{value}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"

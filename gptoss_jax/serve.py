@@ -40,6 +40,7 @@ SECTIONS = {
         "slots",
         "pool_tokens",
         "queue",
+        "connections",
         "max_body_bytes",
         "stored_responses",
         "finish_seconds",
@@ -62,6 +63,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("slots", 16, "N: Answers that are drawn at once; rounded up to the mesh's data shards.")
     flags.DEFINE_integer("pool_tokens", None, "N: Tokens in the cache at most; left out: all slots at their longest.")
     flags.DEFINE_integer("queue", 128, "N: Answers that may wait for a slot; more get 429 and Retry-After.")
+    flags.DEFINE_integer(
+        "connections", None, "N: Connections open at once; more get 503. Left out: 1000, or half of `ulimit -n`."
+    )
     flags.DEFINE_integer("max_body_bytes", 8 << 20, "N: Bytes of a request at most.")
     flags.DEFINE_integer("stored_responses", 1000, "N: Responses that a next one can go on from, in memory; 0: none.")
     flags.DEFINE_float("finish_seconds", 30.0, "X: Time that answers under way have after SIGTERM.")

@@ -5,6 +5,7 @@
 In a process of their own: the test session lets nobody connect to anything.
 """
 
+import contextlib
 import http.client
 import json
 import socket
@@ -19,6 +20,7 @@ import openai
 from tests import structured_clients
 
 SUM = "What is 417 + 258?"
+FEW_FILES = 256  # that the demo's server may open
 TIME = "What time is it in Tokyo?"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "get_time", "description": "Gives the time of day in a city.", "parameters": PARAMETERS}
@@ -261,6 +263,33 @@ def slow(client: openai.OpenAI, url: str) -> dict[str, Any]:
     return {"open": len(opened), "seconds": found}
 
 
+def crowd(client: openai.OpenAI, url: str) -> dict[str, Any]:
+    """What those hear who are beyond half of the server's files; then a larger crowd comes at once, and goes.
+
+    Raises:
+        TimeoutError: nobody is answered afterwards.
+    """
+    parts = urllib.parse.urlsplit(url)
+    address = (parts.hostname or "", parts.port or 0)
+    with contextlib.ExitStack() as opened:
+        ends = [opened.enter_context(socket.create_connection(address, 60)) for _ in range(FEW_FILES // 2 + 8)]
+        beyond = [end.recv(12).decode() for end in ends[-8:]]
+        for _ in range(2 * FEW_FILES):
+            end = opened.enter_context(socket.socket())
+            end.setblocking(False)
+            end.connect_ex(address)
+        time.sleep(1)
+
+    def is_well() -> bool:
+        with contextlib.suppress(ConnectionError), socket.create_connection(address, 5) as end:
+            end.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            return end.recv(12) == b"HTTP/1.1 200"
+        return False
+
+    _until(is_well)  # as soon as it has seen that they are gone
+    return {"beyond": beyond}
+
+
 def _is_open(end: socket.socket, more: bytes) -> bool:
     """Whether the other end listens still."""
     try:
@@ -300,7 +329,7 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-SCENARIOS = {each.__name__: each for each in (answers, agents, errors, faults, leaving, slow, ending)}
+SCENARIOS = {each.__name__: each for each in (answers, agents, errors, faults, leaving, slow, crowd, ending)}
 SCENARIOS |= structured_clients.SCENARIOS
 
 if __name__ == "__main__":

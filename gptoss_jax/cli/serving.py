@@ -3,9 +3,11 @@
 import dataclasses
 import datetime
 import importlib.util
+import resource
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import gptoss_jax.server.app
 
 MAX_SLOTS = 1 << 16
+USUAL_CONNECTIONS = 1000
+_TURNS = 8  # of asyncio's loop, each of which accepts as many as the backlog says, before the first is counted
 _SIZES = {(24, 32): "gpt-oss-20b", (36, 128): "gpt-oss-120b"}  # layers and experts -> the published name
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 _LEAST = {"port": 0, "queue": 0, "max_body_bytes": 1, "stored_responses": 0, "finish_seconds": 0}
@@ -52,6 +56,7 @@ def run(options: flags.FlagValues) -> int:
         GptossError: flags, files or weights that are not what they should be.
     """
     _check(options)
+    most_connections = _most_connections(options.connections)
     screen = Screen(quiet=options.quiet)
     is_demo = options.checkpoint is None
     model_flags.default_to_demo_model(options, screen)
@@ -66,7 +71,7 @@ def run(options: flags.FlagValues) -> int:
     for remark in remarks:
         screen.say(remark)
     with tool_flags.offered(options) as offer, _listening(options.host, options.port) as listener:
-        return _serve(options, screen, listener, _Parts(names, keys, defaults, engine_config, offer))
+        return _serve(options, screen, listener, _Parts(names, keys, most_connections, defaults, engine_config, offer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,7 @@ class _Parts:
 
     names: tuple[str, ...]
     keys: Sequence[str]
+    most_connections: int
     defaults: Callable[[], Options]
     engine_config: EngineConfig
     offer: Offer | None = None
@@ -98,6 +104,18 @@ def _check(options: flags.FlagValues) -> None:
         raise GptossError(f"--port is {options.port}, expected 0 to 65535")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise GptossError(f"--max-new-tokens is {options.max_new_tokens}, expected at least 1")
+
+
+def _most_connections(asked: int | None) -> int:
+    """Connections at once: each is an open file of the process, half of which are left for everything else."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = sys.maxsize if files == resource.RLIM_INFINITY else files // 2
+    if asked is None:
+        return min(USUAL_CONNECTIONS, most)
+    if not 1 <= asked <= most:
+        said = f"expected 1 to {most}, half of the files that this process may open (ulimit -n)"
+        raise GptossError(f"--connections is {asked}, {said}")
+    return asked
 
 
 def _keys(path: str | None) -> Sequence[str]:
@@ -167,11 +185,16 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
     import uvicorn
 
     from gptoss_jax.server import app, engine_thread
-    from gptoss_jax.server.connection import TimedConnection
+    from gptoss_jax.server.connection import BoundedConnection
 
     thread = engine_thread.EngineThread(engine, most_waiting=options.queue)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    class Connection(BoundedConnection):
+        """One of as many as there may be."""
+
+        most_open = parts.most_connections
 
     class Server(uvicorn.Server):
         """One that says when it is heard, and whose signals reach the engine."""
@@ -190,7 +213,8 @@ def _serve(options: flags.FlagValues, screen: Screen, listener: socket.socket, p
     served = _served(options, language_model, engine, thread, parts, end)
     config = uvicorn.Config(
         app.create(served),
-        http=TimedConnection,
+        http=Connection,
+        backlog=max(1, parts.most_connections // _TURNS),
         ws="none",
         log_config=None,
         log_level="error",  # of warnings there is one for whatever anybody sends

@@ -1,16 +1,17 @@
 """The server as people run it: a process, real clients, signals; what they see is what the model says alone."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import pytest
 
 from gptoss_jax.server.connection import HEAD_SECONDS
 from tests import pages, processes, scripted
-from tests.serve_clients import SUM
+from tests.serve_clients import FEW_FILES, SUM
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 DIRECT = {name: value for name, value in os.environ.items() if name not in PROXIES}
 SIZES = ("--port", 0, "--slots", 4, "--max-context-tokens", 512, "--queue", 8, "--finish-seconds", 20)
 SOLVED = "417 + 258 = 675."
+FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 LOOP = ['get_time{"city":"Tokyo"}', "In Tokyo it is 08:15."]
 
 
@@ -55,15 +57,15 @@ class Server:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=DIRECT)
 
 
-@contextmanager
-def serving(*arguments: Any) -> Iterator[Server]:
-    """A server that runs as long as the block."""
+@contextlib.contextmanager
+def serving(*arguments: Any, prepare: Callable[[], None] | None = None) -> Iterator[Server]:
+    """A server that runs as long as the block; `prepare` is called in its process before."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = [str(folder / stream) for stream in ("stdin", "stdout", "stderr")]
         for each in names:
             Path(each).touch()
-        redirect = processes._Redirect(names, None)
+        redirect = processes._Redirect(names, prepare)
         process = processes.start("gptoss_jax.serve", *arguments, *SIZES, prepare=redirect, environment={})
         try:
             yield Server(process, folder)
@@ -72,10 +74,16 @@ def serving(*arguments: Any) -> Iterator[Server]:
             process.join()
 
 
+def _with_few_files() -> None:
+    """And asyncio's own loop, which accepts many connections before one of them is counted."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    sys.modules["uvloop"] = None  # pyright: ignore[reportArgumentType]
+
+
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Server]:
     """The demo model, served; to slow clients too, who hinder nobody in the tests that follow."""
-    with serving() as server:
+    with serving(prepare=_with_few_files) as server:
         server.slow = server.start("slow")
         yield server
 
@@ -193,6 +201,12 @@ def test_slow_clients_are_hung_up_on(demo):
     assert "h11_impl" not in demo.stderr  # nobody fills the log by what they send
 
 
+def test_idle_connections_are_bounded(demo):
+    """Guards files and everybody else: half as many are open, one too many hears so unasked; in a crowd too."""
+    assert demo.ask("crowd") == {"beyond": ["HTTP/1.1 503"] * 8}
+    assert "out of system resource" not in demo.stderr
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_curl(demo):
     """Guards the first line that people copy."""
@@ -234,6 +248,11 @@ def test_numbers_that_fail_end_one_answer_and_keys_are_asked_for(tmp_path):
         (["x"], "serve: x: expected flags only (--checkpoint names the model)"),
         (["--port", 70000], "serve: --port is 70000, expected 0 to 65535"),
         (["--queue", -1], "serve: --queue is -1, expected at least 0"),
+        (
+            ["--connections", FILES // 2 + 1],
+            f"serve: --connections is {FILES // 2 + 1}, expected 1 to {FILES // 2}, half of the files that this "
+            "process may open (ulimit -n)",
+        ),
         (["--host", "192.0.2.1"], "serve: --host 192.0.2.1 --port 8000: Cannot assign requested address"),
         (["--api-key-file", "/dev/null"], "serve: /dev/null holds no key, expected one a line"),
         (["--temperature", -1], "serve: --temperature is -1.0, expected 0 to 10000"),

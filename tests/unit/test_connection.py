@@ -1,9 +1,11 @@
-"""Clients that send or read slowly, or not at all, over a pair of sockets: who is hung up on, when, and who is not."""
+"""Clients that send or read slowly, or not at all, or are too many: who is hung up on, and when; over socket pairs."""
 
 import asyncio
+import contextlib
+import json
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from gptoss_jax.server import connection
-from gptoss_jax.server.connection import TimedConnection
+from gptoss_jax.server.connection import BoundedConnection
 
 LIMIT = 0.2
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -64,27 +66,53 @@ class Client:
         return time.monotonic() - began
 
 
-def connected(work: Callable[[Client], Awaitable[Any]]) -> Any:
-    """What a client gives that is connected to the app."""
+class Connection(BoundedConnection):
+    """One of two."""
 
-    async def main() -> Any:
-        config = uvicorn.Config(app, http=TimedConnection, lifespan="off", log_config=None)
-        config.load()
+    most_open = 2
+
+
+class House:
+    """The app, to which clients connect."""
+
+    def __init__(self):
+        self._config = uvicorn.Config(app, http=Connection, lifespan="off", log_config=None)
+        self._config.load()
+        self._state, self._loop = ServerState(), asyncio.get_running_loop()
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
-        state, loop = ServerState(), asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: TimedConnection(config, state, {}), theirs)
+        before = len(self._state.connections)
+        await self._loop.connect_accepted_socket(lambda: Connection(self._config, self._state, {}), theirs)
         try:
-            async with asyncio.timeout(30):
-                return await work(Client(ours))
+            yield Client(ours)
         finally:
             ours.close()
-            async with asyncio.timeout(30):
-                while state.connections:  # nothing is left of it
-                    await asyncio.sleep(0.01)
+            while len(self._state.connections) > before:  # nothing is left of it
+                await asyncio.sleep(0.01)
+
+
+def running(work: Callable[[House], Awaitable[Any]]) -> Any:
+    """What work in a house gives."""
+
+    async def main() -> Any:
+        async with asyncio.timeout(60):
+            return await work(House())
 
     return asyncio.run(main())
+
+
+def connected(work: Callable[[Client], Awaitable[Any]]) -> Any:
+    """What a client gives that is connected to the app."""
+
+    async def alone(house: House) -> Any:
+        async with house.client() as client:
+            return await work(client)
+
+    return running(alone)
 
 
 def test_who_sends_nothing_is_hung_up_on():
@@ -156,3 +184,29 @@ def test_who_reads_nothing_is_hung_up_on():
 
     assert connected(lambda client: read(client, 0.0)) >= LARGE
     assert connected(lambda client: read(client, 3 * LIMIT)) < LARGE
+
+
+def test_more_connections_than_may_be_open_are_refused():
+    """Guards files that a process may open: who is too many hears so unasked, and is gone; all others are served.
+
+    When one of those has left there is room again.
+    """
+
+    async def asks(client: Client) -> bytes:
+        await client.send(GET)
+        return await client.read()
+
+    async def work(house: House) -> None:
+        async with house.client() as first:
+            async with house.client(), house.client() as third:
+                head, _, body = (await third.read()).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503 Service Unavailable") and b"connection: close" in head.lower()
+                error = json.loads(body)["error"]
+                assert (error["type"], error["code"]) == ("server_error", "too_many_connections")
+                assert await third.read() == b""
+                assert b"200" in await asks(first)
+            async with house.client() as later:
+                assert b"200" in await asks(later)
+                assert b"200" in await asks(first)
+
+    running(work)

@@ -23,7 +23,7 @@ MIB = 1 << 20
 LIMITS = Limits(seconds=60, cpu_seconds=5, memory_bytes=256 * MIB, disk_bytes=8 * MIB, output_bytes=8192, processes=16)
 
 
-def _namespaces_are_here() -> bool:
+def namespaces_are_here() -> bool:
     """What util-linux says, so that a sandbox that we broke is a failure and no skip."""
     unshare = shutil.which("unshare")
     return bool(unshare) and subprocess.run([unshare, "-Urpmfn", "true"], capture_output=True).returncode == 0
@@ -33,7 +33,7 @@ def _tool(**options) -> PythonTool:
     try:
         return PythonTool(**options)
     except GptossError as error:
-        if _namespaces_are_here():
+        if namespaces_are_here():
             raise
         pytest.skip(f"no user namespaces on this machine: {error}")
 
@@ -464,7 +464,7 @@ def test_what_is_no_code_is_refused(python):
 
 def test_without_namespaces_there_is_no_tool():
     """Guards the one promise above all: code never runs open. The error names what was missing and what to do."""
-    if not _namespaces_are_here():
+    if not namespaces_are_here():
         pytest.skip("no user namespaces on this machine, which the other cases find")
     ask = "from gptoss_jax.tools.python.python_tool import PythonTool\nPythonTool()"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec {sys.executable} -c '{ask}'"

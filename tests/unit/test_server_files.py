@@ -1,17 +1,26 @@
 """No path from a request reaches the file system, and no address from one the network, whatever field it stands in."""
 
 import copy
+import json
 import socket
+import textwrap
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptoss_jax.errors import GptossError
 from gptoss_jax.grammar import vocabulary
 from gptoss_jax.harmony.tokenizer import load_tokenizer
+from gptoss_jax.tools.choice import Chosen, Offer
 from tests.asgi import get, post
 from tests.made_answers import WEATHER
+from tests.round_models import FINAL, running
+from tests.unit import test_server_tools as tools
+from tests.unit.test_python_tool import namespaces_are_here
 from tests.unit.test_server import CHAT, HI, ITEMS, TEXT, House
 from tests.unit.test_server_forms import held_house
 from tests.watched import Watched, watching
@@ -144,7 +153,7 @@ def _warm() -> None:
     House().post(ITEMS, {"input": "Hi"})
 
 
-def answered(watched: Watched, house: House, asked: list[tuple[str, dict[str, Any]]]) -> list[int]:
+def answered(watched: Watched, house: House | tools.House, asked: list[tuple[str, dict[str, Any]]]) -> list[int]:
     """The statuses of requests, none of which touched anything, and none was answered with what is in the file."""
 
     async def ask(app: Any) -> list[int]:
@@ -195,6 +204,77 @@ def test_no_schema_and_no_grammar_leads_anywhere(tmp_path, monkeypatch):
         assert statuses[1] == 200  # the first one that is checked in the end
         assert set(statuses) <= {200, 400, 500}  # what is said is not of every form
         assert [line for line in watched.heard if "json-schema.org" in line] == []
+
+
+BROWSER = {"type": "web_search"}
+PYTHON = {"type": "code_interpreter", "container": {"type": "auto"}}
+
+
+@contextmanager
+def offered(folder: Path, *names: str) -> Iterator[Offer]:
+    """Tools as a server has them, with one page in the browser's folder."""
+    pages = folder / "pages"
+    pages.mkdir()
+    (pages / "heron.md").write_text("A heron eats perch.")
+    try:
+        offer = Offer(Chosen(names, str(pages) if "browser" in names else None), max_output_characters=4000)
+    except GptossError as error:
+        if namespaces_are_here():
+            raise
+        pytest.skip(f"no user namespaces on this machine: {error}")
+    try:
+        yield offer
+    finally:
+        offer.close()
+
+
+def test_no_text_of_a_request_is_a_path_to_tools(tmp_path, monkeypatch):
+    """Guards files beside the tools' own: the same of requests that a server with tools takes, and that name them."""
+    body = SOUND[ITEMS] | {"tools": [BROWSER], "max_output_tokens": 20}
+    with offered(tmp_path, "browser") as offer, watching(tmp_path, monkeypatch) as watched:
+        hostile, at = spelled(watched), list(places(body))
+        bodies = [body, *(replaced(body, each, hostile[number % len(hostile)]) for number, each in enumerate(at))]
+        house = tools.House(*[FINAL] * len(bodies), offer=offer, context_tokens=4096)
+        first, *others = answered(watched, house, [(ITEMS, each) for each in bodies])
+        assert first == 200 and set(others) <= {200, 400, 404}
+
+
+def through_the_browser(value: str) -> list[str]:
+    """Answers that call the browser with a text."""
+    calls = {
+        "open": {"id": value, "source": value, "view_source": True},
+        "search": {"query": value, "source": value},
+        "find": {"pattern": value},
+    }
+    return [
+        running(json.dumps(arguments)).replace("to=python", f"to=browser.{function}")
+        for function, arguments in calls.items()
+    ]
+
+
+def through_python(value: str) -> list[str]:
+    """An answer that opens a file, and fetches."""
+    attempt = "try:\n    print(f(v).read())\nexcept Exception as error:\n    print(error)"
+    loop = f"for f in (open, urllib.request.urlopen):\n{textwrap.indent(attempt, '    ')}"
+    return [running(f"import urllib.request\nv = {value!r}\n{loop}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "calls", "fault"),
+    [
+        ("browser", BROWSER, through_the_browser, "there is no page"),
+        ("python", PYTHON, through_python, "No such file"),
+    ],
+)
+def test_a_model_that_is_talked_into_it_reaches_no_file(name, declared, calls, fault, tmp_path, monkeypatch):
+    """Guards the same where the text of a request becomes a call, which is carried out."""
+    with offered(tmp_path, name) as offer, watching(tmp_path, monkeypatch) as watched:
+        said = [call for value in spelled(watched) for call in calls(value)]
+        house = tools.House(*said, FINAL, offer=offer, most_rounds=len(said), context_tokens=1 << 16)
+        response = house.post({"tools": [declared]}).json()
+        assert watched.touched() == []
+        outputs = [call["output"] for call in response["gptoss"]["calls"]]
+        assert len(outputs) == len(said) and fault in outputs[0] and "secret-content" not in str(response)
 
 
 def test_the_watch_sees(tmp_path, monkeypatch):

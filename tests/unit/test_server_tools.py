@@ -48,12 +48,12 @@ class _Offer(Offer):
 class House:
     """An app whose model answers with these texts."""
 
-    def __init__(self, *texts: str, offer: Offer | None = None, most_rounds: int = 20):
-        self.engine = engine(texts, max_context_tokens=1024)
+    def __init__(self, *texts: str, offer: Offer | None = None, most_rounds: int = 20, context_tokens: int = 1024):
+        self.engine = engine(texts, context_tokens)
         self.thread = EngineThread(self.engine, most_waiting=4)
         tools = ServerTools(offer or _Offer(), most_rounds)
         score = lambda ids, top: Prompt(ids)  # noqa: E731
-        model = Model(("m",), WORDS, (200002, 200012), Options, None, score, tools, 1024)
+        model = Model(("m",), WORDS, (200002, 200012), Options, None, score, tools, context_tokens)
         self.app = create(Served(model, self.thread, Metrics(self.thread, self.engine), Stored(4)))
 
     def run(self, work: Any) -> Any:
