@@ -18,26 +18,8 @@ from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime import compile_only, kernel_work, lowering
 from gptoss_jax.runtime.lowering import AbstractModel, StepShape
+from gptoss_jax.runtime.program_memory import ProgramMemory, program_memory
 from pallas_kernels.choice import Hardware
-
-
-class StepMemory(NamedTuple):
-    """Bytes of one device, by the compiler's own count.
-
-    Attributes:
-        argument_bytes: weights, cache and slots.
-        output_bytes: of results that take no argument's place.
-        temporary_bytes: of everything in between.
-    """
-
-    argument_bytes: int
-    output_bytes: int
-    temporary_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all three."""
-        return sum(self)
 
 
 class LeafSharding(NamedTuple):
@@ -129,11 +111,9 @@ class LoweredStep:
         return module.parse(self.text)
 
     @property
-    def memory(self) -> StepMemory:
+    def memory(self) -> ProgramMemory:
         """Bytes of one device."""
-        found = self.compiled.memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return StepMemory(found.argument_size_in_bytes, max(new, 0), found.temp_size_in_bytes)
+        return program_memory(self.compiled)
 
     @property
     def collectives(self) -> list[Sent]:

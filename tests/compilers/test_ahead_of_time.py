@@ -7,6 +7,7 @@ settings once.
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,30 @@ def _planned_and_compiled(*asked: str) -> dict:
     different = [each for side in ("only_compiled", "only_closed_form") for each in found[side]]
     assert [each for each in different if each["where"] != "sampling"] == []
     return of_plan
+
+
+LOGGED_PLAN = """
+from gptoss_jax import plan
+from gptoss_jax.runtime import compile_only
+compile_only.ENVIRONMENT.update(TPU_MIN_LOG_LEVEL="0", TPU_LOG_DIR="LOGS")
+plan.cli()
+"""
+
+
+@_needs("tpu")
+def test_temporaries_of_a_tpu_are_what_its_compiler_logs(tmp_path):
+    """Guards memory of --nofast: JAX counts more than a quarter of this prefill's temporaries twice."""
+    mesh_file = "configs/meshes/v6e-8.json"
+    asked = ["gpt-oss-20b", "--on", "v6e:2x4", "--mesh", mesh_file, "--batch", "16", "--layers", "2"]
+    command = [sys.executable, "-c", LOGGED_PLAN.replace("LOGS", str(tmp_path)), *asked]
+    command += ["--nofast", "--json", "--step", "prefill"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = {each["name"]: each["compiled"] for each in json.loads(done.stdout)["prefill"]["figures"]}
+    log = (tmp_path / "tpu_driver.INFO").read_text().rpartition("Program hbm requirement")[2]
+    logged = re.search(r"HLO temp +([\d.]+)M .* ([\d.]+)% fragmentation \(([\d.]+)M\)", log)
+    assert logged is not None and float(logged[2]) > 20, log[:500]
+    assert figures["temporaries"] / 2**20 == pytest.approx(float(logged[1]), abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import presets, program_memory, under_load
+from benchmarks import presets, under_load
 from benchmarks.presets import PRESETS, Preset
 from gptoss_jax.engine import runner
 from gptoss_jax.engine.request import EngineConfig
@@ -185,22 +185,6 @@ def test_presets_are_said_beside_what_compilers_say(monkeypatch):
     said = small.memory.program_bytes(1) / GIB
     assert reports[0]["off"] == pytest.approx(said / 8.5 - 1, abs=1e-4) and "GiB compiled" in lines[0]
     assert reports[2]["off"] is None and lines[2].endswith("does not fit: too large")
-
-
-def test_what_is_counted_twice_is_read_of_the_log():
-    """Guards temporaries on TPUs: of the last program's HBM alone, in the unit that the compiler chose."""
-    log = """XLA::TPU program HBM usage: 1.24G / 31.25G
-Program sflag requirement 292B:
-    HLO temp            92B (100.0% utilization: Unpadded (92B) Padded (92B), 7.0% fragmentation (7B))
-Program hbm requirement 1.24G:
-    reserved         784.0K
-    HLO temp          1.06G (83.2% utilization: Unpadded (261.19M) Padded (313.81M), 71.1% fragmentation (771.73M))
-Program vmem requirement 126.88M:
-    HLO temp        126.88M (0.0% utilization: Unpadded (0B) Padded (0B), 100.0% fragmentation (126.88M))
-"""
-    assert program_memory.counted_twice(log) == round(771.73 * MIB)
-    assert program_memory.counted_twice(log + log.replace("771.73M", "18.5K")) == 18_944
-    assert program_memory.counted_twice("of a GPU, whose compiler says nothing of the kind") == 0
 
 
 # ---- work ----
