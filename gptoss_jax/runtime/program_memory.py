@@ -38,11 +38,13 @@ def of_stats(said: Any, platform: str) -> ProgramMemory:
     """Of JAX's `CompiledMemoryStats`.
 
     Of a TPU they have the gaps between temporaries twice: its compiler counts them among the temporaries, calls them
-    fragmentation, and JAX adds them once more. The most that is alive at once has none: halfway is what is taken.
+    fragmentation, and JAX adds them once more. The peak has what is alive and no gaps: halfway is what is taken. Where
+    a program needs more of the core's own memory (128 MiB at most) than of the device's, the peak is that, and what is
+    said here is too much, but never more than JAX says.
     """
     new = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)
     temporaries = said.temp_size_in_bytes
     if platform == "tpu":
         alive = said.peak_memory_in_bytes - said.argument_size_in_bytes - new
-        temporaries = (temporaries + alive) // 2
+        temporaries = (temporaries + min(alive, temporaries)) // 2
     return ProgramMemory(said.argument_size_in_bytes, new, temporaries)
