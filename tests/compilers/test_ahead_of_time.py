@@ -118,12 +118,15 @@ plan.cli()
 
 
 @_needs("tpu")
-def test_temporaries_of_a_tpu_are_what_its_compiler_logs(tmp_path):
-    """Guards memory of --nofast: JAX counts more than a quarter of this prefill's temporaries twice."""
+def test_a_tpus_temporaries_and_copies_are_those_of_its_compiler(tmp_path):
+    """Guards memory of --nofast, since JAX counts more than a quarter of this prefill's temporaries twice.
+
+    And what the roofline counts as copied: the embedding, and keys and values of each layer, into padded rows and back.
+    """
     mesh_file = "configs/meshes/v6e-8.json"
     asked = ["gpt-oss-20b", "--on", "v6e:2x4", "--mesh", mesh_file, "--batch", "16", "--layers", "2"]
     command = [sys.executable, "-c", LOGGED_PLAN.replace("LOGS", str(tmp_path)), *asked]
-    command += ["--nofast", "--json", "--step", "prefill"]
+    command += ["--nofast", "--json", "--step", "prefill", "--dump", str(tmp_path / "dumped")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = {each["name"]: each["compiled"] for each in json.loads(done.stdout)["prefill"]["figures"]}
@@ -131,6 +134,9 @@ def test_temporaries_of_a_tpu_are_what_its_compiler_logs(tmp_path):
     logged = re.search(r"HLO temp +([\d.]+)M .* ([\d.]+)% fragmentation \(([\d.]+)M\)", log)
     assert logged is not None and float(logged[2]) > 20, log[:500]
     assert figures["temporaries"] / 2**20 == pytest.approx(float(logged[1]), abs=0.02)
+    program = (tmp_path / "dumped" / "prefill.compiled.hlo.txt").read_text().rpartition("ENTRY ")[2]
+    copied = re.findall(r" = bf16\[(25136,2880|2048,64,64|16,128,64)\]\S* copy\(", program)
+    assert sorted(copied) == ["16,128,64"] * 4 + ["2048,64,64"] * 4 + ["25136,2880"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 
 from benchmarks import presets, under_load
 from benchmarks.presets import PRESETS, Preset
-from gptoss_jax.engine import runner
+from gptoss_jax.engine import programs, runner
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.model import keys, kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, collectives, memory, plan, report
+from gptoss_jax.planner import chips, collectives, memory, plan, report, work
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -76,7 +76,8 @@ def _part(path: str) -> str:
 
 
 def test_numbers_that_jax_modules_hold_are_theirs():
-    """Guards copies of what lies in modules that import JAX: how many rings the prefix cache keeps."""
+    """Guards copies of what lies in modules that import JAX: rings that the prefix cache keeps, steps of a dispatch."""
+    assert work.DISPATCH_STEPS == programs.MAX_STEPS_PER_DISPATCH
     model = config("small")
     for slots, context, width, shards in itertools.product((1, 8, 40), (64, 256, 8192), (16, 128), (1, 4)):
         width = min(width, context)
@@ -280,6 +281,21 @@ def test_tpus_read_padded_keys():
     for mesh_text, times in ((EIGHT, 2), ("data=2,tensor=4", 1)):
         gpu, tpu = (plan.make(request("gpt-oss-120b", on, mesh_text, 8)).decode_work for on in ("h200x8", "v5p:2x2x2"))
         assert tpu.kv_bytes - drawn == times * (gpu.kv_bytes - drawn) > 0
+
+
+def test_tpus_copy_what_they_are_given():
+    """Guards copies in the roofline: of the embedding, and where rows are padded of keys, which go back again."""
+    for on, mesh_text, padded in (("v5p:2x2x2", EIGHT, True), ("v5p:2x2x2", "data=2,tensor=4", False)):
+        found = plan.make(request("gpt-oss-120b", on, mesh_text, 8))
+        held, prefill = found.memory, found.prefill_work
+        keys = held.kv_cache + held.padded_keys if padded else 0
+        assert prefill.copy_bytes == 2 * (held.embedding_copy + keys) > 0
+        assert found.decode_work.copy_bytes == prefill.copy_bytes / 64
+        assert prefill.hbm_bytes == prefill.weight_bytes + prefill.kv_bytes + prefill.copy_bytes
+    assert plan.make(request("gpt-oss-120b", "h200x8", EIGHT, 8)).prefill_work.copy_bytes == 0
+    v7 = plan.make(request("gpt-oss-120b", "tpu7x:2x2x1", EIGHT, 8))
+    retiled = v7.decode_work.copy_bytes * 64 - v7.prefill_work.copy_bytes
+    assert retiled == 2 * v7.memory.retiled_weights > 0
 
 
 def test_costs_that_somebody_measured_are_added():
