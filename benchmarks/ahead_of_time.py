@@ -36,7 +36,7 @@ from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.planner import compiled_collectives
 from gptoss_jax.runtime import compile_only, lowering
 from gptoss_jax.runtime.compile_only import B200_DIFFERS, ENVIRONMENT
-from gptoss_jax.runtime.program_memory import program_memory
+from gptoss_jax.runtime.program_memory import logged, program_memory
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import placement as placement_op
@@ -173,12 +173,13 @@ MODEL_STEPS = (
 def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     """One line of the table: bytes of a step beside those of its device."""
     try:
-        compiled = compile_step(step, kernels)
+        with logged() as said:
+            compiled = compile_step(step, kernels)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {**step._asdict(), "fits": False, "why": str(error).splitlines()[0][:160]}
-    found = program_memory(compiled)
+    found = program_memory(compiled, *said)
     sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
     fits = found.total_bytes <= limit * GIB
@@ -290,10 +291,11 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to((None,) * len(x.shape))), argument
         )
 
-    compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
+    with logged() as said:
+        compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
     kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
-    temporaries_mib = round(program_memory(compiled).temporary_bytes / 2**20, 2)
+    temporaries_mib = round(program_memory(compiled, *said).temporary_bytes / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
 

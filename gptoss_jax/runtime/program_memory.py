@@ -1,8 +1,14 @@
 """What a compiled program takes of a device's memory, by its compiler's own count."""
 
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
+LOGGED = {"TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0"}
+"""With these in its environment as it starts a TPU's compiler says on stderr what its program needs of each memory."""
 
 
 class ProgramMemory(NamedTuple):
@@ -24,27 +30,33 @@ class ProgramMemory(NamedTuple):
         return sum(self)
 
 
-def program_memory(compiled: Any) -> ProgramMemory:
-    """Of a program that `jax.jit(...).lower(...).compile()` gave."""
-    return of_stats(compiled.memory_analysis(), _platform(compiled))
+def program_memory(compiled: Any, log: str = "") -> ProgramMemory:
+    """Of a program that `jax.jit(...).lower(...).compile()` gave; `log` is what a TPU's compiler said meanwhile."""
+    found = compiled.memory_analysis()
+    new = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    return ProgramMemory(found.argument_size_in_bytes, new, found.temp_size_in_bytes - counted_twice(log))
 
 
-def _platform(compiled: Any) -> str:
-    placed = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))[0]
-    return next(iter(placed.device_set)).platform
+def counted_twice(log: str) -> int:
+    """Bytes of HBM that JAX counts twice among a TPU program's temporaries: what its compiler calls fragmentation.
 
-
-def of_stats(said: Any, platform: str) -> ProgramMemory:
-    """Of JAX's `CompiledMemoryStats`.
-
-    Of a TPU they have the gaps between temporaries twice: its compiler counts them among the temporaries, calls them
-    fragmentation, and JAX adds them once more. The peak has what is alive and no gaps: halfway is what is taken. Where
-    a program needs more of the core's own memory (128 MiB at most) than of the device's, the peak is that, and what is
-    said here is too much, but never more than JAX says.
+    The compiler's "HLO temp" has them, and `memory_analysis` adds them to it.
     """
-    new = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)
-    temporaries = said.temp_size_in_bytes
-    if platform == "tpu":
-        alive = said.peak_memory_in_bytes - said.argument_size_in_bytes - new
-        temporaries = (temporaries + min(alive, temporaries)) // 2
-    return ProgramMemory(said.argument_size_in_bytes, new, temporaries)
+    said = re.findall(r"Program hbm requirement.*?HLO temp [^\n]*fragmentation \(([\d.]+)([BKMG])\)", log, re.DOTALL)
+    return round(float(said[-1][0]) * 1024 ** "BKMG".index(said[-1][1])) if said else 0
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """What is written to stderr meanwhile, by libraries too, as one text in the list, once it is over."""
+    said: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))

@@ -136,6 +136,7 @@ COMPILED = (
     (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 1, 2.03 + 1.21),
     (("gpt-oss-20b", "v5e:4x4", "configs/meshes/v5e-16.json", 16, 8192, 128), 1, 1.87 + 0.53),
     (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 1, 2.06 + 0.94),
+    (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 128, 2.06 + 1.08),
     (("gpt-oss-20b", "v5p:2x2x2", "configs/meshes/v5p-8.json", 16, 8192, 128), 1, 2.06 + 0.93),
     (("gpt-oss-120b", "h200x1", "configs/meshes/h200x1.json", 16, 8192, 128), 128, 65.37 + 0.32),
     (("gpt-oss-120b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 32.70 + 0.38),
