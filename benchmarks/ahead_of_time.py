@@ -28,7 +28,6 @@ from absl import flags
 
 from benchmarks import launches as launch_list
 from benchmarks import true_width
-from benchmarks.program_memory import LOGGED, logged, program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
 from gptoss_jax.model import kv_cache, layers, sharding
@@ -37,6 +36,7 @@ from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.planner import compiled_collectives
 from gptoss_jax.runtime import compile_only, lowering
 from gptoss_jax.runtime.compile_only import B200_DIFFERS, ENVIRONMENT
+from gptoss_jax.runtime.program_memory import logged, program_memory
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import placement as placement_op
@@ -182,7 +182,7 @@ def fit(step: Step, kernels: str = "auto") -> dict[str, Any]:
     found = program_memory(compiled, *said)
     sizes = {"arguments_gib": found.argument_bytes / GIB, "temporaries_gib": found.temporary_bytes / GIB}
     limit = TARGETS[step.target].memory_gib
-    fits = sum(found) <= limit * GIB  # results take the place of what was donated
+    fits = found.total_bytes <= limit * GIB
     sent = [list(each) for each in compiled_collectives.of_program(compiled.as_text()) if each.where != "sampling"]
     sizes = {k: round(v, 2) for k, v in sizes.items()}
     return {**step._asdict(), **sizes, "of_gib": limit, "fits": fits, "collectives": sent}
@@ -291,10 +291,11 @@ def compile_kernel(case: Case, target: Target) -> dict[str, Any]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to((None,) * len(x.shape))), argument
         )
 
-    compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
+    with logged() as said:
+        compiled = lower(case.run, laid_out, *map(place, case.arguments)).compile()
     folder, text = Path(os.environ[DUMP_TO]), compiled.as_text()
     kernels = assembler_reports(folder) if target.platform == "gpu" else bundle_reports(folder, text)
-    temporaries_mib = round(program_memory(compiled).temporary_bytes / 2**20, 2)
+    temporaries_mib = round(program_memory(compiled, *said).temporary_bytes / 2**20, 2)
     return {"case": case.name, "temporaries_mib": temporaries_mib, "kernels": kernels}
 
 
@@ -437,7 +438,7 @@ def _launches_text(report: dict[str, Any], two: launch_list.Launches, step: Step
 def _presets(names: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     from benchmarks import presets  # here: it compiles with this module
 
-    return presets.reports(names, flags.FLAGS.kernels)
+    return presets.reports(names, flags.FLAGS.kernels, flags.FLAGS.model, flags.FLAGS.step)
 
 
 def _fit_line(report: dict[str, Any]) -> str:
@@ -472,6 +473,9 @@ def cli() -> None:
     """The command line, in a process whose environment suits the compilers."""
     if os.environ.get(DUMP_TO) or "--help" in sys.argv:
         flags.DEFINE_list("target", None, "NAMES: compile for these only, comma-separated.")
+        models, steps = ["gpt-oss-20b", "gpt-oss-120b"], ["decode", "prefill"]
+        flags.DEFINE_multi_enum("model", models, models, "Of presets, this model only.")
+        flags.DEFINE_multi_enum("step", steps, steps, "Of presets, this program only.")
         flags.DEFINE_string("kernels", "auto", "NAMES: as for generate; auto takes the best for each target.")
         command.run(main, "ahead_of_time")
         return
@@ -480,8 +484,6 @@ def cli() -> None:
         if "kernels" in sys.argv:  # of whole models they would be gigabytes
             llo = (f"dump_to={folder}", "dump_llo_text=true", "dump_llo_pass_label_regex=.*final.*")
             dumps["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{flag}" for flag in llo)
-        else:
-            dumps |= LOGGED
         call = [sys.executable, "-m", "benchmarks.ahead_of_time", *sys.argv[1:]]
         sys.exit(subprocess.run(call, env=os.environ | ENVIRONMENT | dumps, check=False).returncode)
 

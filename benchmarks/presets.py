@@ -3,7 +3,8 @@
 Called by `benchmarks.ahead_of_time presets`. An H100 runs an H200's programs, so its presets are compiled as those.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.ahead_of_time import GIB, Step, fit
@@ -17,6 +18,7 @@ from gptoss_jax.planner.plan import Request, Workload
 
 SLOTS, CONTEXT_TOKENS, PREFILL_TOKENS = 16, 8_192, 128
 MODELS = ("gpt-oss-20b", "gpt-oss-120b")
+WIDTHS = {"decode": 1, "prefill": PREFILL_TOKENS}
 
 
 class Preset(NamedTuple):
@@ -50,14 +52,15 @@ def planned(model: str, preset: Preset, slots: int = SLOTS) -> plan.Plan:
     return plan.make(Request(config, model, mesh.read(preset.path), parse_slice(preset.on), workload))
 
 
-def reports(names: list[str], kernels: str) -> Iterator[tuple[dict[str, Any], str]]:
+def reports(
+    names: Sequence[str], kernels: str, models: Sequence[str] = MODELS, steps: Sequence[str] = tuple(WIDTHS)
+) -> Iterator[tuple[dict[str, Any], str]]:
     """A report and a line for each preset of these targets, model and step."""
-    for preset in (preset for preset in PRESETS if preset.target in names and not preset.name.startswith("h100")):
-        for model in MODELS:
-            for width in (1, PREFILL_TOKENS):
-                step = Step(model, preset.target, SLOTS, CONTEXT_TOKENS, width, preset.path)
-                report = compared(fit(step, kernels), planned(model, preset))
-                yield report, _line(report)
+    compiled = (preset for preset in PRESETS if preset.target in names and not preset.name.startswith("h100"))
+    for preset, model, name in itertools.product(compiled, models, steps):
+        step = Step(model, preset.target, SLOTS, CONTEXT_TOKENS, WIDTHS[name], preset.path)
+        report = compared(fit(step, kernels), planned(model, preset))
+        yield report, _line(report)
 
 
 def compared(report: dict[str, Any], found: plan.Plan) -> dict[str, Any]:

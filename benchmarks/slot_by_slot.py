@@ -18,13 +18,13 @@ import numpy as np
 from absl import flags
 
 from benchmarks import true_width, under_load
-from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.engine.programs import Forms, ModelStep
 from gptoss_jax.engine.sampling_params import SamplingParams
 from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.transformer import Params, declare, nest
+from gptoss_jax.runtime.program_memory import program_memory
 from pallas_kernels.choice import Hardware
 
 CONTEXT_TOKENS = 4096

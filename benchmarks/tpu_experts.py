@@ -25,9 +25,9 @@ from absl import flags
 from jax.experimental.layout import Format, Layout
 
 from benchmarks import ahead_of_time
-from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.errors import GptossError
+from gptoss_jax.runtime.program_memory import program_memory
 from pallas_kernels.expert_mlp import packed, tpu, tpu_forms
 from pallas_kernels.expert_mlp.tiles import tile_rows
 from pallas_kernels.expert_mlp.weights import ExpertWeights

@@ -21,13 +21,13 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import true_width
-from benchmarks.program_memory import program_memory
 from gptoss_jax.cli import command
 from gptoss_jax.model import kv_cache, layers, rope, sharding
 from gptoss_jax.model.attention import Positions
 from gptoss_jax.model.config import ModelConfig, parse_config
 from gptoss_jax.model.taps import Taps
 from gptoss_jax.model.transformer import DTYPE_POLICIES, Layer
+from gptoss_jax.runtime.program_memory import program_memory
 from pallas_kernels.choice import Hardware
 
 CONTEXT_TOKENS = 1024

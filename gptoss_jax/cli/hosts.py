@@ -120,6 +120,8 @@ def _of_cluster(options: flags.FlagValues) -> _Place:
             "--coordinator auto: JAX knows no cluster here, expected Slurm, Open MPI, Cloud TPU or Kubernetes: give "
             "--coordinator HOST:PORT, --num-processes and --process-id"
         )
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # which JAX reads later, and prefers to what a cluster says
+        local_device_ids = None
     return _Place(coordinator, count, process_id, local_device_ids)
 
 

@@ -84,6 +84,15 @@ class Memory(NamedTuple):
             return held + self.embedding_copy + self.retiled_weights
         return held + max(self.embedding_copy, self.activations)
 
+    def copied_bytes(self, width: int) -> int:
+        """Read and written by a program that copies what it is given into another order, and keys and values back.
+
+        Decoding does so around its loop: once in a dispatch.
+        """
+        keys = self.kv_cache + self.padded_keys if self.padded_keys else 0
+        weights = self.embedding_copy + (self.retiled_weights if width == 1 else 0)
+        return 2 * (keys + weights)
+
     @property
     def total(self) -> int:
         """Of all parts."""

@@ -96,6 +96,8 @@ def _work(plan: Plan) -> Iterator[str]:
     yield _columns("  operations", *(_operations(work.flops) for work in works))
     yield _columns("  weights read", *(in_gib(work.weight_bytes) for work in works))
     yield _columns("  keys, values, slots read", *(in_gib(work.kv_bytes) for work in works))
+    if any(work.copy_bytes for work in works):
+        yield _columns("  copied into another order", *(in_gib(work.copy_bytes) for work in works))
     yield _columns("  collectives", *(f"{sum(each.arrays for each in work.always)}" for work in works))
     yield _columns("  sent to others", *(in_gib(work.sent_bytes) for work in works))
     counts = [plan.decode_work.launches, None]
@@ -198,7 +200,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _step_json(work: Any, timed: Timed | None) -> dict[str, Any]:
-    found = {name: getattr(work, name) for name in ("tokens", "flops", "weight_bytes", "kv_bytes", "launches")}
+    counts = "tokens", "flops", "weight_bytes", "kv_bytes", "copy_bytes", "launches"
+    found = {name: getattr(work, name) for name in counts}
     found["sent_bytes"] = work.sent_bytes
     found["collectives"] = [each._asdict() for each in work.collectives]
     if timed is not None:

@@ -14,8 +14,9 @@ from gptoss_jax.model.mesh import MeshShape
 from gptoss_jax.planner import collectives
 from gptoss_jax.planner.chips import Chip
 from gptoss_jax.planner.collectives import ALWAYS, Collective
-from gptoss_jax.planner.memory import Workload, key_width
+from gptoss_jax.planner.memory import Workload, key_width, memory
 
+DISPATCH_STEPS = 64  # most of a dispatch: of gptoss_jax.engine.programs, which imports JAX
 _BFLOAT16 = 2
 _BY_ID = 4 + 1 + 4 + 2 * 4  # bytes that drawing reads of each id: bias, prompted, drawn; logits, written and read
 
@@ -28,6 +29,8 @@ class Work(NamedTuple):
         flops: multiplications and additions.
         weight_bytes: read from memory.
         kv_bytes: keys and values, read as they lie, padded on TPUs; and of each slot what drawing reads.
+        copy_bytes: read and written where a TPU's compiler copies embedding, keys and values into another order: in a
+            prefill; of what is copied around the loop of a dispatch the share of one of its steps, if it has them all.
         collectives: all that the program has, those that only some slots ask for too.
         launches: kernels, copies and library calls; None: not counted on this chip.
     """
@@ -36,13 +39,14 @@ class Work(NamedTuple):
     flops: float
     weight_bytes: float
     kv_bytes: float
+    copy_bytes: float
     collectives: tuple[Collective, ...]
     launches: int | None
 
     @property
     def hbm_bytes(self) -> float:
         """That go through memory."""
-        return self.weight_bytes + self.kv_bytes
+        return self.weight_bytes + self.kv_bytes + self.copy_bytes
 
     @property
     def always(self) -> list[Collective]:
@@ -92,6 +96,7 @@ def _work(
         weight_bytes=_weights_read(config, mesh, tokens),
         kv_bytes=slots * (2 * _BFLOAT16 * read * key_width(config, mesh, chip))
         + slots * _BY_ID * config.vocab_size / vocab,
+        copy_bytes=memory(config, mesh, chip, workload).copied_bytes(width) / (DISPATCH_STEPS if width == 1 else 1),
         collectives=found,
         launches=launches,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptoss_jax.errors import GptossError
+from gptoss_jax.runtime.program_memory import LOGGED, logged
 from pallas_kernels.choice import Hardware
 
 ENVIRONMENT = {  # read when JAX and the TPU's compiler start: no device is looked for, many processes may compile
@@ -151,7 +152,9 @@ def devices(target: Target) -> list[Any]:
                 "", "cuda", topology=target.topology, target_config=gpu_spec(target.differs)
             )
         else:
-            found = topologies.get_topology_desc(target.topology, "tpu")
+            os.environ.update(LOGGED)  # read as libtpu is loaded, here
+            with logged():
+                found = topologies.get_topology_desc(target.topology, "tpu")
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0][:200]
         raise GptossError(f"the compiler for {target.platform.upper()}s has no {target.topology}: {said}") from None

@@ -1,5 +1,6 @@
 """A lowered program and what its compiler made of it: memory, collectives, operations, shardings, texts."""
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Mapping
@@ -18,26 +19,8 @@ from gptoss_jax.model import layers, sharding
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.runtime import compile_only, kernel_work, lowering
 from gptoss_jax.runtime.lowering import AbstractModel, StepShape
+from gptoss_jax.runtime.program_memory import ProgramMemory, logged, program_memory
 from pallas_kernels.choice import Hardware
-
-
-class StepMemory(NamedTuple):
-    """Bytes of one device, by the compiler's own count.
-
-    Attributes:
-        argument_bytes: weights, cache and slots.
-        output_bytes: of results that take no argument's place.
-        temporary_bytes: of everything in between.
-    """
-
-    argument_bytes: int
-    output_bytes: int
-    temporary_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all three."""
-        return sum(self)
 
 
 class LeafSharding(NamedTuple):
@@ -82,19 +65,21 @@ class LoweredStep:
         self._platform, self._options = platform, options
 
     @functools.cached_property
-    def _compiled(self) -> tuple[Any, list[Buffer]]:
-        """The compiled program, and its temporaries at the peak, of which XLA reports in files."""
+    def _compiled(self) -> tuple[Any, list[Buffer], str]:
+        """The compiled program; its temporaries at the peak, of which XLA reports in files; a TPU's compiler's log."""
         with tempfile.TemporaryDirectory() as folder:
             dumps = {} if self._platform == "tpu" else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            listen = logged() if self._platform == "tpu" else contextlib.nullcontext([""])
             try:
-                compiled = self.lowered.compile(compiler_options={**self._options, **dumps})
+                with listen as said:
+                    compiled = self.lowered.compile(compiler_options={**self._options, **dumps})
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise GptossError(
                     f"the compiler says that it does not fit: {str(error).splitlines()[0][:200]}"
                 ) from None
-            return compiled, live.at_peak(Path(folder), module.parse(compiled.as_text()))
+            return compiled, live.at_peak(Path(folder), module.parse(compiled.as_text())), said[0]
 
     @property
     def compiled(self) -> Any:
@@ -129,11 +114,9 @@ class LoweredStep:
         return module.parse(self.text)
 
     @property
-    def memory(self) -> StepMemory:
-        """Bytes of one device."""
-        found = self.compiled.memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return StepMemory(found.argument_size_in_bytes, max(new, 0), found.temp_size_in_bytes)
+    def memory(self) -> ProgramMemory:
+        """Bytes of one device; of a TPU that was here before, JAX's count, which has gaps twice."""
+        return program_memory(self.compiled, self._compiled[2])
 
     @property
     def collectives(self) -> list[Sent]:

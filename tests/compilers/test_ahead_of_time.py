@@ -7,6 +7,7 @@ settings once.
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,25 @@ def _planned_and_compiled(*asked: str) -> dict:
     different = [each for side in ("only_compiled", "only_closed_form") for each in found[side]]
     assert [each for each in different if each["where"] != "sampling"] == []
     return of_plan
+
+
+@_needs("tpu")
+def test_a_tpus_temporaries_and_copies_are_those_of_its_compiler(tmp_path):
+    """Guards memory of --nofast, since JAX counts more than a quarter of this prefill's temporaries twice.
+
+    And what the roofline counts as copied: the embedding, and keys and values of each layer, into padded rows and back.
+    """
+    mesh_file = "configs/meshes/v6e-8.json"
+    asked = ["gpt-oss-20b", "--on", "v6e:2x4", "--mesh", mesh_file, "--batch", "16", "--layers", "2"]
+    command = [sys.executable, "-m", "gptoss_jax.plan", *asked]
+    command += ["--nofast", "--json", "--step", "prefill", "--dump", str(tmp_path / "dumped")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[-3000:]) == (0, "")
+    figures = {each["name"]: each["compiled"] for each in json.loads(done.stdout)["prefill"]["figures"]}
+    assert figures["temporaries"] / 2**20 == pytest.approx(402.91, rel=0.05), "as logged; 515.55 by memory_analysis"
+    program = (tmp_path / "dumped" / "prefill.compiled.hlo.txt").read_text().rpartition("ENTRY ")[2]
+    copied = re.findall(r" = bf16\[(25136,2880|2048,64,64|16,128,64)\]\S* copy\(", program)
+    assert sorted(copied) == ["16,128,64"] * 4 + ["2048,64,64"] * 4 + ["25136,2880"]
 
 
 @pytest.mark.parametrize(

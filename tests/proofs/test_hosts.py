@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,21 +93,27 @@ def start_both(
     ]
 
 
-def start_on_slurm(tmp_path: Path, count: int, module: str, *arguments: object) -> list[subprocess.Popen[bytes]]:
-    """The same command as all processes of a Slurm job of one device each, as far as their environment tells."""
-    job = (free_port() - 61440) % 4096  # of which JAX makes the coordinator's port, 61440 and this
-    shared = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
-    return [
-        start(
-            module,
-            *("--coordinator", "auto"),
-            *arguments,
-            devices=1,
-            folder=tmp_path / str(i),
-            variables=shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"},
-        )
-        for i in range(count)
-    ]
+def slurm(count: int, process_id: int, port: int) -> dict[str, str]:
+    """The environment of a process of a Slurm job."""
+    place = {"SLURM_PROCID": str(process_id), "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(port)}
+    return place | {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+
+
+def gke(count: int, process_id: int, port: int) -> dict[str, str]:
+    """The environment of a process of a TPU slice on GKE, on a machine without TPUs; no server is asked for slices."""
+    place = {"TPU_WORKER_ID": str(process_id), "TPU_WORKER_HOSTNAMES": ",".join(["localhost"] * count)}
+    one_slice = {"MEGASCALE_COORDINATOR_ADDRESS": "", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+    here = {"JAX_FORCE_TPU_INIT": "1", "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(port)}
+    return place | one_slice | here
+
+
+def start_on_cluster(
+    tmp_path: Path, cluster: Callable[[int, int, int], dict[str, str]], count: int, module: str, *arguments: object
+) -> list[subprocess.Popen[bytes]]:
+    """The same command as all processes of a job of one device each, as far as their environment tells."""
+    port = free_port()
+    asked = module, "--coordinator", "auto", *arguments
+    return [start(*asked, devices=1, folder=tmp_path / str(i), variables=cluster(count, i, port)) for i in range(count)]
 
 
 def run_both(tmp_path: Path, module: str, *arguments: object) -> list[Ended]:

@@ -23,7 +23,7 @@ from gptoss_jax.model.config import read_config
 from gptoss_jax.model.sharding import Sharding
 from gptoss_jax.model.transformer import Leaf
 from tests.goldens.make import ROOT
-from tests.proofs.test_hosts import MESHES, PROXIES, end, folders, free_port, start_both, start_on_slurm
+from tests.proofs.test_hosts import MESHES, PROXIES, end, folders, free_port, gke, slurm, start_both, start_on_cluster
 
 __all__ = ["folders"]  # the fixture
 
@@ -66,10 +66,11 @@ def test_the_other_names_a_process_that_is_lost_while_they_answer(lost, sent, fo
     assert took < 50
 
 
-def test_both_others_name_a_process_of_three_that_a_cluster_started(folders, tmp_path):
+@pytest.mark.parametrize("cluster", [slurm, gke])
+def test_both_others_name_a_process_of_three_that_a_cluster_started(cluster, folders, tmp_path):
     """Guards --coordinator auto, a mesh over three processes, and one that is not connected to the one that is lost."""
     asked = ["--checkpoint", folders / "converted", "--mesh", "data=3", *LONG, "--quiet"]
-    processes = start_on_slurm(tmp_path, 3, "generate", *asked, "Hello")
+    processes = start_on_cluster(tmp_path, cluster, 3, "generate", *asked, "Hello")
     try:
         wait_for(tmp_path / "0" / "stdout", processes, tmp_path)
         processes[1].kill()

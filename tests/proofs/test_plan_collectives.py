@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.program_memory import program_memory
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.engine.runner import ModelRunner
 from gptoss_jax.model import mesh, sharding
@@ -18,6 +17,7 @@ from gptoss_jax.model.transformer import declare, nest
 from gptoss_jax.planner import collectives, compiled_collectives, memory
 from gptoss_jax.planner.chips import CHIPS
 from gptoss_jax.planner.memory import Workload
+from gptoss_jax.runtime.program_memory import program_memory
 from tests.goldens.make import ROOT
 
 CPU = CHIPS["cpu"]

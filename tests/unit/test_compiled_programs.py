@@ -16,6 +16,7 @@ from gptoss_jax.hlo import live, module, operations, sent
 from gptoss_jax.hlo.module import Array, ModuleError, scope
 from gptoss_jax.planner import timeline
 from gptoss_jax.planner.chips import CHIPS
+from gptoss_jax.runtime.program_memory import counted_twice, program_memory
 
 MESH = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 M, K, N = 16, 24, 40
@@ -86,9 +87,30 @@ def test_buffers_at_the_peak_are_the_compilers():
     memory = compiled.memory_analysis()
     arguments = live.arguments(module.parse(text))
     assert sum(each.bytes for each in arguments) == memory.argument_size_in_bytes
+    assert program_memory(compiled)[::2] == (memory.argument_size_in_bytes, memory.temp_size_in_bytes), (
+        "of CPUs as JAX has it"
+    )
     assert arguments[0].what == "table" and arguments[0].type == f"f32[5000,{N}]"
     assert 0 < sum(each.bytes for each in temporaries) <= memory.temp_size_in_bytes
     assert not any(each.is_argument for each in temporaries)
+
+
+def test_what_is_counted_twice_is_read_of_the_log():
+    """Guards temporaries on TPUs: of the last program's HBM alone, in the unit that the compiler chose."""
+    log = """XLA::TPU program HBM usage: 1.24G / 31.25G
+Program sflag requirement 292B:
+    HLO temp            92B (100.0% utilization: Unpadded (92B) Padded (92B), 7.0% fragmentation (7B))
+Program hbm requirement 1.24G:
+    reserved         784.0K
+    HLO temp          1.06G (83.2% utilization: Unpadded (261.19M) Padded (313.81M), 71.1% fragmentation (771.73M))
+Program vmem requirement 126.88M:
+    HLO temp        126.88M (0.0% utilization: Unpadded (0B) Padded (0B), 100.0% fragmentation (126.88M))
+"""
+    assert counted_twice(log) == round(771.73 * 2**20)
+    assert counted_twice(log + log.replace("771.73M", "18.5K")) == 18_944
+    assert counted_twice("of a GPU, whose compiler says nothing of the kind") == 0
+    compiled = _compiled()[1]
+    assert program_memory(compiled)[2] - program_memory(compiled, log)[2] == round(771.73 * 2**20)
 
 
 def _loop(x: jax.Array) -> jax.Array:

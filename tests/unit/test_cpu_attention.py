@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import cpu_kernels
-from benchmarks.program_memory import program_memory
 from cpu_kernels.attention import attend
 from gptoss_jax.model.config import read_config
+from gptoss_jax.runtime.program_memory import program_memory
 from pallas_kernels.attention import reference
 from tests.structures import paged_kv, ring_kv
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpu_kernels
-from benchmarks.program_memory import program_memory
 from gptoss_jax.model.config import read_config
+from gptoss_jax.runtime.program_memory import program_memory
 from pallas_kernels import attention as attention_op
 from pallas_kernels import expert_mlp as expert_op
 from pallas_kernels import linear as linear_op

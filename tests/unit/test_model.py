@@ -12,10 +12,10 @@ import pytest
 
 import gptoss_jax
 from benchmarks import true_width
-from benchmarks.program_memory import program_memory
 from gptoss_jax.model import kv_cache, layers, sharding, transformer
 from gptoss_jax.model.config import parse_config, read_config
 from gptoss_jax.model.kv_cache import KVCache
+from gptoss_jax.runtime.program_memory import program_memory
 from tests import gate
 from tests.gate import TinyModel
 from tests.goldens import make as golden

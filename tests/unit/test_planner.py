@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import presets, program_memory, under_load
+from benchmarks import presets, under_load
 from benchmarks.presets import PRESETS, Preset
-from gptoss_jax.engine import runner
+from gptoss_jax.engine import programs, runner
 from gptoss_jax.engine.request import EngineConfig
 from gptoss_jax.model import keys, kv_cache, mesh, sharding
 from gptoss_jax.model.config import read_config
 from gptoss_jax.model.mesh import MeshError
 from gptoss_jax.model.transformer import declare
-from gptoss_jax.planner import chips, collectives, memory, plan, report
+from gptoss_jax.planner import chips, collectives, memory, plan, report, work
 from gptoss_jax.planner.chips import CHIPS, SliceError, parse_slice
 from gptoss_jax.planner.plan import Costs, PlanError, Request, Workload
 from tests.goldens.make import ROOT
@@ -76,7 +76,8 @@ def _part(path: str) -> str:
 
 
 def test_numbers_that_jax_modules_hold_are_theirs():
-    """Guards copies of what lies in modules that import JAX: how many rings the prefix cache keeps."""
+    """Guards copies of what lies in modules that import JAX: rings that the prefix cache keeps, steps of a dispatch."""
+    assert work.DISPATCH_STEPS == programs.MAX_STEPS_PER_DISPATCH
     model = config("small")
     for slots, context, width, shards in itertools.product((1, 8, 40), (64, 256, 8192), (16, 128), (1, 4)):
         width = min(width, context)
@@ -135,6 +136,7 @@ COMPILED = (
     (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 1, 2.03 + 1.21),
     (("gpt-oss-20b", "v5e:4x4", "configs/meshes/v5e-16.json", 16, 8192, 128), 1, 1.87 + 0.53),
     (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 1, 2.06 + 0.94),
+    (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 128, 2.06 + 1.08),
     (("gpt-oss-20b", "v5p:2x2x2", "configs/meshes/v5p-8.json", 16, 8192, 128), 1, 2.06 + 0.93),
     (("gpt-oss-120b", "h200x1", "configs/meshes/h200x1.json", 16, 8192, 128), 128, 65.37 + 0.32),
     (("gpt-oss-120b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 32.70 + 0.38),
@@ -185,22 +187,6 @@ def test_presets_are_said_beside_what_compilers_say(monkeypatch):
     said = small.memory.program_bytes(1) / GIB
     assert reports[0]["off"] == pytest.approx(said / 8.5 - 1, abs=1e-4) and "GiB compiled" in lines[0]
     assert reports[2]["off"] is None and lines[2].endswith("does not fit: too large")
-
-
-def test_what_is_counted_twice_is_read_of_the_log():
-    """Guards temporaries on TPUs: of the last program's HBM alone, in the unit that the compiler chose."""
-    log = """XLA::TPU program HBM usage: 1.24G / 31.25G
-Program sflag requirement 292B:
-    HLO temp            92B (100.0% utilization: Unpadded (92B) Padded (92B), 7.0% fragmentation (7B))
-Program hbm requirement 1.24G:
-    reserved         784.0K
-    HLO temp          1.06G (83.2% utilization: Unpadded (261.19M) Padded (313.81M), 71.1% fragmentation (771.73M))
-Program vmem requirement 126.88M:
-    HLO temp        126.88M (0.0% utilization: Unpadded (0B) Padded (0B), 100.0% fragmentation (126.88M))
-"""
-    assert program_memory.counted_twice(log) == round(771.73 * MIB)
-    assert program_memory.counted_twice(log + log.replace("771.73M", "18.5K")) == 18_944
-    assert program_memory.counted_twice("of a GPU, whose compiler says nothing of the kind") == 0
 
 
 # ---- work ----
@@ -296,6 +282,21 @@ def test_tpus_read_padded_keys():
     for mesh_text, times in ((EIGHT, 2), ("data=2,tensor=4", 1)):
         gpu, tpu = (plan.make(request("gpt-oss-120b", on, mesh_text, 8)).decode_work for on in ("h200x8", "v5p:2x2x2"))
         assert tpu.kv_bytes - drawn == times * (gpu.kv_bytes - drawn) > 0
+
+
+def test_tpus_copy_what_they_are_given():
+    """Guards copies in the roofline: of the embedding, and where rows are padded of keys, which go back again."""
+    for on, mesh_text, padded in (("v5p:2x2x2", EIGHT, True), ("v5p:2x2x2", "data=2,tensor=4", False)):
+        found = plan.make(request("gpt-oss-120b", on, mesh_text, 8))
+        held, prefill = found.memory, found.prefill_work
+        keys = held.kv_cache + held.padded_keys if padded else 0
+        assert prefill.copy_bytes == 2 * (held.embedding_copy + keys) > 0
+        assert found.decode_work.copy_bytes == prefill.copy_bytes / 64
+        assert prefill.hbm_bytes == prefill.weight_bytes + prefill.kv_bytes + prefill.copy_bytes
+    assert plan.make(request("gpt-oss-120b", "h200x8", EIGHT, 8)).prefill_work.copy_bytes == 0
+    v7 = plan.make(request("gpt-oss-120b", "tpu7x:2x2x1", EIGHT, 8))
+    retiled = v7.decode_work.copy_bytes * 64 - v7.prefill_work.copy_bytes
+    assert retiled == 2 * v7.memory.retiled_weights > 0
 
 
 def test_costs_that_somebody_measured_are_added():

@@ -1,4 +1,4 @@
-"""What a compiled program takes of a device's memory, by the compiler's own count."""
+"""What a compiled program takes of a device's memory, by its compiler's own count."""
 
 import contextlib
 import os
@@ -7,22 +7,34 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+LOGGED = {"TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0"}
+"""With these in its environment as it starts a TPU's compiler says on stderr what its program needs of each memory."""
+
 
 class ProgramMemory(NamedTuple):
-    """Bytes of one device; results that take the place of donated arguments are not counted twice."""
+    """Bytes of one device.
+
+    Attributes:
+        argument_bytes: weights, cache and slots.
+        output_bytes: of results that take no argument's place.
+        temporary_bytes: of everything in between.
+    """
 
     argument_bytes: int
-    temporary_bytes: int  # beside arguments and results
+    output_bytes: int
+    temporary_bytes: int
 
-
-LOGGED = {"TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0"}
-"""For `counted_twice`: with these in its environment a TPU's compiler says what its program needs of each memory."""
+    @property
+    def total_bytes(self) -> int:
+        """Of all three."""
+        return sum(self)
 
 
 def program_memory(compiled: Any, log: str = "") -> ProgramMemory:
     """Of a program that `jax.jit(...).lower(...).compile()` gave; `log` is what a TPU's compiler said meanwhile."""
     found = compiled.memory_analysis()
-    return ProgramMemory(found.argument_size_in_bytes, found.temp_size_in_bytes - counted_twice(log))
+    new = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    return ProgramMemory(found.argument_size_in_bytes, new, found.temp_size_in_bytes - counted_twice(log))
 
 
 def counted_twice(log: str) -> int:
