@@ -287,8 +287,14 @@ def main(arguments: list[str]) -> None:
             source = Path(folder) / "model"
             write_checkpoint(source, _raw_config())
         model = loading.load(source)
-        sizes = {name: FLAGS[name].value for name in ("answers", "rows", "tokens", "rounds", "only_held")}
-        found = measure(model, **sizes)
+        found = measure(
+            model,
+            answers=FLAGS.answers,
+            rows=FLAGS.rows,
+            tokens=FLAGS.tokens,
+            rounds=FLAGS.rounds,
+            only_held=FLAGS.only_held,
+        )
     for name, value in found.items():
         print(f"{name:<44}{value:.3f}" if isinstance(value, float) else f"{name:<44}{value}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"

@@ -33,9 +33,12 @@ inline Tokens splat_token(float a) { return _mm512_set1_ps(a); }
 inline Tokens add_tokens(Tokens a, Tokens b) { return _mm512_add_ps(a, b); }
 inline Tokens mul_tokens(Tokens a, Tokens b) { return _mm512_mul_ps(a, b); }
 inline Tokens fma_tokens(Tokens a, Tokens b, Tokens c) { return _mm512_fmadd_ps(a, b, c); }
-inline TokenInts kept(TokenInts a) { asm("" : "+v"(a)); return a; }
+inline TokenInts kept(TokenInts a) {
+  asm("" : "+v"(a));
+  return a;
+}
 
-// Vectors of tokens and rows of weights whose sums are in registers at a time, and how many tokens pay for unpacking. By
+// How many tokens pay for unpacking, and vectors of them and rows of weights whose sums are in registers at a time. By
 // trial.
 constexpr int64_t kFewestTokens = 9;
 constexpr int kTileVectors = 3;
@@ -58,7 +61,10 @@ inline Tokens splat_token(float a) { return _mm256_set1_ps(a); }
 inline Tokens add_tokens(Tokens a, Tokens b) { return _mm256_add_ps(a, b); }
 inline Tokens mul_tokens(Tokens a, Tokens b) { return _mm256_mul_ps(a, b); }
 inline Tokens fma_tokens(Tokens a, Tokens b, Tokens c) { return _mm256_fmadd_ps(a, b, c); }
-inline TokenInts kept(TokenInts a) { asm("" : "+x"(a)); return a; }
+inline TokenInts kept(TokenInts a) {
+  asm("" : "+x"(a));
+  return a;
+}
 
 constexpr int64_t kFewestTokens = 8;
 constexpr int kTileVectors = 2;
@@ -172,7 +178,8 @@ inline int64_t vectors_room(int64_t blocks) {
 // The exact sums of a block of R rows of weights and V vectors of tokens. Sums stay in their registers because the
 // compiler may not reorder what is added to them: left to itself it brings products forward and has no room for them.
 template <int R, int V>
-inline __attribute__((always_inline)) void add_block(const int16_t* const (&words)[R], const TokenBlock* const (&x)[V], TokenInts (&all)[R][V]) {
+inline __attribute__((always_inline)) void add_block(const int16_t* const (&words)[R], const TokenBlock* const (&x)[V],
+                                                     TokenInts (&all)[R][V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -284,8 +291,8 @@ inline void give_columns(const float* sums, int64_t rows, int64_t tokens, int64_
 }
 
 // epilogue(token, products) for each of the first `tokens` of `vectors` vectors: the products with `rows` rows of
-// weights, 32 or 64, from row `first` on. `next` are the codes that are multiplied after these; `memory` as vectors_room
-// says.
+// weights, 32 or 64, from row `first` on. `next` are the codes that are multiplied after these; `memory` is as
+// vectors_room says.
 template <class Epilogue>
 inline void multiply_vectors(const PackedRows& w, int64_t first, int64_t rows, const uint8_t* next, const TokenBlock* x,
                              int64_t vectors, int64_t tokens, void* memory, const Epilogue& epilogue) {
