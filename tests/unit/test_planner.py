@@ -134,6 +134,8 @@ COMPILED = (
     (("gpt-oss-20b", "v6e:2x4", "configs/meshes/v6e-8.json", 16, 8192, 128), 128, 2.06 + 1.06),
     (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 128, 2.03 + 1.12),
     (("gpt-oss-20b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 1, 2.03 + 1.21),
+    (("gpt-oss-120b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 1, 8.39 + 1.67),
+    (("gpt-oss-120b", "tpu7x:2x2x1", "configs/meshes/tpu7x-8.json", 16, 8192, 128), 128, 8.39 + 1.59),
     (("gpt-oss-20b", "v5e:4x4", "configs/meshes/v5e-16.json", 16, 8192, 128), 1, 1.87 + 0.53),
     (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 1, 2.06 + 0.94),
     (("gpt-oss-20b", "v5e:2x4", "configs/meshes/v5e-8.json", 16, 8192, 128), 128, 2.06 + 1.08),
