@@ -143,6 +143,8 @@ COMPILED = (
     (("gpt-oss-120b", "h200x1", "configs/meshes/h200x1.json", 16, 8192, 128), 128, 65.37 + 0.32),
     (("gpt-oss-120b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 32.70 + 0.38),
     (("gpt-oss-20b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 7.95 + 0.26),
+    (("gpt-oss-120b", "h200x4", "configs/meshes/h200x4.json", 16, 8192, 128), 1, 16.36 + 0.05),
+    (("gpt-oss-120b", "h200x4", "configs/meshes/h200x4.json", 16, 8192, 128), 128, 16.36 + 0.29),
 )
 
 
