@@ -25,7 +25,7 @@ def _within(bounds: dict[str, float], module: str, *arguments: object) -> None:
 
 def test_http_costs_little_beside_the_engine():
     """Guards the server at 16 slots: text, events and threads, which are to take 3 % beside the engine alone."""
-    sizes = ("--minutes", 0, "--structured", 0, "--requests", 32, "--scale", 0.5, "--rounds", 3)
+    sizes = ("--minutes", 0, "--structured", 0, "--requests", 24, "--scale", 0.5, "--rounds", 2)
     _within({"cpu_overhead": 0.10}, "benchmarks.serve", *sizes)
 
 
