@@ -145,6 +145,8 @@ COMPILED = (
     (("gpt-oss-20b", "h200x2", "configs/meshes/h200x2.json", 16, 8192, 128), 128, 7.95 + 0.26),
     (("gpt-oss-120b", "h200x4", "configs/meshes/h200x4.json", 16, 8192, 128), 1, 16.36 + 0.05),
     (("gpt-oss-120b", "h200x4", "configs/meshes/h200x4.json", 16, 8192, 128), 128, 16.36 + 0.29),
+    (("gpt-oss-120b", "h200x8", "configs/meshes/h200x8.json", 16, 8192, 128), 1, 8.19 + 0.05),
+    (("gpt-oss-120b", "h200x8", "configs/meshes/h200x8.json", 16, 8192, 128), 128, 8.19 + 0.25),
 )
 
 
